@@ -1,0 +1,51 @@
+"""molmo_edge: Molmo vision-language models inside your own process, on vLLM, for edge GPUs.
+
+    from molmo_edge import EdgeVLM
+
+    with EdgeVLM("allenai/Molmo-7B-D-0924") as vlm:
+        print(vlm.query("photo.jpg", "What is on the table?").text)
+
+Names are loaded when first used: importing this package loads neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "EdgeVLM": "molmo_edge.vlm",
+    "Request": "molmo_edge.vlm",
+    "Stream": "molmo_edge.stream",
+    "Result": "molmo_edge.results",
+    "Metrics": "molmo_edge.results",
+    "Point": "molmo_edge.pointing",
+    "PointResult": "molmo_edge.pointing",
+    "State": "molmo_edge.engine.loop",
+    "MolmoEdgeError": "molmo_edge.errors",
+}
+
+__all__ = sorted([*_WHERE, "__version__"])
+
+if TYPE_CHECKING:
+    from molmo_edge.engine.loop import State as State
+    from molmo_edge.errors import MolmoEdgeError as MolmoEdgeError
+    from molmo_edge.pointing import Point as Point
+    from molmo_edge.pointing import PointResult as PointResult
+    from molmo_edge.results import Metrics as Metrics
+    from molmo_edge.results import Result as Result
+    from molmo_edge.stream import Stream as Stream
+    from molmo_edge.vlm import EdgeVLM as EdgeVLM
+    from molmo_edge.vlm import Request as Request
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHERE})

@@ -1,0 +1,93 @@
+"""One machine as far as it is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+Clock = tuple[int | None, int | None]
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """One machine as far as it is known; ``None`` means unknown, never zero.
+
+    Attributes:
+        name: of the GPU as NVML gives it, else of the processor.
+        kind: "cuda" if this process can use an NVIDIA GPU, else "cpu".
+        compute_capability: such as "11.0".
+        integrated: whether GPU and CPU share one memory.
+        memory_total_bytes, memory_available_bytes: GPU memory, or main memory where the GPU is
+            integrated or absent (then within the container's limit).
+        memory_bandwidth_bytes_s: published peak, bytes per second.
+        bf16_flops, fp8_flops, fp4_flops: published dense peaks with FP32 accumulation, FLOP/s.
+        known_as: the name ``known_device`` has for it.
+        figures_source: where bandwidth and FLOP/s are published.
+        driver, cuda: NVIDIA driver version, and the newest CUDA it runs.
+        cpu_name, cpu_isa, cpu_count: processor, instruction sets known to be there (empty when
+            nothing is known), logical processors.
+        cpu_governor: cpufreq governor of the first core.
+        power_mode: nvpmodel's mode on a Jetson, such as "MAXN".
+        power_limit_w: (enforced, default) board power limit in watts.
+        clocks: name ("gpu", "memory", "cpu") to (current, maximum) in MHz.
+        jetson_model: board name from the device tree.
+        machine: architecture as ``uname -m`` names it.
+        is_wsl, in_container: whether this runs in WSL, in a container.
+        gpu_index, gpu_count: NVML index of the GPU described, and how many NVML sees.
+        nvml_error: what NVML said when it was there and failed.
+        assumed: names of fields taken from published figures because the machine did not say.
+    """
+
+    name: str
+    kind: Literal["cuda", "cpu"]
+    compute_capability: str | None = None
+    integrated: bool | None = None
+    memory_total_bytes: int | None = None
+    memory_available_bytes: int | None = None
+    memory_bandwidth_bytes_s: float | None = None
+    bf16_flops: float | None = None
+    fp8_flops: float | None = None
+    fp4_flops: float | None = None
+    known_as: str | None = None
+    figures_source: str | None = None
+    driver: str | None = None
+    cuda: str | None = None
+    cpu_name: str | None = None
+    cpu_isa: frozenset[str] = frozenset()
+    cpu_count: int | None = None
+    cpu_governor: str | None = None
+    power_mode: str | None = None
+    power_limit_w: tuple[float | None, float | None] | None = None
+    clocks: Mapping[str, Clock] = field(default_factory=lambda: MappingProxyType({}))
+    jetson_model: str | None = None
+    machine: str | None = None
+    is_wsl: bool = False
+    in_container: bool = False
+    gpu_index: int | None = None
+    gpu_count: int | None = None
+    nvml_error: str | None = None
+    assumed: tuple[str, ...] = ()
+
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """Compute capability as (major, minor)."""
+        if self.compute_capability is None:
+            return None
+        major, _, minor = self.compute_capability.partition(".")
+        return int(major), int(minor)
+
+    @property
+    def sm(self) -> str | None:
+        """Architecture as compilers name it, such as "sm_110"."""
+        return None if self.capability is None else "sm_{}{}".format(*self.capability)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: sets and tuples as lists."""
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        plain["cpu_isa"] = sorted(self.cpu_isa)
+        plain["clocks"] = {name: list(clock) for name, clock in self.clocks.items()}
+        plain["assumed"] = list(self.assumed)
+        plain["power_limit_w"] = None if self.power_limit_w is None else list(self.power_limit_w)
+        return plain

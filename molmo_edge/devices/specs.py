@@ -1,0 +1,130 @@
+"""Published figures of GPUs: memory size and bandwidth, dense matrix throughput.
+
+Every row names where its figures stand. FLOP/s are dense (vendors print twice as much for 2:4
+sparsity) and count FP32 accumulation, which is what vLLM's kernels use; on GeForce cards that is
+half of the FP16-accumulation figure. What is not published is ``None``, never a guess.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from molmo_edge.errors import ConfigError
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One GPU's published figures.
+
+    Attributes:
+        key: the name ``known_device`` takes.
+        name: the name NVML reports, or the board's name for a Jetson.
+        pattern: regular expression for the whole of what NVML reports, or, on a Jetson, for a
+            part of its device tree's model and compatible strings.
+        capability: CUDA compute capability.
+        integrated: whether GPU and CPU share one memory.
+        memory_gib: nominal size.
+        bandwidth_gb_s: peak memory bandwidth, 10^9 bytes per second.
+        bf16_tflops, fp8_tflops, fp4_tflops: dense peaks, 10^12 FLOP/s; ``None``: not published,
+            or the GPU has no such unit.
+        source: where the figures stand.
+    """
+
+    key: str
+    name: str
+    pattern: str
+    capability: str
+    integrated: bool
+    memory_gib: float
+    bandwidth_gb_s: float
+    bf16_tflops: float | None
+    fp8_tflops: float | None
+    fp4_tflops: float | None
+    source: str
+
+
+_RTX50 = "NVIDIA RTX Blackwell GPU Architecture whitepaper, appendix tables"
+_ADA = "NVIDIA Ada GPU Architecture whitepaper, appendix tables"
+_THOR = "NVIDIA Jetson Thor series datasheet (sparse FP4 figure, halved for dense, then per doubling of width)"  # noqa: E501
+_ORIN = "NVIDIA Jetson AGX Orin Series technical brief (GPU INT8 sparse figure ÷ 4)"
+_MODULES = "NVIDIA Jetson modules comparison (memory); matrix figures not published for BF16"
+
+# Jetson rows that share a pattern differ in memory, which then decides between them.
+SPECS: tuple[Spec, ...] = (
+    Spec("thor-t4000", "NVIDIA Jetson T4000", r"p3834|tegra264",
+         "11.0", True, 64, 273, 150, 300, 600, _THOR),
+    Spec("thor", "NVIDIA Jetson AGX Thor (T5000)", r"p3834|tegra264",
+         "11.0", True, 128, 273, 258.75, 517.5, 1035, _THOR),
+    Spec("orin-nano", "NVIDIA Jetson Orin Nano 8GB", r"p3767-000[35]|Orin Nano",
+         "8.7", True, 8, 102, None, None, None,
+         _MODULES + "; 102 GB/s is the Super mode, 68 GB/s before it"),
+    Spec("orin-nx", "NVIDIA Jetson Orin NX 16GB", r"p3767-000[01]|Orin NX",
+         "8.7", True, 16, 102.4, None, None, None, _MODULES),
+    Spec("orin-32", "NVIDIA Jetson AGX Orin 32GB", r"AGX Orin|p3701",
+         "8.7", True, 32, 204.8, None, None, None, _MODULES),
+    Spec("orin", "NVIDIA Jetson AGX Orin 64GB", r"AGX Orin|p3701",
+         "8.7", True, 64, 204.8, 42.5, None, None, _ORIN),
+    Spec("spark", "NVIDIA GB10", r"(NVIDIA )?GB10",
+         "12.1", True, 128, 273, None, None, 500,
+         "NVIDIA DGX Spark datasheet (1 PFLOP sparse FP4, halved; no other is published)"),
+    Spec("rtx5090", "NVIDIA GeForce RTX 5090", r"(NVIDIA )?GeForce RTX 5090( D)?",
+         "12.0", False, 32, 1792, 209.5, 419, 1676, _RTX50),
+    Spec("rtx5080", "NVIDIA GeForce RTX 5080", r"(NVIDIA )?GeForce RTX 5080",
+         "12.0", False, 16, 960, 112.6, 225.1, 900.4, _RTX50),
+    Spec("rtx5070ti", "NVIDIA GeForce RTX 5070 Ti", r"(NVIDIA )?GeForce RTX 5070 Ti",
+         "12.0", False, 16, 896, 87.9, 175.8, 703, _RTX50),
+    Spec("rtx4090", "NVIDIA GeForce RTX 4090", r"(NVIDIA )?GeForce RTX 4090",
+         "8.9", False, 24, 1008, 165.2, 330.3, None, _ADA),
+    Spec("rtx3090", "NVIDIA GeForce RTX 3090", r"(NVIDIA )?GeForce RTX 3090",
+         "8.6", False, 24, 936, 71, None, None,
+         "NVIDIA Ampere GA102 GPU Architecture whitepaper, table 9"),
+    Spec("l4", "NVIDIA L4", r"(NVIDIA )?L4",
+         "8.9", False, 24, 300, 121, 242.5, None, "NVIDIA L4 datasheet (sparse figures halved)"),
+    Spec("l40s", "NVIDIA L40S", r"(NVIDIA )?L40S",
+         "8.9", False, 48, 864, 362.05, 733, None, "NVIDIA L40S datasheet"),
+    Spec("a100", "NVIDIA A100-SXM4-80GB", r"(NVIDIA )?A100-SXM4-80GB",
+         "8.0", False, 80, 2039, 312, None, None, "NVIDIA A100 datasheet"),
+    Spec("h100", "NVIDIA H100 80GB HBM3", r"(NVIDIA )?H100 80GB HBM3",
+         "9.0", False, 80, 3350, 989.5, 1979, None, "NVIDIA H100 datasheet (SXM, sparse halved)"),
+    Spec("h100-pcie", "NVIDIA H100 PCIe", r"(NVIDIA )?H100 PCIe",
+         "9.0", False, 80, 2000, 756, 1513, None, "NVIDIA H100 PCIe datasheet (sparse halved)"),
+    Spec("h200", "NVIDIA H200", r"(NVIDIA )?H200",
+         "9.0", False, 141, 4800, 989.5, 1979, None, "NVIDIA H200 datasheet (SXM, sparse halved)"),
+)  # fmt: skip
+
+
+def spec_of_gpu(name: str) -> Spec | None:
+    """Figures of the GPU that reports this name; a laptop or MIG variant matches nothing."""
+    return next((s for s in SPECS if re.fullmatch(s.pattern, name.strip())), None)
+
+
+def spec_of_jetson(identity: str, memory_bytes: int | None) -> Spec | None:
+    """Figures of the Jetson with these model and compatible strings and this much memory.
+
+    Returns ``None`` when the memory that would decide between two modules is not known.
+    """
+    jetsons = [spec for spec in SPECS if spec.name.startswith("NVIDIA Jetson")]
+    fitting = [spec for spec in jetsons if re.search(spec.pattern, identity)]
+    if len(fitting) <= 1 or memory_bytes is None:
+        return fitting[0] if len(fitting) == 1 else None
+    return min(fitting, key=lambda spec: abs(spec.memory_gib - memory_bytes / GIB))
+
+
+def spec_named(key: str) -> Spec:
+    """The row of a name.
+
+    Raises:
+        ConfigError: no such row; the message suggests the nearest and lists all.
+    """
+    wanted = key.strip().lower()
+    found = next((spec for spec in SPECS if spec.key == wanted), None)
+    if found is not None:
+        return found
+    keys = [spec.key for spec in SPECS]
+    near = difflib.get_close_matches(wanted, keys, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ConfigError(f"unknown device {key!r}: {hint}known devices are {', '.join(keys)}")

@@ -1,0 +1,242 @@
+"""Pictures to patches: Molmo 1's image processor for transformers 5, in torch alone.
+
+Knows nothing of text. The picture arrives as RGB, 8 bits; the caller has checked it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+
+from molmo_edge.errors import ConfigError, ImageError, MissingDependencyError
+from molmo_edge.molmo.tiling import (
+    BASE,
+    DEFAULT_MAX_CROPS,
+    GRID,
+    MARGIN,
+    PATCH,
+    POOLED,
+    STRIDE,
+    Layout,
+    fit,
+    layout_for,
+)
+
+Resize = Literal["torch", "tensorflow", "fast"]
+RESIZES: tuple[Resize, ...] = ("torch", "tensorflow", "fast")
+
+# CLIP's, from the OpenAI checkpoint that Molmo's tower was started from.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+# The model's geometry is fixed; a preprocessor_config.json that says otherwise is refused.
+_FIXED: Mapping[str, object] = {
+    "overlap_margins": [MARGIN, MARGIN],
+    "base_image_input_size": [BASE, BASE],
+    "image_token_length_w": POOLED,
+    "image_token_length_h": POOLED,
+    "image_patch_size": PATCH,
+    "image_padding_mask": True,
+    "do_normalize": True,
+}
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """One preprocessed picture.
+
+    Attributes:
+        images: (n_crops + 1, 576, 588) float32, normalised patch pixels in (row, column, channel)
+            order; the global view first.
+        image_masks: (n_crops + 1, 576) float32, share of each patch that is picture; grid crops
+            first and the last row -1, as the reference pads it.
+        layout: tokens and positions.
+    """
+
+    images: torch.Tensor
+    image_masks: torch.Tensor
+    layout: Layout
+
+
+class MolmoImageProcessor(BaseImageProcessor):  # type: ignore[misc]
+    """Reads the hub's `preprocessor_config.json`.
+
+    Args:
+        max_crops: most crops of the grid, 12 in the released checkpoints.
+        resize: ``"torch"`` (float32, within 5e-4 of TensorFlow's in normalised units),
+            ``"tensorflow"`` (what the model was trained with; needs the extra ``tf``) or ``"fast"``
+            (resizes 8-bit values, off by up to one grey level, 0.0153 normalised).
+    """
+
+    model_input_names = ["images", "image_masks", "image_input_idx"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        max_crops: int = DEFAULT_MAX_CROPS,
+        resize: Resize = "torch",
+        image_mean: tuple[float, ...] | None = None,
+        image_std: tuple[float, ...] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for name, expected in _FIXED.items():
+            given = kwargs.pop(name, expected)
+            given = list(given) if isinstance(given, tuple) else given
+            if isinstance(expected, list) and isinstance(given, int):
+                given = [given, given]
+            if given != expected:
+                raise ConfigError(
+                    f"Image processor option {name} must be {expected} for Molmo 1, not {given}."
+                )
+            setattr(self, name, expected)
+        super().__init__(**kwargs)
+        if isinstance(max_crops, bool) or not isinstance(max_crops, int) or max_crops < 1:
+            raise ConfigError(f"max_crops must be a whole number of at least 1, not {max_crops}.")
+        if resize not in RESIZES:
+            raise ConfigError(f"resize must be one of {', '.join(RESIZES)}, not '{resize}'.")
+        self.max_crops = max_crops
+        self.resize = resize
+        self.image_mean = list(image_mean or MEAN)
+        self.image_std = list(image_std or STD)
+
+    def layout(self, image: Image.Image | npt.NDArray[np.uint8]) -> Layout:
+        """Where the features of a picture will go; costs no pixel work."""
+        width, height = (
+            image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
+        )
+        return layout_for(height, width, self.max_crops)
+
+    def inputs(self, image: Image.Image | npt.NDArray[np.uint8]) -> ImageInputs:
+        """One RGB picture (PIL, or H×W×3 uint8) to patches. Raises ImageError for other arrays."""
+        pixels = _pixels(image)
+        height, width = pixels.shape[:2]
+        layout = layout_for(height, width, self.max_crops)
+        images = torch.empty((layout.n_crops + 1, GRID * GRID, PATCH * PATCH * 3))
+        self._view(pixels, (BASE, BASE), images[:1], 1, 1)
+        box = self._view(pixels, layout.pixel_shape, images[1:], layout.rows, layout.cols)
+        masks = torch.full((layout.n_crops + 1, GRID * GRID), -1.0)
+        masks[:-1] = _mask(box, layout)
+        return ImageInputs(images, masks, layout)
+
+    def preprocess(
+        self,
+        images: Any,
+        *,
+        max_crops: int | None = None,
+        return_tensors: str | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """transformers' interface: one picture (or a list of one) to the three model inputs.
+
+        `image_input_idx` counts from the first image token; a processor adds what stands before.
+        """
+        image = images[0] if isinstance(images, list | tuple) and len(images) == 1 else images
+        done = self.with_options(max_crops=max_crops, resize=kwargs.get("resize")).inputs(image)
+        return BatchFeature(
+            {
+                "images": done.images,
+                "image_masks": done.image_masks,
+                "image_input_idx": torch.from_numpy(done.layout.input_idx),
+            }
+        )
+
+    __call__ = preprocess
+
+    def with_options(
+        self, *, max_crops: int | None = None, resize: Resize | None = None
+    ) -> MolmoImageProcessor:
+        """Itself, or a copy with these options for one request."""
+        if max_crops in (None, self.max_crops) and resize in (None, self.resize):
+            return self
+        return MolmoImageProcessor(
+            max_crops=self.max_crops if max_crops is None else max_crops,
+            resize=resize or self.resize,
+            image_mean=tuple(self.image_mean),
+            image_std=tuple(self.image_std),
+        )
+
+    def _view(
+        self,
+        pixels: npt.NDArray[np.uint8],
+        canvas_shape: tuple[int, int],
+        out: torch.Tensor,
+        rows: int,
+        cols: int,
+    ) -> tuple[int, int, int, int]:
+        """Resizes and pads into a canvas, and cuts it into `rows` × `cols` crops of patches."""
+        box = top, left, height, width = fit(*pixels.shape[:2], canvas_shape)
+        mean = torch.tensor(self.image_mean)
+        std = torch.tensor(self.image_std)
+        # Padding is 0 before normalising.
+        canvas = (-mean / std).repeat(canvas_shape[0], canvas_shape[1], 1)
+        inside = canvas[top : top + height, left : left + width]
+        torch.sub(_resized(pixels, (height, width), self.resize), mean, out=inside).div_(std)
+        line = canvas_shape[1] * 3
+        crops = canvas.as_strided(
+            (rows, cols, GRID, GRID, PATCH, PATCH, 3),
+            (STRIDE * line, STRIDE * 3, PATCH * line, PATCH * 3, line, 3, 1),
+        )
+        out.view(crops.shape).copy_(crops)
+        return box
+
+
+def _pixels(image: Image.Image | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    if isinstance(image, Image.Image):
+        image = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    if isinstance(image, torch.Tensor):
+        image = image.numpy()
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+        raise ImageError("The picture must be a PIL image or an array of uint8.")
+    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ImageError(f"The picture must be of shape height × width × 3, not {image.shape}.")
+    return image
+
+
+def _resized(pixels: npt.NDArray[np.uint8], size: tuple[int, int], how: Resize) -> torch.Tensor:
+    """Bilinear with antialias, (height, width, 3) float32 in 0..1."""
+    if how == "tensorflow":
+        return _resized_by_tensorflow(pixels, size)
+    # Pillow's buffer is read-only; torch only reads it, but warns.
+    source = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
+    # A channels-last view: the resize kernels vectorise over it, and no transposed copy is made.
+    source = source.permute(2, 0, 1).unsqueeze(0)
+    if how == "torch":
+        source = source.to(torch.float32, memory_format=torch.channels_last)
+    done = F.interpolate(source, size=size, mode="bilinear", antialias=True, align_corners=False)
+    scaled = done.to(torch.float32).div_(255.0)
+    return scaled.squeeze(0).permute(1, 2, 0).clamp_(0.0, 1.0)
+
+
+def _resized_by_tensorflow(pixels: npt.NDArray[np.uint8], size: tuple[int, int]) -> torch.Tensor:
+    try:
+        import tensorflow as tf
+    except ImportError as exc:
+        raise MissingDependencyError(
+            'resize="tensorflow" needs TensorFlow: pip install "molmo-edge[tf]".'
+        ) from exc
+    source = tf.image.convert_image_dtype(tf.constant(pixels), dtype=tf.float32)
+    done = tf.image.resize(source, size, method="bilinear", antialias=True)
+    return torch.from_numpy(tf.clip_by_value(done, 0.0, 1.0).numpy().copy())
+
+
+def _mask(box: tuple[int, int, int, int], layout: Layout) -> torch.Tensor:
+    """Share of each patch that is picture, (n_crops, 576): the picture is one rectangle."""
+    top, left, height, width = box
+
+    def covered(start: int, length: int, crops: int) -> npt.NDArray[np.int64]:
+        edge = np.arange(crops)[:, None] * STRIDE + np.arange(GRID)[None, :] * PATCH
+        return np.clip(
+            np.minimum(edge + PATCH, start + length) - np.maximum(edge, start), 0, PATCH
+        )
+
+    down, across = covered(top, height, layout.rows), covered(left, width, layout.cols)
+    area = down[:, None, :, None] * across[None, :, None, :]
+    share = area.astype(np.float32) / np.float32(PATCH * PATCH)
+    return torch.from_numpy(share.reshape(layout.n_crops, GRID * GRID))

@@ -1,0 +1,246 @@
+"""The yardstick's way to read a checkpoint: the hub's files, every tensor checked, float32.
+
+Strict on purpose: a tensor that is missing, of another shape or not accounted for would make the
+yardstick measure something else than the checkpoint. It knows nothing about how tensors are used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from molmo_edge.errors import ModelError
+
+TEXT = "model.transformer."
+VISION = "model.vision_backbone."
+VIT = VISION + "image_vit."
+POOL = VISION + "image_pooling_2d."
+PROJECTOR = VISION + "image_projector."
+BLOCKS = TEXT + "blocks."
+VIT_BLOCKS = VIT + "transformer.resblocks."
+
+VIT_HEAD = 64  # head size of the vision tower and of the pooling; checkpoints do not say
+NEW_TOKENS = 128  # rows of `new_embedding`; checkpoints do not say
+OLDEST_STATE = 9  # the features use the tower's hidden states -2 and -9
+
+# What `config.json` may say where this module computes one thing only.
+FIXED = {
+    "model_type": "molmo",
+    "layer_norm_type": "rms",
+    "clip_qkv": None,
+    "weight_tying": False,
+    "rope_scaling": None,
+}
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The language model as `config.json` states it.
+
+    `ff` counts both halves of `ff_proj`; `vocabulary` is the number of logits.
+    """
+
+    width: int
+    ff: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    rope_theta: float
+    eps: float
+    qkv_bias: bool
+    qk_norm: bool
+    norm_after: bool
+
+    @property
+    def head(self) -> int:
+        return self.width // self.heads
+
+
+def read_checkpoint(folder: Path) -> tuple[TextConfig, dict[str, torch.Tensor]]:
+    """Config and float32 tensors by their names on the hub.
+
+    Raises ModelError when a file or tensor is missing, broken, of another shape, or of a layout
+    that the yardstick does not compute.
+    """
+    config = _text_config(_read_json(folder / "config.json"))
+    weights: dict[str, torch.Tensor] = {}
+    for file in _weight_files(folder):
+        weights.update(_read_tensors(file))
+    shapes = _shapes(config, weights)
+    _refuse("lacks", sorted(shapes.keys() - weights.keys()))
+    _refuse("has unknown", sorted(weights.keys() - shapes.keys()))
+    _refuse("has wrong shapes in", sorted(n for n in shapes if weights[n].shape != shapes[n]))
+    return config, weights
+
+
+def count_blocks(weights: Mapping[str, torch.Tensor], prefix: str) -> int:
+    """How many blocks are named `prefix` + number."""
+    names = (name.removeprefix(prefix) for name in weights if name.startswith(prefix))
+    return len({name.split(".")[0] for name in names})
+
+
+def _refuse(problem: str, names: list[str]) -> None:
+    if names:
+        raise ModelError(
+            f"The checkpoint {problem} {len(names)} tensors, first '{names[0]}'. Expected is a "
+            "dense, unquantised Molmo 1 with the hub's tensor names that matches its config.json."
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"'{path}' is missing. A checkpoint folder holds config.json and *.safetensors."
+        ) from None
+    except (OSError, ValueError) as exc:
+        raise ModelError(f"'{path}' cannot be read as JSON. Download it again.") from exc
+    if not isinstance(found, dict):
+        raise ModelError(f"'{path}' must hold a JSON object.")
+    return found
+
+
+def _text_config(found: Mapping[str, Any]) -> TextConfig:
+    for key, wanted in FIXED.items():
+        value = found.get(key, None if key == "model_type" else wanted)
+        if value != wanted:
+            raise ModelError(
+                f"config.json says {key}={json.dumps(value)}; the yardstick computes only "
+                f"{json.dumps(wanted)}. Use a dense Molmo 1: 7B-D, 7B-O or 72B."
+            )
+
+    def number(key: str, kind: type[int] | type[float], default: Any = None) -> Any:
+        value = found.get(key) if found.get(key) is not None else default
+        allowed = int if kind is int else (int, float)
+        if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value < math.inf:
+            what = "whole number" if kind is int else "number"
+            raise ModelError(f"config.json must give {key} as a {what} above 0.")
+        return kind(value)
+
+    heads = number("num_attention_heads", int)
+    config = TextConfig(
+        width=number("hidden_size", int),
+        ff=number("intermediate_size", int),
+        layers=number("num_hidden_layers", int),
+        heads=heads,
+        kv_heads=number("num_key_value_heads", int, default=heads),
+        vocabulary=number("embedding_size", int, default=found.get("vocab_size")),
+        rope_theta=number("rope_theta", float),
+        eps=number("layer_norm_eps", float),
+        qkv_bias=bool(found.get("qkv_bias", False)),
+        qk_norm=bool(found.get("attention_layer_norm", False)),
+        norm_after=bool(found.get("norm_after", False)),
+    )
+    if config.width % (2 * heads) or heads % config.kv_heads or config.ff % 2:
+        raise ModelError(
+            "config.json does not fit together: hidden_size must be a multiple of twice "
+            "num_attention_heads, num_attention_heads of num_key_value_heads, and "
+            "intermediate_size must be even."
+        )
+    return config
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ModelError(f"'{folder}' holds no *.safetensors. Finish the download.")
+        return files
+    shards = _read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ModelError(f"'{index}' has no weight_map from tensor names to file names.")
+    return [folder / name for name in sorted(set(shards.values()))]
+
+
+def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    tensors = {}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():
+                tensor = opened.get_tensor(name)
+                if tensor.dtype not in FLOATS:
+                    raise ModelError(
+                        f"'{name}' is stored as {str(tensor.dtype).removeprefix('torch.')}. The "
+                        "yardstick reads float32, bfloat16 and float16, not quantised weights."
+                    )
+                tensors[name] = tensor.to(torch.float32)
+    except FileNotFoundError:
+        raise ModelError(f"'{file}' is missing. Finish the download.") from None
+    except (OSError, SafetensorError) as exc:
+        raise ModelError(f"'{file}' is no readable safetensors file. Download it again.") from exc
+    return tensors
+
+
+def _shapes(config: TextConfig, weights: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the checkpoint. The vision tower's sizes are read off its own tensors."""
+
+    def rows(name: str) -> int:
+        if name not in weights or weights[name].ndim == 0:
+            _refuse("lacks", [name])
+        return int(weights[name].shape[0])
+
+    width, head, half = config.width, config.head, config.ff // 2
+    kv = config.kv_heads * head
+    shapes: dict[str, tuple[int, ...]] = {
+        TEXT + "wte.embedding": (config.vocabulary, width),
+        TEXT + "wte.new_embedding": (NEW_TOKENS, width),
+        TEXT + "ln_f.weight": (width,),
+        TEXT + "ff_out.weight": (config.vocabulary, width),
+    }
+    for i in range(config.layers):
+        block: dict[str, tuple[int, ...]] = {
+            "att_proj.weight": (width + 2 * kv, width),
+            "attn_out.weight": (width, width),
+            "ff_proj.weight": (config.ff, width),
+            "ff_out.weight": (width, half),
+            "attn_norm.weight": (width,),
+            "ff_norm.weight": (width,),
+        }
+        if config.qkv_bias:
+            block["att_proj.bias"] = (width + 2 * kv,)
+        if config.qk_norm:
+            block |= {"q_norm.weight": (width,), "k_norm.weight": (kv,)}
+        shapes |= {f"{BLOCKS}{i}.{name}": shape for name, shape in block.items()}
+
+    vit, pooled = rows(VIT + "class_embedding"), rows(POOL + "wo.weight")
+    vit_blocks = count_blocks(weights, VIT_BLOCKS)
+    if vit % VIT_HEAD or pooled % VIT_HEAD or vit_blocks < OLDEST_STATE:
+        raise ModelError(
+            f"The vision tower has width {vit}, pooled width {pooled} and {vit_blocks} blocks; "
+            f"widths must be multiples of {VIT_HEAD} and at least {OLDEST_STATE} blocks are used."
+        )
+    shapes |= {
+        VIT + "class_embedding": (vit,),
+        VIT + "positional_embedding": (577, vit),
+        VIT + "patch_embedding.weight": (vit, 588),
+        VIT + "pre_ln.weight": (vit,),
+        VIT + "pre_ln.bias": (vit,),
+        VISION + "pad_embed": (2, 2 * vit),
+        PROJECTOR + "w1.weight": (half, pooled),
+        PROJECTOR + "w3.weight": (half, pooled),
+        PROJECTOR + "w2.weight": (width, half),
+    }
+    linears = {POOL + name: (pooled, 2 * vit) for name in ("wq", "wk", "wv")}
+    linears[POOL + "wo"] = (pooled, pooled)
+    for i in range(vit_blocks):
+        prefix = f"{VIT_BLOCKS}{i}."
+        hidden = rows(prefix + "feed_forward.w1.weight")
+        linears |= {f"{prefix}attention.{name}": (vit, vit) for name in ("wq", "wk", "wv", "wo")}
+        linears[prefix + "feed_forward.w1"] = (hidden, vit)
+        linears[prefix + "feed_forward.w2"] = (vit, hidden)
+        for name in ("attention_norm", "ffn_norm"):
+            shapes |= {f"{prefix}{name}.weight": (vit,), f"{prefix}{name}.bias": (vit,)}
+    for name, shape in linears.items():
+        shapes |= {name + ".weight": shape, name + ".bias": shape[:1]}
+    return shapes

@@ -1,0 +1,221 @@
+"""The yardstick's preprocessing: one picture to crops, masks, positions and image tokens.
+
+Slow, obvious NumPy on purpose. It shares no code with the processor that the engine uses, so that
+a mistake in one is not repeated in the other. It knows nothing about text, files or torch.
+
+Geometry and constants as published with AllenAI's Molmo-7B-D-0924, -7B-O-0924 and -72B-0924. A
+crop is 336 x 336 pixels: 24 x 24 patches, which the model pools 2 x 2 to 12 x 12 features. Crops
+of the tiling overlap, one starts every 224 pixels; of the overlap each neighbour keeps one half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+
+from molmo_edge.errors import ImageError, InputError
+
+Array = npt.NDArray[np.generic]
+FloatArray = npt.NDArray[np.float32]
+
+CROP = 336  # side of a crop, pixels
+PATCH = 14  # side of a patch, pixels
+STRIDE = 224  # from one crop of the tiling to the next, pixels
+OVERLAP = CROP - STRIDE  # shared with the next crop, pixels
+POOLED = CROP // PATCH // 2  # pooled features along one side of a crop
+POOLED_STRIDE = STRIDE // PATCH // 2
+POOLED_DROP = OVERLAP // PATCH // 4  # half of the overlap, in pooled features
+DROPPED = -100  # `image_input_idx` of a feature that belongs to the neighbour
+
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # CLIP's, RGB
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids of ``<im_start>``, ``<im_end>``, ``<im_patch>`` and ``<im_col>`` in a tokenizer."""
+
+    start: int
+    end: int
+    patch: int
+    col: int
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceInputs:
+    """One picture as the model takes it. Arrays are copied and read-only.
+
+    Attributes:
+        image_tokens: (n,) int64, both views, without BOS and text.
+        images: (1 + crops, 576, 588) float32, normalised patches, each flattened as (row, column,
+            channel); the global view first, then the crops in row-major order.
+        image_masks: (1 + crops, 576) float32, share of each patch that shows the picture. Rows
+            are those of the crops, then one of -1: the published code pads at the end although
+            the global view is first, and the weights were trained with that.
+        image_input_idx: (1 + crops, 144) int32, where each pooled feature goes in a sequence that
+            has BOS in front; -100 where it is dropped.
+
+    Raises InputError when the shapes do not fit.
+    """
+
+    image_tokens: Array
+    images: FloatArray
+    image_masks: FloatArray
+    image_input_idx: Array
+
+    def __post_init__(self) -> None:
+        views = max(len(self.images), 1)
+        shapes = {"images": (views, 576, 588), "image_masks": (views, 576)}
+        shapes["image_input_idx"] = (views, 144)
+        for name, shape in shapes.items():
+            found = getattr(self, name).shape
+            if found != shape:
+                raise InputError(f"{name} must have shape {shape}, not {found}.")
+        for field in fields(self):
+            array = getattr(self, field.name).copy()
+            array.setflags(write=False)
+            object.__setattr__(self, field.name, array)
+
+
+def select_tiling(height: int, width: int, max_crops: int) -> tuple[int, int]:
+    """Rows and columns of crops for a picture of that size in pixels."""
+    tilings = [
+        (rows, columns)
+        for rows in range(1, max_crops + 1)
+        for columns in range(1, max_crops + 1)
+        if rows * columns <= max_crops
+    ]
+    tilings.sort(key=lambda tiling: (tiling[0] * tiling[1], tiling[0]))  # ties: first wins
+    with np.errstate(divide="ignore"):  # a side of exactly 112 pixels never limits: infinite
+        scales = np.array(
+            [
+                min(
+                    np.float32(rows * STRIDE) / np.float32(height - OVERLAP),
+                    np.float32(columns * STRIDE) / np.float32(width - OVERLAP),
+                )
+                for rows, columns in tilings
+            ],
+            np.float32,
+        )
+    if np.all(scales < 1):
+        return tilings[int(np.argmax(scales))]  # shrink as little as possible
+    return tilings[int(np.argmin(np.where(scales < 1, np.float32(1e10), scales)))]
+
+
+def _resize_rows(picture: FloatArray, size: int) -> FloatArray:
+    """Triangle filter along axis 0; made wider when shrinking, so that nothing is skipped."""
+    scale = len(picture) / size
+    reach = max(scale, 1.0)
+    out = np.empty((size, *picture.shape[1:]), np.float32)
+    for row in range(size):
+        centre = (row + 0.5) * scale
+        first = max(int(np.floor(centre - reach)), 0)
+        last = min(int(np.ceil(centre + reach)), len(picture))
+        weights = 1.0 - np.abs(np.arange(first, last) + 0.5 - centre) / reach
+        weights = np.maximum(weights, 0.0)
+        weights /= weights.sum()
+        out[row] = np.tensordot(weights.astype(np.float32), picture[first:last], axes=1)
+    return out
+
+
+def resize(picture: FloatArray, height: int, width: int) -> FloatArray:
+    """(h, w, 3) float32 in [0, 1] to (height, width, 3): bilinear with antialias, clipped."""
+    tall = _resize_rows(picture, height)
+    turned = np.ascontiguousarray(tall.swapaxes(0, 1))
+    return np.clip(_resize_rows(turned, width).swapaxes(0, 1), 0.0, 1.0)
+
+
+def _fit(picture: FloatArray, height: int, width: int) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
+    """The whole picture, centred on a canvas: normalised pixels, and where the picture is."""
+    own_height, own_width = np.float32(picture.shape[0]), np.float32(picture.shape[1])
+    # In float32, like the original: the rounding now and then decides a size.
+    scale = min(np.float32(height) / own_height, np.float32(width) / own_width)
+    new_height = max(int(own_height * scale), 1)
+    new_width = max(int(own_width * scale), 1)
+    top, left = (height - new_height) // 2, (width - new_width) // 2
+    inside = slice(top, top + new_height), slice(left, left + new_width)
+    canvas = np.zeros((height, width, 3), np.float32)
+    canvas[inside] = resize(picture, new_height, new_width)
+    shown = np.zeros((height, width), np.bool_)
+    shown[inside] = True
+    return (canvas - MEAN) / STD, shown
+
+
+def _patches(crop: Array) -> Array:
+    """(336, 336, ...) to (576, values): patches in row-major order, each one flattened."""
+    starts = range(0, CROP, PATCH)
+    return np.stack(
+        [crop[y : y + PATCH, x : x + PATCH].reshape(-1) for y in starts for x in starts]
+    )
+
+
+def _view_tokens(ids: SpecialTokens, rows: int, columns: int) -> list[int]:
+    return [ids.start, *([ids.patch] * columns + [ids.col]) * rows, ids.end]
+
+
+def _kept(index: int, count: int) -> slice:
+    """Which pooled rows (or columns) crop `index` of `count` in a line keeps."""
+    first = 0 if index == 0 else POOLED_DROP
+    last = POOLED if index == count - 1 else POOLED - POOLED_DROP
+    return slice(first, last)
+
+
+def preprocess(image: Array, token_ids: SpecialTokens, max_crops: int = 12) -> ReferenceInputs:
+    """One picture, (height, width, 3) uint8 RGB, as the model takes it.
+
+    Raises ImageError for any other array and InputError for `max_crops` below 1.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
+        raise ImageError(
+            "The reference takes pictures as (height, width, 3) uint8 RGB, at least one pixel; "
+            f"this one is {image.dtype} of shape {image.shape}."
+        )
+    if max_crops < 1:
+        raise InputError(f"max_crops must be at least 1, not {max_crops}.")
+    picture = image.astype(np.float32) / np.float32(255)
+    rows, columns = select_tiling(image.shape[0], image.shape[1], max_crops)
+
+    whole, _ = _fit(picture, CROP, CROP)
+    tiled, shown = _fit(picture, rows * STRIDE + OVERLAP, columns * STRIDE + OVERLAP)
+
+    grid_rows = rows * POOLED_STRIDE + POOLED - POOLED_STRIDE
+    grid_columns = columns * POOLED_STRIDE + POOLED - POOLED_STRIDE
+    tokens = np.array(
+        _view_tokens(token_ids, POOLED, POOLED) + _view_tokens(token_ids, grid_rows, grid_columns),
+        np.int64,
+    )
+    places = np.flatnonzero(tokens == token_ids.patch) + 1  # + 1: BOS
+    grid = places[POOLED * POOLED :].reshape(grid_rows, grid_columns)
+
+    images, masks = [_patches(whole)], []
+    positions = [places[: POOLED * POOLED]]
+    for row in range(rows):
+        for column in range(columns):
+            y, x = row * STRIDE, column * STRIDE
+            images.append(_patches(tiled[y : y + CROP, x : x + CROP]))
+            share = _patches(shown[y : y + CROP, x : x + CROP]).astype(np.float32).mean(axis=-1)
+            masks.append(share)
+            y, x = row * POOLED_STRIDE, column * POOLED_STRIDE
+            window = grid[y : y + POOLED, x : x + POOLED]
+            keep = _kept(row, rows), _kept(column, columns)
+            position = np.full((POOLED, POOLED), DROPPED)
+            position[keep] = window[keep]
+            positions.append(position.reshape(-1))
+    masks.append(np.full(len(masks[0]), -1, np.float32))
+    return ReferenceInputs(
+        image_tokens=tokens,
+        images=np.stack(images).astype(np.float32),
+        image_masks=np.stack(masks).astype(np.float32),
+        image_input_idx=np.stack(positions).astype(np.int32),
+    )
+
+
+def sequence(
+    inputs: ReferenceInputs | None, text_ids: Sequence[int], bos_id: int
+) -> npt.NDArray[np.int64]:
+    """BOS, the picture's tokens if there is one, the text's: (n,) int64."""
+    image_ids = [] if inputs is None else inputs.image_tokens.tolist()
+    return np.array([bos_id, *image_ids, *text_ids], np.int64)

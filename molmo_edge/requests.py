@@ -1,0 +1,140 @@
+"""What a caller asks: `Request`, its options, and their way into turns and `Sampling`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from molmo_edge.engine.seam import Turn
+from molmo_edge.errors import ImageError, PromptError, SamplingError
+from molmo_edge.images import ImageLike, ImageLimits, load
+from molmo_edge.sampling import DEFAULT_MAX_TOKENS, Sampling, check_timeout
+
+
+class Options(TypedDict, total=False):
+    """Options of one request; see `Sampling` for the first eight.
+
+    max_crops: high-resolution crops of the picture, at least 1; fewer answer sooner.
+    timeout: seconds for the whole request, queue, prefill and decode.
+    """
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int | None
+    stop: Sequence[str] | str
+    logprobs: int | None
+    json_schema: Mapping[str, Any] | None
+    ignore_eos: bool
+    max_crops: int | None
+    timeout: float | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One item of a batch: a picture (or None), a text, and options as in `Options`."""
+
+    image: ImageLike | None
+    text: str
+    max_tokens: int = DEFAULT_MAX_TOKENS
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: Sequence[str] | str = ()
+    logprobs: int | None = None
+    json_schema: Mapping[str, Any] | None = None
+    ignore_eos: bool = False
+    max_crops: int | None = None
+    timeout: float | None = None
+
+    def options(self) -> Options:
+        """Its options as keyword arguments."""
+        names = Options.__annotations__
+        return Options(**{name: getattr(self, name) for name in names})  # type: ignore[typeddict-item]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Options taken apart and checked."""
+
+    sampling: Sampling
+    max_crops: int | None
+    timeout: float | None
+
+
+def check_options(options: Mapping[str, Any], most_crops: int) -> Asked:
+    """Raises SamplingError for an unknown name or a wrong value.
+
+    `most_crops` is the engine's own `max_crops`, which its memory was planned for.
+    """
+    for name in options:
+        if name not in Options.__annotations__:
+            near = difflib.get_close_matches(name, Options.__annotations__, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise SamplingError(f"Unknown option {name}.{hint}")
+    names = {field.name for field in dataclasses.fields(Sampling)}
+    max_crops = options.get("max_crops")
+    if max_crops is not None and (
+        isinstance(max_crops, bool)
+        or not isinstance(max_crops, int)
+        or not 1 <= max_crops <= most_crops
+    ):
+        raise SamplingError(
+            f"max_crops must be a whole number from 1 to the engine's {most_crops}; build "
+            "EdgeVLM with a higher max_crops for more."
+        )
+    return Asked(
+        sampling=Sampling(**{name: options[name] for name in names if name in options}),
+        max_crops=max_crops,
+        timeout=check_timeout(options.get("timeout")),
+    )
+
+
+def single_turn(image: ImageLike | None, text: str, limits: ImageLimits) -> list[Turn]:
+    """One user turn. Raises ImageError for a picture that cannot be used."""
+    images = () if image is None else (load(image, limits),)
+    return [Turn("user", text, images)]
+
+
+def turns_of(messages: Sequence[Mapping[str, Any]], limits: ImageLimits) -> list[Turn]:
+    """Chat messages to turns.
+
+    Each message is ``{"role": "user" | "assistant", "content": …}``, its content a text or a list
+    of ``{"type": "text", "text": …}`` and ``{"type": "image", "image": …}``.
+
+    Raises:
+        PromptError, ImageError.
+    """
+    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
+        raise PromptError("messages must be a list of {'role': …, 'content': …}.")
+    return [_turn(i, message, limits) for i, message in enumerate(messages, start=1)]
+
+
+def _turn(number: int, message: Mapping[str, Any], limits: ImageLimits) -> Turn:
+    if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+        raise PromptError(f"Message {number} must be a mapping with 'role' and 'content' alone.")
+    role, content = message["role"], message["content"]
+    if role not in ("user", "assistant"):
+        raise PromptError(f"Message {number}: role must be 'user' or 'assistant'.")
+    if isinstance(content, str):
+        return Turn(role, content)
+    if not isinstance(content, Sequence) or isinstance(content, bytes):
+        raise PromptError(f"Message {number}: content must be a text or a list of parts.")
+    texts, images = [], []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind == "image" and part.get("image") is not None:
+            images.append(load(part["image"], limits))
+        else:
+            raise PromptError(
+                f"Message {number}: a part must be {{'type': 'text', 'text': …}} or "
+                "{'type': 'image', 'image': …}."
+            )
+    if images and role == "assistant":
+        raise ImageError(f"Message {number}: an assistant's message cannot hold an image.")
+    return Turn(role, "\n".join(texts), tuple(images))

@@ -1,0 +1,76 @@
+"""What a request gives back: `Result` and `Metrics`, frozen values.
+
+Times are seconds on the monotonic clock, counts are tokens; unknown is None, never 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Where the time of one request went.
+
+    Attributes:
+        queue_s: from the end of preprocessing until the engine took the request; waiting for a free
+            sequence inside vLLM's scheduler counts as time to first token.
+        preprocess_s: tokenising, decoding and cropping, in the caller's thread.
+        ttft_s: time to first token, from the call on, preprocessing and queue included.
+        itl_s: inter-token latencies, one for each token after the first; tokens that arrive
+            together (speculation) share one gap: the first of them has it, the others 0.
+        tpot_s: mean time per output token after the first.
+        e2e_s: the whole request, from the call to its last token.
+        prompt_tokens: prompt length, image tokens included.
+        image_tokens: tokens of the prompt that belong to the picture.
+        output_tokens: generated tokens, the end-of-text token included.
+        cached_tokens: prompt tokens found in the prefix cache.
+        output_tps: decode speed: tokens after the first ÷ their time.
+        request_tps: output tokens ÷ e2e_s, the "tok/s" of HTTP-style reports.
+        energy_j: joules used by the device meanwhile; None without a power sensor.
+    """
+
+    queue_s: float | None = None
+    preprocess_s: float | None = None
+    ttft_s: float | None = None
+    itl_s: tuple[float, ...] = ()
+    tpot_s: float | None = None
+    e2e_s: float | None = None
+    prompt_tokens: int | None = None
+    image_tokens: int | None = None
+    output_tokens: int = 0
+    cached_tokens: int | None = None
+    output_tps: float | None = None
+    request_tps: float | None = None
+    energy_j: float | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished answer.
+
+    Attributes:
+        text: the answer, without the leading space that Molmo starts with.
+        finish_reason: ``"stop"`` (end of text or a stop text) or ``"length"`` (`max_tokens` or the
+            context is used up).
+        token_ids: generated tokens, the end-of-text token included when it was generated.
+        logprobs: natural-log probability of each generated token under the model's raw
+            distribution, aligned with `token_ids`; None unless asked for.
+        top_logprobs: for each generated token, token id → log-probability of the most likely ones;
+            None unless more than one was asked for.
+        metrics: where the time went.
+        environment: versions and settings that produced it (vLLM, torch, transformers, model, …).
+    """
+
+    text: str
+    finish_reason: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...] | None = None
+    top_logprobs: tuple[Mapping[int, float], ...] | None = None
+    metrics: Metrics = Metrics()
+    environment: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return self.text
