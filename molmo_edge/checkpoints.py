@@ -32,7 +32,7 @@ def locate(model: str, cache_dir: Path) -> Path:
         return ensure_stub(cache_dir)
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return folder.resolve()
+        return folder.absolute()
     if not _HUB_NAME.fullmatch(model) or folder.exists():
         raise ModelError(
             f"'{model}' is not a folder. Give a checkpoint folder, a hub name such as "

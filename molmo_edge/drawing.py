@@ -1,9 +1,9 @@
 """Numbered markers on a copy of a picture.
 
-A marker is a dot with a white and a black ring, a number is white on black with a white rim: both
-stand out from any background. Sizes follow the picture's; numbers keep clear of dots and of each
-other as far as there is room, with a line to a dot they had to leave. This module knows nothing
-about where the points come from.
+A marker is a coloured dot with a white and a black ring, a number stands white on black: both show
+on any background. Sizes follow the picture's and shrink when there are many points. A number never
+covers a dot or another number; one that has to stand apart is tied to its dot by a line, and both
+have the same colour. This module knows nothing about where the points come from.
 """
 
 from __future__ import annotations
@@ -16,14 +16,25 @@ from PIL import Image, ImageDraw, ImageFont, features
 
 from molmo_edge.images import DEFAULT_LIMITS, ImageLike, ImageLimits, load
 
-_DOT = (255, 0, 110)
+# Neighbours in the list differ strongly, so that neighbouring numbers can be told apart.
+_COLOURS = (
+    (255, 0, 110),
+    (0, 220, 60),
+    (60, 130, 255),
+    (255, 190, 0),
+    (190, 60, 255),
+    (0, 215, 225),
+    (255, 95, 30),
+    (170, 225, 20),
+)
 _WHITE = (255, 255, 255)
 _BLACK = (0, 0, 0)
 _FINE = 4  # shapes are drawn this much larger and scaled down, for smooth edges
 _CROWD = 8  # boxes a cell of the grid remembers; a fuller one counts as taken
 _RINGS = 10  # distances at which a place for a number is sought
-_PATIENCE = 120_000  # places tried in all, so that thousands of points take seconds, not minutes
+_PATIENCE = 60_000  # places tried in all, so that thousands of points take seconds, not minutes
 
+_Colour = tuple[int, int, int]
 _Box = tuple[int, int, int, int]  # left, top, right, bottom; the last two are outside
 _Spot = tuple[str, int, int]  # number, column, row
 
@@ -41,8 +52,8 @@ def draw_marks(
         limits: caps on the picture's bytes and pixels.
 
     Returns:
-        An upright RGB picture without metadata. A picture too small for a number (about 20 pixels
-        a side) gets dots only.
+        An upright RGB picture without metadata. A number without a free place near its dot is
+        left out: where hundreds crowd together, or in a picture of less than 34 x 34 pixels.
 
     Raises:
         ImageError: the picture cannot be used.
@@ -53,30 +64,42 @@ def draw_marks(
         (str(number), min(int(x * width), width - 1), min(int(y * height), height - 1))
         for number, x, y in marks
     ]
-    scale = min(math.sqrt(width * height), 2 * min(width, height))
-    line = max(1, round(scale * 0.0022))
-    dot = _dot(max(2, round(scale * 0.008)), line)
-    badges = _Badges(max(10, round(scale * 0.028)), line)
+    font_size, line = _sizes(len(spots), width, height)
+    badges = _Badges(font_size, line)
+    dots = [_dot(max(2, round(font_size * 0.25)), (line + 1) // 2, colour) for colour in _COLOURS]
+    half = dots[0].width // 2
+    placed = _place(spots, badges, canvas.size, half + 1 + line)
     draw = ImageDraw.Draw(canvas)
-    placed = list(_place(spots, badges, canvas.size, dot.width // 2 + 1 + line))
-    for (_, column, row), (left, top, right, bottom) in placed:
-        leader = [((left + right) // 2, (top + bottom) // 2), (column, row)]
+    for index, (left, top, right, bottom) in placed.items():
+        leader = [((left + right) // 2, (top + bottom) // 2), spots[index][1:]]
         draw.line(leader, _BLACK, 3 * line)
-        draw.line(leader, _WHITE, line)
-    for _, column, row in spots:
-        canvas.paste(dot, (column - dot.width // 2, row - dot.height // 2), dot)
-    for (number, _, _), (left, top, _, _) in placed:
-        canvas.paste(badges.draw(number), (left, top))
+        draw.line(leader, _COLOURS[index % len(_COLOURS)], line)
+    for index, (_, column, row) in enumerate(spots):
+        dot = dots[index % len(dots)]
+        canvas.paste(dot, (column - half, row - half), dot)
+    for index, box in placed.items():
+        badge = badges.draw(spots[index][0], _COLOURS[index % len(_COLOURS)])
+        canvas.paste(badge, box[:2])
     return canvas
 
 
-def _dot(radius: int, ring: int) -> Image.Image:
+def _sizes(count: int, width: int, height: int) -> tuple[int, int]:
+    """The size of the font and the width of a line, in pixels."""
+    area = width * height
+    usual = 0.028 * min(math.sqrt(area), 2 * min(width, height))
+    # The numbers may cover a seventh of the picture; one is about this many font sizes wide.
+    wide = 0.6 * (len(str(count)) + 1)
+    font_size = max(10, min(usual, math.sqrt(area / 7 / max(1, count) / wide)))
+    return round(font_size), max(1, round(font_size * 0.1))
+
+
+def _dot(radius: int, ring: int, colour: _Colour) -> Image.Image:
     side = 2 * (radius + 2 * ring) + 1
     fine = Image.new("RGBA", (side * _FINE, side * _FINE), (*_BLACK, 0))
     draw = ImageDraw.Draw(fine)
-    for inset, colour in ((0, _BLACK), (ring, _WHITE), (2 * ring, _DOT)):
+    for inset, fill in ((0, _BLACK), (ring, _WHITE), (2 * ring, colour)):
         edge = inset * _FINE
-        draw.ellipse((edge, edge, side * _FINE - 1 - edge, side * _FINE - 1 - edge), colour)
+        draw.ellipse((edge, edge, side * _FINE - 1 - edge, side * _FINE - 1 - edge), fill)
     return fine.resize((side, side), Image.Resampling.BOX)
 
 
@@ -96,12 +119,13 @@ class _Badges:
         left, _, right, _ = self._font.getbbox(number)
         return math.ceil(right - left) + 2 * self._pad, self._tall + 2 * self._pad
 
-    def draw(self, number: str) -> Image.Image:
-        """White on black with a white rim, RGB."""
+    def draw(self, number: str, colour: _Colour) -> Image.Image:
+        """White on black with a coloured rim inside a black one, RGB."""
         width, height = self.size(number)
         badge = Image.new("RGB", (width, height), _BLACK)
         draw = ImageDraw.Draw(badge)
-        draw.rectangle((0, 0, width - 1, height - 1), outline=_WHITE, width=self._line)
+        rim = self._line // 2
+        draw.rectangle((rim, rim, width - 1 - rim, height - 1 - rim), None, colour, self._line)
         left = self._font.getbbox(number)[0]
         draw.text((self._pad - left, self._pad - self._top), number, _WHITE, self._font)
         return badge
@@ -134,33 +158,34 @@ class _Taken:
 
 def _place(
     spots: list[_Spot], badges: _Badges, size: tuple[int, int], clear: int
-) -> Iterator[tuple[_Spot, _Box]]:
-    """A box for the number of every spot, ``clear`` pixels from its dot's centre or more."""
-    if not spots:
-        return
-    taken = _Taken(max(map(len, (s[0] for s in spots))) * badges.size("0")[1])
+) -> dict[int, _Box]:
+    """Boxes for the numbers of the spots, by index; ``clear`` pixels round every dot stay free."""
+    longest = max((len(number) for number, _, _ in spots), default=1)
+    taken = _Taken(badges.size("0" * longest)[0])
     for _, column, row in spots:
         taken.add((column - clear + 1, row - clear + 1, column + clear, row + clear))
+    placed: dict[int, _Box] = {}
     patience = _PATIENCE
-    for spot in spots:
-        fallback = None
-        for box in _around(spot, badges.size(spot[0]), clear):
-            if box[0] < 0 or box[1] < 0 or box[2] > size[0] or box[3] > size[1]:
-                continue
-            fallback = fallback or box
+    for index, spot in enumerate(spots):
+        width, height = badges.size(spot[0])
+        if width > size[0] or height > size[1]:
+            continue
+        for left, top in _around(spot, (width, height), clear):
+            left = min(max(left, 0), size[0] - width)
+            top = min(max(top, 0), size[1] - height)
+            box = (left, top, left + width, top + height)
             patience -= 1
             if taken.free(box):
-                fallback = box
+                taken.add(box)
+                placed[index] = box
                 break
             if patience < 0:
                 break
-        if fallback:
-            taken.add(fallback)
-            yield spot, fallback
+    return placed
 
 
-def _around(spot: _Spot, size: tuple[int, int], clear: int) -> Iterator[_Box]:
-    """Places for a number beside a spot, the nearest first, beginning at its upper right."""
+def _around(spot: _Spot, size: tuple[int, int], clear: int) -> Iterator[tuple[int, int]]:
+    """Places for a box beside a spot, the nearest first, beginning at its upper right."""
     _, column, row = spot
     width, height = size
     for ring in range(_RINGS):
@@ -168,6 +193,7 @@ def _around(spot: _Spot, size: tuple[int, int], clear: int) -> Iterator[_Box]:
             angle = math.pi / 4 * (step / (ring + 1) - 1)
             across, down = math.cos(angle), math.sin(angle)
             reach = 1 / max(abs(across), abs(down))
-            left = column + round(across * reach * (clear + width * (ring + 0.5)) - width / 2)
-            top = row + round(down * reach * (clear + height * (ring + 0.5)) - height / 2)
-            yield left, top, left + width, top + height
+            yield (
+                column + round(across * reach * (clear + width * (ring + 0.5)) - width / 2),
+                row + round(down * reach * (clear + height * (ring + 0.5)) - height / 2),
+            )

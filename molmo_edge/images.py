@@ -67,9 +67,9 @@ class ImageLimits:
     Attributes:
         max_bytes: of the encoded file; does not apply to arrays and decoded PIL images.
         max_pixels: width x height. A WebP picture must also stay within twice PIL's own
-            ``Image.MAX_IMAGE_PIXELS``, which PIL checks by itself. Decoding and converting takes 8
-            (JPEG, PNG without alpha) to 20 (WebP with alpha) bytes of memory per pixel at its
-            peak, measured with Pillow 13.
+            ``Image.MAX_IMAGE_PIXELS``, which newer Pillow checks by itself. Decoding and converting
+            takes 8 (JPEG, PNG without alpha) to 20 (WebP with alpha) bytes of memory per pixel at
+            its peak, measured with Pillow 13.
 
     Raises:
         ConfigError: a cap is not a positive whole number.

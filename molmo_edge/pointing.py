@@ -160,8 +160,10 @@ class PointResult:
     def _repr_png_(self) -> bytes | None:
         if self.image is None:
             return None
+        picture = self.draw()
+        picture.thumbnail((1280, 1280))  # a notebook keeps every picture it shows
         stream = io.BytesIO()
-        self.draw().save(stream, "PNG")
+        picture.save(stream, "PNG")
         return stream.getvalue()
 
 

@@ -93,6 +93,14 @@ def check_options(options: Mapping[str, Any], most_crops: int) -> Asked:
     )
 
 
+def check_token_ids(answer: Sequence[int]) -> list[int]:
+    """The ids as a list. Raises PromptError when there are none, or what is there is no id."""
+    ids = list(answer)
+    if not ids or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise PromptError("An answer to score is a list of at least one token id.")
+    return ids
+
+
 def single_turn(image: ImageLike | None, text: str, limits: ImageLimits) -> list[Turn]:
     """One user turn. Raises ImageError for a picture that cannot be used."""
     images = () if image is None else (load(image, limits),)

@@ -74,3 +74,20 @@ class Result:
 
     def __str__(self) -> str:
         return self.text
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely a model finds a given answer, each token following the given ones before it.
+
+    Attributes:
+        token_ids: the answer.
+        logprobs: natural-log probability of each of its tokens.
+        candidates: for each, token id → log-probability of the candidates that were asked for.
+        prompt_token_ids: what stood before the answer, image tokens included.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    candidates: tuple[Mapping[int, float], ...]
+    prompt_token_ids: tuple[int, ...]

@@ -26,6 +26,8 @@ class Sampling:
         logprobs: None, or how many log-probabilities a token to return, 1 to 20.
         json_schema: a JSON Schema that the answer must follow.
         ignore_eos: go on behind the end-of-text token; for benchmarks.
+        logprob_token_ids: tokens whose log-probabilities to return instead of the most likely
+            ones'; what `EdgeVLM.score` is made of.
 
     Raises:
         SamplingError: a value is not a number, out of range, or of the wrong type.
@@ -39,6 +41,7 @@ class Sampling:
     logprobs: int | None = None
     json_schema: Mapping[str, Any] | None = None
     ignore_eos: bool = False
+    logprob_token_ids: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         _whole("max_tokens", self.max_tokens, 1, 2**31 - 1)

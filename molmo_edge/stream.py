@@ -54,6 +54,12 @@ class Stream:
             self._wait(None)
         return self._result()
 
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...] | None:
+        """The prompt as the model got it, image tokens included; None when not known."""
+        ids = self._ticket.prompt_token_ids
+        return None if ids is None else tuple(ids)
+
     async def aresult(self) -> Result:
         """Waits for the end without blocking the event loop."""
         while not self._ticket.done:

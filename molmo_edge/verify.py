@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from molmo_edge.engine.build import quiet, require_vllm
 from molmo_edge.errors import ConfigError
 from molmo_edge.images import ImageLike
 from molmo_edge.molmo.layout import check_layout, read_config
@@ -127,6 +128,8 @@ def verify(
     """
     if max_tokens < 1:
         raise ConfigError("max_tokens must be at least 1.")
+    require_vllm()
+    quiet()
     pictures = default_pictures(seed) if pictures is None else pictures
     with _checkpoint(model, layout, seed) as folder:
         check_layout(read_config(folder))
@@ -178,9 +181,7 @@ def _reference(
     # Written out here on purpose: what the engine's own prompt code is compared with.
     text_ids = tokenizer.encode(f" User: {QUESTION} Assistant:", add_special_tokens=False)
     ids = ImageTokenIds.from_vocab(tokenizer.get_vocab())
-    special = reference.SpecialTokens(
-        im_start=ids.start, im_end=ids.end, im_patch=ids.patch, im_col=ids.col
-    )
+    special = reference.SpecialTokens(ids.start, ids.end, ids.patch, ids.col)
     model = reference.ReferenceMolmo.load(folder)
     out = {}
     for name, image in pictures.items():
@@ -200,4 +201,138 @@ def _reference(
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
+    from molmo_edge.molmo.plugin import register_with_transformers
+
+    register_with_transformers()
     return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    prompt: list[int]
+    token_ids: list[int]
+    logprobs: list[float]
+    # Log-probabilities of the yardstick's tokens, forced one after another.
+    forced: list[float]
+
+
+def _compare(
+    folder: Path,
+    pictures: Mapping[str, ImageLike | None],
+    expected: Mapping[str, _Expected],
+    *,
+    stock: bool,
+    dtype: str,
+    kv_cache_dtype: str,
+    engine_args: Mapping[str, Any],
+) -> Report:
+    answers, environment = _answers(
+        folder, pictures, expected, stock, dtype, kv_cache_dtype, engine_args
+    )
+    exact = dtype == "float32" and kv_cache_dtype == "auto" and "quantization" not in engine_args
+    bound = EXACT_BOUND if exact else max(
+        DRIFT_BOUND.get(dtype, 0.0),
+        DRIFT_BOUND["fp8"] if kv_cache_dtype != "auto" or "quantization" in engine_args else 0.0,
+    )
+    cases = tuple(
+        _case(name, expected[name], answers[name], exact, bound) for name in pictures
+    )
+    return Report(cases, environment, stock, exact, bound)
+
+
+def _case(name: str, want: _Expected, got: _Answer, exact: bool, bound: float) -> Case:
+    different = next(
+        (i for i, (a, b) in enumerate(zip(want.token_ids, got.token_ids, strict=False)) if a != b),
+        None,
+    )
+    if different is None and len(want.token_ids) != len(got.token_ids):
+        different = min(len(want.token_ids), len(got.token_ids))
+    if exact:
+        pairs = list(zip(want.logprobs, got.logprobs, strict=False))[:different]
+    else:
+        pairs = list(zip(want.logprobs, got.forced, strict=True))
+    delta = max((abs(a - b) for a, b in pairs), default=0.0)
+    prompt_equal = want.prompt == got.prompt
+    # NaN is below no bound.
+    ok = prompt_equal and (different is None or not exact) and delta <= bound
+    return Case(name, prompt_equal, different is None, different, delta, ok)
+
+
+def _answers(
+    folder: Path,
+    pictures: Mapping[str, ImageLike | None],
+    expected: Mapping[str, _Expected],
+    stock: bool,
+    dtype: str,
+    kv_cache_dtype: str,
+    engine_args: Mapping[str, Any],
+) -> tuple[dict[str, _Answer], Mapping[str, Any]]:
+    """What the engine says, ours through `EdgeVLM`, vLLM's own as its users call it."""
+    from molmo_edge.molmo import plugin
+    from molmo_edge.vlm import EdgeVLM
+
+    longest = max(len(e.prompt) + len(e.token_ids) for e in expected.values())
+    with ExitStack() as stack:
+        if stock:
+            plugin.use_model(stock=True)
+            stack.callback(plugin.use_model, stock=False)
+            # vLLM remembers the model class by the folder's name.
+            folder = _other_name(folder, stack)
+        with EdgeVLM(
+            folder,
+            dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
+            precision="auto" if "quantization" in engine_args else "bf16",
+            # One request at a time, and room for vLLM's own worst-case picture.
+            max_model_len=max(2048, longest + 1),
+            max_num_seqs=1,
+            # The forced tokens share their prompt, and its picture runs through the tower once.
+            enable_prefix_caching=not stock,
+            engine_args=engine_args,
+        ) as vlm:
+            environment = vlm.environment
+            ask = _ask_stock if stock else _ask_ours
+            answers = {
+                name: ask(vlm, image, expected[name]) for name, image in pictures.items()
+            }
+    return answers, environment
+
+
+def _other_name(folder: Path, stack: ExitStack) -> Path:
+    link = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "stock"
+    link.symlink_to(folder.absolute(), target_is_directory=True)
+    return link
+
+
+def _ask_ours(vlm: Any, image: ImageLike | None, want: _Expected) -> _Answer:
+    result = vlm.query(image, QUESTION, max_tokens=len(want.token_ids), logprobs=1)
+    scored = vlm.score(image, QUESTION, want.token_ids)
+    return _Answer(
+        list(scored.prompt_token_ids),
+        list(result.token_ids),
+        list(result.logprobs),
+        list(scored.logprobs),
+    )
+
+
+def _ask_stock(vlm: Any, image: ImageLike | None, want: _Expected) -> _Answer:
+    from vllm import SamplingParams
+
+    from molmo_edge.images import load
+
+    prompt: dict[str, Any] = {"prompt": f"User: {QUESTION} Assistant:"}
+    if image is not None:
+        prompt["multi_modal_data"] = {"image": load(image)}
+
+    def ask(engine: Any) -> _Answer:
+        params = SamplingParams(temperature=0.0, max_tokens=len(want.token_ids), logprobs=1)
+        output = engine.llm.generate(prompt, params, use_tqdm=False)[0]
+        one = output.outputs[0]
+        logprobs = [
+            entry[token].logprob for token, entry in zip(one.token_ids, one.logprobs, strict=True)
+        ]
+        # Its own tokens stand in for the forced ones: stock is compared in float32 as it answers.
+        padded = (logprobs + [float("nan")] * len(want.token_ids))[: len(want.token_ids)]
+        return _Answer(list(output.prompt_token_ids), list(one.token_ids), logprobs, padded)
+
+    return vlm.in_engine_thread(ask)  # type: ignore[no-any-return]

@@ -15,16 +15,25 @@ from typing import Any, Literal, Self, TypeVar, Unpack, overload
 from molmo_edge.checkpoints import default_cache_dir, locate
 from molmo_edge.devices.detect import DeviceInfo, detect
 from molmo_edge.devices.profiles import load_profile, select_profile
-from molmo_edge.engine.build import build, plan_build, require_vllm
+from molmo_edge.engine.build import build, plan_build, quiet, require_vllm
 from molmo_edge.engine.loop import EngineLoop, State, timed_out
 from molmo_edge.engine.seam import Engine, Turn
 from molmo_edge.engine.ticket import Ticket
-from molmo_edge.errors import MolmoEdgeError, QueueFull
+from molmo_edge.errors import MolmoEdgeError, PromptError, QueueFull
 from molmo_edge.families import Family, family_of
 from molmo_edge.images import ImageLike, ImageLimits
 from molmo_edge.molmo.layout import read_config
-from molmo_edge.requests import Options, Request, check_options, single_turn, turns_of
-from molmo_edge.results import Result
+from molmo_edge.requests import (
+    Asked,
+    Options,
+    Request,
+    check_options,
+    check_token_ids,
+    single_turn,
+    turns_of,
+)
+from molmo_edge.results import Result, Score
+from molmo_edge.sampling import Sampling
 from molmo_edge.settings import EdgeSettings, resolve
 from molmo_edge.stream import Stream
 
@@ -151,6 +160,53 @@ class EdgeVLM:
             raise ValueError(f"length must be one of {', '.join(CAPTIONS)}.")
         return self.query(image, CAPTIONS[length], **options)
 
+    def score(
+        self,
+        image: ImageLike | None,
+        text: str,
+        answer: Sequence[int],
+        *,
+        candidates: Sequence[Sequence[int]] | None = None,
+        max_crops: int | None = None,
+    ) -> Score:
+        """Teacher-forced log-probabilities of an answer's tokens; what drift is measured with.
+
+        Each token is one request behind the tokens before it, so that the KV cache is read as in
+        decoding; with `enable_prefix_caching` all but the first cost one token.
+
+        Args:
+            answer: token ids, as in `Result.token_ids`; at least one.
+            candidates: for each token of the answer, further token ids to score in its place.
+
+        Raises:
+            PromptError: the answer is empty or not token ids, or candidates do not match it.
+        """
+        ids = check_token_ids(answer)
+        others = [[] for _ in ids] if candidates is None else [list(c) for c in candidates]
+        if len(others) != len(ids):
+            raise PromptError("Give candidates for each token of the answer, or none at all.")
+        turns = single_turn(image, text, self._limits)
+
+        def ask(i: int) -> Stream:
+            wanted = tuple(dict.fromkeys([ids[i], *others[i]]))
+            asked = Asked(Sampling(max_tokens=1, logprob_token_ids=wanted), max_crops, None)
+            return self._submit(lambda: turns, asked, answer=ids[:i], wait=True)
+
+        first = ask(0)
+        entries = [_only(first.result())]
+        # Behind the first, whose prefix the others share.
+        later = [ask(i) for i in range(1, len(ids))]
+        entries += [_only(stream.result()) for stream in later]
+        return Score(
+            token_ids=tuple(ids),
+            logprobs=tuple(entry[token] for token, entry in zip(ids, entries, strict=True)),
+            candidates=tuple(
+                {token: entry[token] for token in wanted}
+                for wanted, entry in zip(others, entries, strict=True)
+            ),
+            prompt_token_ids=first.prompt_token_ids or (),
+        )
+
     @overload
     def batch(
         self,
@@ -251,7 +307,14 @@ class EdgeVLM:
 
     def reset_caches(self) -> None:
         """Empties prefix, picture and encoder caches, between steps."""
-        self._loop.call(lambda engine: engine.reset_caches())  # type: ignore[attr-defined]
+        self.in_engine_thread(lambda engine: engine.reset_caches())
+
+    def in_engine_thread(self, function: Callable[[Any], T]) -> T:
+        """Runs `function(engine)` between steps in the thread that owns the engine.
+
+        For what this class does not offer: with vLLM, ``engine.llm`` is the `vllm.LLM`.
+        """
+        return self._loop.call(function)
 
     def restart(self) -> None:
         """Frees the engine, dead or alive, and builds a new one with the same settings."""
@@ -290,6 +353,7 @@ class EdgeVLM:
 
     def _vllm_factory(self, profile_name: str | None) -> Callable[[], Engine]:
         require_vllm()
+        quiet()
         settings = self.settings
         folder = locate(settings.model, settings.cache_dir or default_cache_dir())
         config = read_config(folder)
@@ -322,13 +386,22 @@ class EdgeVLM:
     def _open(
         self, turns: Callable[[], list[Turn]], options: Options, *, wait: bool = False
     ) -> Stream:
-        """The way of every request: check, render in this thread, submit."""
+        return self._submit(turns, check_options(options, self.settings.max_crops), wait=wait)
+
+    def _submit(
+        self,
+        turns: Callable[[], list[Turn]],
+        asked: Asked,
+        *,
+        answer: Sequence[int] = (),
+        wait: bool = False,
+    ) -> Stream:
+        """The way of every request: render in this thread, then hand over to the engine's."""
         started = time.monotonic()
-        asked = check_options(options, self.settings.max_crops)
         deadline = None if asked.timeout is None else started + asked.timeout
         loop = self._loop
         engine = loop.engine
-        rendered = engine.render(turns(), {"max_crops": asked.max_crops})
+        rendered = engine.render(turns(), {"max_crops": asked.max_crops, "answer": answer})
         ticket = Ticket(
             f"request-{next(self._ids)}",
             rendered,
@@ -378,6 +451,11 @@ class AStream:
         async with await self as stream:
             async for delta in stream:
                 yield delta
+
+
+def _only(result: Result) -> Mapping[int, float]:
+    assert result.top_logprobs is not None
+    return result.top_logprobs[0]
 
 
 def _cancel_opened(future: Any) -> None:

@@ -1,6 +1,6 @@
 """What must hold for any picture whatever, as hypothesis properties.
 
-`tests/test_images.py` runs them with a few examples each. For more:
+`tests/test_images.py` runs them with a few examples each. `make fuzz` and this run more:
 ``MOLMO_EDGE_FUZZ_EXAMPLES=10000 pytest tests/fuzz_images.py``. With ``MOLMO_EDGE_FUZZ_KEEP=DIR``
 one file for each kind of failure (file format and cause) is written to DIR.
 """
@@ -243,6 +243,7 @@ def test_lazy_pil_images_load_like_their_bytes(name: str, steps: Any) -> None:
         assert load_or_refuse(lazy, "lazy") is None
         return
     file = lazy.fp
+    assert file is not None
     position, tiles, info = file.tell(), list(lazy.tile), dict(lazy.info)
     picture = load_or_refuse(lazy, "lazy")
     from_bytes = load_or_refuse(data, "lazy")

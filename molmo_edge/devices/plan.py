@@ -253,6 +253,8 @@ def _notes(shape: ModelShape, device: DeviceInfo, bandwidth: float | None) -> tu
         notes.append(f"taken from published figures: {', '.join(device.assumed)}")
     if not shape.measured:
         notes.append("weights are worked out from the configuration, not read from files")
+    if shape.head == 0:
+        notes.append("the head is the embedding's own matrix, so it is counted once")
     if device.figures_source:
         notes.append(f"figures: {device.figures_source}")
     return tuple(notes)

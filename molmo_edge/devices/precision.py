@@ -100,6 +100,8 @@ def choose_precision(
     """
     check_precision_name(requested)
     available = dict(model_bytes_by_precision)
+    if not available:
+        raise ConfigError("the model can be loaded in no precision that this library knows")
     usable = usable_bytes(device, utilization)
 
     def fits(name: str) -> bool:
@@ -119,7 +121,7 @@ def choose_precision(
         if requested not in available:
             raise ConfigError(
                 f"precision {requested} needs a checkpoint that is already quantised, and this one "
-                f"is not; make one with molmo-edge quantize"
+                f"is not: molmo-edge quantize MODEL OUT --scheme {requested}"
             )
         _must_fit(requested, fits, device, available, kv_bytes, usable)
         return Choice(requested, "asked for")
@@ -136,7 +138,8 @@ def _automatic(
 ) -> Choice:
     source = profile or select_profile(device)[0]
     wished = str(source.settings.get("precision", "auto"))
-    wished = wished if wished in available else "bf16"
+    if wished not in available:
+        wished = "bf16" if "bf16" in available else next(iter(available))
     if fits(wished):
         known = "" if usable is not None else "; memory unknown, so not checked"
         return Choice(wished, f"profile {source.name}{known}")

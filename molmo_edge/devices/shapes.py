@@ -1,7 +1,7 @@
 """The sizes of a model that decide memory and speed.
 
 It counts bytes and FLOP; what fits a device and how fast it can be is ``plan``'s. Where the sizes
-come from is ``families``' (a configuration) and ``checkpoint``'s (files) to know.
+come from is ``model_configs``' (a configuration) and ``checkpoint``'s (files) to know.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 
 from molmo_edge.devices.detect import DeviceInfo
 from molmo_edge.engine.seam import EngineInfo
-from molmo_edge.engine.vllm_engine import VllmEngine
+from molmo_edge.engine.vllm_engine import PROCESS_LOCK, VllmEngine
 from molmo_edge.errors import ConfigError, MissingDependencyError
 from molmo_edge.families import Family
 from molmo_edge.settings import EdgeSettings
@@ -134,8 +135,7 @@ def plan_build(
 def build(plan: BuildPlan) -> VllmEngine:
     """Builds the engine in the calling thread, which must be the one that steps it."""
     began = time.perf_counter()
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    with _environment(plan.env):
+    with PROCESS_LOCK, _environment(plan.env):
         from vllm import LLM
 
         imported = time.perf_counter()
@@ -175,6 +175,16 @@ def versions() -> dict[str, str | None]:
         "transformers": of("transformers"),
         "python": platform.python_version(),
     }
+
+
+def quiet() -> None:
+    """Keeps the start quiet unless the user asked for vLLM's log; before torch is imported."""
+    if "VLLM_LOGGING_LEVEL" not in os.environ:
+        os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+        logging.getLogger("vllm").setLevel(logging.ERROR)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # vLLM's Triton stand-in looks at every name in torch.distributed, this one included.
+    warnings.filterwarnings("ignore", r".*torch\.distributed\.reduce_op", FutureWarning)
 
 
 @contextmanager

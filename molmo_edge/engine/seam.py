@@ -36,11 +36,13 @@ class Rendered:
     Attributes:
         prompt: what the engine's `add` takes; nobody else looks inside.
         prompt_tokens, image_tokens: counts, None when the engine does not know them.
+        token_ids: the prompt's tokens, None when the engine does not know them.
     """
 
     prompt: Any
     prompt_tokens: int | None = None
     image_tokens: int | None = None
+    token_ids: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,11 @@ class Engine(Protocol):
     info: EngineInfo
 
     def render(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> Rendered:
-        """Turns to engine input, in any thread. Raises InputError for what cannot be used."""
+        """Turns to engine input, in any thread. Raises InputError for what cannot be used.
+
+        Options: ``max_crops`` (None: the engine's) and ``answer``, token ids that follow the
+            prompt as if they had been generated.
+        """
         ...
 
     def add(self, request_id: str, rendered: Rendered, sampling: Sampling) -> None:

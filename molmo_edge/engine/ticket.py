@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from molmo_edge.engine.seam import Rendered, Update
@@ -51,6 +51,7 @@ class Ticket:
         self._logprobs: list[float] = []
         self._top_logprobs: list[Mapping[int, float]] = []
         self._cached_tokens: int | None = None
+        self.prompt_token_ids = rendered.token_ids
         self._finish_reason: str | None = None
         self._error: MolmoEdgeError | None = None
         self._changed = threading.Condition(threading.Lock())
@@ -150,7 +151,7 @@ class Ticket:
         """The finished answer. Raises the request's error if it ended with one."""
         self.raise_error()
         assert self._finish_reason is not None
-        asked = self.sampling.logprobs or 0
+        asked = self.sampling.logprobs or 2 * len(self.sampling.logprob_token_ids)
         return Result(
             text=self._text,
             finish_reason=self._finish_reason,

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from molmo_edge.engine.seam import EngineInfo, Rendered, Turn, Update
 from molmo_edge.families import Renderer
 from molmo_edge.sampling import Sampling
+
+# vLLM keeps the forward context, the parallel groups and more in globals of the process, so engines
+# in one process take turns, and only the last one to close may tear the groups down.
+PROCESS_LOCK = threading.RLock()
+_alive = 0
 
 
 class VllmEngine:
@@ -31,6 +38,9 @@ class VllmEngine:
         self._params = SamplingParams
         self._delta = RequestOutputKind.DELTA
         self._structured = StructuredOutputsParams
+        global _alive
+        with PROCESS_LOCK:
+            _alive += 1
 
     def render(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> Rendered:
         return self._renderer.render(turns, options)
@@ -44,31 +54,54 @@ class VllmEngine:
             seed=sampling.seed,
             stop=list(sampling.stop) or None,
             logprobs=sampling.logprobs,
+            logprob_token_ids=list(sampling.logprob_token_ids) or None,
             ignore_eos=sampling.ignore_eos,
             structured_outputs=None if schema is None else self._structured(json=dict(schema)),
             output_kind=self._delta,
         )
-        self._engine.add_request(request_id, rendered.prompt, params)
+        with PROCESS_LOCK:
+            self._engine.add_request(request_id, rendered.prompt, params)
 
     def step(self) -> list[Update]:
-        return [_update(output) for output in self._engine.step()]
+        with PROCESS_LOCK:
+            outputs = self._engine.step()
+        return [_update(output) for output in outputs]
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        self._engine.abort_request(list(request_ids))
+        with PROCESS_LOCK:
+            self._engine.abort_request(list(request_ids))
 
     def reset_caches(self) -> None:
         """Empties prefix, multimodal and encoder caches."""
-        self._engine.reset_prefix_cache()
-        self._engine.reset_mm_cache()
-        self._engine.reset_encoder_cache()
+        with PROCESS_LOCK:
+            self._engine.reset_prefix_cache()
+            self._engine.reset_mm_cache()
+            self._engine.reset_encoder_cache()
 
     def close(self) -> None:
         engine, self._engine, self.llm = self._engine, None, None
         self._renderer = _Closed()
-        engine.engine_core.shutdown()
-        engine.renderer.shutdown()
-        del engine
-        gc.collect()
+        global _alive
+        with PROCESS_LOCK:
+            _alive -= 1
+            with _groups_kept() if _alive else nullcontext():
+                engine.engine_core.shutdown()
+            engine.renderer.shutdown()
+            del engine
+            gc.collect()
+
+
+@contextmanager
+def _groups_kept() -> Iterator[None]:
+    """Keeps what the engines of this process share while one of them shuts down."""
+    from vllm.v1.engine import core
+
+    cleanup = core.cleanup_dist_env_and_memory
+    core.cleanup_dist_env_and_memory = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        core.cleanup_dist_env_and_memory = cleanup
 
 
 class _Closed:

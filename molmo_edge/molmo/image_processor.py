@@ -209,7 +209,13 @@ def _resized(pixels: npt.NDArray[np.uint8], size: tuple[int, int], how: Resize) 
     source = source.permute(2, 0, 1).unsqueeze(0)
     if how == "torch":
         source = source.to(torch.float32, memory_format=torch.channels_last)
+    # torch 2.13's kernel repeats the first row when the output is one column wide: lay it down.
+    narrow = size[1] == 1
+    if narrow:
+        source, size = source.transpose(2, 3), (size[1], size[0])
     done = F.interpolate(source, size=size, mode="bilinear", antialias=True, align_corners=False)
+    if narrow:
+        done = done.transpose(2, 3)
     scaled = done.to(torch.float32).div_(255.0)
     return scaled.squeeze(0).permute(1, 2, 0).clamp_(0.0, 1.0)
 

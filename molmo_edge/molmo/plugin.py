@@ -9,6 +9,12 @@ _STOCK = "vllm.model_executor.models.molmo:MolmoForCausalLM"
 
 def register() -> None:
     """Makes vLLM load Molmo 1 with our config, processor and model; safe to call again."""
+    register_with_transformers()
+    use_model(stock=False)
+
+
+def register_with_transformers() -> None:
+    """Makes transformers' Auto classes read Molmo 1's files with our classes."""
     from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
 
     from molmo_edge.molmo.config import MolmoConfig
@@ -20,7 +26,6 @@ def register() -> None:
         MolmoConfig, image_processor_classes={"pil": MolmoImageProcessor}, exist_ok=True
     )
     AutoProcessor.register(MolmoConfig, MolmoProcessor, exist_ok=True)
-    use_model(stock=False)
 
 
 def use_model(*, stock: bool) -> None:

@@ -46,15 +46,15 @@ class MolmoRenderer:
         self._number = itertools.count()
 
     def render(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> Rendered:
-        """See `Engine.render`; options: `max_crops`."""
-        text_ids = self._encoder.encode(turns)
+        """See `Engine.render`."""
+        text_ids = [*self._encoder.encode(turns), *options.get("answer", ())]
         images = [image for turn in turns for image in turn.images]
         if len(images) > 1 or (images and not turns[0].images):
             raise ImageError(ONE_IMAGE if len(images) > 1 else "The image belongs to the first turn.")
         if not images:
             ids = [self._encoder.bos, *text_ids]
             self._check_length(len(ids), 0)
-            return Rendered(tokens_input(ids), len(ids), 0)
+            return Rendered(tokens_input(ids), len(ids), 0, ids)
         processor = self._image_processor.with_options(max_crops=options.get("max_crops"))
         layout = processor.layout(images[0])
         # Before the pixels are touched: a prompt that does not fit costs nothing.
@@ -68,7 +68,7 @@ class MolmoRenderer:
             mm_hashes={"image": [self._hash(images[0], processor)]},
             mm_placeholders={"image": [self._place(inputs)]},
         )
-        return Rendered(prompt, total, layout.n_tokens)
+        return Rendered(prompt, total, layout.n_tokens, ids)
 
     def _check_length(self, total: int, image_tokens: int) -> None:
         if total >= self._max_model_len:

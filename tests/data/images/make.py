@@ -1,7 +1,8 @@
 """Writes the crafted picture files beside this script: `python tests/data/images/make.py`.
 
 `accepted/` must load, `refused/` must be an ImageError. `fuzz/` is not written here: it holds one
-file per kind of failure that fuzzing found.
+file per kind of failure that fuzzing found, named for the exception: `door_` beneath our own door,
+`pil_` where plain `Image.open`, `load`, `getexif` and `convert` raised or warned.
 
 JPEG and WebP come out of Pillow's encoders, so their bytes may differ between Pillow versions.
 """
@@ -170,7 +171,7 @@ def accepted() -> dict[str, bytes]:
     files["palette_index_outside.png"] = png((3, 1), 8, 3, [bytes((0, 9, 255))], (palette,))
     files["bilevel.png"] = png((8, 1), 1, 0, [b"\x0f"])
     files["bilevel_key.png"] = png((8, 1), 1, 0, [b"\x0f"], ((b"tRNS", b"\0\0"),))
-    files["grey2_key.png"] = png((4, 1), 2, 0, [b"\x1b"], ((b"tRNS", b"\0\1"),))
+    files["grey2_key.png"] = png((4, 1), 2, 0, [b"\x1b"], ((b"tRNS", b"\xff\1"),))
     files["grey4_key.png"] = png((4, 1), 4, 0, [b"\x01\x2f"], ((b"tRNS", b"\0\2"),))
     files["grey8_key.png"] = png((3, 1), 8, 0, [b"\0\5\x80"], ((b"tRNS", b"\xff\5"),))
     files["rgb_key.png"] = png((2, 1), 8, 2, [b"\1\2\3\4\5\6"], ((b"tRNS", b"\0\1\0\2\0\3"),))

@@ -1,0 +1,292 @@
+"""A result document as rows of text: Markdown, CSV, JSON lines, and the terminal's table.
+
+This module knows nothing about measuring; it shows what a document says and a dash for unknown.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from molmo_edge.bench.document import Document, Row, Scenario, Summary, dumps
+from molmo_edge.bench.environment import software_line
+
+Cell = Callable[[Row], str]
+
+UNKNOWN = "\N{EN DASH}"
+
+STOPS = {
+    "narrow": "interval narrow enough",
+    "cap": "largest number of iterations",
+    "time": "time limit",
+    "short": "time limit, before its least number of iterations",
+    "fixed": "fixed number",
+    "interrupted": "interrupted",
+    "error": "failed",
+    None: "not finished",
+}
+
+
+def number(value: float | None, digits: int = 1, scale: float = 1.0) -> str:
+    """A number for people, or a dash."""
+    return UNKNOWN if value is None else f"{value * scale:.{digits}f}"
+
+
+def part(row: Row) -> dict[str, Summary]:
+    """The steady summaries, or all of them where the row never settled."""
+    return row.steady or row.all
+
+
+def interval(summary: Summary | None, digits: int = 1) -> str:
+    """Mean with its interval."""
+    if summary is None or summary.mean is None:
+        return UNKNOWN
+    if summary.ci_low is None or summary.ci_high is None:
+        return number(summary.mean, digits)
+    low, high = number(summary.ci_low, digits), number(summary.ci_high, digits)
+    return f"{number(summary.mean, digits)} [{low}, {high}]"
+
+
+def steady_from(row: Row) -> str:
+    """Which iterations were warm-up."""
+    if row.warmup is None:
+        return UNKNOWN
+    if row.warmup.start is None:
+        return "not steady"
+    slowed = ", slowed" if row.warmup.slowed else ""
+    return f"from {row.warmup.start + 1}{slowed}"
+
+
+def caches(row: Row) -> str:
+    """What the row claims about caches, and whether the engine's counter bears it out."""
+    if row.caches is None:
+        return UNKNOWN
+    told = {True: "", False: " (refuted)", None: " (unproved)"}[row.caches.proved]
+    return row.caches.mode + told
+
+
+def _of(
+    name: str, value: Callable[[Summary], float | None], digits: int, scale: float = 1.0
+) -> Any:
+    def cell(row: Row) -> str:
+        summary = part(row).get(name)
+        return UNKNOWN if summary is None else number(value(summary), digits, scale)
+
+    return cell
+
+
+def _speed(name: str) -> Cell:
+    return lambda row: interval(part(row).get(name))
+
+
+@dataclass(frozen=True)
+class Column:
+    """Head and cell; ``narrow`` is the cell on a narrow terminal, ``None`` to leave it out."""
+
+    head: str
+    cell: Cell
+    narrow: Cell | None
+
+
+def _both(head: str, cell: Cell) -> Column:
+    return Column(head, cell, cell)
+
+
+COLUMNS = (
+    _both("case", lambda row: row.title),
+    _both("n", lambda row: str(len(row.waves) or len(row.samples))),
+    _both("steady", steady_from),
+    Column("preproc ms", _of("preprocess_s", lambda s: s.median, 0, 1000), None),
+    _both("ttft ms", _of("ttft_s", lambda s: s.median, 0, 1000)),
+    Column("ttft p99", _of("ttft_s", lambda s: s.p99, 0, 1000), None),
+    Column("itl ms", _of("itl_s", lambda s: s.p50, 2, 1000), None),
+    Column("itl p99", _of("itl_s", lambda s: s.p99, 2, 1000), None),
+    Column("decode tok/s", _speed("output_tps"), _of("output_tps", lambda s: s.mean, 1)),
+    Column("request tok/s", _speed("request_tps"), _of("request_tps", lambda s: s.mean, 1)),
+    _both("total tok/s", lambda row: _total(row)),
+    _both("of bandwidth", lambda row: _share(row)),
+    _both("J/token", lambda row: number(row.ceiling.joules_per_token if row.ceiling else None, 3)),
+    _both("caches", caches),
+)
+"""The steady state's where there is one; latencies are medians, speeds means with interval."""
+
+
+def _total(row: Row) -> str:
+    if "total_tps" in part(row):
+        return interval(part(row)["total_tps"])
+    return number(row.counts.get("total_tps"))
+
+
+def _share(row: Row) -> str:
+    share = row.ceiling.bandwidth_share if row.ceiling else None
+    return UNKNOWN if share is None else f"{share:.0%}"
+
+
+def grid(scenario: Scenario, *, narrow: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells of a scenario, without columns in which nothing is known."""
+    columns = [
+        (column.head, column.narrow if narrow and column.narrow else column.cell)
+        for column in COLUMNS
+        if column.narrow is not None or not narrow
+    ]
+    cells = [[cell(row) for _, cell in columns] for row in scenario.rows]
+    kept = [i for i in range(len(columns)) if i < 3 or any(line[i] != UNKNOWN for line in cells)]
+    return [columns[i][0] for i in kept], [[line[i] for i in kept] for line in cells]
+
+
+def remarks(row: Row) -> list[str]:
+    """Sentences about one row that a table has no room for."""
+    said = [f"{row.title}: ended by {STOPS[row.stopped]}" + (f", {row.error}" if row.error else "")]
+    failed = row.counts.get("failed")
+    if failed:
+        said.append(f"{row.title}: {failed:.0f} of {len(row.samples)} requests failed")
+    if row.counts.get("offered") is not None:
+        offered, dropped = row.counts["offered"] or 0, row.counts.get("dropped") or 0
+        said.append(f"{row.title}: {dropped:.0f} of {offered:.0f} frames dropped")
+    if row.answer is not None and row.answer.matched is not None:
+        wanted = len(row.answer.expected)
+        said.append(f"{row.title}: {row.answer.matched} of {wanted} known values in the answer")
+    return said
+
+
+def head(document: Document) -> list[tuple[str, str]]:
+    """What, on what, with what: the lines every printed result starts with."""
+    model, device = document.environment.model, document.environment.device
+    weights = " (random weights: the answers mean nothing)" if model.random_weights else ""
+    lines = [
+        ("model", f"{model.name or UNKNOWN}{weights}"),
+        ("device", device.name or UNKNOWN),
+        ("precision", f"{model.precision or UNKNOWN}, KV cache {model.kv_cache_dtype or UNKNOWN}"),
+        ("software", software_line(document.environment)),
+        ("power mode", device.power_mode or "unknown"),
+        ("measured", document.created + ("" if document.complete else ", INCOMPLETE")),
+    ]
+    if document.source:
+        lines.append(("source", document.source))
+    if document.startup is not None:
+        stages = document.startup.stages
+        cold = ", ".join(f"{k} {number(v)} s" for k, v in stages.items() if v is not None)
+        first = document.startup.first_request
+        lines.append(("cold start", cold or UNKNOWN))
+        if first is not None:
+            told = f"ttft {number(first.ttft_s, 2)} s, whole {number(first.e2e_s, 2)} s"
+            lines.append(("first request", first.error or told))
+    return lines
+
+
+def markdown(document: Document) -> str:
+    """The whole result as one Markdown page."""
+    out = [f"# Benchmark {document.label or document.environment.model.name or ''}".rstrip(), ""]
+    out += [f"- **{name}**: {text}" for name, text in head(document)]
+    out += [f"- **note**: {note}" for note in document.notes]
+    for scenario in document.scenarios:
+        out += ["", f"## {scenario.title}", ""]
+        if scenario.error:
+            out += [f"Not complete: {scenario.error}", ""]
+        if not scenario.rows:
+            continue
+        heads, cells = grid(scenario)
+        out += [markdown_table(heads, cells), ""]
+        out += [f"- {remark}" for row in scenario.rows for remark in remarks(row)]
+        heads, lines = phases(scenario)
+        out += ["", markdown_table(heads, lines)] if lines else []
+    if document.rules:
+        out += ["", "## Rules", ""] + [f"- {name}: {rule}" for name, rule in document.rules.items()]
+    return "\n".join(out).rstrip() + "\n"
+
+
+def phases(scenario: Scenario) -> tuple[list[str], list[list[str]]]:
+    """Cold and steady apart, in full, for the speeds and the time to first token."""
+    lines: list[list[str]] = []
+    for row in scenario.rows:
+        for phase, summaries in (("warm-up", row.cold), ("steady", row.steady), ("all", row.all)):
+            if phase == "all" and row.steady:
+                continue
+            for name in ("output_tps", "request_tps", "total_tps", "ttft_s"):
+                if name in summaries:
+                    s = summaries[name]
+                    values = (s.mean, s.median, s.std, s.min, s.max, s.p90, s.p99)
+                    digits = 3 if name.endswith("_s") else 1
+                    count = UNKNOWN if s.n is None else str(s.n)
+                    cells = [row.title, phase, name, count, *(number(v, digits) for v in values)]
+                    lines.append(cells)
+    heads = ["case", "phase", "metric", "n", "mean", "median (p50)", "std", "min", "max"]
+    heads += ["p90", "p99"]
+    return heads, lines
+
+
+def markdown_table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, without a line end after its last line."""
+    return "\n".join(map(_line, [heads, ["---"] * len(heads), *lines]))
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def flat(document: Document) -> list[dict[str, Any]]:
+    """One flat record a row, for CSV and JSON lines; the same keys in every record."""
+    software, model = document.environment.software, document.environment.model
+    records = []
+    for scenario in document.scenarios:
+        for row in scenario.rows:
+            record: dict[str, Any] = {
+                "created": document.created,
+                "complete": document.complete,
+                "device": document.environment.device.name,
+                "power_mode": document.environment.device.power_mode,
+                "model": model.name,
+                "random_weights": model.random_weights,
+                "precision": model.precision,
+                "kv_cache_dtype": model.kv_cache_dtype,
+                "vllm": software.vllm,
+                "torch": software.torch,
+                "transformers": software.transformers,
+                "scenario": scenario.name,
+                "case": row.name,
+                "title": row.title,
+                "iterations": len(row.waves) or len(row.samples),
+                "steady_from": row.warmup.start if row.warmup else None,
+                "stopped": row.stopped,
+                "caches": row.caches.mode if row.caches else None,
+                "caches_proved": row.caches.proved if row.caches else None,
+            }
+            for name in ("preprocess_s", "ttft_s", "tpot_s", "itl_s"):
+                summary = part(row).get(name, Summary())
+                record |= {f"{name}_{k}": getattr(summary, k) for k in ("p50", "p90", "p99")}
+            for name in ("output_tps", "request_tps", "total_tps"):
+                summary = part(row).get(name, Summary())
+                keys = ("mean", "std", "min", "max", "ci_low", "ci_high")
+                record |= {f"{name}_{k}": getattr(summary, k) for k in keys}
+            ceiling = row.ceiling
+            for key in ("bytes_per_token", "bandwidth_share", "watts", "joules_per_token"):
+                record[key] = getattr(ceiling, key) if ceiling else None
+            records.append(record)
+    return records
+
+
+def render(document: Document, form: str) -> str:
+    """The document as ``md``, ``csv``, ``json`` or ``jsonl`` text.
+
+    Raises:
+        ValueError: ``form`` is none of these.
+    """
+    if form == "md":
+        return markdown(document)
+    if form == "json":
+        return dumps(document) + "\n"
+    if form == "jsonl":
+        return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in flat(document))
+    if form != "csv":
+        raise ValueError("form must be md, csv, json or jsonl")
+    records = flat(document)
+    buffer = io.StringIO()
+    if records:
+        writer = csv.DictWriter(buffer, list(records[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+    return buffer.getvalue()

@@ -1,0 +1,195 @@
+"""The precision is decided before anything is loaded, and never silently something else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from molmo_edge.devices.checkpoint import model_shape
+from molmo_edge.devices.detect import detect, known_device, known_devices
+from molmo_edge.devices.info import DeviceInfo
+from molmo_edge.devices.kv_cache import check_kv_cache_dtype, kv_cache_warning
+from molmo_edge.devices.precision import NAMES, choose_precision, usable_bytes
+from molmo_edge.devices.profiles import load_profile
+from molmo_edge.errors import ConfigError
+from tests.devices.recorded import machine
+
+MOLMO = model_shape("allenai/Molmo-7B-D-0924").bytes_by_precision()
+CARD = known_device("rtx5080")
+BOX = detect(machine("cpu"))
+
+
+def test_bf16_on_16_gb_becomes_fp8_with_a_message_when_auto() -> None:
+    choice = choose_precision("auto", CARD, MOLMO, profile=load_profile("cuda"))
+    assert (choice.precision, choice.fallback) == ("fp8", True)
+    assert choice.reason == (
+        "BF16 weights (16.0 GB) do not fit 14.4 GB of usable memory on NVIDIA GeForce RTX 5080: "
+        "loading them in FP8 (9.5 GB)"
+    )
+
+
+def test_bf16_on_16_gb_is_refused_when_asked_for() -> None:
+    with pytest.raises(ConfigError, match=r"BF16 weights \(16.0 GB\) do not fit.*fp8 fits"):
+        choose_precision("bf16", CARD, MOLMO)
+
+
+def test_auto_is_what_the_profile_says_where_it_fits() -> None:
+    assert choose_precision("auto", CARD, MOLMO).precision == "fp8"
+    assert choose_precision("auto", known_device("thor"), MOLMO).reason == "profile thor"
+    h100 = choose_precision("auto", known_device("h100"), MOLMO)
+    assert (h100.precision, h100.fallback) == ("bf16", False)
+
+
+def test_bf16_is_honoured_where_it_fits() -> None:
+    assert choose_precision("bf16", known_device("thor"), MOLMO).precision == "bf16"
+
+
+def test_memory_that_others_use_counts() -> None:
+    busy = replace(CARD, memory_available_bytes=8 << 30)
+    with pytest.raises(ConfigError, match=r"FP8 weights .* do not fit"):
+        choose_precision("auto", busy, MOLMO)
+
+
+def test_the_cache_must_fit_beside_the_weights() -> None:
+    choose_precision("fp8", CARD, MOLMO, kv_bytes=3 << 30)
+    with pytest.raises(ConfigError, match=r"and 8\.6 GB of KV cache do not fit"):
+        choose_precision("fp8", CARD, MOLMO, kv_bytes=8 << 30)
+
+
+def test_a_cpu_is_not_given_emulated_fp8_unasked() -> None:
+    small = replace(BOX, memory_available_bytes=12 << 30)
+    with pytest.raises(ConfigError, match="w4a16") as caught:
+        choose_precision("auto", small, MOLMO)
+    assert "fp8 fits" not in str(caught.value)
+    assert choose_precision("fp8", small, MOLMO).precision == "fp8"  # but may be asked for
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("nvfp4_per_token", "mixture-of-experts.*silently leave every dense layer in BF16"),
+        ("int8_per_channel_weight_only", "mixture-of-experts.*silently leave every dense"),
+        ("bitsandbytes", "no longer loads bitsandbytes"),
+        ("BitsAndBytes", "no longer loads bitsandbytes"),
+    ],
+)
+def test_names_that_leave_layers_unquantised_are_refused(name: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        choose_precision(name, known_device("thor"), MOLMO)
+
+
+@pytest.mark.parametrize(("name", "near"), [("fp9", "fp8"), ("BF16 ", "bf16"), ("w4a8", "w4a16")])
+def test_unknown_names_get_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(ConfigError, match=f"did you mean '{near}'"):
+        choose_precision(name, CARD, MOLMO)
+
+
+@pytest.mark.parametrize("name", ["w4a16", "nvfp4"])
+def test_four_bits_need_a_quantised_checkpoint(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"molmo-edge quantize MODEL OUT --scheme {name}"):
+        choose_precision(name, CARD, MOLMO)
+    assert choose_precision(name, CARD, {name: 6 << 30}).precision == name
+    assert choose_precision("auto", CARD, {name: 6 << 30}).precision == name
+
+
+def test_a_quantised_checkpoint_cannot_be_loaded_as_something_else() -> None:
+    with pytest.raises(ConfigError, match=r"precision fp8 was asked for.*quantised to w4a16"):
+        choose_precision("fp8", CARD, {"w4a16": 6 << 30})
+    with pytest.raises(ConfigError, match="no longer loads bitsandbytes"):
+        choose_precision("auto", CARD, {"bitsandbytes": 6 << 30})
+    with pytest.raises(ConfigError, match=r"W4A16 weights .* do not fit"):
+        choose_precision("auto", CARD, {"w4a16": 40 << 30})
+
+
+def test_unknown_memory_lets_the_wish_through_and_says_so() -> None:
+    unknown = DeviceInfo(name="NVIDIA GPU", kind="cuda")
+    choice = choose_precision("auto", unknown, MOLMO)
+    assert (choice.precision, choice.reason) == (
+        "bf16", "profile cuda; memory unknown, so not checked",
+    )  # fmt: skip
+    assert usable_bytes(unknown) is None
+
+
+def test_a_model_without_any_precision_is_refused() -> None:
+    with pytest.raises(ConfigError, match="in no precision"):
+        choose_precision("auto", CARD, {})
+
+
+def test_usable_memory_keeps_to_what_is_free() -> None:
+    card = detect(machine("rtx5080"))
+    assert usable_bytes(card, 0.5) == int(17094934528 * 0.5) - (1 << 30)
+    assert usable_bytes(replace(card, memory_available_bytes=2 << 30), 0.9) == 1 << 30
+    assert usable_bytes(replace(card, memory_available_bytes=0)) == 0
+    thor = detect(machine("thor"))  # a share of shared memory would be everyone's
+    assert usable_bytes(thor, 0.3) == 120213504 * 1024 - (1 << 30)
+
+
+@given(
+    st.sampled_from(NAMES),
+    st.sampled_from(known_devices()),
+    st.integers(0, 200 << 30),
+    st.dictionaries(
+        st.sampled_from(["bf16", "fp8", "w4a16"]), st.integers(1, 100 << 30), min_size=1
+    ),
+    st.integers(0, 100 << 30),
+)
+@settings(deadline=None, max_examples=100)
+def test_what_is_chosen_fits_and_is_there(
+    requested: str, known: str, free: int, sizes: dict[str, int], kv: int
+) -> None:
+    device = replace(known_device(known), memory_available_bytes=free)
+    try:
+        choice = choose_precision(requested, device, sizes, kv_bytes=kv)
+    except ConfigError:
+        return
+    except KeyError:
+        raise AssertionError("a precision was looked up that is not there") from None
+    assert sizes[choice.precision] + kv <= (usable_bytes(device) or 0)
+    assert requested in ("auto", choice.precision)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "backend", "message"),
+    [
+        ("fp8", "orin", None, "needs compute capability 8.9 or newer"),
+        ("fp8_per_token_head", "a100", None, "needs compute capability 8.9"),
+        ("int8_per_token_head", "orin", "FLASH_ATTN", "TRITON_ATTN only"),
+        ("fp8_per_token_head", "thor", "FLASHINFER", "TRITON_ATTN only, not FLASHINFER"),
+        ("fp8", "thor", "FLASH_ATTN", "no FP8 KV cache on sm_110"),
+        ("fp8", "rtx5080", "flash_attn", "no FP8 KV cache on sm_120"),
+    ],
+)
+def test_a_cache_dtype_the_gpu_cannot_have_is_refused(
+    dtype: str, device: str, backend: str | None, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_kv_cache_dtype(dtype, known_device(device), backend)
+
+
+def test_a_cache_dtype_the_gpu_can_have_is_let_through() -> None:
+    check_kv_cache_dtype("fp8", known_device("thor"), "TRITON_ATTN")
+    check_kv_cache_dtype("fp8", known_device("h100"), "FLASH_ATTN")
+    check_kv_cache_dtype("int8_per_token_head", known_device("orin"), "TRITON_ATTN")
+    check_kv_cache_dtype("auto", known_device("orin"))
+    check_kv_cache_dtype("fp8", DeviceInfo(name="NVIDIA GPU", kind="cuda"))
+
+
+def test_fp8_cache_on_a_cpu_needs_avx512() -> None:
+    with pytest.raises(ConfigError, match="AVX-512"):
+        check_kv_cache_dtype("fp8", BOX)
+    check_kv_cache_dtype("fp8", replace(BOX, cpu_isa=frozenset({"avx512f"})))
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        check_kv_cache_dtype("fp8_per_token_head", BOX)
+
+
+def test_qwen2_class_models_get_one_line_about_plain_fp8() -> None:
+    molmo_d = model_shape("allenai/Molmo-7B-D-0924")
+    molmo_o = model_shape("allenai/Molmo-7B-O-0924")
+    warning = kv_cache_warning("fp8", qwen2=molmo_d.qwen2)
+    assert warning is not None and "\n" not in warning and "drift check" in warning
+    assert kv_cache_warning("fp8", qwen2=molmo_o.qwen2) is None
+    assert kv_cache_warning("fp8_per_token_head", qwen2=True) is None
+    assert kv_cache_warning("auto", qwen2=True) is None

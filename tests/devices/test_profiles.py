@@ -1,0 +1,223 @@
+"""Every recorded machine gets its profile, and profiles hold nothing that vLLM does not know."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import FrozenInstanceError, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from molmo_edge.devices import profiles
+from molmo_edge.devices.detect import detect, known_device, known_devices
+from molmo_edge.devices.info import DeviceInfo
+from molmo_edge.devices.profiles import (
+    load_profile,
+    parse_profile,
+    profile_names,
+    profile_warning,
+    select_profile,
+)
+from molmo_edge.errors import ConfigError
+from molmo_edge.settings import EdgeSettings
+from tests.devices.recorded import machine
+
+FOLDER = Path(profiles.__file__).with_name("profiles")
+
+
+@pytest.mark.parametrize(
+    ("name", "profile"),
+    [
+        ("thor", "thor"),
+        ("orin", "orin"),
+        ("rtx5080", "rtx5080"),
+        ("spark", "spark"),
+        ("h100", "cuda"),
+        ("wsl", "cuda"),
+        ("container_no_nvml", "rtx5080"),
+        ("cpu", "cpu"),
+    ],
+)
+def test_each_recorded_machine_gets_its_profile(name: str, profile: str) -> None:
+    device = detect(machine(name))
+    chosen, reason = select_profile(device)
+    assert chosen.name == profile
+    assert profile_warning(chosen, device) is None
+    assert reason.startswith(f"{profile}: ")
+
+
+def test_reason_names_what_decided() -> None:
+    assert select_profile(known_device("thor"))[1] == (
+        "thor: NVIDIA Jetson AGX Thor (T5000), sm_110, memory shared with the CPU, 128.0 GiB"
+    )
+    assert select_profile(detect(machine("cpu")))[1] == "cpu: no usable NVIDIA GPU"
+
+
+def test_size_decides_among_cards_of_one_capability() -> None:
+    assert select_profile(known_device("rtx5090"))[0].name == "cuda"
+    assert select_profile(known_device("rtx5070ti"))[0].name == "rtx5080"
+
+
+def test_a_gpu_of_which_nothing_is_known_gets_the_general_profile() -> None:
+    assert select_profile(DeviceInfo(name="NVIDIA GPU", kind="cuda"))[0].name == "cuda"
+
+
+def test_profile_for_another_device_is_noticed() -> None:
+    warning = profile_warning(load_profile("thor"), detect(machine("rtx5080")))
+    assert warning is not None
+    assert "capability 11.0, this device's is 12.0" in warning
+    assert "rtx5080 would fit" in warning
+    on_cpu = profile_warning(load_profile("thor"), detect(machine("cpu")))
+    assert on_cpu is not None and "for kind cuda, this device is cpu" in on_cpu
+    small = replace(known_device("rtx5090"), memory_total_bytes=32 << 30)
+    too_large = profile_warning(load_profile("rtx5080"), small)
+    assert too_large is not None and "18 GiB or less" in too_large
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("thro", "thor"), ("RTX5080", "rtx5080"), ("gpu", "cpu")]
+)
+def test_unknown_profile_names_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(ConfigError, match=f"did you mean '{near}'.*cpu, cuda, orin.*auto"):
+        load_profile(name)
+
+
+@pytest.mark.parametrize("name", ["", "../../etc/passwd", "thor.toml", "x" * 10_000, "thor\n"])
+def test_no_other_file_can_be_loaded_as_a_profile(name: str) -> None:
+    with pytest.raises(ConfigError, match="unknown profile") as caught:
+        load_profile(name)
+    assert len(str(caught.value)) < 300
+
+
+def test_profiles_are_frozen_and_copies_are_not() -> None:
+    thor = load_profile("thor")
+    with pytest.raises(FrozenInstanceError):
+        thor.name = "x"  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        thor.settings["precision"] = "bf16"  # type: ignore[index]
+    with pytest.raises(TypeError):
+        thor.engine_args["compilation_config"]["cudagraph_mode"] = "NONE"
+    copy = thor.as_settings()
+    copy["engine_args"]["compilation_config"]["cudagraph_capture_sizes"].append(99)
+    assert (
+        99
+        not in load_profile("thor").as_settings()["engine_args"]["compilation_config"][
+            "cudagraph_capture_sizes"
+        ]
+    )
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_profile_is_accepted_by_the_settings(name: str) -> None:
+    settings = EdgeSettings(**load_profile(name).as_settings())
+    assert settings.max_num_seqs <= 16
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_graphs_are_captured_up_to_the_batch_that_happens(name: str) -> None:
+    profile = load_profile(name)
+    sizes = profile.engine_args.get("compilation_config", {}).get("cudagraph_capture_sizes")
+    if profile.settings.get("enforce_eager"):
+        assert sizes is None
+    else:
+        assert max(sizes) == profile.settings["max_num_seqs"]
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_every_value_has_its_reason(name: str) -> None:
+    lines = (FOLDER / f"{name}.toml").read_text().splitlines()
+    for above, line in pairwise(lines):
+        if re.match(r"\w+ =", line) and above.startswith("["):
+            assert "match" in above, f"{line} has no comment above it"
+    data = tomllib.loads("\n".join(lines))
+    values = sum(len(data[table]) for table in ("settings", "engine_args", "env"))
+    explained = sum(
+        above.startswith("#") and re.match(r"\w+ =", line) is not None
+        for above, line in pairwise(lines)
+    )
+    assert explained - 1 == values  # the file's own heading stands above its name
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_shared_memory_is_given_in_bytes(name: str) -> None:
+    profile = load_profile(name)
+    in_bytes = "kv_cache_memory_gb" in profile.settings
+    assert in_bytes == (profile.match.get("integrated") is True or name == "cpu")
+
+
+@pytest.mark.parametrize("known", known_devices())
+def test_profile_asks_no_device_for_what_it_cannot_do(known: str) -> None:
+    from molmo_edge.devices.kv_cache import check_kv_cache_dtype
+
+    device = known_device(known)
+    settings = select_profile(device)[0].settings
+    check_kv_cache_dtype(settings["kv_cache_dtype"], device, settings.get("attention_backend"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name =", "not valid TOML"),
+        ('name = "y"\n[match]\nkind = "cpu"', "must have name = 'x'"),
+        ('name = "x"\n[setings]\n', "unknown entries: setings"),
+        ('name = "x"\nsettings = 3\n[match]\nkind = "cpu"', "settings must be a table"),
+        ('name = "x"', "no kind"),
+        ('name = "x"\n[match]\nkind = "cpu"\nmodel = "y"', r"\[match\] has model"),
+        ('name = "x"\n[match]\nkind = "cpu"\n[env]\nA = 1', r"\[env\] values must be strings: A"),
+    ],
+)
+def test_a_broken_profile_says_what_is_wrong(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_profile("x", text)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_vllm_knows_every_name_a_profile_uses() -> None:
+    arg_utils = pytest.importorskip("vllm.engine.arg_utils")
+    from vllm import envs
+    from vllm.config import CompilationConfig
+    from vllm.config.kernel import KernelConfig
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    known: set[str] = set(arg_utils.EngineArgs.__dataclass_fields__)
+    for name in profile_names():
+        profile = load_profile(name)
+        assert set(profile.engine_args) <= known, name
+        variables = {v for v in profile.env if v.startswith("VLLM_")}
+        assert variables <= set(envs.environment_variables), name
+        for setting in ("attention_backend", "mm_encoder_attn_backend"):
+            backend = profile.settings.get(setting)
+            assert backend is None or backend in AttentionBackendEnum.__members__
+        values: dict[str, Any] = profile.as_settings().get("engine_args", {})
+        if "compilation_config" in values:
+            CompilationConfig(**values["compilation_config"])  # refuses unknown names and modes
+        KernelConfig(linear_backend=values.get("linear_backend", "auto"))
+        arg_utils.EngineArgs(model="x", **values)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_vllm_selects_what_the_profiles_ask_for() -> None:
+    """vLLM's own selectors, asked on a GPU of each profile's capability that is not there."""
+    import subprocess
+    import sys
+
+    pytest.importorskip("vllm")
+    script = Path(__file__).with_name("ask_vllm_selectors.py")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    answers = dict(line.split("=") for line in done.stdout.splitlines() if "=" in line)
+    for name, capability in (("thor", "11.0"), ("rtx5080", "12.0"), ("spark", "12.1")):
+        settings = load_profile(name).settings
+        assert settings["attention_backend"] in answers[f"{capability} fp8"].split(",")
+        assert answers[f"{capability} fp8_per_token_head"] == "TRITON_ATTN"
+        assert "FLASH_ATTN" not in answers[f"{capability} fp8"].split(",")
+        assert "FLASH_ATTN" in answers[f"{capability} auto"].split(",")
+        assert settings["mm_encoder_attn_backend"] in answers[f"{capability} vit"].split(",")
+    assert "FLASH_ATTN" in answers["8.7 auto"].split(",")
+    assert load_profile("orin").settings["kv_cache_dtype"] == "auto"
+    assert answers["8.7 refuses fp8"] == "True"

@@ -1,0 +1,139 @@
+"""Preprocessing equals the yardstick's: indices, masks and tokens exactly, pixels within 1e-3."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from molmo_edge.errors import ConfigError, ImageError
+from molmo_edge.molmo import reference
+from molmo_edge.molmo.image_processor import MolmoImageProcessor
+from molmo_edge.molmo.layout import ImageTokenIds
+from molmo_edge.molmo.tiling import layout_of
+
+IDS = ImageTokenIds(start=1, end=2, patch=3, col=4)
+SPECIAL = reference.SpecialTokens(1, 2, 3, 4)
+PIXEL_BOUND = 1e-3
+needs_tensorflow = pytest.mark.skipif(
+    importlib.util.find_spec("tensorflow") is None, reason='needs the extra "tf"'
+)
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Smooth shapes with noise, as photographs have."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    base = 127 + 100 * np.sin(x[..., None] / [7, 19, 45] + y[..., None] / [11, 31, 5])
+    return np.clip(base + rng.normal(0, 20, base.shape), 0, 255).astype(np.uint8)
+
+
+def assert_equals_yardstick(image: np.ndarray, max_crops: int) -> None:
+    ours = MolmoImageProcessor(max_crops=max_crops).inputs(image)
+    slow = reference.preprocess(image, SPECIAL, max_crops)
+    assert ours.layout.tokens(IDS).tolist() == slow.image_tokens.tolist()
+    idx = ours.layout.input_idx
+    assert np.array_equal(np.where(idx < 0, idx, idx + 1), slow.image_input_idx)
+    assert np.array_equal(ours.image_masks.numpy(), slow.image_masks)
+    assert ours.images.shape == slow.images.shape
+    assert float(np.abs(ours.images.numpy() - slow.images).max()) <= PIXEL_BOUND
+
+
+@settings(
+    deadline=None, max_examples=12, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+@given(st.integers(1, 900), st.integers(1, 900), st.sampled_from([1, 2, 6, 12]))
+@example(1, 1, 12)
+@example(112, 112, 12)
+@example(1, 900, 12)
+@example(900, 1, 12)
+@example(233, 1, 12)
+def test_any_size_equals_the_yardstick(height: int, width: int, max_crops: int) -> None:
+    assert_equals_yardstick(picture(height, width, height * 31 + width), max_crops)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "size", [(3000, 4000), (4000, 300), (200, 4000), (1080, 1920), (2890, 4), (4, 2890)]
+)
+def test_large_and_narrow_pictures_equal_the_yardstick(size: tuple[int, int]) -> None:
+    assert_equals_yardstick(picture(*size), 12)
+
+
+def test_every_tiling_equals_the_yardstick() -> None:
+    for rows in range(1, 13):
+        for cols in range(1, 12 // rows + 1):
+            height, width = layout_of(rows, cols).pixel_shape
+            # A quarter of the canvas, so that the tiling is not met exactly.
+            assert_equals_yardstick(picture(height // 2, width // 2, rows), rows * cols)
+
+
+@needs_tensorflow
+@pytest.mark.slow
+# TensorFlow's own imports warn.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("size", [(480, 640), (1080, 1920), (57, 300), (1, 1), (700, 90)])
+def test_torch_resizes_as_tensorflow_does(size: tuple[int, int]) -> None:
+    image = picture(*size)
+    ours = MolmoImageProcessor().inputs(image)
+    trained = MolmoImageProcessor(resize="tensorflow").inputs(image)
+    assert float((ours.images - trained.images).abs().max()) <= PIXEL_BOUND
+    assert bool((ours.image_masks == trained.image_masks).all())
+
+
+def test_fast_resize_is_off_by_at_most_a_grey_level() -> None:
+    image = picture(700, 900)
+    ours = MolmoImageProcessor().inputs(image).images
+    fast = MolmoImageProcessor(resize="fast").inputs(image).images
+    assert 0 < float((ours - fast).abs().max()) <= 1.01 / 255 / 0.26
+
+
+def test_pil_and_array_give_the_same() -> None:
+    image = picture(120, 80)
+    a = MolmoImageProcessor().inputs(image)
+    b = MolmoImageProcessor().inputs(Image.fromarray(image))
+    assert bool((a.images == b.images).all())
+
+
+def test_the_callers_array_is_left_alone() -> None:
+    image = picture(120, 80)
+    before = image.copy()
+    image.flags.writeable = False
+    MolmoImageProcessor().inputs(image)
+    assert np.array_equal(image, before)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        np.zeros((3, 4, 4), np.uint8),
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+        np.zeros((4, 4, 3), np.float32),
+        "photo.jpg",
+    ],
+)
+def test_what_is_no_picture_is_refused(wrong: Any) -> None:
+    with pytest.raises(ImageError):
+        MolmoImageProcessor().inputs(wrong)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_crops": 0},
+        {"max_crops": True},
+        {"resize": "bicubic"},
+        {"image_patch_size": 16},
+        {"overlap_margins": [2, 2]},
+    ],
+)
+def test_options_the_model_was_not_made_for_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        MolmoImageProcessor(**options)

@@ -1,0 +1,62 @@
+"""Geometry equals the yardstick's, for every tiling and any size."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from molmo_edge.molmo.layout import ImageTokenIds
+from molmo_edge.molmo.reference_inputs import select_tiling as slow_tiling
+from molmo_edge.molmo.tiling import fit, largest_layout, layout_of, select_tiling
+
+IDS = ImageTokenIds(start=1, end=2, patch=3, col=4)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.integers(1, 4000), st.integers(1, 4000), st.integers(1, 32))
+def test_tilings_are_the_yardsticks(height: int, width: int, max_crops: int) -> None:
+    assert select_tiling(height, width, max_crops) == slow_tiling(height, width, max_crops)
+
+
+@pytest.mark.parametrize("size", [(112, 112), (112, 500), (500, 112), (1, 1), (1, 4000), (113, 5)])
+def test_sizes_at_the_margin_pick_without_warning(size: tuple[int, int]) -> None:
+    assert select_tiling(*size) == slow_tiling(*size, 12)
+
+
+def test_each_layout_places_every_feature_once_and_in_reading_order() -> None:
+    for rows in range(1, 13):
+        for cols in range(1, 12 // rows + 1):
+            layout = layout_of(rows, cols)
+            tokens = layout.tokens(IDS)
+            assert len(tokens) == layout.n_tokens
+            placed = layout.input_idx[layout.input_idx >= 0]
+            assert len(set(placed.tolist())) == len(placed)
+            assert sorted(placed.tolist()) == np.flatnonzero(tokens == IDS.patch).tolist()
+
+
+def test_two_crops_side_by_side_drop_their_inner_edges() -> None:
+    # Worked by hand: 12 rows of 20 = 10 + 10 pooled features; the grid starts behind
+    # <im_start>, 12 x 13 tokens, <im_end>, <im_start>.
+    idx = layout_of(1, 2).input_idx.reshape(3, 12, 12)
+    first = 1 + 12 * 13 + 2
+    assert idx[1, 0].tolist() == [*range(first, first + 10), -100, -100]
+    assert idx[2, 0].tolist() == [-100, -100, *range(first + 10, first + 20)]
+    assert idx[1, 1, 0] == first + 21
+
+
+def test_the_largest_layout_has_the_most_tokens() -> None:
+    # One column of twelve: 2 + 156 + 2 + 100 x 13.
+    assert largest_layout(12).n_tokens == 1460
+    assert layout_of(3, 4).n_tokens == 2 + 156 + 2 + 28 * 37
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(1, 9000), st.integers(1, 9000))
+def test_fitted_pictures_stay_inside_the_canvas(height: int, width: int) -> None:
+    top, left, h, w = fit(height, width, (336, 560))
+    assert h >= 1
+    assert w >= 1
+    assert 0 <= top <= top + h <= 336
+    assert 0 <= left <= left + w <= 560

@@ -1,0 +1,49 @@
+"""What a user may rely on from outside: names, import time, errors."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import molmo_edge
+from molmo_edge import errors
+
+
+def test_import_loads_neither_torch_nor_vllm() -> None:
+    code = (
+        "import sys, molmo_edge, molmo_edge.pointing, molmo_edge.images, molmo_edge.results, "
+        "molmo_edge.settings, molmo_edge.devices.detect, molmo_edge.vlm\n"
+        "print([m for m in ('torch', 'vllm', 'transformers') if m in sys.modules])"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert out.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there_and_sorted() -> None:
+    assert molmo_edge.__all__ == sorted(molmo_edge.__all__)
+    for name in molmo_edge.__all__:
+        assert getattr(molmo_edge, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        molmo_edge.Nothing  # noqa: B018
+
+
+def test_every_error_is_in_the_tree_that_its_module_draws() -> None:
+    drawn = inspect.getdoc(errors) or ""
+    for name, cls in vars(errors).items():
+        if inspect.isclass(cls) and issubclass(cls, Exception):
+            assert issubclass(cls, errors.MolmoEdgeError)
+            assert name in drawn
+
+
+def test_without_vllm_the_error_names_both_extras(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(errors.MissingDependencyError) as caught:
+        molmo_edge.EdgeVLM("stub")
+    assert "molmo-edge[cuda]" in str(caught.value)
+    assert "molmo-edge[cpu]" in str(caught.value)
