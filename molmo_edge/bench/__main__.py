@@ -15,7 +15,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 
-from molmo_edge.bench import ceilings, command, tables, terminal
+from molmo_edge.bench import ceilings, command, forms, terminal
 from molmo_edge.bench.scenarios import Load
 from molmo_edge.bench.suite import SCENARIOS, Suite, known
 from molmo_edge.errors import BenchmarkError, MolmoEdgeError
@@ -184,7 +184,7 @@ def bench(
     if form is Form.table:
         terminal.show(document, Console())
     else:
-        typer.echo(tables.render(document, form.value), nl=False)
+        typer.echo(forms.render(document, form.value), nl=False)
     progress.print(f"written: {files.json} and {files.markdown.name}", soft_wrap=True)
     if any("interrupted" in note for note in document.notes):
         raise typer.Exit(130)
@@ -203,10 +203,10 @@ def compare_results(
     strict: Annotated[bool, typer.Option(help="Exit status 1 if the results are unlike.")] = False,
 ) -> None:
     """Put results side by side and say what makes them unlike."""
-    from molmo_edge.bench import document
+    from molmo_edge.bench import store
     from molmo_edge.bench.compare import compare
 
-    found = compare([document.load(path) for path in results])
+    found = compare([store.load(path) for path in results])
     if form is Form.md:
         typer.echo(found.markdown(), nl=False)
     elif form is Form.table:
@@ -225,11 +225,11 @@ def report(
     png: Annotated[Path | None, typer.Option(help="Folder for the plots as PNG.")] = None,
 ) -> None:
     """Make one self-contained HTML page, with plots (extra `plot`)."""
-    from molmo_edge.bench import document, plots
+    from molmo_edge.bench import plots, store
     from molmo_edge.bench.report import html
 
-    documents = [document.load(path) for path in results]
-    document.write_text(html(documents), output)
+    documents = [store.load(path) for path in results]
+    store.write_text(html(documents), output)
     typer.echo(f"written: {output}")
     if png is not None:
         for name, figure in plots.figures(documents).items():
@@ -257,7 +257,7 @@ def drift_command(
 ) -> None:
     """Same prompts under several configurations; exit status 1 if one drifts too far."""
     from molmo_edge.bench import cases as case_set
-    from molmo_edge.bench import document, drift, drift_run
+    from molmo_edge.bench import drift, drift_run, store
 
     target = command.Target.chosen(model, config, {})
     chosen = drift_run.variants(
@@ -267,8 +267,8 @@ def drift_command(
     progress = Console(stderr=True)
 
     def save(found: drift.DriftDocument) -> None:
-        document.write_text(found.model_dump_json(indent=1) + "\n", files.json)
-        document.write_text(drift_run.markdown(found), files.markdown)
+        store.write_text(found.model_dump_json(indent=1) + "\n", files.json)
+        store.write_text(drift_run.markdown(found), files.markdown)
 
     found = drift_run.run(
         chosen,

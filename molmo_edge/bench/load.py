@@ -96,7 +96,7 @@ def wave_of(samples: Sequence[Sample], iteration: int, wall_s: float) -> Wave:
 
 def _closed(bench: Bench, users: int) -> Row:
     """Each user asks again as soon as an answer is there, ``iterations`` times."""
-    title = f"{users} user{'s' if users > 1 else ''}, closed loop"
+    title = f"{users} user{'s' if users > 1 else ''}"
     case = bench.cases[0]
     with bench.recorder.row(case, title=title, loop="closed", users=users) as row:
         began = bench.clock()
@@ -137,7 +137,7 @@ def _open(bench: Bench, rate: float) -> None:
     for _ in range(count):
         at += rng.expovariate(rate)
         due.append(at)
-    title = f"{rate:.3g} requests/s, open loop"
+    title = f"{rate:.3g} req/s, random"
     with bench.recorder.row(case, title=title, loop="open", rate=rate) as row:
         began = bench.clock()
 

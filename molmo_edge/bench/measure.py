@@ -44,7 +44,8 @@ FAILURES_IN_A_ROW = 3
 class Plan:
     """How long to measure. Times in seconds; ``width`` is relative to the mean.
 
-    With ``firm`` the time limit also ends rows that have not got their least number yet.
+    The time limit counts from when an engine is ready; with ``firm`` from the start of the whole
+    run, and it then also ends rows that have not got their least number yet.
 
     Raises:
         BenchmarkError: a number is out of range.

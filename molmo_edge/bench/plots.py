@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from molmo_edge.bench.compare import head_names, overall_speed
-from molmo_edge.bench.document import Document, Row, write_bytes
+from molmo_edge.bench.document import Document, Row
+from molmo_edge.bench.store import write_bytes
 from molmo_edge.bench.tables import part
 from molmo_edge.errors import MissingDependencyError
 

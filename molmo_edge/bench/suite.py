@@ -109,6 +109,7 @@ class Suite:
     clock: measure.Clock = time.perf_counter
     sleep: Callable[[float], None] = time.sleep
     label: str | None = None
+    _began: float = field(default=0.0, init=False)
 
     def run(self) -> Document:
         """Run everything; the document says what is missing, if anything is.
@@ -119,6 +120,7 @@ class Suite:
             MolmoEdgeError: the first engine could not be started, or a scenario is unknown.
         """
         chosen = known(self.names)
+        self._began = self.clock()
         document = Document(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             label=self.label,
@@ -175,13 +177,13 @@ class Suite:
             recorder.meter = self.meter(vlm, document)
 
     def _scenarios(self, recorder: Recorder, left: list[Scenario], vlm: Any) -> None:
-        ends = self.clock() + self.plan.time_limit_s
+        begins = self._began if self.plan.firm else self.clock()
         bench = Bench(
             vlm=vlm,
             cases=self.cases,
             plan=self.plan,
             recorder=recorder,
-            ends=ends,
+            ends=begins + self.plan.time_limit_s,
             load=self.load,
             clock=self.clock,
             sleep=self.sleep,

@@ -1,18 +1,16 @@
-"""A result document as rows of text: Markdown, CSV, JSON lines, and the terminal's table.
+"""A result document as rows of text: the terminal's table, and Markdown.
 
 This module knows nothing about measuring; it shows what a document says and a dash for unknown.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from molmo_edge.bench.document import Document, Row, Scenario, Summary, dumps
+import numpy as np
+
+from molmo_edge.bench.document import Document, Row, Scenario, Summary
 from molmo_edge.bench.environment import software_line
 
 Cell = Callable[[Row], str]
@@ -53,7 +51,7 @@ def interval(summary: Summary | None, digits: int = 1) -> str:
 
 def steady_from(row: Row) -> str:
     """Which iterations were warm-up."""
-    if row.warmup is None:
+    if row.warmup is None or "disk_caches" in row.conditions:
         return UNKNOWN
     if row.warmup.start is None:
         return "not steady"
@@ -71,7 +69,7 @@ def caches(row: Row) -> str:
 
 def _of(
     name: str, value: Callable[[Summary], float | None], digits: int, scale: float = 1.0
-) -> Any:
+) -> Cell:
     def cell(row: Row) -> str:
         summary = part(row).get(name)
         return UNKNOWN if summary is None else number(value(summary), digits, scale)
@@ -79,46 +77,73 @@ def _of(
     return cell
 
 
+def _mean(name: str) -> Cell:
+    return _of(name, lambda summary: summary.mean, 1)
+
+
 def _speed(name: str) -> Cell:
-    return lambda row: interval(part(row).get(name))
+    def cell(row: Row) -> str:
+        return interval(part(row).get(name))
+
+    return cell
 
 
 @dataclass(frozen=True)
 class Column:
-    """Head and cell; ``narrow`` is the cell on a narrow terminal, ``None`` to leave it out."""
+    """Head and cell; ``narrow`` is the same for a narrow terminal, ``None`` to leave it out."""
 
     head: str
     cell: Cell
-    narrow: Cell | None
+    narrow: tuple[str, Cell] | None
 
 
-def _both(head: str, cell: Cell) -> Column:
-    return Column(head, cell, cell)
+def _both(head: str, cell: Cell, short: str | None = None) -> Column:
+    return Column(head, cell, (short or head, cell))
+
+
+def _wide(head: str, cell: Cell) -> Column:
+    return Column(head, cell, None)
 
 
 COLUMNS = (
     _both("case", lambda row: row.title),
     _both("n", lambda row: str(len(row.waves) or len(row.samples))),
-    _both("steady", steady_from),
-    Column("preproc ms", _of("preprocess_s", lambda s: s.median, 0, 1000), None),
+    _both("steady", lambda row: steady_from(row)),
+    _both("since due s", lambda row: _since_due(row), "due s"),
+    _wide("preproc ms", _of("preprocess_s", lambda s: s.median, 0, 1000)),
     _both("ttft ms", _of("ttft_s", lambda s: s.median, 0, 1000)),
-    Column("ttft p99", _of("ttft_s", lambda s: s.p99, 0, 1000), None),
-    Column("itl ms", _of("itl_s", lambda s: s.p50, 2, 1000), None),
-    Column("itl p99", _of("itl_s", lambda s: s.p99, 2, 1000), None),
-    Column("decode tok/s", _speed("output_tps"), _of("output_tps", lambda s: s.mean, 1)),
-    Column("request tok/s", _speed("request_tps"), _of("request_tps", lambda s: s.mean, 1)),
-    _both("total tok/s", lambda row: _total(row)),
-    _both("of bandwidth", lambda row: _share(row)),
+    _wide("ttft p99", _of("ttft_s", lambda s: s.p99, 0, 1000)),
+    _wide("itl ms", _of("itl_s", lambda s: s.p50, 2, 1000)),
+    _wide("itl p99", _of("itl_s", lambda s: s.p99, 2, 1000)),
+    Column("decode tok/s", _speed("output_tps"), ("decode", _mean("output_tps"))),
+    Column("request tok/s", _speed("request_tps"), ("request", _mean("request_tps"))),
+    Column(
+        "total tok/s",
+        lambda row: _total(row, _speed("total_tps")),
+        ("total", lambda row: _total(row, _mean("total_tps"))),
+    ),
+    _both("of bandwidth", lambda row: _share(row), "of BW"),
     _both("J/token", lambda row: number(row.ceiling.joules_per_token if row.ceiling else None, 3)),
-    _both("caches", caches),
+    _both("caches", lambda row: caches(row)),
 )
-"""The steady state's where there is one; latencies are medians, speeds means with interval."""
+"""The steady state's where there is one; latencies are medians, speeds means with interval.
+
+"since due" is from when a frame existed, a request was due, or a process was started.
+"""
+
+DUE = ("fps", "rate", "disk_caches")
 
 
-def _total(row: Row) -> str:
-    if "total_tps" in part(row):
-        return interval(part(row)["total_tps"])
-    return number(row.counts.get("total_tps"))
+def _since_due(row: Row) -> str:
+    walls = [s.wall_s for s in row.samples if s.wall_s is not None and s.error is None]
+    if not walls or not row.conditions.keys() & set(DUE):
+        return UNKNOWN
+    return number(float(np.median(walls)), 2)
+
+
+def _total(row: Row, cell: Cell) -> str:
+    told = cell(row)
+    return told if told != UNKNOWN else number(row.counts.get("total_tps"))
 
 
 def _share(row: Row) -> str:
@@ -128,11 +153,8 @@ def _share(row: Row) -> str:
 
 def grid(scenario: Scenario, *, narrow: bool = False) -> tuple[list[str], list[list[str]]]:
     """Heads and cells of a scenario, without columns in which nothing is known."""
-    columns = [
-        (column.head, column.narrow if narrow and column.narrow else column.cell)
-        for column in COLUMNS
-        if column.narrow is not None or not narrow
-    ]
+    wide = [(column.head, column.cell) for column in COLUMNS]
+    columns = [column.narrow for column in COLUMNS if column.narrow] if narrow else wide
     cells = [[cell(row) for _, cell in columns] for row in scenario.rows]
     kept = [i for i in range(len(columns)) if i < 3 or any(line[i] != UNKNOWN for line in cells)]
     return [columns[i][0] for i in kept], [[line[i] for i in kept] for line in cells]
@@ -226,67 +248,3 @@ def markdown_table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-
-def flat(document: Document) -> list[dict[str, Any]]:
-    """One flat record a row, for CSV and JSON lines; the same keys in every record."""
-    software, model = document.environment.software, document.environment.model
-    records = []
-    for scenario in document.scenarios:
-        for row in scenario.rows:
-            record: dict[str, Any] = {
-                "created": document.created,
-                "complete": document.complete,
-                "device": document.environment.device.name,
-                "power_mode": document.environment.device.power_mode,
-                "model": model.name,
-                "random_weights": model.random_weights,
-                "precision": model.precision,
-                "kv_cache_dtype": model.kv_cache_dtype,
-                "vllm": software.vllm,
-                "torch": software.torch,
-                "transformers": software.transformers,
-                "scenario": scenario.name,
-                "case": row.name,
-                "title": row.title,
-                "iterations": len(row.waves) or len(row.samples),
-                "steady_from": row.warmup.start if row.warmup else None,
-                "stopped": row.stopped,
-                "caches": row.caches.mode if row.caches else None,
-                "caches_proved": row.caches.proved if row.caches else None,
-            }
-            for name in ("preprocess_s", "ttft_s", "tpot_s", "itl_s"):
-                summary = part(row).get(name, Summary())
-                record |= {f"{name}_{k}": getattr(summary, k) for k in ("p50", "p90", "p99")}
-            for name in ("output_tps", "request_tps", "total_tps"):
-                summary = part(row).get(name, Summary())
-                keys = ("mean", "std", "min", "max", "ci_low", "ci_high")
-                record |= {f"{name}_{k}": getattr(summary, k) for k in keys}
-            ceiling = row.ceiling
-            for key in ("bytes_per_token", "bandwidth_share", "watts", "joules_per_token"):
-                record[key] = getattr(ceiling, key) if ceiling else None
-            records.append(record)
-    return records
-
-
-def render(document: Document, form: str) -> str:
-    """The document as ``md``, ``csv``, ``json`` or ``jsonl`` text.
-
-    Raises:
-        ValueError: ``form`` is none of these.
-    """
-    if form == "md":
-        return markdown(document)
-    if form == "json":
-        return dumps(document) + "\n"
-    if form == "jsonl":
-        return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in flat(document))
-    if form != "csv":
-        raise ValueError("form must be md, csv, json or jsonl")
-    records = flat(document)
-    buffer = io.StringIO()
-    if records:
-        writer = csv.DictWriter(buffer, list(records[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
-    return buffer.getvalue()

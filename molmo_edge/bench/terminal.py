@@ -145,11 +145,13 @@ def show(document: Document, console: Console) -> None:
             console.print(f"{scenario.title}: {scenario.error}", style="red", markup=False)
         if not scenario.rows:
             continue
-        table = Table(title=scenario.title, title_justify="left")
-        heads, cells = tables.grid(scenario, narrow=console.width < 120)
+        narrow = console.width < 120
+        caption = "speeds in tok/s, steady state where there is one" if narrow else None
+        table = Table(title=scenario.title, title_justify="left", caption=caption)
+        heads, cells = tables.grid(scenario, narrow=narrow)
         for i, head in enumerate(heads):
             justify: JustifyMethod = "left" if i == 0 else "right"
-            table.add_column(head, justify=justify, overflow="fold", no_wrap=i == 0)
+            table.add_column(head, justify=justify, overflow="fold", no_wrap=i > 0)
         for line in cells:
             table.add_row(*line)
         console.print(table)

@@ -39,7 +39,7 @@ class Cache:
 def caches(src: Sources, device: DeviceInfo, cache_dir: Path | None = None) -> list[Cache]:
     """molmo_edge's cache root and the caches of what it uses, for this kind of device."""
     env = src.environ
-    home = env.get("HOME") or "/root"
+    home = env.get("HOME") or (str(Path.home()) if src.live else "/root")
     xdg = env.get("XDG_CACHE_HOME") or f"{home}/.cache"
     own = str(cache_dir) if cache_dir else env.get("MOLMO_EDGE_CACHE_DIR") or f"{xdg}/molmo_edge"
     flashinfer = env.get("FLASHINFER_WORKSPACE_BASE") or home

@@ -41,7 +41,8 @@ def vllm_findings(device: DeviceInfo, install: Install) -> Iterator[Finding]:
         yield Finding("problem", "vLLM", "is not installed", f"pip install 'molmo-edge[{extra}]'")
         return
     code = [library for library in install.vllm_libraries if library.code]
-    kind = "CUDA" if code else "CPU"
+    known = bool(install.vllm_libraries)
+    kind = "unknown" if not known else "CUDA" if code else "CPU"
     if version is None:
         yield Finding("note", "vLLM", f"{kind} build without package metadata")
     elif version.startswith(TESTED):
@@ -53,7 +54,9 @@ def vllm_findings(device: DeviceInfo, install: Install) -> Iterator[Finding]:
             f"{version}, {kind} build; this library was made for {TESTED}x",
             "install that version, then run molmo-edge verify",
         )
-    if device.kind == "cuda" and not code:
+    if not known:
+        yield Finding("note", "vLLM build", "its compiled libraries were not found or readable")
+    elif device.kind == "cuda" and not code:
         yield Finding(
             "problem",
             "vLLM build",

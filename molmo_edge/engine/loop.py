@@ -1,4 +1,4 @@
-"""The one thread that builds an engine, steps it, and aborts in it.
+"""The one thread that owns an engine, from its building to its end.
 
 Everybody else talks to it through a queue that needs no lock, so that a garbage collector running
 anywhere may cancel. The loop knows nothing of prompts, pictures or vLLM.
@@ -10,30 +10,30 @@ READY shows as STALLED while one step lasts longer than `stall_s`.
 from __future__ import annotations
 
 import atexit
-import heapq
 import logging
 import os
 import queue
 import threading
 import time
-import weakref
+import traceback
 from collections.abc import Callable
-from concurrent.futures import Future
 from enum import StrEnum
 from typing import Any, TypeVar
 
+from molmo_edge.engine.errors_map import advice
+from molmo_edge.engine.gate import Gate
+from molmo_edge.engine.runner import Command, Runner, timed_out
 from molmo_edge.engine.seam import Engine
 from molmo_edge.engine.ticket import Ticket
 from molmo_edge.errors import (
     EngineClosedError,
     EngineDeadError,
+    EngineError,
     EngineForkedError,
     EngineStartError,
-    GenerationError,
     MolmoEdgeError,
     QueueFull,
     RequestCancelled,
-    RequestTimeout,
 )
 
 logger = logging.getLogger("molmo_edge")
@@ -71,21 +71,17 @@ class EngineLoop:
         self._max_queue = max_queue
         self._stall_s = stall_s
         self._pid = os.getpid()
-        self._inbox: queue.SimpleQueue[Callable[[Engine], None]] = queue.SimpleQueue()
-        self._lock = threading.Condition(threading.Lock())
+        self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._over: queue.SimpleQueue[None] = queue.SimpleQueue()
+        # Guards what follows, up to the blank line.
+        self._gate = Gate()
         self._state = State.NEW
         self._cause: BaseException | None = None
         self._in_flight = 0
         self._drain = False
-        self._closing = threading.Event()
-        self._ended = threading.Event()
-        # Engine thread only.
-        self._active: dict[str, Ticket] = {}
-        self._deadlines: list[tuple[float, str]] = []
-        self._ending = False
-        # Written by the engine thread, read by the watchdog without a lock.
-        self._step_began: float | None = None
-        self._engine: Engine | None = None
+        self._gone = False
+
+        self._runner: Runner | None = None
         self._thread = threading.Thread(target=self._run, name="molmo-edge-engine", daemon=True)
         self._watchdog = threading.Thread(
             target=self._watch, name="molmo-edge-watchdog", daemon=True
@@ -96,21 +92,27 @@ class EngineLoop:
     @property
     def state(self) -> State:
         """Where the engine stands now."""
-        if self._state is State.READY and self._stalled():
-            return State.STALLED
-        return self._state
+        state = self._state
+        return State.STALLED if state is State.READY and self._stalled() else state
 
     @property
     def cause(self) -> BaseException | None:
-        """What killed the engine, None unless DEAD."""
+        """What killed the engine, or what it hangs in; None unless DEAD or STALLED."""
+        if self.state is State.STALLED:
+            return EngineError(
+                f"One engine step has lasted longer than {self._stall_s:g} s; it may be stuck."
+            )
         return self._cause
 
     @property
     def engine(self) -> Engine:
         """The engine, for `render` and `info` alone. Raises as `submit` when it is not up."""
         self._check()
-        assert self._engine is not None
-        return self._engine
+        engine = None if self._runner is None else self._runner.engine
+        if engine is None:  # it ended meanwhile
+            self._check()
+            raise EngineClosedError("The engine is closed; an engine cannot be reopened.")
+        return engine
 
     def start(self) -> None:
         """Builds the engine and waits until it is up.
@@ -120,17 +122,27 @@ class EngineLoop:
             EngineStartError: any other failure, chained.
             EngineClosedError: `close()` came in between.
         """
-        with self._lock:
+        with self._gate.lock:
             if self._state is not State.NEW:
                 raise EngineClosedError("An engine loop starts once; build a new one.")
             self._state = State.STARTING
         _LIVE.add(self)
-        self._thread.start()
-        self._watchdog.start()
-        with self._lock:
-            self._lock.wait_for(lambda: self._state is not State.STARTING)
-        if self._state is State.DEAD:
+        try:
+            self._thread.start()
+            self._watchdog.start()
+        except RuntimeError as exc:
+            self.close(timeout=0.0)
+            raise EngineStartError(
+                "No thread could be started for the engine: the process has too many, or is "
+                "about to exit."
+            ) from exc
+        self._gate.wait_for(lambda: self._state is not State.STARTING)
+        # Behind whatever the engine's own modules registered, so that at exit it is first.
+        atexit.unregister(_close_all)
+        atexit.register(_close_all)
+        if self._state is State.DEAD and self._runner is None:
             assert self._cause is not None
+            self.close(timeout=_EXIT_S)
             if isinstance(self._cause, MolmoEdgeError):
                 raise self._cause
             raise EngineStartError(
@@ -139,80 +151,87 @@ class EngineLoop:
             ) from self._cause
         self._check()
 
-    def submit(self, ticket: Ticket, *, wait_s: float | None = 0.0) -> Ticket:
+    def submit(self, ticket: Ticket, *, wait: bool = False) -> None:
         """Hands a request to the engine.
 
-        Waits up to `wait_s` seconds for room in the queue (None: as long as it takes).
+        Waits for room in the queue until the request's deadline; without one not at all, or with
+        `wait` as long as it takes.
 
         Raises:
-            QueueFull, EngineDeadError, EngineClosedError, EngineForkedError.
+            QueueFull, RequestTimeout, EngineDeadError, EngineClosedError, EngineForkedError.
         """
-        self._check()
-        with self._lock:
-            room = self._lock.wait_for(
-                lambda: self._in_flight < self._max_queue or self._state is not State.READY, wait_s
-            )
-            self._check()
-            if not room:
-                raise QueueFull(
-                    f"{self._max_queue} requests are in flight already; ask again later, give a "
-                    "timeout to wait for room, or raise max_queue."
-                )
-            self._in_flight += 1
-            # Put under the lock: a dying loop empties the queue only after its state is set.
-            self._inbox.put(lambda engine: self._add(engine, ticket))
-        return ticket
+        self.check_may_wait()
+        while not self._submitted(ticket):
+            left = self._patience(ticket, wait)
+            if not self._gate.wait_for(self._has_room, left, small=True):
+                raise timed_out()
+
+    async def async_submit(self, ticket: Ticket, *, wait: bool = False) -> None:
+        """`submit` without blocking the event loop."""
+        while not self._submitted(ticket):
+            left = self._patience(ticket, wait)
+            if not await self._gate.async_wait_for(self._has_room, left, small=True):
+                raise timed_out()
 
     def cancel(self, ticket: Ticket, error: MolmoEdgeError | None = None) -> None:
         """Ends a request early; safe from any thread, and when it has ended already."""
         if os.getpid() != self._pid:
             return
         if ticket.fail(error or RequestCancelled("The request was cancelled.")):
-            self._inbox.put(lambda engine: self._abort(engine, ticket))
+            self._inbox.put(lambda runner: runner.abort(ticket))
 
     def abandon(self, ticket: Ticket) -> None:
         """Ends a request that nobody waits for any more; takes no lock, so finalizers may call."""
 
-        def forget(engine: Engine) -> None:
+        def forget(runner: Runner) -> None:
             ticket.fail(RequestCancelled("The request was dropped."))
-            self._abort(engine, ticket)
+            runner.abort(ticket)
 
         if os.getpid() == self._pid:
             self._inbox.put(forget)
 
     def abandon_engine(self) -> None:
-        """Closes an engine that nobody holds any more; takes no lock, so finalizers may call."""
+        """Closes an engine that nobody holds any more, behind the answers still being read.
 
-        def forget(engine: Engine) -> None:
-            with self._lock:
-                if self._state is State.READY:
-                    self._state = State.CLOSING
-
+        Takes no lock, so finalizers may call.
+        """
         if os.getpid() == self._pid:
-            self._inbox.put(forget)
+            self._inbox.put(lambda runner: self._leave(drain=True))
 
-    def call(self, function: Callable[[Engine], T]) -> T:
+    def call(self, function: Callable[[Any], T]) -> T:
         """Runs `function(engine)` in the engine's thread, between steps, and returns its result."""
-        self._check()
-        future: Future[T] = Future()
+        engine = self.engine
+        if threading.current_thread() is self._thread:
+            return function(engine)
+        done = Gate()
+        outcome: list[Callable[[], T]] = []
 
-        def run(engine: Engine) -> None:
+        def settle(how: Callable[[], T]) -> None:
+            with done.lock:
+                outcome.append(how)
+                wakes = done.changed()
+            for wake in wakes:
+                wake()
+
+        def run(runner: Runner) -> None:
+            if runner.engine is None:
+                return settle(lambda: _raise(self._last_word()))
             try:
-                future.set_result(function(engine))
+                value = function(runner.engine)
             except Exception as exc:
-                future.set_exception(exc)
+                error = exc
+                return settle(lambda: _raise(error))
+            except BaseException as exc:  # the engine's end; whoever asked hears of it too
+                self._cause = exc
+                settle(lambda: _raise(self._last_word()))
+                raise
+            settle(lambda: value)
 
-        with self._lock:
+        with self._gate.lock:
             self._check()
             self._inbox.put(run)
-        while True:
-            try:
-                return future.result(timeout=0.2)
-            except TimeoutError:
-                if future.done():
-                    raise
-                if self._ended.is_set():
-                    self._check()
+        done.wait_for(lambda: bool(outcome))
+        return outcome[0]()
 
     def close(self, timeout: float | None = None, *, drain: bool = False) -> bool:
         """Ends the engine; from any thread, any number of times, in any state.
@@ -226,28 +245,29 @@ class EngineLoop:
         """
         if os.getpid() != self._pid:
             return True
-        with self._lock:
-            if self._state is State.NEW:
-                self._state = State.CLOSED
-                self._ended.set()
-            elif self._state in (State.STARTING, State.READY):
-                self._state = State.CLOSING
-                self._drain = drain
-            self._drain = self._drain and drain
-            self._lock.notify_all()
-        self._closing.set()
-        self._inbox.put(_wake)
+        self._leave(drain=drain)
         if threading.current_thread() is self._thread:
             return False
-        if not self._ended.wait(timeout):
+        if not self._gate.wait_for(lambda: self._gone, timeout):
             return False
         for thread in (self._thread, self._watchdog):
             if thread.ident is not None and thread is not threading.current_thread():
-                thread.join(timeout)
+                thread.join()
         return True
 
-    def check_owner(self) -> None:
-        """Raises EngineForkedError in a forked child of the process that built the engine."""
+    def check_may_wait(self) -> None:
+        """Raises an EngineError where waiting for an answer can never end.
+
+        EngineForkedError in a forked child of the process that built the engine.
+        """
+        self._check_owner()
+        if threading.current_thread() is self._thread:
+            raise EngineError(
+                "The engine's own thread asked it a question, and would wait for itself. Ask "
+                "from another thread."
+            )
+
+    def _check_owner(self) -> None:
         if os.getpid() != self._pid:
             raise EngineForkedError(
                 "This engine belongs to the parent process. Build one in the child, or start "
@@ -255,211 +275,180 @@ class EngineLoop:
             )
 
     def _check(self) -> None:
-        self.check_owner()
+        self._check_owner()
         state = self._state
         if state is State.READY:
             return
         if state is State.DEAD:
+            assert self._cause is not None
             raise EngineDeadError(
-                f"The engine is dead ({type(self._cause).__name__}). The chained error says why; "
-                "restart() builds a new one."
+                f"The engine is dead ({type(self._cause).__name__}). {advice(self._cause)}"
+                "The chained error says why; restart() builds a new one."
             ) from self._cause
         if state in (State.CLOSING, State.CLOSED):
             raise EngineClosedError("The engine is closed; an engine cannot be reopened.")
         raise EngineClosedError("The engine is not up yet.")
 
+    def _submitted(self, ticket: Ticket) -> bool:
+        self._check()
+        with self._gate.lock:
+            self._check()
+            if self._in_flight >= self._max_queue:
+                return False
+            self._in_flight += 1
+            # Put under the lock: an ending engine empties the inbox only after its state is set.
+            self._inbox.put(lambda runner: runner.add(ticket))
+        return True
+
+    def _has_room(self) -> bool:
+        return self._in_flight < self._max_queue or self._state is not State.READY
+
+    def _patience(self, ticket: Ticket, wait: bool) -> float | None:
+        if ticket.deadline is not None:
+            return max(0.0, ticket.deadline - time.monotonic())
+        if wait:
+            return None
+        raise QueueFull(
+            f"{self._max_queue} requests are in flight already; ask again later, give a "
+            "timeout to wait for room, or raise max_queue."
+        )
+
+    def _leave(self, *, drain: bool) -> None:
+        with self._gate.lock:
+            if self._state in (State.STARTING, State.READY):
+                self._state, self._drain = State.CLOSING, drain
+            elif self._state is State.NEW:
+                self._state = State.CLOSED
+            self._drain = self._drain and drain
+            if self._thread.ident is None:  # never started; `_run` looks at the state first
+                self._state, self._gone = State.CLOSED, True
+                _LIVE.discard(self)
+            wakes = self._gate.changed()
+        for wake in wakes:
+            wake()
+        self._inbox.put(_nothing)
+
     # The engine's thread.
 
     def _run(self) -> None:
-        engine: Engine | None = None
         cause: BaseException | None = None
         try:
-            assert self._factory is not None
-            engine = self._engine = self._factory()
-            with self._lock:
-                if self._state is State.STARTING:
-                    self._state = State.READY
-                self._lock.notify_all()
-            self._serve(engine)
+            self._build_and_serve()
         except BaseException as exc:
             cause = exc
-        finally:
-            self._end(engine, cause)
+            _drop_frames(exc)
+        self._end(cause)
 
-    def _serve(self, engine: Engine) -> None:
-        while True:
-            self._obey(engine)
-            if self._state is State.CLOSING and not (self._drain and self._active):
-                return
-            if not self._active:
-                continue
-            self._step_began = time.monotonic()
-            updates = engine.step()
-            self._step_began = None
-            for update in updates:
-                ticket = self._active.get(update.request_id)
-                if ticket is None:
-                    continue
-                ticket.feed(update)
-                if update.finish_reason is not None:
-                    self._retire(ticket)
-            self._expire(engine)
-
-    def _obey(self, engine: Engine) -> None:
-        """Carries out what waits in the inbox; sleeps there when there is nothing else to do."""
-        if not self._active and self._state is not State.CLOSING:
-            self._inbox.get()(engine)
-        while True:
-            try:
-                command = self._inbox.get_nowait()
-            except queue.Empty:
-                return
-            command(engine)
-
-    def _add(self, engine: Engine, ticket: Ticket) -> None:
-        self._active[ticket.request_id] = ticket
-        if self._ending:
+    def _build_and_serve(self) -> None:
+        assert self._factory is not None
+        if self._state is not State.STARTING:
             return
-        rendered = ticket.rendered
-        if ticket.done or rendered is None:
-            self._retire(ticket)
-            return
-        try:
-            engine.add(ticket.request_id, rendered, ticket.sampling)
-        except MolmoEdgeError as exc:
-            ticket.fail(exc)
-            self._retire(ticket)
-        except Exception as exc:
-            error = GenerationError(
-                f"The engine refused the request: {type(exc).__name__}. The chained error says why."
-            )
-            error.__cause__ = exc
-            ticket.fail(error)
-            self._retire(ticket)
-        else:
-            ticket.taken()
-            if ticket.deadline is not None:
-                heapq.heappush(self._deadlines, (ticket.deadline, ticket.request_id))
+        runner = self._runner = Runner(self._factory(), self._inbox, self._retired)
+        self._set(State.READY, only_from=State.STARTING)
+        runner.serve(self._leaving)
 
-    def _abort(self, engine: Engine, ticket: Ticket) -> None:
-        if ticket.request_id in self._active:
-            if not self._ending:
-                engine.abort([ticket.request_id])
-            self._retire(ticket)
+    def _leaving(self, busy: bool) -> bool:
+        return self._state is State.CLOSING and not (self._drain and busy)
 
-    def _expire(self, engine: Engine) -> None:
-        now = time.monotonic()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            ticket = self._active.get(heapq.heappop(self._deadlines)[1])
-            if ticket is not None:
-                ticket.fail(timed_out())
-                self._abort(engine, ticket)
+    def _retired(self) -> None:
+        with self._gate.lock:
+            self._in_flight -= 1
+            wakes = self._gate.changed(big=False)
+        for wake in wakes:
+            wake()
 
-    def _retire(self, ticket: Ticket) -> None:
-        if self._active.pop(ticket.request_id, None) is not None:
-            with self._lock:
-                self._in_flight -= 1
-                self._lock.notify_all()
+    def _set(self, state: State, *, only_from: State, gone: bool = False) -> None:
+        with self._gate.lock:
+            if self._state is only_from:
+                self._state = state
+            self._gone = gone
+            wakes = self._gate.changed()
+        for wake in wakes:
+            wake()
 
-    def _end(self, engine: Engine | None, cause: BaseException | None) -> None:
+    def _end(self, cause: BaseException | None) -> None:
         """The last thing the thread does: wakes every waiter, then frees the engine."""
-        with self._lock:
-            if cause is not None and self._state is not State.CLOSING:
-                self._state = State.DEAD
-                self._cause = cause
-            else:
-                self._state = State.CLOSING
-            self._lock.notify_all()
-        if cause is not None:
-            logger.error("The engine died: %s", type(cause).__name__, exc_info=cause)
-        self._step_began = None
-        # Requests still in the inbox become active, and so end like the others.
-        self._ending = True
-        refusing: Any = _Refusing(lambda: self._last_word(cause))
-        while True:
+        was = self._state
+        if cause is None:
+            self._set(State.CLOSING, only_from=State.READY)
+        else:
+            self._cause = cause
+            # A failed start while closing is no death, only a close.
+            self._set(State.DEAD, only_from=was if was is not State.CLOSING else State.DEAD)
+        if self._runner is not None:
+            if cause is not None:
+                logger.error("The engine died: %s", type(cause).__name__, exc_info=cause)
+            engine = self._runner.end(self._last_word)
             try:
-                self._inbox.get_nowait()(refusing)
-            except queue.Empty:
-                break
-        for ticket in list(self._active.values()):
-            ticket.fail(self._last_word(cause))
-            self._retire(ticket)
-        if engine is not None:
-            try:
-                engine.close()
-            except Exception as exc:
+                if engine is not None:
+                    engine.close()
+            except BaseException as exc:
+                _drop_frames(exc)
                 logger.warning("Closing the engine failed: %s", type(exc).__name__, exc_info=exc)
-        # Nothing may keep the engine's memory: neither this loop, nor the frames of the cause.
-        self._engine = self._factory = None
-        if cause is not None:
-            _drop_frames(cause)
-        with self._lock:
-            if self._state is State.CLOSING:
-                self._state = State.CLOSED
-            self._lock.notify_all()
-        self._closing.set()
-        self._ended.set()
+            del engine
+        self._factory = None
+        _LIVE.discard(self)
+        self._over.put(None)
+        self._set(State.CLOSED, only_from=State.CLOSING, gone=True)
 
-    def _last_word(self, cause: BaseException | None) -> MolmoEdgeError:
-        if cause is None or self._state is not State.DEAD:
+    def _last_word(self) -> MolmoEdgeError:
+        cause = self._cause
+        if cause is None:
             return EngineClosedError("The engine was closed before the request finished.")
         error = EngineDeadError(
-            f"The engine died while the request was in flight: {type(cause).__name__}."
+            f"The engine died while the request was in flight: {type(cause).__name__}. "
+            f"{advice(cause)}restart() builds a new one."
         )
         error.__cause__ = cause
         return error
 
-    # The watchdog's thread.
+    # The watchdog's thread, which shares no lock with a step.
 
     def _stalled(self) -> bool:
-        began = self._step_began
+        runner = self._runner
+        began = None if runner is None else runner.step_began
         return began is not None and time.monotonic() - began > self._stall_s
 
     def _watch(self) -> None:
         reported: float | None = None
-        while not self._closing.wait(min(1.0, self._stall_s / 4)):
-            began = self._step_began
+        while True:
+            try:
+                return self._over.get(timeout=min(1.0, self._stall_s / 4))
+            except queue.Empty:
+                runner = self._runner
+            began = None if runner is None else runner.step_began
             if self._stalled() and began != reported:
                 reported = began
                 logger.error(
-                    "One engine step has lasted longer than %.1f s; the engine may be stuck.",
+                    "One engine step has lasted longer than %g s; the engine may be stuck.",
                     self._stall_s,
                 )
 
 
-class _Refusing:
-    """Stands in for an engine that is gone, so that late commands end like everything else."""
-
-    def __init__(self, error: Callable[[], MolmoEdgeError]) -> None:
-        self._error = error
-
-    def __getattr__(self, name: str) -> Any:
-        raise self._error()
+def _nothing(runner: Runner) -> None:
+    """A command that only wakes the thread."""
 
 
-def _wake(engine: Engine) -> None:
-    """A command that only wakes the loop."""
+def _raise(error: BaseException) -> Any:
+    raise error
 
 
 def _drop_frames(exc: BaseException) -> None:
     """Clears the local variables that a traceback keeps alive, the engine's tensors among them."""
-    import traceback
-
     seen: set[int] = set()
     current: BaseException | None = exc
     while current is not None and id(current) not in seen:
         seen.add(id(current))
+        # Without the frame that caught it, which would keep what it goes on to hold.
+        if current is exc and current.__traceback__ is not None:
+            current.__traceback__ = current.__traceback__.tb_next
         if current.__traceback__ is not None:
             traceback.clear_frames(current.__traceback__)
         current = current.__cause__ or current.__context__
 
 
-def timed_out() -> RequestTimeout:
-    """The error of a request whose deadline passed."""
-    return RequestTimeout("The request's deadline passed; `.partial` holds what was generated.")
-
-
-_LIVE: weakref.WeakSet[EngineLoop] = weakref.WeakSet()
+# Engines whose threads run; held here as they are by their threads anyway.
+_LIVE: set[EngineLoop] = set()
 
 
 def _close_all() -> None:

@@ -6,11 +6,12 @@ first. It knows nothing of engines and queues.
 
 from __future__ import annotations
 
-import threading
+import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from molmo_edge.engine.gate import Gate
 from molmo_edge.engine.seam import Rendered, Update
 from molmo_edge.errors import MolmoEdgeError, RequestError
 from molmo_edge.results import Metrics, Result
@@ -54,9 +55,7 @@ class Ticket:
         self.prompt_token_ids = rendered.token_ids
         self._finish_reason: str | None = None
         self._error: MolmoEdgeError | None = None
-        self._changed = threading.Condition(threading.Lock())
-        self._readers = 0
-        self._listeners: list[Callable[[], None]] = []
+        self._gate = Gate()
 
     # The engine thread's side.
 
@@ -66,9 +65,9 @@ class Ticket:
         self.rendered = None
 
     def feed(self, update: Update) -> bool:
-        """Adds what a step brought; True when this ended the request."""
+        """Adds what a step brought; False when the request had ended before."""
         now = time.monotonic()
-        with self._changed:
+        with self._gate.lock:
             if self.done:
                 return False
             text = update.text
@@ -84,29 +83,26 @@ class Ticket:
                 self._top_logprobs.extend(update.top_logprobs)
             if update.cached_tokens is not None:
                 self._cached_tokens = update.cached_tokens
+            # Last: readers look at `done` without the lock, and then find everything there.
             self._finish_reason = update.finish_reason
             ended = update.finish_reason is not None
-            # Waking a reader costs a switch of the interpreter lock: only for what it waits for.
-            if ended or (self._readers and text):
-                self._changed.notify_all()
-            listeners = list(self._listeners) if ended or text else []
-        for listener in listeners:
-            listener()
-        return ended
+            wakes = self._gate.changed(big=ended) if ended or text else ()
+        for wake in wakes:
+            wake()
+        return True
 
     def fail(self, error: MolmoEdgeError) -> bool:
         """Ends the request with `error`; False when it had ended already."""
-        with self._changed:
+        with self._gate.lock:
             if self.done:
                 return False
             if isinstance(error, RequestError) and not error.partial:
                 error.partial = self._text
             self._error = error
-            self._changed.notify_all()
-            listeners = list(self._listeners)
-        self.rendered = None
-        for listener in listeners:
-            listener()
+            self.rendered = None
+            wakes = self._gate.changed()
+        for wake in wakes:
+            wake()
         return True
 
     # The consumer's side.
@@ -126,26 +122,24 @@ class Ticket:
 
         Returns False when `timeout` seconds pass first.
         """
-        with self._changed:
-            if seen is not None:
-                self._readers += 1
-            try:
-                return self._changed.wait_for(
-                    lambda: self.done or (seen is not None and len(self._text) > seen), timeout
-                )
-            finally:
-                if seen is not None:
-                    self._readers -= 1
+        return self._gate.wait_for(lambda: self._has(seen), timeout, small=seen is not None)
 
-    def listen(self, listener: Callable[[], None]) -> None:
-        """Calls `listener` at each change, in the thread that made it; it must not block."""
-        with self._changed:
-            self._listeners.append(listener)
+    async def async_wait(self, seen: int | None, timeout: float | None) -> bool:
+        """`wait` without blocking the event loop."""
+        return await self._gate.async_wait_for(
+            lambda: self._has(seen), timeout, small=seen is not None
+        )
+
+    def _has(self, seen: int | None) -> bool:
+        return self.done or (seen is not None and len(self._text) > seen)
 
     def raise_error(self) -> None:
-        """Raises the error that ended the request, if one did."""
+        """Raises the error that ended the request, if one did.
+
+        A copy each time: its traceback holds the caller's frames, and this ticket lives in them.
+        """
         if self._error is not None:
-            raise self._error
+            raise _copied(self._error)
 
     def result(self) -> Result:
         """The finished answer. Raises the request's error if it ended with one."""
@@ -181,3 +175,12 @@ class Ticket:
             output_tps=(count - 1) / decode_s if decode_s else None,
             request_tps=count / e2e_s if e2e_s else None,
         )
+
+
+def _copied(error: MolmoEdgeError) -> MolmoEdgeError:
+    try:
+        twin = copy.copy(error)
+    except TypeError:  # a class of somebody else's engine, with arguments of its own
+        return error
+    twin.__cause__, twin.__suppress_context__ = error.__cause__, error.__suppress_context__
+    return twin

@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from molmo_edge.bench import __main__ as cli
-from molmo_edge.bench import command, document
+from molmo_edge.bench import command, store
 from molmo_edge.errors import BenchmarkError, EngineStartError
 from tests.bench.double import DoubleVLM, FakeClock
 from tests.bench.test_compare import RESULTS
@@ -55,7 +55,7 @@ def test_no_arguments_measure_the_three_cases_on_the_stub(
     assert "vLLM 0.32.0, torch 2.13.0+cpu, transformers 5.17.0" in " ".join(done.stdout.split())
     written = sorted((tmp_path / "bench-results").iterdir())
     assert [path.suffix for path in written] == [".json", ".md"]
-    result = document.load(written[0])
+    result = store.load(written[0])
     assert result.complete
     assert [row.name for row in result.scenarios[0].rows] == ["boardwalk", "panels", "linechart"]
     assert all(len(row.samples) >= 10 for row in result.scenarios[0].rows)
@@ -121,7 +121,7 @@ def test_own_pictures_and_a_named_file(opened: list[Any], tmp_path: Path) -> Non
     target = tmp_path / "deep" / "mine.json"
     done = run(*QUICK, "--image", str(picture), "--question", "What?", "--output", str(target))
     assert done.exit_code == 0
-    row = document.load(target).scenarios[0].rows[0]
+    row = store.load(target).scenarios[0].rows[0]
     assert (row.name, row.prompt) == ("mug", "What?")
     assert target.with_suffix(".md").exists()
 
@@ -174,7 +174,7 @@ def test_ctrl_c_ends_with_130_and_a_readable_result(
     target = tmp_path / "r.json"
     done = run("--output", str(target))
     assert done.exit_code == 130
-    assert not document.load(target).complete
+    assert not store.load(target).complete
     assert "INCOMPLETE" in done.stdout
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from molmo_edge.bench import document
+from molmo_edge.bench import document, store
 from molmo_edge.bench.compare import compare, head_names
 from molmo_edge.bench.document import Document
 from molmo_edge.bench.measure import Plan
@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def historic() -> list[Document]:
-    return [document.load(RESULTS / f"2025-12-08-{name}.json") for name in ("rtx5080", "thor")]
+    return [store.load(RESULTS / f"2025-12-08-{name}.json") for name in ("rtx5080", "thor")]
 
 
 def measured(vlm: DoubleVLM, label: str) -> Document:

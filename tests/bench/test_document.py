@@ -10,7 +10,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from molmo_edge.bench import document
+from molmo_edge.bench import document, store
 from molmo_edge.bench.document import Document, Row, Sample, Scenario
 from molmo_edge.errors import BenchmarkError
 
@@ -37,11 +37,11 @@ def test_the_published_schema_is_the_one_the_models_have() -> None:
 
 def test_documents_fit_the_published_schema() -> None:
     jsonschema.Draft202012Validator.check_schema(published())
-    jsonschema.validate(json.loads(document.dumps(example())), published())
+    jsonschema.validate(json.loads(store.dumps(example())), published())
 
 
 def test_the_schema_refuses_what_is_not_in_it() -> None:
-    data = json.loads(document.dumps(example()))
+    data = json.loads(store.dumps(example()))
     data["speed"] = 3
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(data, published())
@@ -52,13 +52,13 @@ def test_the_historic_results_fit_the_schema_and_load() -> None:
     assert len(paths) == 2
     for path in paths:
         jsonschema.validate(json.loads(path.read_text()), published())
-        assert document.load(path).kind == "historic"
+        assert store.load(path).kind == "historic"
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "new" / "r.json"
-    document.write(example(), path)
-    again = document.load(path)
+    store.write(example(), path)
+    again = store.load(path)
     assert again.scenarios[0].rows[0].samples[0].ttft_s == 0.123457
     assert [item.name for item in path.parent.iterdir()] == ["r.json"]
 
@@ -74,7 +74,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(BenchmarkError, match="No space left"):
-        document.write(example(), path)
+        store.write(example(), path)
     assert path.read_text() == "old"
     assert [item.name for item in tmp_path.iterdir()] == ["r.json"]
 
@@ -82,7 +82,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(
 def test_a_place_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BenchmarkError, match="--output"):
-        document.write(example(), tmp_path / "file" / "r.json")
+        store.write(example(), tmp_path / "file" / "r.json")
 
 
 @pytest.mark.parametrize(
@@ -106,13 +106,13 @@ def test_foreign_old_and_broken_files_are_refused_by_name(
     path = tmp_path / "r.json"
     path.write_text(text)
     with pytest.raises(BenchmarkError, match=says) as caught:
-        document.load(path)
+        store.load(path)
     assert "r.json" in str(caught.value)
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BenchmarkError, match="cannot read"):
-        document.load(tmp_path / "none.json")
+        store.load(tmp_path / "none.json")
 
 
 def test_infinities_never_reach_a_document() -> None:

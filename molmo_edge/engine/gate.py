@@ -1,0 +1,107 @@
+"""A lock and the waiters for what it guards, for threads and for asyncio alike.
+
+`threading.Condition`, and with it Event, Future and Semaphore, can stay locked for good when Ctrl-C
+arrives inside one of its methods; ``with`` on a plain lock cannot, so this is built on those.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+Wake = Callable[[], None]
+
+
+class Gate:
+    """Guards some state; whoever changes it wakes those who wait for it.
+
+    A change is small or big. Big ones (an end) wake everybody, small ones (a word of an answer)
+    only who asked for each: waking costs a switch of the interpreter lock.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._waiting: dict[Wake, bool] = {}
+
+    def changed(self, *, big: bool = True) -> Iterable[Wake]:
+        """Takes out those to wake; called with the lock held, they are called without it."""
+        if not self._waiting:
+            return ()
+        wakes = [wake for wake, small in self._waiting.items() if big or small]
+        for wake in wakes:
+            del self._waiting[wake]
+        return wakes
+
+    def wait_for(
+        self, ready: Callable[[], bool], timeout: float | None = None, *, small: bool = False
+    ) -> bool:
+        """Blocks until `ready()`, which is called with the lock held and must be quick.
+
+        Args:
+            timeout: most seconds to wait; None for as long as it takes.
+            small: look at small changes too.
+
+        Returns:
+            False when the time ran out first.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            woken = threading.Lock()
+            woken.acquire()
+            wake = woken.release
+            if not self._enter(wake, ready, small):
+                return True
+            try:
+                left = -1.0 if end is None else end - time.monotonic()
+                if end is not None and left <= 0:
+                    return False
+                woken.acquire(timeout=min(left, threading.TIMEOUT_MAX))
+            finally:
+                self._leave(wake)
+
+    async def async_wait_for(
+        self, ready: Callable[[], bool], timeout: float | None = None, *, small: bool = False
+    ) -> bool:
+        """`wait_for` without blocking the event loop."""
+        loop = asyncio.get_running_loop()
+        end = None if timeout is None else loop.time() + timeout
+        while True:
+            woken: asyncio.Future[None] = loop.create_future()
+            wake = _waker(loop, woken)
+            if not self._enter(wake, ready, small):
+                return True
+            try:
+                async with asyncio.timeout_at(end):
+                    await woken
+            except TimeoutError:
+                with self.lock:
+                    return ready()
+            finally:
+                self._leave(wake)
+
+    def _enter(self, wake: Wake, ready: Callable[[], bool], small: bool) -> bool:
+        with self.lock:
+            if ready():
+                return False
+            self._waiting[wake] = small
+            return True
+
+    def _leave(self, wake: Wake) -> None:
+        with self.lock:
+            self._waiting.pop(wake, None)
+
+
+def _waker(loop: asyncio.AbstractEventLoop, woken: asyncio.Future[None]) -> Wake:
+    def settle() -> None:
+        if not woken.done():
+            woken.set_result(None)
+
+    def wake() -> None:
+        # The event loop may have been closed while the engine still generates.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(settle)
+
+    return wake

@@ -1,0 +1,132 @@
+"""What the engine's thread does: commands between steps, and steps while there are requests.
+
+Everything here runs in that thread. It knows nothing of states, threads or closing.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable
+from typing import TypeAlias
+
+from molmo_edge.engine.errors_map import mapped
+from molmo_edge.engine.seam import Engine
+from molmo_edge.engine.ticket import Ticket
+from molmo_edge.errors import MolmoEdgeError, RequestTimeout
+
+Command: TypeAlias = "Callable[[Runner], None]"
+
+
+class Runner:
+    """Serves the requests of one engine.
+
+    Args:
+        inbox: commands from other threads; a SimpleQueue, so that finalizers may put.
+        on_retired: called once for each request that left, however it ended.
+
+    Attributes:
+        engine: None once it is gone.
+        step_began: when the step in progress began; read by the watchdog without a lock.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        inbox: queue.SimpleQueue[Command],
+        on_retired: Callable[[], None],
+    ) -> None:
+        self.engine: Engine | None = engine
+        self.step_began: float | None = None
+        self._inbox = inbox
+        self._on_retired = on_retired
+        self._active: dict[str, Ticket] = {}
+
+    def serve(self, leaving: Callable[[bool], bool]) -> None:
+        """Steps until `leaving(busy)`; sleeps in the inbox when there is nothing to do."""
+        assert self.engine is not None
+        while True:
+            if not self._active and not leaving(False):
+                self._inbox.get()(self)
+            self._obey()
+            if leaving(bool(self._active)):
+                return
+            if self._active:
+                self._step(self.engine)
+
+    def end(self, last_word: Callable[[], MolmoEdgeError]) -> Engine | None:
+        """Ends every request, those still in the inbox too, and hands the engine back."""
+        engine, self.engine = self.engine, None
+        self.step_began = None
+        self._obey()
+        for ticket in list(self._active.values()):
+            ticket.fail(last_word())
+            self._retire(ticket)
+        return engine
+
+    # Commands.
+
+    def add(self, ticket: Ticket) -> None:
+        """Hands a request to the engine, unless it has ended already."""
+        self._active[ticket.request_id] = ticket
+        if self.engine is None:
+            return  # `end` has a word for it
+        rendered = ticket.rendered
+        if ticket.done or rendered is None or self._late(ticket, time.monotonic()):
+            self._retire(ticket)
+            return
+        try:
+            with mapped("add"):
+                self.engine.add(ticket.request_id, rendered, ticket.sampling)
+        except MolmoEdgeError as exc:
+            ticket.fail(exc)
+            self._retire(ticket)
+        else:
+            ticket.taken()
+
+    def abort(self, ticket: Ticket) -> None:
+        """Takes a request that has ended out of the engine, if it is still there."""
+        if ticket.request_id in self._active:
+            if self.engine is not None:
+                self.engine.abort([ticket.request_id])
+            self._retire(ticket)
+
+    # Steps.
+
+    def _obey(self) -> None:
+        while True:
+            try:
+                command = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            command(self)
+
+    def _step(self, engine: Engine) -> None:
+        self.step_began = time.monotonic()
+        updates = engine.step()
+        self.step_began = None
+        for update in updates:
+            ticket = self._active.get(update.request_id)
+            if ticket is not None:
+                ticket.feed(update)
+                if update.finish_reason is not None:
+                    self._retire(ticket)
+        now = time.monotonic()
+        # Those ended by their consumer have a command on its way too, unless Ctrl-C came first.
+        for ticket in [t for t in self._active.values() if t.done or self._late(t, now)]:
+            self.abort(ticket)
+
+    def _late(self, ticket: Ticket, now: float) -> bool:
+        if ticket.deadline is None or now < ticket.deadline:
+            return False
+        ticket.fail(timed_out())
+        return True
+
+    def _retire(self, ticket: Ticket) -> None:
+        if self._active.pop(ticket.request_id, None) is not None:
+            self._on_retired()
+
+
+def timed_out() -> RequestTimeout:
+    """The error of a request whose deadline passed."""
+    return RequestTimeout("The request's deadline passed; `.partial` holds what was generated.")

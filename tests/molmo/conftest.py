@@ -1,0 +1,18 @@
+"""Synthetic checkpoint files, without the vision tower's weight where nobody reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from molmo_edge.molmo.plugin import register_with_transformers
+from molmo_edge.molmo.synthetic import Shape, write_checkpoint
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of a 7B-D-like checkpoint; its tower has one block, so no engine loads it."""
+    register_with_transformers()
+    folder = tmp_path_factory.mktemp("molmo-d")
+    return write_checkpoint(folder, "molmo-d", shape=Shape(vit_blocks=1))

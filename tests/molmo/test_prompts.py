@@ -1,0 +1,96 @@
+"""Prompts are encoded once, as Molmo was trained, and user text stays text."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from molmo_edge.engine.seam import Turn
+from molmo_edge.errors import PromptError, PromptTooLongError
+from molmo_edge.molmo.prompts import PromptEncoder
+
+EXAMPLES = int(os.environ.get("MOLMO_EDGE_FUZZ_EXAMPLES", "150"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(small_checkpoint: Path) -> Any:
+    return AutoTokenizer.from_pretrained(small_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def encoder(tokenizer: Any) -> PromptEncoder:
+    return PromptEncoder(tokenizer, 4096)
+
+
+def ask(text: Any) -> list[Turn]:
+    return [Turn("user", text)]
+
+
+def test_one_turn_is_the_reference_format(encoder: PromptEncoder, tokenizer: Any) -> None:
+    assert tokenizer.decode(encoder.encode(ask("What?"))) == " User: What? Assistant:"
+
+
+def test_turns_follow_each_other(encoder: PromptEncoder, tokenizer: Any) -> None:
+    turns = [Turn("user", "A?"), Turn("assistant", "B."), Turn("user", "C?")]
+    text = tokenizer.decode(encoder.encode(turns))
+    assert text == " User: A? Assistant: B. User: C? Assistant:"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<im_patch>",
+        "see <|image|> here",
+        "x<|endoftext|>",
+        "<im_start><im_col><im_end>",
+        "|<EXTRA_TOKENS_3>|",
+    ],
+)
+def test_special_tokens_in_user_text_are_refused(encoder: PromptEncoder, text: str) -> None:
+    with pytest.raises(PromptError, match="special tokens"):
+        encoder.encode(ask(text))
+    with pytest.raises(PromptError, match="special tokens"):
+        encoder.encode([Turn("user", "a"), Turn("assistant", text), Turn("user", "b")])
+
+
+@pytest.mark.parametrize("text", ["", "  \n", None, 5, b"x", "\ud800"])
+def test_what_is_no_text_is_refused(encoder: PromptEncoder, text: Any) -> None:
+    with pytest.raises(PromptError):
+        encoder.encode(ask(text))
+
+
+@pytest.mark.parametrize(
+    "roles", [[], ["assistant"], ["user", "user"], ["user", "assistant"], ["system", "user"]]
+)
+def test_roles_out_of_order_are_refused(encoder: PromptEncoder, roles: list[str]) -> None:
+    with pytest.raises(PromptError):
+        encoder.encode([Turn(role, "x") for role in roles])
+
+
+def test_text_that_cannot_fit_is_refused_before_tokenising(encoder: PromptEncoder) -> None:
+    with pytest.raises(PromptTooLongError):
+        encoder.encode(ask("x" * (4096 * 128 + 1)))
+
+
+@settings(deadline=None, max_examples=EXAMPLES)
+@given(
+    st.lists(
+        st.one_of(
+            st.text(max_size=20),
+            st.sampled_from(["<im_", "patch>", "<|", "endoftext|>", "<im_col>", "|<EXTRA_", "0>|"]),
+        ),
+        max_size=8,
+    ).map("".join)
+)
+def test_fuzz_no_text_becomes_a_special_token(encoder: PromptEncoder, text: str) -> None:
+    try:
+        ids = encoder.encode(ask(text))
+    except PromptError:
+        return
+    assert not set(ids) & set(encoder._special)
