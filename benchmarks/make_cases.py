@@ -111,7 +111,7 @@ def _trees(rng: random.Random, draw: ImageDraw.ImageDraw, width: int, horizon: i
 
 def _path_half(near: float) -> float:
     """Half the path's width in pixels; ``near`` is 0 at the horizon and 1 at the lower edge."""
-    return 8 + 560 * near**1.15
+    return 8 + 560 * math.pow(near, 1.15)
 
 
 def _path_middle(near: float, width: int) -> float:

@@ -4,8 +4,8 @@
 
     MolmoEdgeError
     ├── ConfigError (ValueError)         a setting, profile or engine argument is unknown or wrong
-    ├── ModelError                       the model folder is missing, broken or of a layout not supported
-    ├── MissingDependencyError (ImportError)   an optional package is needed; the message names the extra
+    ├── ModelError                       the model folder is missing, broken or not supported
+    ├── MissingDependencyError (ImportError)   a package is needed; the message names the extra
     ├── InputError (ValueError)          one request was refused before it reached the engine
     │   ├── ImageError                   the picture cannot be used; the cause is chained
     │   ├── PromptError                  the text cannot be used

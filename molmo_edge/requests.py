@@ -6,17 +6,21 @@ import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from molmo_edge.engine.seam import Turn
 from molmo_edge.errors import ImageError, PromptError, SamplingError
 from molmo_edge.images import ImageLike, ImageLimits, load
 from molmo_edge.sampling import DEFAULT_MAX_TOKENS, Sampling, check_timeout
+from molmo_edge.structured import JsonSchema, Reader, prepare
 
 
 class Options(TypedDict, total=False):
-    """Options of one request; see `Sampling` for the first eight.
+    """Options of one request; see `Sampling` for those not told here.
 
+    json_schema: a JSON Schema, or a pydantic model class, that the answer must follow;
+        `Result.parsed` is then its value. An answer that is cut off before it is complete is a
+        GenerationError, which keeps the text in `.partial`.
     max_crops: high-resolution crops of the picture, at least 1; fewer answer sooner.
     timeout: seconds for the whole request, queue, prefill and decode.
     """
@@ -27,7 +31,7 @@ class Options(TypedDict, total=False):
     seed: int | None
     stop: Sequence[str] | str
     logprobs: int | None
-    json_schema: Mapping[str, Any] | None
+    json_schema: JsonSchema | None
     ignore_eos: bool
     max_crops: int | None
     timeout: float | None
@@ -45,24 +49,24 @@ class Request:
     seed: int | None = None
     stop: Sequence[str] | str = ()
     logprobs: int | None = None
-    json_schema: Mapping[str, Any] | None = None
+    json_schema: JsonSchema | None = None
     ignore_eos: bool = False
     max_crops: int | None = None
     timeout: float | None = None
 
     def options(self) -> Options:
         """Its options as keyword arguments."""
-        names = Options.__annotations__
-        return Options(**{name: getattr(self, name) for name in names})  # type: ignore[typeddict-item]
+        return cast(Options, {name: getattr(self, name) for name in Options.__annotations__})
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Options taken apart and checked."""
+    """Options taken apart and checked; `read` makes the result of a structured answer."""
 
     sampling: Sampling
     max_crops: int | None
     timeout: float | None
+    read: Reader | None = None
 
 
 def check_options(options: Mapping[str, Any], most_crops: int) -> Asked:
@@ -86,10 +90,17 @@ def check_options(options: Mapping[str, Any], most_crops: int) -> Asked:
             f"max_crops must be a whole number from 1 to the engine's {most_crops}; build "
             "EdgeVLM with a higher max_crops for more."
         )
+    chosen = {name: options[name] for name in names if name in options}
+    read: Reader | None = None
+    if chosen.get("json_schema") is not None:
+        chosen["json_schema"], read = prepare(chosen["json_schema"])
+        if chosen.get("ignore_eos"):
+            raise SamplingError("ignore_eos and json_schema exclude each other.")
     return Asked(
-        sampling=Sampling(**{name: options[name] for name in names if name in options}),
+        sampling=Sampling(**chosen),
         max_crops=max_crops,
         timeout=check_timeout(options.get("timeout")),
+        read=read,
     )
 
 

@@ -60,6 +60,8 @@ class Result:
             distribution, aligned with `token_ids`; None unless asked for.
         top_logprobs: for each generated token, token id → log-probability of the most likely ones;
             None unless more than one was asked for.
+        parsed: what the text holds when `json_schema` was given: JSON's own types, or an instance
+            of the pydantic model; None otherwise.
         metrics: where the time went.
         environment: versions and settings that produced it (vLLM, torch, transformers, model, …).
     """
@@ -69,6 +71,7 @@ class Result:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...] | None = None
     top_logprobs: tuple[Mapping[int, float], ...] | None = None
+    parsed: Any = None
     metrics: Metrics = Metrics()
     environment: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 

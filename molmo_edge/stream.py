@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Generator
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from molmo_edge.engine.loop import EngineLoop, timed_out
+from molmo_edge.engine.loop import EngineLoop
+from molmo_edge.engine.runner import timed_out
 from molmo_edge.engine.ticket import Ticket
 from molmo_edge.results import Result
 
@@ -25,11 +24,16 @@ class Stream:
         RequestTimeout, RequestCancelled, GenerationError, EngineDeadError, EngineClosedError.
     """
 
-    def __init__(self, loop: EngineLoop, ticket: Ticket) -> None:
+    def __init__(
+        self,
+        loop: EngineLoop,
+        ticket: Ticket,
+        read: Callable[[Result], Result] | None = None,
+    ) -> None:
         self._loop = loop
         self._ticket = ticket
+        self._read = read
         self._seen = 0
-        self._changed: asyncio.Event | None = None
         self._finalizer = weakref.finalize(self, loop.abandon, ticket)
         # At exit the whole engine goes; one command for each stream would only slow it.
         self._finalizer.atexit = False
@@ -50,8 +54,12 @@ class Stream:
 
     def result(self) -> Result:
         """Waits for the end. Raises what iterating would raise."""
-        while not self._ticket.done:
-            self._wait(None)
+        try:
+            while not self._ticket.done:
+                self._wait(None)
+        except BaseException:  # Ctrl-C among them: nobody waits any more
+            self.cancel()
+            raise
         return self._result()
 
     @property
@@ -63,7 +71,7 @@ class Stream:
     async def aresult(self) -> Result:
         """Waits for the end without blocking the event loop."""
         while not self._ticket.done:
-            await self._await()
+            await self._await(None)
         return self._result()
 
     def __iter__(self) -> Self:
@@ -71,24 +79,31 @@ class Stream:
 
     def __next__(self) -> str:
         while True:
+            # Asked first: what comes between the two looks must not be taken for the end.
+            done = self._ticket.done
             if (delta := self._unread()) is not None:
                 return delta
-            if self._ticket.done:
+            if done:
                 self._end()
                 raise StopIteration
-            self._wait(self._seen)
+            try:
+                self._wait(self._seen)
+            except BaseException:
+                self.cancel()
+                raise
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> str:
         while True:
+            done = self._ticket.done
             if (delta := self._unread()) is not None:
                 return delta
-            if self._ticket.done:
+            if done:
                 self._end()
                 raise StopAsyncIteration
-            await self._await()
+            await self._await(self._seen)
 
     def __enter__(self) -> Self:
         return self
@@ -121,7 +136,8 @@ class Stream:
 
     def _result(self) -> Result:
         self._end()
-        return self._ticket.result()
+        result = self._ticket.result()
+        return result if self._read is None else self._read(result)
 
     def _end(self) -> None:
         self._finalizer.detach()
@@ -132,37 +148,41 @@ class Stream:
         return None if deadline is None else max(0.0, deadline - time.monotonic())
 
     def _wait(self, seen: int | None) -> None:
-        """Waits for a change; ends the request at its deadline and on Ctrl-C."""
-        self._loop.check_owner()
+        """Waits for a change; ends the request at its deadline."""
+        self._loop.check_may_wait()
+        if not self._ticket.wait(seen, self._left()):
+            self._loop.cancel(self._ticket, timed_out())
+
+    async def _await(self, seen: int | None) -> None:
+        self._loop.check_may_wait()
         try:
-            if not self._ticket.wait(seen, self._left()):
+            if not await self._ticket.async_wait(seen, self._left()):
                 self._loop.cancel(self._ticket, timed_out())
-        except BaseException:
+        except BaseException:  # the task was cancelled
             self.cancel()
             raise
 
-    async def _await(self) -> None:
-        self._loop.check_owner()
-        if self._changed is None:
-            self._changed = asyncio.Event()
-            self._ticket.listen(_notifier(asyncio.get_running_loop(), self._changed))
-        elif not self._ticket.done and len(self._ticket.text) == self._seen:
-            try:
-                async with asyncio.timeout(self._left()):
-                    await self._changed.wait()
-            except TimeoutError:
-                self._loop.cancel(self._ticket, timed_out())
-            except BaseException:
-                self.cancel()
-                raise
-        # Cleared before the next look at the ticket, so no change is missed.
-        self._changed.clear()
 
+class AStream:
+    """What `EdgeVLM.astream` returns: await it for the `Stream`, or iterate over its deltas.
 
-def _notifier(loop: asyncio.AbstractEventLoop, changed: asyncio.Event) -> Callable[[], None]:
-    def notify() -> None:
-        # The event loop may be gone while the engine still generates.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(changed.set)
+    Nothing is asked before the first of the two.
+    """
 
-    return notify
+    def __init__(self, open_stream: Callable[[], Awaitable[Stream]]) -> None:
+        self._open_stream = open_stream
+        self._stream: Stream | None = None
+
+    def __await__(self) -> Generator[Any, Any, Stream]:
+        return self._opened().__await__()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> str:
+        return await anext(await self._opened())
+
+    async def _opened(self) -> Stream:
+        if self._stream is None:
+            self._stream = await self._open_stream()
+        return self._stream

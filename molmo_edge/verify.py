@@ -8,7 +8,7 @@ Knows nothing of terminals: `molmo-edge verify` prints what is returned here.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path

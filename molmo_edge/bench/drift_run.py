@@ -16,10 +16,12 @@ from molmo_edge.bench.environment import software_line
 from molmo_edge.bench.tables import UNKNOWN, markdown_table, number
 from molmo_edge.errors import BenchmarkError
 
-HEADS = (
-    "case", "tokens", "equal greedy", "first differs at", "mean |dlogprob|", "max |dlogprob|",
-    "KL top 20", "points", "px mean", "px max",
-)  # fmt: skip
+HEADS = ("case", "n", "equal", "differs", "|dlp|", "max |dlp|", "KL", "points", "px", "max px")
+LEGEND = (
+    "n: tokens scored; equal: share of equal greedy tokens; differs: first token in which free "
+    "answers differ; dlp: difference of log-probability; KL: over the 20 likeliest tokens, nats; "
+    "points: of the reference and the other; px: distance of the points in pixels"
+)
 
 
 def variants(target: Target, choices: Mapping[str, str | None]) -> list[tuple[str, Target]]:
@@ -102,9 +104,9 @@ def line(case: CaseDrift) -> list[str]:
         str(case.tokens),
         f"{case.equal_greedy:.1%}",
         UNKNOWN if case.first_divergence is None else str(case.first_divergence),
-        number(case.mean_abs_dlogprob, 4),
-        number(case.max_abs_dlogprob, 4),
-        number(case.mean_kl, 5),
+        f"{case.mean_abs_dlogprob:.2g}",
+        f"{case.max_abs_dlogprob:.2g}",
+        f"{case.mean_kl:.2g}",
         points if points != "0/0" else UNKNOWN,
         number(case.mean_px),
         number(case.max_px),
@@ -115,7 +117,7 @@ def verdict(found: Drift, document: DriftDocument) -> str:
     """One sentence: the numbers that decide, the bounds, and whether they hold."""
     return (
         f"{found.other} against {found.reference}: {found.equal_greedy:.1%} equal greedy tokens "
-        f"(at least {document.min_equal:.0%}), mean KL {found.mean_kl:.5f} (at most "
+        f"(at least {document.min_equal:.0%}), mean KL {found.mean_kl:.2g} (at most "
         f"{document.max_kl:g}): {'passed' if found.passed else 'FAILED'}"
     )
 
@@ -128,5 +130,5 @@ def markdown(document: DriftDocument) -> str:
     for found in document.drifts:
         lines = [line(case) for case in found.cases]
         out += ["", f"## {found.other}", "", markdown_table(HEADS, lines), ""]
-        out.append(verdict(found, document))
+        out += [f"{verdict(found, document)}.", "", f"{LEGEND}."]
     return "\n".join(out) + "\n"

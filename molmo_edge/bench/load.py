@@ -16,7 +16,7 @@ from molmo_edge.bench import measure
 from molmo_edge.bench.cases import Case
 from molmo_edge.bench.document import Row, Sample, Wave
 from molmo_edge.bench.scenarios import Bench, answer
-from molmo_edge.errors import MolmoEdgeError, RequestError
+from molmo_edge.errors import RequestError
 
 MOST_THREADS = 256
 
@@ -178,7 +178,7 @@ def _together(bench: Bench, row: Row, jobs: Sequence[Job]) -> None:
         try:
             for future in futures:
                 future.result()
-        except (KeyboardInterrupt, MolmoEdgeError):
+        except BaseException:
             stop.set()
             for future in futures:
                 future.cancel()

@@ -55,11 +55,15 @@ def _axes(title: str, x: str, y: str) -> tuple[Figure, Any]:
 def _rows(documents: Sequence[Document], *names: str) -> Iterator[tuple[int, Row, str]]:
     """(document's index, row, label), the label saying no more than is needed."""
     heads = head_names(documents)
-    for number, document in enumerate(documents):
-        chosen = [s for s in document.scenarios if s.name in names and s.rows]
+    all_chosen = [
+        [s for s in document.scenarios if s.name in names and any(r.samples for r in s.rows)]
+        for document in documents
+    ]
+    alone = sum(map(bool, all_chosen)) == 1
+    for number, chosen in enumerate(all_chosen):
         for scenario in chosen:
             for row in scenario.rows:
-                label = row.title if len(documents) == 1 else f"{heads[number]}: {row.title}"
+                label = row.title if alone else f"{heads[number]}: {row.title}"
                 yield number, row, label if len(chosen) == 1 else f"{label} ({scenario.name})"
 
 

@@ -6,6 +6,7 @@ so that even a killed process leaves what it measured. This module knows nothing
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from molmo_edge.bench.cases import Case
 from molmo_edge.bench.document import CacheProof, Document, Row, Sample, Scenario, Wave
 from molmo_edge.bench.measure import Plan
 from molmo_edge.errors import BenchmarkError, EngineError, MolmoEdgeError, QueueFull
+
+logger = logging.getLogger("molmo_edge")
 
 SAVE_EVERY_S = 5.0
 
@@ -89,10 +92,12 @@ class Recorder:
         except KeyboardInterrupt:
             scenario.error = "interrupted"
             raise
-        except MolmoEdgeError as exc:
+        except Exception as exc:
             scenario.error = f"{type(exc).__name__}: {exc}"
             if isinstance(exc, EngineError):
                 raise
+            if not isinstance(exc, MolmoEdgeError):
+                logger.exception("scenario %s crashed; the others go on", name)
         finally:
             self.save()
 
@@ -128,9 +133,10 @@ class Recorder:
         except KeyboardInterrupt:
             row.stopped = "interrupted"
             raise
-        except MolmoEdgeError as exc:
+        except Exception as exc:
             row.stopped, row.error = "error", f"{type(exc).__name__}: {exc}"
-            if isinstance(exc, EngineError) and not isinstance(exc, QueueFull):
+            expected = isinstance(exc, MolmoEdgeError)
+            if not expected or (isinstance(exc, EngineError) and not isinstance(exc, QueueFull)):
                 raise
         finally:
             self._rows_left = max(self._rows_left - 1, 1)

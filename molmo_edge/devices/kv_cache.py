@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from molmo_edge.devices.info import DeviceInfo
+from molmo_edge.devices.shapes import ModelShape
 from molmo_edge.errors import ConfigError
 
 
@@ -51,10 +52,38 @@ def kv_cache_warning(kv_cache_dtype: str, *, qwen2: bool) -> str | None:
         kv_cache_dtype: as set.
         qwen2: whether the decoder is of the Qwen2 class (``ModelShape.qwen2``).
     """
-    if kv_cache_dtype != "fp8" or not qwen2:
+    if kv_cache_dtype not in ("fp8", "fp8_e4m3") or not qwen2:
         return None
     return (
-        "kv_cache_dtype fp8 uses a scale of 1.0, and Qwen2-class models such as Molmo-7B-D have "
-        "large key outliers: measure it with the benchmark's drift check, or use "
+        f"kv_cache_dtype {kv_cache_dtype} uses a scale of 1.0, and Qwen2-class models such as "
+        "Molmo-7B-D have large key outliers: measure it with the benchmark's drift check, or use "
         "fp8_per_token_head"
     )
+
+
+def planned_dtype(kv_cache_dtype: str) -> str:
+    """The name in ``KV_DTYPES`` whose bytes a setting stands for; "auto" is BF16."""
+    return {"auto": "bfloat16", "fp8_e4m3": "fp8", "fp8_e5m2": "fp8"}.get(
+        kv_cache_dtype, kv_cache_dtype
+    )
+
+
+def request_bytes(
+    shape: ModelShape, tokens: int, kv_cache_dtype: str, *, float32: bool = False
+) -> int:
+    """Bytes of the KV cache of one request; with ``float32`` activations "auto" is float32 too."""
+    size = shape.kv_bytes(tokens, planned_dtype(kv_cache_dtype))
+    return 2 * size if float32 and kv_cache_dtype == "auto" else size
+
+
+def check_kv_room(longest: int, given: int | None) -> None:
+    """Refuses a KV cache of ``given`` bytes that cannot hold one request of ``longest`` bytes.
+
+    Raises:
+        ConfigError: vLLM would refuse it too, after loading the model.
+    """
+    if given is not None and longest > given:
+        raise ConfigError(
+            f"kv_cache_memory_gb {given / 2**30:g} is too small: one request of max_model_len "
+            f"needs {longest / 2**30:.3g} GiB; raise it, or lower max_model_len"
+        )

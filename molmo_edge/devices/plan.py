@@ -14,6 +14,7 @@ from typing import Any
 from molmo_edge.devices.checkpoint import model_shape
 from molmo_edge.devices.history import Share, shares
 from molmo_edge.devices.info import DeviceInfo
+from molmo_edge.devices.kv_cache import planned_dtype
 from molmo_edge.devices.precision import choose_precision, usable_bytes
 from molmo_edge.devices.profiles import Profile, select_profile
 from molmo_edge.devices.roof import FORMULAS, Roof
@@ -137,8 +138,7 @@ def plan(
         if value < 1:
             raise ConfigError(f"{name} must be 1 or more, not {value}")
     source, reason = (profile, "asked for") if profile else select_profile(device)
-    kv_dtype = kv_cache_dtype or str(source.settings.get("kv_cache_dtype", "auto"))
-    kv_dtype = "bfloat16" if kv_dtype == "auto" else kv_dtype
+    kv_dtype = planned_dtype(kv_cache_dtype or str(source.settings.get("kv_cache_dtype", "auto")))
     if kv_dtype not in KV_DTYPES:
         raise ConfigError(f"unknown kv_cache_dtype {kv_dtype!r}: expected {', '.join(KV_DTYPES)}")
     many = batch if batch is not None else int(source.settings.get("max_num_seqs", 8))

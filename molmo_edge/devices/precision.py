@@ -81,6 +81,7 @@ def choose_precision(
     profile: Profile | None = None,
     kv_bytes: int = 0,
     utilization: float | None = None,
+    plain: str = "BF16",
 ) -> Choice:
     """The precision to load a model in.
 
@@ -92,6 +93,7 @@ def choose_precision(
         profile: whose ``precision`` "auto" stands for; the device's own if ``None``.
         kv_bytes: KV cache that must fit beside the weights.
         utilization: share of a separate GPU's memory that may be used.
+        plain: what messages call weights that are not quantised.
 
     Raises:
         ConfigError: an unknown name, one that would leave dense weights unquantised, a precision
@@ -116,16 +118,19 @@ def choose_precision(
                 f"precision {requested} was asked for, but the checkpoint is quantised to "
                 f"{stored}; use precision auto, or the unquantised checkpoint"
             )
-        return Choice(_must_fit(stored, fits, device, available, kv_bytes, usable), "as stored")
+        if not fits(stored):
+            raise _no_room(stored, device, available, kv_bytes, usable, plain)
+        return Choice(stored, "as stored")
     if requested != "auto":
         if requested not in available:
             raise ConfigError(
                 f"precision {requested} needs a checkpoint that is already quantised, and this one "
                 f"is not: molmo-edge quantize MODEL OUT --scheme {requested}"
             )
-        _must_fit(requested, fits, device, available, kv_bytes, usable)
+        if not fits(requested):
+            raise _no_room(requested, device, available, kv_bytes, usable, plain)
         return Choice(requested, "asked for")
-    return _automatic(device, available, profile, fits, kv_bytes, usable)
+    return _automatic(device, available, profile, fits, kv_bytes, usable, plain)
 
 
 def _automatic(
@@ -135,6 +140,7 @@ def _automatic(
     fits: _Fits,
     kv_bytes: int,
     usable: int | None,
+    plain: str,
 ) -> Choice:
     source = profile or select_profile(device)[0]
     wished = str(source.settings.get("precision", "auto"))
@@ -147,11 +153,21 @@ def _automatic(
     if wished == "bf16" and "fp8" in available and device.kind == "cuda" and fits("fp8"):
         return Choice(
             "fp8",
-            f"BF16 weights ({_gb(available['bf16'])}) do not fit {_gb(usable)} of usable memory on "
-            f"{device.name}: loading them in FP8 ({_gb(available['fp8'])})",
+            f"{plain} weights ({_gb(available['bf16'])}) do not fit {_gb(usable)} of usable memory "
+            f"on {device.name}: loading them in FP8 ({_gb(available['fp8'])})",
             fallback=True,
         )
-    raise _no_room(wished, device, available, kv_bytes, usable)
+    raise _no_room(wished, device, available, kv_bytes, usable, plain)
+
+
+def check_quantization(name: str) -> None:
+    """Refuses a value of vLLM's own ``quantization`` that leaves dense weights as they are.
+
+    Raises:
+        ConfigError: with the reason. Names this library knows nothing of are let through.
+    """
+    if (why := _REFUSED.get(name.strip().lower())) is not None:
+        raise ConfigError(f"quantization {name.strip().lower()} is refused: {why}")
 
 
 def check_precision_name(name: str) -> None:
@@ -171,25 +187,13 @@ def check_precision_name(name: str) -> None:
     raise ConfigError(f"unknown precision {name[:60]!r}: {hint}expected {', '.join(NAMES)}")
 
 
-def _must_fit(
-    name: str,
-    fits: _Fits,
-    device: DeviceInfo,
-    available: Mapping[str, int],
-    kv_bytes: int,
-    usable: int | None,
-) -> str:
-    if not fits(name):
-        raise _no_room(name, device, available, kv_bytes, usable)
-    return name
-
-
 def _no_room(
     name: str,
     device: DeviceInfo,
     available: Mapping[str, int],
     kv_bytes: int,
     usable: int | None,
+    plain: str,
 ) -> ConfigError:
     room = 0 if usable is None else usable
     smaller = [n for n, size in available.items() if n != name and size + kv_bytes <= room]
@@ -201,8 +205,9 @@ def _no_room(
     else:
         advice = "use a checkpoint quantised to w4a16 or nvfp4, or free memory"
     kv = f" and {_gb(kv_bytes)} of KV cache" if kv_bytes else ""
+    label = plain if name == "bf16" else name.upper()
     return ConfigError(
-        f"{name.upper()} weights ({_gb(available[name])}){kv} do not fit {_gb(usable)} of usable "
+        f"{label} weights ({_gb(available[name])}){kv} do not fit {_gb(usable)} of usable "
         f"memory on {device.name}; {advice}"
     )
 

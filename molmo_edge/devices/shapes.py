@@ -125,10 +125,19 @@ class ModelShape:
         weights = self.weights(precision)
         return weights.blocks + (weights.head or weights.embedding)
 
-    def bytes_by_precision(self) -> dict[str, int]:
-        """Bytes at each precision this very checkpoint can be loaded in."""
+    def bytes_by_precision(self, *, float32: bool = False) -> dict[str, int]:
+        """Bytes at each precision this very checkpoint can be loaded in.
+
+        With ``float32`` all that is not quantised takes four bytes a parameter, also under "bf16".
+        """
         names = ("bf16", "fp8") if self.stored is None else (self.stored,)
-        return {name: self.weights(name).total for name in names}
+        sizes = {name: self.weights(name) for name in names}
+        if not float32:
+            return {name: size.total for name, size in sizes.items()}
+        return {
+            name: (2 * size.total if name == "bf16" else 2 * size.total - size.blocks)
+            for name, size in sizes.items()
+        }
 
     def kv_bytes(self, tokens: int, kv_cache_dtype: str) -> int:
         """Bytes of the KV cache of one request with so many tokens."""

@@ -10,9 +10,11 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from typing import Generic, TypeVar
 
 Wake = Callable[[], None]
+T = TypeVar("T")
 
 
 class Gate:
@@ -23,17 +25,17 @@ class Gate:
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        # Reentrant: a finalizer may run anywhere, and cancel what this thread is busy with.
+        self.lock = threading.RLock()
         self._waiting: dict[Wake, bool] = {}
 
-    def changed(self, *, big: bool = True) -> Iterable[Wake]:
-        """Takes out those to wake; called with the lock held, they are called without it."""
+    def wake(self, *, big: bool = True) -> None:
+        """Says that something changed; called with the lock held."""
         if not self._waiting:
-            return ()
-        wakes = [wake for wake, small in self._waiting.items() if big or small]
-        for wake in wakes:
-            del self._waiting[wake]
-        return wakes
+            return
+        for wake, small in list(self._waiting.items()):
+            if (big or small) and self._waiting.pop(wake, None) is not None:
+                wake()
 
     def wait_for(
         self, ready: Callable[[], bool], timeout: float | None = None, *, small: bool = False
@@ -92,6 +94,42 @@ class Gate:
     def _leave(self, wake: Wake) -> None:
         with self.lock:
             self._waiting.pop(wake, None)
+
+
+class Answer(Generic[T]):
+    """The outcome of what another thread runs; a Future that Ctrl-C cannot leave locked."""
+
+    def __init__(self) -> None:
+        self._gate = Gate()
+        self._value: list[T] = []
+        self._error: BaseException | None = None
+
+    def run(self, function: Callable[..., T], *args: object) -> None:
+        """Runs it and keeps what came out; what is no `Exception` goes on to the runner too."""
+        try:
+            value = function(*args)
+        except BaseException as exc:
+            self.fail(exc)
+            if not isinstance(exc, Exception):
+                raise
+            return
+        with self._gate.lock:
+            self._value.append(value)
+            self._gate.wake()
+
+    def fail(self, error: BaseException) -> None:
+        """Makes `get` raise it."""
+        with self._gate.lock:
+            self._error = error
+            self._gate.wake()
+
+    def get(self) -> T:
+        """Waits, then returns the value or raises the exception."""
+        self._gate.wait_for(lambda: bool(self._value) or self._error is not None)
+        if self._error is not None:
+            error, self._error = self._error, None  # no cycle through its traceback
+            raise error
+        return self._value[0]
 
 
 def _waker(loop: asyncio.AbstractEventLoop, woken: asyncio.Future[None]) -> Wake:

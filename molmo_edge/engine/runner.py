@@ -5,6 +5,7 @@ Everything here runs in that thread. It knows nothing of states, threads or clos
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import time
 from collections.abc import Callable
@@ -13,9 +14,12 @@ from typing import TypeAlias
 from molmo_edge.engine.errors_map import mapped
 from molmo_edge.engine.seam import Engine
 from molmo_edge.engine.ticket import Ticket
-from molmo_edge.errors import MolmoEdgeError, RequestTimeout
+from molmo_edge.engine.watchdog import Watchdog
+from molmo_edge.errors import GenerationError, MolmoEdgeError, RequestTimeout
 
 Command: TypeAlias = "Callable[[Runner], None]"
+# Ways to end that make a `Result`; None: not ended.
+_FINISHED = (None, "stop", "length")
 
 
 class Runner:
@@ -23,22 +27,23 @@ class Runner:
 
     Args:
         inbox: commands from other threads; a SimpleQueue, so that finalizers may put.
+        watchdog: told when a step begins and ends.
         on_retired: called once for each request that left, however it ended.
 
     Attributes:
         engine: None once it is gone.
-        step_began: when the step in progress began; read by the watchdog without a lock.
     """
 
     def __init__(
         self,
         engine: Engine,
         inbox: queue.SimpleQueue[Command],
+        watchdog: Watchdog,
         on_retired: Callable[[], None],
     ) -> None:
         self.engine: Engine | None = engine
-        self.step_began: float | None = None
         self._inbox = inbox
+        self._watchdog = watchdog
         self._on_retired = on_retired
         self._active: dict[str, Ticket] = {}
 
@@ -57,7 +62,7 @@ class Runner:
     def end(self, last_word: Callable[[], MolmoEdgeError]) -> Engine | None:
         """Ends every request, those still in the inbox too, and hands the engine back."""
         engine, self.engine = self.engine, None
-        self.step_began = None
+        self._watchdog.step_began = None
         self._obey()
         for ticket in list(self._active.values()):
             ticket.fail(last_word())
@@ -102,15 +107,20 @@ class Runner:
             command(self)
 
     def _step(self, engine: Engine) -> None:
-        self.step_began = time.monotonic()
+        self._watchdog.step_began = time.monotonic()
         updates = engine.step()
-        self.step_began = None
+        self._watchdog.step_began = None
         for update in updates:
             ticket = self._active.get(update.request_id)
-            if ticket is not None:
+            if ticket is None:
+                continue
+            if update.finish_reason in _FINISHED:
                 ticket.feed(update)
-                if update.finish_reason is not None:
-                    self._retire(ticket)
+            else:
+                ticket.feed(dataclasses.replace(update, finish_reason=None))
+                ticket.fail(GenerationError("The engine gave the request up before its end."))
+            if update.finish_reason is not None:
+                self._retire(ticket)
         now = time.monotonic()
         # Those ended by their consumer have a command on its way too, unless Ctrl-C came first.
         for ticket in [t for t in self._active.values() if t.done or self._late(t, now)]:

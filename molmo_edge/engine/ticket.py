@@ -7,8 +7,9 @@ first. It knows nothing of engines and queues.
 from __future__ import annotations
 
 import copy
+import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from molmo_edge.engine.gate import Gate
@@ -86,10 +87,9 @@ class Ticket:
             # Last: readers look at `done` without the lock, and then find everything there.
             self._finish_reason = update.finish_reason
             ended = update.finish_reason is not None
-            wakes = self._gate.changed(big=ended) if ended or text else ()
-        for wake in wakes:
-            wake()
-        return True
+            if ended or text:
+                self._gate.wake(big=ended)
+            return True
 
     def fail(self, error: MolmoEdgeError) -> bool:
         """Ends the request with `error`; False when it had ended already."""
@@ -100,10 +100,8 @@ class Ticket:
                 error.partial = self._text
             self._error = error
             self.rendered = None
-            wakes = self._gate.changed()
-        for wake in wakes:
-            wake()
-        return True
+            self._gate.wake()
+            return True
 
     # The consumer's side.
 
@@ -165,7 +163,7 @@ class Ticket:
             queue_s=None if self._taken is None else self._taken - self.submitted,
             preprocess_s=self._preprocess_s,
             ttft_s=times[0] - self.started if times else None,
-            itl_s=tuple(b - a for a, b in zip(times, times[1:], strict=False)),
+            itl_s=tuple(b - a for a, b in itertools.pairwise(times)),
             tpot_s=decode_s / (count - 1) if decode_s is not None else None,
             e2e_s=e2e_s,
             prompt_tokens=self._counts[0],

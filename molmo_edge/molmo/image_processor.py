@@ -17,6 +17,7 @@ from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
 from molmo_edge.errors import ConfigError, ImageError, MissingDependencyError
+from molmo_edge.molmo.resize import LINE, Placed, as_tensor, resize_to_patches
 from molmo_edge.molmo.tiling import (
     BASE,
     DEFAULT_MAX_CROPS,
@@ -25,6 +26,7 @@ from molmo_edge.molmo.tiling import (
     PATCH,
     POOLED,
     STRIDE,
+    WINDOW,
     Layout,
     fit,
     layout_for,
@@ -118,11 +120,23 @@ class MolmoImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         pixels = _pixels(image)
         height, width = pixels.shape[:2]
         layout = layout_for(height, width, self.max_crops)
-        images = torch.empty((layout.n_crops + 1, GRID * GRID, PATCH * PATCH * 3))
-        self._view(pixels, (BASE, BASE), images[:1], 1, 1)
-        box = self._view(pixels, layout.pixel_shape, images[1:], layout.rows, layout.cols)
+        views = [
+            Placed(*canvas, *fit(height, width, canvas))
+            for canvas in ((BASE, BASE), layout.pixel_shape)
+        ]
+        mean, std = torch.tensor(self.image_mean), torch.tensor(self.image_std)
+        gain = (1 / (255 * std)).tolist()
+        if self.resize == "torch":
+            made = resize_to_patches(pixels, views, gain)
+        else:
+            made = [_patches(_resized(pixels, view, self.resize), view, gain) for view in views]
+        images = torch.empty((layout.n_crops + 1, GRID * GRID, LINE * PATCH))
+        # Padding is 0 before normalising.
+        offset = (-mean / std).repeat(PATCH * PATCH)
+        _cut(made[0], 1, 1, offset, images[:1])
+        _cut(made[1], layout.rows, layout.cols, offset, images[1:])
         masks = torch.full((layout.n_crops + 1, GRID * GRID), -1.0)
-        masks[:-1] = _mask(box, layout)
+        masks[:-1] = _mask(views[1], layout)
         return ImageInputs(images, masks, layout)
 
     def preprocess(
@@ -162,30 +176,6 @@ class MolmoImageProcessor(BaseImageProcessor):  # type: ignore[misc]
             image_std=tuple(self.image_std),
         )
 
-    def _view(
-        self,
-        pixels: npt.NDArray[np.uint8],
-        canvas_shape: tuple[int, int],
-        out: torch.Tensor,
-        rows: int,
-        cols: int,
-    ) -> tuple[int, int, int, int]:
-        """Resizes and pads into a canvas, and cuts it into `rows` × `cols` crops of patches."""
-        box = top, left, height, width = fit(*pixels.shape[:2], canvas_shape)
-        mean = torch.tensor(self.image_mean)
-        std = torch.tensor(self.image_std)
-        # Padding is 0 before normalising.
-        canvas = (-mean / std).repeat(canvas_shape[0], canvas_shape[1], 1)
-        inside = canvas[top : top + height, left : left + width]
-        torch.sub(_resized(pixels, (height, width), self.resize), mean, out=inside).div_(std)
-        line = canvas_shape[1] * 3
-        crops = canvas.as_strided(
-            (rows, cols, GRID, GRID, PATCH, PATCH, 3),
-            (STRIDE * line, STRIDE * 3, PATCH * line, PATCH * 3, line, 3, 1),
-        )
-        out.view(crops.shape).copy_(crops)
-        return box
-
 
 def _pixels(image: Image.Image | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     if isinstance(image, Image.Image):
@@ -199,16 +189,33 @@ def _pixels(image: Image.Image | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]
     return image
 
 
-def _resized(pixels: npt.NDArray[np.uint8], size: tuple[int, int], how: Resize) -> torch.Tensor:
-    """Bilinear with antialias, (height, width, 3) float32 in 0..1."""
+def _cut(
+    columns: torch.Tensor, rows: int, cols: int, offset: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Columns of patches to `rows` × `cols` overlapping crops in `out`, plus `offset`."""
+    patch, column = LINE * PATCH, columns.stride(0)
+    crops = columns.as_strided(
+        (rows, cols, GRID, GRID, patch), (WINDOW * patch, WINDOW * column, patch, column, 1)
+    )
+    torch.add(crops, offset, out=out.view(crops.shape))
+
+
+def _patches(scaled: torch.Tensor, view: Placed, gain: list[float]) -> torch.Tensor:
+    """A resized picture, (height, width, 3) in 0..255, as `resize_to_patches` lays it out."""
+    canvas = torch.zeros((view.canvas_height, view.canvas_width, 3))
+    inside = canvas[view.top : view.top + view.height, view.left : view.left + view.width]
+    torch.mul(scaled, torch.tensor(gain), out=inside)
+    columns = canvas.view(view.canvas_height, -1, LINE)
+    return columns.transpose(0, 1).contiguous()
+
+
+def _resized(pixels: npt.NDArray[np.uint8], view: Placed, how: Resize) -> torch.Tensor:
+    """Bilinear with antialias, (height, width, 3) float32 in 0..255."""
+    size = view.height, view.width
     if how == "tensorflow":
         return _resized_by_tensorflow(pixels, size)
-    # Pillow's buffer is read-only; torch only reads it, but warns.
-    source = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
     # A channels-last view: the resize kernels vectorise over it, and no transposed copy is made.
-    source = source.permute(2, 0, 1).unsqueeze(0)
-    if how == "torch":
-        source = source.to(torch.float32, memory_format=torch.channels_last)
+    source = as_tensor(pixels).permute(2, 0, 1).unsqueeze(0)
     # torch 2.13's kernel repeats the first row when the output is one column wide: lay it down.
     narrow = size[1] == 1
     if narrow:
@@ -216,8 +223,7 @@ def _resized(pixels: npt.NDArray[np.uint8], size: tuple[int, int], how: Resize) 
     done = F.interpolate(source, size=size, mode="bilinear", antialias=True, align_corners=False)
     if narrow:
         done = done.transpose(2, 3)
-    scaled = done.to(torch.float32).div_(255.0)
-    return scaled.squeeze(0).permute(1, 2, 0).clamp_(0.0, 1.0)
+    return done.squeeze(0).permute(1, 2, 0).to(torch.float32)
 
 
 def _resized_by_tensorflow(pixels: npt.NDArray[np.uint8], size: tuple[int, int]) -> torch.Tensor:
@@ -229,12 +235,11 @@ def _resized_by_tensorflow(pixels: npt.NDArray[np.uint8], size: tuple[int, int])
         ) from exc
     source = tf.image.convert_image_dtype(tf.constant(pixels), dtype=tf.float32)
     done = tf.image.resize(source, size, method="bilinear", antialias=True)
-    return torch.from_numpy(tf.clip_by_value(done, 0.0, 1.0).numpy().copy())
+    return torch.from_numpy(tf.clip_by_value(done, 0.0, 1.0).numpy() * 255)
 
 
-def _mask(box: tuple[int, int, int, int], layout: Layout) -> torch.Tensor:
+def _mask(view: Placed, layout: Layout) -> torch.Tensor:
     """Share of each patch that is picture, (n_crops, 576): the picture is one rectangle."""
-    top, left, height, width = box
 
     def covered(start: int, length: int, crops: int) -> npt.NDArray[np.int64]:
         edge = np.arange(crops)[:, None] * STRIDE + np.arange(GRID)[None, :] * PATCH
@@ -242,7 +247,8 @@ def _mask(box: tuple[int, int, int, int], layout: Layout) -> torch.Tensor:
             np.minimum(edge + PATCH, start + length) - np.maximum(edge, start), 0, PATCH
         )
 
-    down, across = covered(top, height, layout.rows), covered(left, width, layout.cols)
+    down = covered(view.top, view.height, layout.rows)
+    across = covered(view.left, view.width, layout.cols)
     area = down[:, None, :, None] * across[None, :, None, :]
     share = area.astype(np.float32) / np.float32(PATCH * PATCH)
     return torch.from_numpy(share.reshape(layout.n_crops, GRID * GRID))

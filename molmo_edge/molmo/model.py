@@ -72,7 +72,8 @@ class MolmoInfo(stock.MolmoProcessingInfo):  # type: ignore[misc]
 
     def image_processor(self, kwargs: Mapping[str, object]) -> MolmoImageProcessor:
         """The image processor with the options of one request."""
-        return self._processor.image_processor.with_options(**self.options(kwargs))
+        processor: MolmoImageProcessor = self._processor.image_processor
+        return processor.with_options(**self.options(kwargs))
 
     def get_hf_processor(self, **kwargs: object) -> MolmoProcessor:
         image_processor = self.image_processor(kwargs)
@@ -155,7 +156,7 @@ class MolmoInputs(stock.MolmoMultiModalProcessor):  # type: ignore[misc]
         ]
 
 
-class PoolingAttention(nn.Module):
+class PoolingAttention(nn.Module):  # type: ignore[misc]
     """Attention of a few queries over a few keys, in float32 as the reference does it.
 
     Small enough that no fused kernel is missed, and right whatever the vision backend assumes

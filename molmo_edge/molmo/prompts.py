@@ -6,7 +6,7 @@ The words are those Molmo was trained with. Knows the tokenizer, nothing of pict
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from molmo_edge.engine.seam import Turn
@@ -57,12 +57,17 @@ class PromptEncoder:
             ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)[
                 "input_ids"
             ]
-        if found := sorted({self._special[i] for i in ids if i in self._special}):
-            raise PromptError(
-                f"The text holds {', '.join(found[:3])}: special tokens of the model, which no "
-                "user text may contain. Remove or respell them."
-            )
+        refuse_special(ids, self._special)
         return ids
+
+
+def refuse_special(ids: Sequence[int], special: Mapping[int, str]) -> None:
+    """Raises PromptError when tokens of user text are among `special`: id → spelling."""
+    if found := sorted({special[i] for i in ids if i in special}):
+        raise PromptError(
+            f"The text holds {', '.join(found[:3])}: special tokens of the model, which no user "
+            "text may contain. Remove or respell them."
+        )
 
 
 def check_turns(turns: Sequence[Turn]) -> None:

@@ -49,8 +49,10 @@ class MolmoRenderer:
         """See `Engine.render`."""
         text_ids = [*self._encoder.encode(turns), *options.get("answer", ())]
         images = [image for turn in turns for image in turn.images]
-        if len(images) > 1 or (images and not turns[0].images):
-            raise ImageError(ONE_IMAGE if len(images) > 1 else "The image belongs to the first turn.")
+        if len(images) > 1:
+            raise ImageError(ONE_IMAGE)
+        if images and not turns[0].images:
+            raise ImageError("Molmo 1 sees its image before all text: give it in the first turn.")
         if not images:
             ids = [self._encoder.bos, *text_ids]
             self._check_length(len(ids), 0)

@@ -7,7 +7,6 @@ Its tiny language model is built, not drawn: embedding and head hold a next-toke
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -31,8 +30,8 @@ TOKENS = (
 ).split()
 TEXT = "This is the molmo_edge stub (real architecture, made-up weights)."
 NOTICE = (
-    "This is the built-in stub: real Molmo architecture, made-up weights. Its answers mean nothing; "
-    "give a checkpoint for real ones."
+    "This is the built-in stub: real Molmo architecture, made-up weights. Its answers mean "
+    "nothing; give a checkpoint for real ones."
 )
 _VERSION = 1
 _SEED = 20251208
@@ -53,7 +52,7 @@ def ensure_stub(cache_dir: Path) -> Path:
         try:
             write_checkpoint(work, weights=_weights(Shape()))
             try:
-                os.rename(work, folder)
+                work.rename(folder)
             except OSError:
                 if not (folder / "config.json").is_file():
                     raise

@@ -124,7 +124,7 @@ class Layout:
 
 
 def _kept(index: int, count: int) -> tuple[int, int]:
-    """Pooled rows (or columns) that crop `index` of `count` keeps: inner edges lose half a margin."""
+    """Pooled rows (or columns) that crop `index` of `count` keeps: inner edges lose two."""
     return (
         0 if index == 0 else MARGIN // 2,
         POOLED if index == count - 1 else POOLED - MARGIN // 2,

@@ -86,6 +86,7 @@ def test_the_versions_stand_on_the_page(page: str) -> None:
 
 def test_the_warm_up_is_drawn_apart(full: Document) -> None:
     figure = plots.speed([full])
+    assert figure is not None
     hollow = [
         line
         for line in figure.axes[0].lines

@@ -218,6 +218,18 @@ def test_an_engine_that_dies_is_replaced_for_the_next_scenario() -> None:
     assert not result.complete
 
 
+def test_a_crash_of_one_scenario_leaves_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    vlm = double(failure=lambda n: RuntimeError("a bug") if n == 3 else None)
+    result, _ = ran(vlm, names=("report", "text"))
+    report, text = result.scenarios
+    assert report.error == "RuntimeError: a bug"
+    assert report.rows[0].stopped == "error"
+    assert len(report.rows[0].samples) == 2
+    assert text.complete
+    assert not result.complete
+    assert "scenario report crashed" in caplog.text
+
+
 def test_an_engine_that_never_comes_back_leaves_a_partial_result() -> None:
     vlm = double(failure=lambda n: EngineDeadError("step failed") if n == 3 else None)
     opened: list[int] = []

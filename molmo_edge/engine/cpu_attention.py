@@ -1,0 +1,148 @@
+"""Attention on a CPU for models whose picture tokens see each other, such as Gemma 3.
+
+vLLM's CPU backend is causal throughout: the tokens of a picture see only those before them, and the
+answers differ from the reference without a word. Here the rows of pictures are computed once more,
+as short sequences of their own that end with the picture and are not causal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+
+def register() -> None:
+    """Takes the place of vLLM's CPU backend; for batches without such pictures it is the same."""
+    register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.PrefixLMBackend")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """The picture tokens of one step.
+
+    Attributes:
+        rows: (n,) their places in the batch.
+        metadata: one sequence for each picture, its queries in the order of `rows`.
+    """
+
+    rows: torch.Tensor
+    metadata: CPUAttentionMetadata
+
+
+class PrefixLMBackend(CPUAttentionBackend):
+    """vLLM's CPU backend, and pictures that see themselves whole."""
+
+    @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        return True
+
+    @staticmethod
+    def get_impl_cls() -> type[CPUAttentionBackendImpl]:
+        return PrefixLMImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
+        return PrefixLMBuilder
+
+
+class PrefixLMBuilder(CPUAttentionMetadataBuilder):
+    """Adds `pictures` to the metadata of steps that prefill some."""
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> CPUAttentionMetadata:
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        spans = picture_spans(
+            common_attn_metadata.mm_req_doc_ranges or {},
+            common_attn_metadata.query_start_loc_cpu.tolist(),
+            common_attn_metadata.seq_lens.tolist(),
+        )
+        metadata.pictures = None
+        if spans:
+            pictures = super().build(0, _as_sequences(common_attn_metadata, spans), True)
+            rows = torch.cat([torch.arange(first, first + n) for _, first, n, _ in spans])
+            metadata.pictures = Pictures(rows, pictures)
+        return metadata
+
+
+class PrefixLMImpl(CPUAttentionBackendImpl):
+    """Runs vLLM's kernel over the batch, then over its pictures."""
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: CPUAttentionMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        scales = (output_scale, output_block_scale)
+        super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+        # None while vLLM warms up, without metadata at all.
+        pictures: Pictures | None = getattr(attn_metadata, "pictures", None)
+        if pictures is not None:
+            part = torch.empty_like(output[pictures.rows])
+            queries = query[pictures.rows]
+            super().forward(layer, queries, key, value, kv_cache, pictures.metadata, part, *scales)
+            output[pictures.rows] = part
+        return output
+
+
+def picture_spans(
+    ranges: dict[int, list[tuple[int, int]]], query_start: list[int], seq_lens: list[int]
+) -> list[tuple[int, int, int, int]]:
+    """The parts of pictures that a step computes: (request, first row, rows, sequence length).
+
+    Args:
+        ranges: request → first and last position of each picture's tokens.
+        query_start: (requests + 1) first row of each request in the batch.
+        seq_lens: positions of each request, computed before or in this step.
+    """
+    spans = []
+    for request, pictures in ranges.items():
+        first_row, length = query_start[request], seq_lens[request]
+        computed = length - (query_start[request + 1] - first_row)
+        for start, last in pictures:
+            begin, end = max(start, computed), min(last + 1, length)
+            if begin < end:
+                spans.append((request, first_row + begin - computed, end - begin, end))
+    return spans
+
+
+def _as_sequences(
+    common: CommonAttentionMetadata, spans: list[tuple[int, int, int, int]]
+) -> CommonAttentionMetadata:
+    requests = torch.tensor([span[0] for span in spans])
+    rows = torch.tensor([span[2] for span in spans])
+    starts = torch.zeros(len(spans) + 1, dtype=common.query_start_loc.dtype)
+    starts[1:] = rows.cumsum(0)
+    seq_lens = torch.tensor([span[3] for span in spans], dtype=common.seq_lens.dtype)
+    return dataclasses.replace(
+        common,
+        num_reqs=len(spans),
+        num_actual_tokens=int(starts[-1]),
+        max_query_len=int(rows.max()),
+        max_seq_len=int(seq_lens.max()),
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=seq_lens,
+        block_table_tensor=common.block_table_tensor[requests],
+        causal=False,
+    )

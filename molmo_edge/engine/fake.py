@@ -1,0 +1,286 @@
+"""An engine without a model: scripted answers, at once or slowly, with failures on request.
+
+For tests of whatever is built on molmo_edge; needs neither vLLM nor torch nor a checkpoint::
+
+    from molmo_edge import EdgeVLM
+    from molmo_edge.engine.fake import FakeEngine
+
+    def test_it_asks_for_the_mug():
+        fake = FakeEngine.factory({"Where is the mug?": "On the table."})
+        with EdgeVLM(engine=fake) as vlm:
+            assert my_robot(vlm).look() == "On the table."
+        assert fake.engine.prompts == ["Where is the mug?"]
+
+Everything is deterministic: the same questions in the same order give the same steps. Prompts are
+checked as the real engine checks them. It keeps to the rules of `Engine` itself: whoever calls it
+from another thread than the one that built it gets a RuntimeError.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from molmo_edge.engine.fake_hooks import Fault, Hooks
+from molmo_edge.engine.seam import EngineInfo, Rendered, Turn, Update
+from molmo_edge.errors import ImageError, PromptError, PromptTooLongError
+from molmo_edge.molmo.layout import IMAGE_TOKENS
+from molmo_edge.molmo.prompts import check_turns
+from molmo_edge.sampling import Sampling
+
+__all__ = ["FakeEngine", "FakeFactory", "Fault"]
+
+Answers: TypeAlias = "str | Mapping[str, str] | Callable[[Sequence[Turn]], str]"
+
+END_OF_TEXT = 0  # token id; every other piece of text has a higher one
+_IMAGE_TOKENS = 144
+_SPECIAL = ("<|endoftext|>", *IMAGE_TOKENS)
+
+
+class FakeEngine:
+    """One fake engine; build it through `factory`.
+
+    Args:
+        answers: one text for every question; or question → answer, with ``""`` for any other; or
+            a function of the turns. A mapping without ``""`` raises PromptError for a question
+            that is not in it.
+        pieces: what one step brings: a word with the space before it, or a character.
+        max_num_seqs: requests decoded together; the others wait.
+        max_model_len: tokens of prompt and answer together; a piece is a token.
+        step_s, prefill_s, render_s, build_s: seconds that each step, each new request's first
+            step, each rendering and the building take.
+        hooks: faults and holds, and the count of calls; see `FakeFactory`.
+
+    Attributes:
+        prompts: last user text of every request that was added, in order.
+        added, finished, aborted: request ids in order; `aborted` as given to `abort`.
+        closed: whether `close` was called.
+    """
+
+    def __init__(
+        self,
+        answers: Answers = "This is a fake answer.",
+        *,
+        pieces: Literal["words", "chars"] = "words",
+        max_num_seqs: int = 8,
+        max_model_len: int = 4096,
+        step_s: float = 0.0,
+        prefill_s: float = 0.0,
+        render_s: float = 0.0,
+        build_s: float = 0.0,
+        hooks: Hooks | None = None,
+    ) -> None:
+        self._answers = answers
+        self._split = re.compile(r"\s*\S+|\s+$" if pieces == "words" else r"(?s).")
+        self._max_num_seqs = max_num_seqs
+        self._times = {"step": step_s, "prefill": prefill_s, "render": render_s, "build": build_s}
+        self._hooks = hooks or Hooks()
+        self._thread = threading.get_ident()
+        self._requests: dict[str, _Request] = {}
+        self.prompts: list[str] = []
+        self.added: list[str] = []
+        self.finished: list[str] = []
+        self.aborted: list[str] = []
+        self.closed = False
+        self._call("build")
+        self.info = EngineInfo(
+            max_model_len=max_model_len,
+            environment={"model": "fake", "max_model_len": max_model_len},
+            startup_s={"total": build_s},
+        )
+
+    @staticmethod
+    def factory(answers: Answers = "This is a fake answer.", **options: Any) -> FakeFactory:
+        """What `EdgeVLM(engine=…)` takes; the arguments are those of `FakeFactory`."""
+        return FakeFactory(answers, **options)
+
+    def render(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> Rendered:
+        """As the real one: PromptError, PromptTooLongError and ImageError for the same reasons."""
+        self._call("render")
+        check_turns(turns)
+        text = "".join(f" {turn.role.capitalize()}: {turn.text}" for turn in turns)
+        if found := [token for token in _SPECIAL if token in text]:
+            raise PromptError(
+                f"The text holds {', '.join(found[:3])}: special tokens of the model, which no "
+                "user text may contain. Remove or respell them."
+            )
+        images = [image for turn in turns for image in turn.images]
+        if len(images) > 1 or (images and not turns[0].images):
+            raise ImageError("A request holds one image at most, in its first turn.")
+        ids = [END_OF_TEXT, *self._ids(f"{text} Assistant:"), *options.get("answer", ())]
+        image_tokens = _IMAGE_TOKENS * len(images)
+        total = len(ids) + image_tokens
+        if total >= self.info.max_model_len:
+            raise PromptTooLongError(
+                f"The prompt has {total} tokens and leaves no room to answer: max_model_len is "
+                f"{self.info.max_model_len}."
+            )
+        script = _Script(turns[-1].text, self._answer(turns), total)
+        return Rendered(script, total, image_tokens, None if images else ids)
+
+    def add(self, request_id: str, rendered: Rendered, sampling: Sampling) -> None:
+        self._call("add")
+        script: _Script = rendered.prompt
+        self.prompts.append(script.question)
+        self.added.append(request_id)
+        pieces = [(piece, _id(piece)) for piece in self._split.findall(" " + script.answer)]
+        room = self.info.max_model_len - script.prompt_tokens
+        self._requests[request_id] = _Request(pieces, sampling, min(sampling.max_tokens, room))
+
+    def step(self) -> list[Update]:
+        """One token for each of the first `max_num_seqs` requests."""
+        running = list(self._requests)[: self._max_num_seqs]
+        if any(not self._requests[i].token_ids for i in running):
+            self._sleep("prefill")
+        self._call("step")
+        updates = [self._requests[i].step(i) for i in running]
+        for update in updates:
+            if update.finish_reason is not None:
+                del self._requests[update.request_id]
+                self.finished.append(update.request_id)
+        return updates
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        self._call("abort")
+        self.aborted.extend(request_ids)
+        for request_id in request_ids:
+            self._requests.pop(request_id, None)
+
+    def reset_caches(self) -> None:
+        """There are none."""
+        self._call("reset_caches")
+
+    def close(self) -> None:
+        self._requests.clear()
+        self.closed = True
+        self._call("close")
+
+    @property
+    def running(self) -> list[str]:
+        """Ids of requests that have neither finished nor been aborted."""
+        return list(self._requests)
+
+    def _call(self, name: str) -> None:
+        if name != "render" and threading.get_ident() != self._thread:
+            raise RuntimeError(f"{name}() was called outside the thread that built the engine.")
+        self._sleep(name)
+        self._hooks.enter(name)
+
+    def _sleep(self, name: str) -> None:
+        if seconds := self._times.get(name):
+            time.sleep(seconds)
+
+    def _ids(self, text: str) -> list[int]:
+        return [_id(piece) for piece in self._split.findall(text)]
+
+    def _answer(self, turns: Sequence[Turn]) -> str:
+        if isinstance(self._answers, str):
+            return self._answers
+        if callable(self._answers):
+            return self._answers(turns)
+        answer = self._answers.get(turns[-1].text, self._answers.get(""))
+        if answer is None:
+            raise PromptError("The fake engine has no answer to this question, nor one for others.")
+        return answer
+
+
+class FakeFactory:
+    """Builds fake engines, and remembers them.
+
+    Args:
+        answers, options: those of `FakeEngine`.
+        faults: what fails, and when.
+        holds: call name → event: that call waits until the event is set, so that a test can look
+            at an engine which is stuck in a step, or still starting.
+
+    Attributes:
+        engines: every engine built, the oldest first: one for each start and restart.
+    """
+
+    def __init__(
+        self,
+        answers: Answers = "This is a fake answer.",
+        *,
+        faults: Sequence[Fault] = (),
+        holds: Mapping[str, threading.Event] | None = None,
+        **options: Any,
+    ) -> None:
+        self.hooks = Hooks(faults, holds or {})
+        self.engines: list[FakeEngine] = []
+        self._answers = answers
+        self._options = options
+
+    def __call__(self) -> FakeEngine:
+        engine = FakeEngine(self._answers, hooks=self.hooks, **self._options)
+        self.engines.append(engine)
+        return engine
+
+    @property
+    def engine(self) -> FakeEngine:
+        """The engine built last."""
+        return self.engines[-1]
+
+    def wait_for(self, call: str, count: int = 1, timeout: float = 10.0) -> None:
+        """Waits until a call has begun `count` times in all. Raises TimeoutError."""
+        self.hooks.wait_for(call, count, timeout)
+
+
+@dataclass(frozen=True)
+class _Script:
+    question: str
+    answer: str
+    prompt_tokens: int
+
+
+@dataclass
+class _Request:
+    """One answer being spelt."""
+
+    pieces: Sequence[tuple[str, int]]
+    sampling: Sampling
+    max_tokens: int
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    shown: int = 0
+
+    def step(self, request_id: str) -> Update:
+        at = len(self.token_ids)
+        cycle = self.sampling.ignore_eos and bool(self.pieces)
+        ended = not cycle and at >= len(self.pieces)
+        piece, token = ("", END_OF_TEXT) if ended else self.pieces[at % len(self.pieces)]
+        self.token_ids.append(token)
+        self.text += piece
+        reason = "stop" if ended else "length" if at + 1 >= self.max_tokens else None
+        end = len(self.text)
+        stops = [self.text.find(stop) for stop in self.sampling.stop]
+        if found := [place for place in stops if place >= 0]:
+            reason, end = "stop", min(found)
+        elif reason is None and self.sampling.stop:
+            # What may yet turn out to be the beginning of a stop text is kept back.
+            end = max(self.shown, end - max(map(len, self.sampling.stop)) + 1)
+        text, self.shown = self.text[self.shown : end], max(self.shown, end)
+        logprobs, top = self._logprobs(token)
+        return Update(request_id, text, (token,), logprobs, top, reason, 0)
+
+    def _logprobs(
+        self, token: int
+    ) -> tuple[Sequence[float] | None, Sequence[Mapping[int, float]] | None]:
+        wanted = self.sampling.logprobs or 0
+        others = [*self.sampling.logprob_token_ids, *range(1, wanted)]
+        if not wanted and not others:
+            return None, None
+        entries = {one: _logprob(one) for one in [token, *others]}
+        return [entries[token]], [entries]
+
+
+def _id(piece: str) -> int:
+    return 1 + zlib.crc32(piece.encode()) % 0xFFFF
+
+
+def _logprob(token: int) -> float:
+    return -(1 + token % 7) / 8

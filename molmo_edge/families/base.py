@@ -1,0 +1,51 @@
+"""What a model family is: the seam between `EdgeVLM` and the models it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from molmo_edge.engine.seam import Rendered
+
+
+class Renderer(Protocol):
+    """Turns to engine input, in any thread."""
+
+    def render(self, turns: Any, options: Mapping[str, Any]) -> Rendered:
+        """See `Engine.render`."""
+        ...
+
+
+class Family(Protocol):
+    """One model family; without state.
+
+    Attributes:
+        name: as it stands in results and reports.
+        verbs: the methods of `EdgeVLM` that make sense.
+        max_images: most pictures of one request.
+        crops: whether `max_crops` and `resize` mean something.
+        unquantized: module patterns of the vision tower, which online quantisation leaves alone.
+    """
+
+    name: str
+    verbs: frozenset[str]
+    max_images: int
+    crops: bool
+    unquantized: tuple[str, ...]
+
+    def check(self, config: Mapping[str, Any], folder: Path, load_format: str) -> None:
+        """Raises ModelError for a checkpoint that this family cannot run."""
+        ...
+
+    def engine_args(self, max_crops: int, resize: str) -> dict[str, Any]:
+        """Arguments of `vllm.LLM` that the family needs."""
+        ...
+
+    def prepare(self) -> None:
+        """What vLLM must be told before it reads the checkpoint; once per engine, may repeat."""
+        ...
+
+    def renderer(self, llm: Any, max_crops: int, resize: str) -> Renderer:
+        """Built in the engine's thread, used in every other."""
+        ...

@@ -1,0 +1,24 @@
+"""A test that leaves a thread behind fails."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+_PATIENCE_S = 10.0
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    gc.collect()
+    end = time.monotonic() + _PATIENCE_S
+    while left := [t for t in threading.enumerate() if t not in before]:
+        if time.monotonic() > end:
+            pytest.fail(f"threads left behind: {sorted(t.name for t in left)}")
+        time.sleep(0.005)

@@ -1,0 +1,174 @@
+"""The fake engine: what it promises to people who test with it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from molmo_edge import EdgeVLM, Request
+from molmo_edge.engine.fake import FakeEngine, Fault
+from molmo_edge.engine.seam import Turn
+from molmo_edge.errors import GenerationError, ImageError, PromptError, PromptTooLongError
+from molmo_edge.sampling import Sampling
+from tests.engine.support import opened
+
+pytestmark = pytest.mark.timeout(30)
+PICTURE = np.zeros((8, 8, 3), np.uint8)
+
+
+def test_the_example_of_its_docstring_works() -> None:
+    fake = FakeEngine.factory({"Where is the mug?": "On the table."})
+    with EdgeVLM(engine=fake) as vlm:
+        assert vlm.query(None, "Where is the mug?").text == "On the table."
+    assert fake.engine.prompts == ["Where is the mug?"]
+    assert fake.engine.closed
+
+
+def test_it_loads_neither_torch_nor_vllm() -> None:
+    script = (
+        "import sys\n"
+        "from molmo_edge import EdgeVLM\n"
+        "from molmo_edge.engine.fake import FakeEngine\n"
+        "with EdgeVLM(engine=FakeEngine.factory()) as vlm:\n"
+        "    assert vlm.query(None, 'hello').text\n"
+        "loaded = {'torch', 'vllm', 'transformers'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_answers_come_from_a_text_a_mapping_or_a_function() -> None:
+    with opened(FakeEngine.factory("Always.")) as vlm:
+        assert vlm.query(None, "a").text == "Always."
+    with opened(FakeEngine.factory({"a": "A.", "": "Else."})) as vlm:
+        assert [vlm.query(None, q).text for q in ("a", "b")] == ["A.", "Else."]
+    with opened(FakeEngine.factory(lambda turns: f"{len(turns)} turns")) as vlm:
+        assert vlm.query(None, "a").text == "1 turns"
+    with opened(FakeEngine.factory({"a": "A."})) as vlm, pytest.raises(PromptError):
+        vlm.query(None, "b")
+
+
+@pytest.mark.parametrize(
+    ("pieces", "deltas"), [("words", ["Hé", " ho!"]), ("chars", ["H", "é", " ", "h", "o", "!"])]
+)
+def test_a_step_brings_a_word_or_a_character(pieces: str, deltas: list[str]) -> None:
+    engine = FakeEngine("Hé ho!", pieces=pieces)  # type: ignore[arg-type]
+    engine.add("r", engine.render([Turn("user", "q")], {}), Sampling())
+    updates = []
+    while not updates or updates[-1].finish_reason is None:
+        updates += engine.step()
+    assert "".join(u.text for u in updates).split() == ["Hé", "ho!"]
+    # The space before the answer and the end of text are tokens too.
+    assert [u.text.lstrip() if i == 0 else u.text for i, u in enumerate(updates) if u.text.strip()
+            or i] == (["", *deltas] if pieces == "chars" else deltas) + [""]
+    assert updates[-1].finish_reason == "stop"
+
+
+def test_max_tokens_stop_and_the_context_end_an_answer() -> None:
+    with opened(FakeEngine.factory("one two three four", max_model_len=8)) as vlm:
+        cut = vlm.query(None, "q", max_tokens=2)
+        assert (cut.text, cut.finish_reason, len(cut.token_ids)) == ("one two", "length", 2)
+        stopped = vlm.query(None, "q", stop=["ee f", "two"])
+        assert (stopped.text, stopped.finish_reason) == ("one ", "stop")
+        # Four tokens of prompt leave four for the answer.
+        full = vlm.query(None, "q")
+        assert (full.finish_reason, full.metrics.output_tokens) == ("length", 4)
+        endless = vlm.query(None, "q", ignore_eos=True, max_tokens=3)
+        assert endless.metrics.output_tokens == 3
+
+
+def test_no_piece_of_a_stop_text_is_ever_shown() -> None:
+    with opened(FakeEngine.factory("say END of it", pieces="chars")) as vlm:
+        assert "".join(vlm.stream(None, "q", stop=" END of")) == "say"
+
+
+def test_log_probabilities_are_aligned_with_tokens() -> None:
+    with opened(FakeEngine.factory("one two")) as vlm:
+        result = vlm.query(None, "q", logprobs=3)
+        assert result.logprobs is not None and result.top_logprobs is not None
+        assert len(result.logprobs) == len(result.top_logprobs) == len(result.token_ids) == 3
+        for token, logprob, top in zip(
+            result.token_ids, result.logprobs, result.top_logprobs, strict=True
+        ):
+            assert top[token] == logprob < 0
+        assert vlm.query(None, "q").logprobs is None
+
+
+def test_the_same_questions_get_the_same_steps() -> None:
+    def run() -> tuple[list[str], list[tuple[int, ...]]]:
+        fake = FakeEngine.factory(lambda turns: turns[-1].text * 2, max_num_seqs=2)
+        with opened(fake) as vlm:
+            results = vlm.batch([Request(None, text) for text in ("a b", "c", "d e f")])
+            return fake.engine.finished, [r.token_ids for r in results]
+
+    assert run() == run()
+
+
+def test_it_refuses_what_the_real_engine_refuses() -> None:
+    with opened(FakeEngine.factory(max_model_len=64)) as vlm:
+        with pytest.raises(PromptError, match="special tokens"):
+            vlm.query(None, "look: <im_patch>")
+        with pytest.raises(PromptError, match="empty"):
+            vlm.query(None, " ")
+        with pytest.raises(PromptTooLongError):
+            vlm.query(None, "word " * 64)
+        with pytest.raises(PromptTooLongError):
+            vlm.query(PICTURE, "what is it?")
+        with pytest.raises(ImageError):
+            vlm.chat(
+                [
+                    {"role": "user", "content": "hello"},
+                    {"role": "assistant", "content": "hello"},
+                    {"role": "user", "content": [{"type": "image", "image": PICTURE},
+                                                 {"type": "text", "text": "what?"}]},
+                ]
+            )
+        assert vlm.query(None, "hello").text
+
+
+def test_a_picture_is_counted() -> None:
+    with opened(FakeEngine.factory()) as vlm:
+        metrics = vlm.query(PICTURE, "q").metrics
+        assert metrics.image_tokens == 144
+        assert metrics.prompt_tokens == 144 + 4
+
+
+def test_faults_hit_the_call_they_are_meant_for() -> None:
+    fake = FakeEngine.factory(faults=[Fault("add", ValueError("no"), number=2)])
+    with opened(fake) as vlm:
+        assert vlm.query(None, "a").text
+        with pytest.raises(Exception, match="refused"):
+            vlm.query(None, "b")
+        assert vlm.query(None, "c").text
+    fake = FakeEngine.factory(faults=[Fault("render", OSError("gone"), number=1)])
+    with opened(fake) as vlm:
+        with pytest.raises(GenerationError) as caught:
+            vlm.query(None, "a")
+        assert isinstance(caught.value.__cause__, OSError)
+        assert vlm.query(None, "b").text
+
+
+def test_it_notices_calls_from_a_foreign_thread() -> None:
+    engine = FakeEngine()
+    seen: list[BaseException] = []
+
+    def step() -> None:
+        try:
+            engine.step()
+        except RuntimeError as exc:
+            seen.append(exc)
+
+    thread = threading.Thread(target=step)
+    thread.start()
+    thread.join()
+    assert "thread" in str(seen[0])
+
+
+def test_waiting_for_a_call_that_never_comes_says_so() -> None:
+    fake = FakeEngine.factory()
+    with opened(fake), pytest.raises(TimeoutError, match="step"):
+        fake.wait_for("step", timeout=0.01)

@@ -1,0 +1,447 @@
+"""`watch`: always the newest frame, drops counted, stalls told or mended, and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from molmo_edge import EdgeVLM
+from molmo_edge.cameras import open_source
+from molmo_edge.engine.fake import FakeEngine, Fault
+from molmo_edge.errors import (
+    CameraError,
+    ConfigError,
+    EngineDeadError,
+    ImageError,
+    MissingDependencyError,
+    RequestTimeout,
+    SamplingError,
+)
+from molmo_edge.watch import Seen
+
+cv2 = pytest.importorskip("cv2")
+
+
+def picture(value: int = 0) -> np.ndarray:
+    return np.full((8, 12, 3), value, np.uint8)
+
+
+def value(seen: Seen) -> int:
+    return int(np.asarray(seen.image)[0, 0, 0])
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left() -> Iterator[None]:
+    yield
+    deadline = time.monotonic() + 5
+    while left := [t.name for t in threading.enumerate() if t.name == "molmo-edge-camera"]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def vlm() -> Iterator[EdgeVLM]:
+    with EdgeVLM(engine=FakeEngine.factory("A cup.")) as vlm:
+        yield vlm
+
+
+class Camera:
+    """Delivers numbered frames when told to; a generator function for `watch`."""
+
+    def __init__(self) -> None:
+        self.more = threading.Semaphore(0)
+        self.given = 0
+        self.closed = 0
+        self.ended = False
+        self.arrived = threading.Condition()
+
+    def __call__(self) -> Iterator[np.ndarray]:
+        try:
+            while True:
+                self.more.acquire()
+                if self.ended:
+                    return
+                self.given += 1
+                with self.arrived:
+                    self.arrived.notify_all()
+                yield picture(self.given)
+        finally:
+            self.closed += 1
+
+    def deliver(self, count: int = 1) -> None:
+        """Lets `count` frames through and waits until the last of them has been asked for."""
+        wanted = self.given + count
+        self.more.release(count)
+        with self.arrived:
+            assert self.arrived.wait_for(lambda: self.given >= wanted, 5)
+
+    def end(self) -> None:
+        self.ended = True
+        self.more.release()
+
+
+def test_a_slow_consumer_sees_the_newest_frame_and_how_many_it_missed(vlm: EdgeVLM) -> None:
+    camera = Camera()
+    camera.more.release()
+    seen = vlm.watch(camera)
+    first = next(seen)
+    assert (value(first), first.index, first.dropped) == (1, 0, 0)
+    assert first.result is not None
+    assert first.result.text == "A cup."
+    camera.deliver(4)
+    # The fourth one has been yielded once a fifth is being waited for; three lie behind it.
+    time.sleep(0.05)
+    second = next(seen)
+    assert (value(second), second.index, second.dropped) == (5, 4, 3)
+    assert second.captured_s > first.answered_s
+    assert abs(second.captured_at - time.time()) < 5
+    camera.end()
+    assert next(seen, None) is None
+    assert camera.closed == 1
+
+
+def test_the_last_frame_is_answered_though_the_source_has_ended(vlm: EdgeVLM) -> None:
+    frames = [value(one) for one in vlm.watch(iter([picture(i) for i in range(50)]))]
+    assert frames[-1] == 49
+    assert frames == sorted(frames)
+
+
+def test_nothing_is_dropped_from_lists_folders_or_when_asked_not_to(
+    vlm: EdgeVLM, tmp_path: Path
+) -> None:
+    pictures = [picture(i) for i in range(9)]
+    assert [value(one) for one in vlm.watch(pictures)] == list(range(9))
+    assert [value(one) for one in vlm.watch(iter(pictures), drop="none")] == list(range(9))
+    for i in (2, 0, 1):
+        Image.fromarray(picture(i)).save(tmp_path / f"{i}.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    seen = list(vlm.watch(tmp_path))
+    assert [Path(str(one.image)).name for one in seen] == ["0.png", "1.png", "2.png"]
+    assert all(one.result is not None for one in seen)
+    assert [one.dropped for one in seen] == [0, 0, 0]
+
+
+def test_a_buffer_that_is_filled_again_does_not_change_a_frame(vlm: EdgeVLM) -> None:
+    buffer = picture(1)
+    taken, filled = threading.Event(), threading.Event()
+
+    def frames() -> Iterator[np.ndarray]:
+        yield buffer
+        taken.wait()
+        buffer[:] = 99
+        filled.set()
+        yield buffer
+
+    seen = vlm.watch(frames())
+    first = next(seen)
+    taken.set()
+    assert filled.wait(5)
+    assert value(first) == 1
+    assert value(next(seen)) == 99
+    seen.close()
+
+
+def test_max_fps_is_not_exceeded(vlm: EdgeVLM) -> None:
+    began = time.monotonic()
+    seen = list(vlm.watch([picture(i) for i in range(4)], max_fps=20))
+    assert len(seen) == 4
+    assert time.monotonic() - began >= 3 / 20
+
+
+def test_a_stalled_camera_is_an_error(vlm: EdgeVLM) -> None:
+    camera = Camera()
+    camera.more.release()
+    seen = vlm.watch(camera, frame_timeout=0.2)
+    next(seen)
+    with pytest.raises(CameraError, match=r"no frame for 0\.2 s"):
+        next(seen)
+    camera.end()
+
+
+def test_a_frame_from_before_a_stall_is_not_taken_for_a_new_one(vlm: EdgeVLM) -> None:
+    camera = Camera()
+    camera.more.release()
+    seen = vlm.watch(camera, frame_timeout=0.2)
+    next(seen)
+    camera.deliver()
+    time.sleep(0.4)
+    with pytest.raises(CameraError):
+        next(seen)
+    camera.end()
+
+
+def test_a_camera_that_stalls_is_opened_again_when_asked(vlm: EdgeVLM) -> None:
+    cameras: list[Camera] = []
+
+    def connect() -> Iterator[np.ndarray]:
+        camera = Camera()
+        cameras.append(camera)
+        camera.more.release(2)
+        return camera()
+
+    seen = vlm.watch(connect, frame_timeout=0.2, on_stall="reconnect", drop="none")
+    assert [next(seen).index for _ in range(2)] == [0, 1]
+    third = next(seen)
+    assert (third.index, third.reconnects, value(third)) == (2, 1, 1)
+    assert len(cameras) == 2
+    for camera in cameras:
+        camera.end()
+    seen.close()
+    assert cameras[1].closed == 1
+
+
+def test_a_camera_that_disappears_is_an_error_or_opened_again(vlm: EdgeVLM) -> None:
+    tries = itertools.count()
+
+    def flaky() -> Iterator[np.ndarray]:
+        yield picture(next(tries))
+        raise OSError("unplugged")
+
+    seen = vlm.watch(flaky, drop="none")
+    next(seen)
+    with pytest.raises(CameraError, match="OSError") as caught:
+        next(seen)
+    assert isinstance(caught.value.__cause__, OSError)
+    again = vlm.watch(flaky, on_stall="reconnect", drop="none")
+    assert [value(next(again)) for _ in range(2)] == [1, 2]
+    again.close()
+
+
+def test_a_frame_that_misses_its_deadline_does_not_end_the_watch() -> None:
+    fake = FakeEngine.factory("word " * 200, step_s=0.01)
+    with EdgeVLM(engine=fake) as vlm:
+        seen = list(vlm.watch([picture(1), picture(2)], timeout=0.05))
+    assert [one.result for one in seen] == [None, None]
+    for one in seen:
+        assert isinstance(one.error, RequestTimeout)
+        assert one.error.partial.startswith("word")
+
+
+def test_a_frame_that_is_no_picture_does_not_end_the_watch(vlm: EdgeVLM) -> None:
+    broken: Any = np.zeros((4, 4), np.float32)
+    seen = list(vlm.watch([picture(1), broken, picture(2)]))
+    assert [one.result is None for one in seen] == [False, True, False]
+    assert isinstance(seen[1].error, ImageError)
+
+
+def test_what_would_fail_for_every_frame_ends_the_watch(vlm: EdgeVLM) -> None:
+    with pytest.raises(SamplingError):
+        next(vlm.watch([picture()], max_tokens=0))
+    dying = FakeEngine.factory(faults=[Fault("step", RuntimeError("gone"))])
+    with EdgeVLM(engine=dying) as other, pytest.raises(EngineDeadError):
+        next(other.watch([picture()]))
+
+
+def test_closing_early_closes_the_source(vlm: EdgeVLM) -> None:
+    closed = threading.Event()
+
+    def frames() -> Iterator[np.ndarray]:
+        try:
+            for i in itertools.count():
+                time.sleep(0.001)
+                yield picture(i % 250)
+        finally:
+            closed.set()
+
+    for _ in zip(range(2), vlm.watch(frames), strict=False):
+        pass
+    seen = vlm.watch(frames)
+    next(seen)
+    seen.close()
+    assert closed.is_set()
+    assert not [t for t in threading.enumerate() if t.name == "molmo-edge-camera"]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"drop": "newest"}, "drop"),
+        ({"on_stall": "ignore"}, "on_stall"),
+        ({"max_fps": 0}, "max_fps"),
+        ({"max_fps": True}, "max_fps"),
+        ({"max_fps": float("nan")}, "max_fps"),
+        ({"frame_timeout": -1}, "frame_timeout"),
+        ({"frame_timeout": float("inf")}, "frame_timeout"),
+        ({"source": ""}, "empty text"),
+        ({"source": -1}, "-1"),
+        ({"source": True}, "index"),
+        ({"source": None}, "NoneType"),
+        ({"source": b"jpeg"}, "bytes"),
+        ({"source": picture()}, "ndarray"),
+        ({"source": {}}, "dict"),
+        ({"source": "rtsp://camera/1"}, "URL"),
+        ({"source": iter([]), "on_stall": "reconnect"}, "opened again"),
+    ],
+)
+def test_nonsense_is_refused_before_anything_is_opened(
+    vlm: EdgeVLM, options: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(ConfigError, match=match):
+        vlm.watch(**{"source": [picture()], **options})
+
+
+def test_sources_that_are_not_there_are_told(vlm: EdgeVLM, tmp_path: Path) -> None:
+    with pytest.raises(CameraError, match="no device, file or folder"):
+        next(vlm.watch(tmp_path / "missing.mp4"))
+    with pytest.raises(CameraError, match="no picture"):
+        next(vlm.watch(tmp_path))
+    (tmp_path / "notes.mp4").write_text("no video")
+    with pytest.raises(CameraError, match="cannot open"):
+        next(vlm.watch(tmp_path / "notes.mp4"))
+    with pytest.raises(CameraError, match="None"):
+        next(vlm.watch(iter([None])))  # type: ignore[list-item]
+
+
+def test_a_pipeline_without_gstreamer_says_so(
+    vlm: EdgeVLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cv2, "getBuildInformation", lambda: "    GStreamer:      NO\n")
+    with pytest.raises(CameraError, match="without GStreamer"):
+        next(vlm.watch("videotestsrc ! appsink"))
+
+
+def test_without_opencv_the_extra_is_named(
+    vlm: EdgeVLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "cv2", None)
+    with pytest.raises(MissingDependencyError, match=r"molmo-edge\[camera\]"):
+        next(vlm.watch(0))
+
+
+class Device:
+    """Stands in for `cv2.VideoCapture` of a device: a few BGR frames, then nothing."""
+
+    def __init__(self, name: Any, *args: Any) -> None:
+        self.frames = 3
+        self.released = False
+        DEVICES.append(self)
+
+    def isOpened(self) -> bool:  # noqa: N802 - OpenCV's name
+        return True
+
+    def read(self) -> tuple[bool, np.ndarray | None]:
+        self.frames -= 1
+        if self.frames < 0:
+            return False, None
+        frame = np.zeros((4, 6, 3), np.uint8)
+        frame[..., 0] = 200  # blue
+        return True, frame
+
+    def release(self) -> None:
+        self.released = True
+
+
+DEVICES: list[Device] = []
+
+
+def test_opencv_frames_are_turned_to_rgb_and_the_device_is_released(
+    vlm: EdgeVLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    DEVICES.clear()
+    monkeypatch.setattr(cv2, "VideoCapture", Device)
+    seen = vlm.watch("0", drop="none")
+    frames = [next(seen) for _ in range(3)]
+    assert [tuple(np.asarray(one.image)[0, 0]) for one in frames] == [(0, 0, 200)] * 3
+    with pytest.raises(CameraError, match="camera 0 delivers no more frames"):
+        next(seen)
+    assert [one.released for one in DEVICES] == [True]
+
+
+def test_a_video_file_is_played_at_its_own_speed_and_ends(vlm: EdgeVLM, tmp_path: Path) -> None:
+    path = tmp_path / "clip.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 20.0, (32, 24))
+    for i in range(8):
+        writer.write(np.full((24, 32, 3), 30 * i, np.uint8))
+    writer.release()
+    began = time.monotonic()
+    seen = list(vlm.watch(path))
+    assert time.monotonic() - began >= 6 / 20
+    assert seen[-1].index == 7
+    assert sum(one.dropped for one in seen) + len(seen) == 8
+    assert len(list(vlm.watch(str(path), drop="none"))) == 8
+
+
+def test_feeds_know_whether_they_have_a_clock(tmp_path: Path) -> None:
+    Image.fromarray(picture()).save(tmp_path / "one.png")
+    assert open_source(0).clocked
+    assert not open_source(tmp_path).clocked
+    assert not open_source(tmp_path / "one.png").clocked
+    assert open_source(iter([])).clocked
+
+
+# For asyncio.
+
+
+def run(function: Callable[[EdgeVLM], Any]) -> None:
+    async def go() -> None:
+        with EdgeVLM(engine=FakeEngine.factory("A cup.", step_s=0.005)) as vlm:
+            await function(vlm)
+
+    asyncio.run(go())
+
+
+def test_awatch_answers_while_the_event_loop_goes_on() -> None:
+    async def check(vlm: EdgeVLM) -> None:
+        ticks = 0
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                ticks += 1
+                await asyncio.sleep(0.002)
+
+        ticking = asyncio.create_task(tick())
+        seen = [one async for one in vlm.awatch([picture(i) for i in range(5)], max_fps=50)]
+        ticking.cancel()
+        assert [value(one) for one in seen] == list(range(5))
+        assert all(one.result is not None for one in seen)
+        assert ticks > 20
+
+    run(check)
+
+
+def test_awatch_stops_cleanly_when_left_or_cancelled() -> None:
+    async def check(vlm: EdgeVLM) -> None:
+        camera = Camera()
+        camera.more.release(2)
+        async with contextlib.aclosing(vlm.awatch(camera, drop="none")) as seen:
+            async for _ in seen:
+                break
+            camera.end()
+        assert camera.closed == 1
+        waiting = Camera()
+
+        async def consume() -> None:
+            async for _ in vlm.awatch(waiting, frame_timeout=None):
+                pass
+
+        task = asyncio.create_task(consume())
+        await asyncio.sleep(0.05)
+        waiting.end()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert waiting.closed == 1
+
+    run(check)
+
+
+def test_awatch_tells_a_stall() -> None:
+    async def check(vlm: EdgeVLM) -> None:
+        camera = Camera()
+        threading.Timer(0.3, camera.end).start()
+        with pytest.raises(CameraError, match="no frame"):
+            async for _ in vlm.awatch(camera, frame_timeout=0.1):
+                pass
+
+    run(check)
