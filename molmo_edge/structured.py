@@ -21,6 +21,12 @@ from molmo_edge.results import Result
 JsonSchema: TypeAlias = Mapping[str, Any] | type[BaseModel]
 Reader: TypeAlias = Callable[[Result], Result]
 
+_CUT = (
+    "The answer was cut off before its JSON was complete; raise max_tokens, or bound the schema's "
+    "texts and lists (maxLength, maxItems, enum)."
+)
+_STOPPED = "The answer is no complete JSON; a stop text may have ended it."
+
 
 def prepare(given: object) -> tuple[dict[str, Any], Reader]:
     """The schema as plain JSON, and what turns an answer's text into its `parsed`.
@@ -51,16 +57,13 @@ def prepare(given: object) -> tuple[dict[str, Any], Reader]:
 
 def _read(result: Result, model: type[BaseModel] | None) -> Result:
     """Raises GenerationError for an answer that is cut off, or that the model's checks refuse."""
+    cut = result.finish_reason == "length"
     try:
         value = json.loads(result.text)
     except ValueError as exc:
-        why = (
-            "was cut off before its JSON was complete; raise max_tokens, or bound the schema's "
-            "texts and lists (maxLength, maxItems, enum)"
-            if result.finish_reason == "length"
-            else "is no complete JSON; a stop text may have ended it"
-        )
-        raise GenerationError(f"The answer {why}.", partial=result.text) from exc
+        raise GenerationError(_CUT if cut else _STOPPED, partial=result.text) from exc
+    if cut and type(value) in (int, float):  # any part of a number reads as a number
+        raise GenerationError(_CUT, partial=result.text)
     if model is None:
         return replace(result, parsed=value)
     try:

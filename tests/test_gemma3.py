@@ -290,3 +290,27 @@ def test_checkpoints_without_vision_read_text_alone(tmp_path: Path) -> None:
         assert not vlm.supports("caption")
         with pytest.raises(ImageError, match="text alone"):
             vlm.query(SMALL, QUESTION)
+
+
+def test_short_steps_and_the_prefix_cache_change_nothing(
+    folder: Path, expected: Mapping[str, Any]
+) -> None:
+    with EdgeVLM(
+        folder,
+        dtype="float32",
+        max_model_len=512,
+        max_num_seqs=2,
+        kv_cache_memory_gb=0.1,
+        enable_prefix_caching=True,
+        # Pictures fit a step of 64 tokens, most conversations do not; blocks end inside pictures.
+        engine_args={"enforce_eager": True, "max_num_batched_tokens": 64, "block_size": 32},
+    ) as vlm:
+        for _ in range(2):
+            for name, (_, ids, logprobs) in expected.items():
+                result = vlm.chat(CONVERSATIONS[name], max_tokens=MAX_TOKENS, logprobs=1)
+                assert list(result.token_ids) == ids, name
+                assert np.abs(np.array(result.logprobs) - logprobs).max() < BOUND, name
+        again = vlm.chat(CONVERSATIONS["turns"], max_tokens=1)
+        assert again.metrics.cached_tokens
+        # The same words behind another picture share nothing but what stands before it.
+        assert vlm.query(SMALL, QUESTION, max_tokens=1).metrics.cached_tokens == 0

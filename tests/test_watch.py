@@ -1,4 +1,4 @@
-"""`watch`: always the newest frame, drops counted, stalls told or mended, and nothing left behind."""
+"""`watch`: always the newest frame, drops counted, stalls told or mended, no thread left."""
 
 from __future__ import annotations
 
@@ -326,7 +326,7 @@ class Device:
         self.released = False
         DEVICES.append(self)
 
-    def isOpened(self) -> bool:  # noqa: N802 - OpenCV's name
+    def isOpened(self) -> bool:
         return True
 
     def read(self) -> tuple[bool, np.ndarray | None]:

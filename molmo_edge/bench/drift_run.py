@@ -113,6 +113,13 @@ def line(case: CaseDrift) -> list[str]:
     ]
 
 
+def grid(found: Drift) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells of one configuration, without columns in which nothing is known."""
+    lines = [line(case) for case in found.cases]
+    kept = [i for i in range(len(HEADS)) if any(cells[i] != UNKNOWN for cells in lines)]
+    return [HEADS[i] for i in kept], [[cells[i] for i in kept] for cells in lines]
+
+
 def verdict(found: Drift, document: DriftDocument) -> str:
     """One sentence: the numbers that decide, the bounds, and whether they hold."""
     return (
@@ -128,7 +135,6 @@ def markdown(document: DriftDocument) -> str:
     weights = " (random weights)" if model.random_weights else ""
     out = [f"# Drift of {model.name}{weights}", "", software_line(document.environment)]
     for found in document.drifts:
-        lines = [line(case) for case in found.cases]
-        out += ["", f"## {found.other}", "", markdown_table(HEADS, lines), ""]
+        out += ["", f"## {found.other}", "", markdown_table(*grid(found)), ""]
         out += [f"{verdict(found, document)}.", "", f"{LEGEND}."]
     return "\n".join(out) + "\n"

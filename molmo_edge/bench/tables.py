@@ -22,10 +22,10 @@ STOPS = {
     "cap": "largest number of iterations",
     "time": "time limit",
     "short": "time limit, before its least number of iterations",
-    "fixed": "fixed number",
-    "interrupted": "interrupted",
-    "error": "failed",
-    None: "not finished",
+    "fixed": "its fixed number",
+    "interrupted": "an interruption",
+    "error": "a failure",
+    None: "nothing, it goes on",
 }
 
 

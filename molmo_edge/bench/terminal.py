@@ -118,10 +118,12 @@ def show_drift(document: DriftDocument, console: Console) -> None:
         )
     for found in document.drifts:
         table = Table(title=f"{found.other} against {found.reference}", title_justify="left")
-        for i, head in enumerate(drift_run.HEADS):
-            table.add_column(head, justify="left" if i == 0 else "right", no_wrap=i > 0)
-        for case in found.cases:
-            table.add_row(*drift_run.line(case))
+        heads, cells = drift_run.grid(found)
+        for i, head in enumerate(heads):
+            justify: JustifyMethod = "left" if i == 0 else "right"
+            table.add_column(head, justify=justify, min_width=12 if i == 0 else None)
+        for line in cells:
+            table.add_row(*line)
         console.print(table)
         style = "green" if found.passed else "red"
         console.print(drift_run.verdict(found, document), style=style, markup=False)

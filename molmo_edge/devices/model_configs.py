@@ -15,16 +15,16 @@ def from_config(name: str, config: Mapping[str, Any]) -> ModelShape:
     """The shape that a ``config.json`` describes.
 
     Raises:
-        ModelError: ``model_type`` is neither molmo nor gemma3, or a size is missing or wrong.
+        ModelError: ``model_type`` is unknown here, or a size is missing or wrong.
     """
     family = config.get("model_type")
     try:
         if family == "molmo":
             shape = _molmo(name, config)
-        elif family == "gemma3":
+        elif family in ("gemma3", "gemma3_text"):
             shape = _gemma3(name, config)
         else:
-            known = "molmo or gemma3"
+            known = "molmo or gemma3, with vision or without"
             raise ModelError(f"config.json has model_type {family!r}; planning knows {known}")
     except (KeyError, TypeError, ZeroDivisionError, ValueError) as exc:
         missing = f": {exc.args[0]}" if isinstance(exc, KeyError) else ""
@@ -71,22 +71,21 @@ def _molmo(name: str, config: Mapping[str, Any]) -> ModelShape:
 
 
 def _gemma3(name: str, config: Mapping[str, Any]) -> ModelShape:
-    text, vision = config["text_config"], config["vision_config"]
+    # Checkpoints without vision have the sizes at the top.
+    vision = None if config["model_type"] == "gemma3_text" else config["vision_config"]
+    text = config if vision is None else config["text_config"]
     hidden, layers = int(text["hidden_size"]), int(text["num_hidden_layers"])
-    heads, kv_heads = int(text.get("num_attention_heads", 8)), int(text["num_key_value_heads"])
+    # The 4B's file leaves out what is transformers' default.
+    heads = int(text.get("num_attention_heads", 8))
+    kv_heads = int(text.get("num_key_value_heads", 4))
     head_dim, mlp = int(text.get("head_dim", 256)), int(text["intermediate_size"])
     kinds = text.get("layer_types")  # newer files list them, older ones give the period
     sliding = layers - layers // int(text.get("sliding_window_pattern", 6))
     if isinstance(kinds, list):
         sliding = kinds.count("sliding_attention")
-    width, inner = int(vision["hidden_size"]), int(vision["intermediate_size"])
-    side = int(vision["image_size"]) // int(vision["patch_size"])
-    block = 4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width
-    patches = int(vision["patch_size"]) ** 2 * 3 * width + width + side * side * width
-    tower = int(vision["num_hidden_layers"]) * block + patches + 2 * width
     return ModelShape(
         name=name,
-        family="gemma3",
+        family=str(config["model_type"]),
         layers=layers,
         heads=heads,
         kv_heads=kv_heads,
@@ -102,10 +101,20 @@ def _gemma3(name: str, config: Mapping[str, Any]) -> ModelShape:
         block_other=layers * (4 * hidden + 2 * head_dim) + hidden,
         embedding=int(text.get("vocab_size", 262208)) * hidden,
         head=0,
-        tower=tower + width * hidden + width,
+        tower=0 if vision is None else _siglip(vision, hidden),
         sliding_layers=sliding,
         sliding_window=int(text.get("sliding_window", 1024)),
     )
+
+
+def _siglip(vision: Mapping[str, Any], hidden: int) -> int:
+    """Weights of Gemma 3's vision tower and projector."""
+    width, inner = int(vision["hidden_size"]), int(vision["intermediate_size"])
+    side = int(vision["image_size"]) // int(vision["patch_size"])
+    block = 4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width
+    patches = int(vision["patch_size"]) ** 2 * 3 * width + width + side * side * width
+    tower = int(vision["num_hidden_layers"]) * block + patches + 2 * width
+    return tower + width * hidden + width
 
 
 def _molmo_config(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from molmo_edge.devices.caches import CACHE_VARIABLES
 from molmo_edge.engine.arguments import BuildPlan, engine_environment, plan_build
+from molmo_edge.engine.errors_map import mapped
 from molmo_edge.engine.installed import engine_device, require_vllm, versions
 from molmo_edge.engine.seam import EngineInfo
 from molmo_edge.engine.vllm_engine import PROCESS_LOCK, VllmEngine
@@ -39,9 +40,13 @@ _ours: dict[str, str] = {}
 
 
 def build(plan: BuildPlan) -> VllmEngine:
-    """Builds the engine in the calling thread, which must be the one that steps it."""
+    """Builds the engine in the calling thread, which must be the one that steps it.
+
+    Raises ConfigError, ModelError, MissingDependencyError or EngineStartError, with vLLM's own
+    exception chained.
+    """
     began = time.perf_counter()
-    with PROCESS_LOCK, _in_process():
+    with mapped("build"), PROCESS_LOCK, _in_process():
         from vllm import LLM
 
         imported = time.perf_counter()

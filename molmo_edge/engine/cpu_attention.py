@@ -39,7 +39,7 @@ class Pictures:
     metadata: CPUAttentionMetadata
 
 
-class PrefixLMBackend(CPUAttentionBackend):
+class PrefixLMBackend(CPUAttentionBackend):  # type: ignore[misc]
     """vLLM's CPU backend, and pictures that see themselves whole."""
 
     @classmethod
@@ -55,7 +55,7 @@ class PrefixLMBackend(CPUAttentionBackend):
         return PrefixLMBuilder
 
 
-class PrefixLMBuilder(CPUAttentionMetadataBuilder):
+class PrefixLMBuilder(CPUAttentionMetadataBuilder):  # type: ignore[misc]
     """Adds `pictures` to the metadata of steps that prefill some."""
 
     def build(
@@ -78,7 +78,7 @@ class PrefixLMBuilder(CPUAttentionMetadataBuilder):
         return metadata
 
 
-class PrefixLMImpl(CPUAttentionBackendImpl):
+class PrefixLMImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
     """Runs vLLM's kernel over the batch, then over its pictures."""
 
     def forward(

@@ -47,7 +47,7 @@ FOREIGN: Mapping[str, tuple[type[MolmoEdgeError], type[MolmoEdgeError]]] = {
     "pydantic_core._pydantic_core.ValidationError": (ConfigError, InputError),
     "torch.OutOfMemoryError": (EngineStartError, GenerationError),
     "torch.AcceleratorError": (EngineStartError, GenerationError),
-    "safetensors.SafetensorError": (ModelError, GenerationError),
+    "safetensors._safetensors_rust.SafetensorError": (ModelError, GenerationError),
     "builtins.MemoryError": (EngineStartError, GenerationError),
     "builtins.ImportError": (MissingDependencyError, GenerationError),
     "builtins.NotImplementedError": (ConfigError, GenerationError),

@@ -11,9 +11,9 @@ from molmo_edge.errors import SamplingError
 def check_schema(engine: Any, schema: Mapping[str, Any]) -> None:
     """Raises SamplingError when the engine's structured outputs cannot hold to `schema`.
 
-    vLLM compiles every grammar of a process's engine with the backend of the first one. In its
-    ``auto`` mode a schema that xgrammar cannot do would be chosen for another backend, and then be
-    compiled by xgrammar all the same, which leaves out what it does not know: so it is refused.
+    An engine compiles every grammar with the backend of its first one, and xgrammar leaves out in
+    silence what it does not know (``not``, ``if``, look-ahead). So a schema is refused unless the
+    configured backend takes it and llguidance, which refuses what it does not know, does too.
     An engine that is not vLLM's takes every schema.
     """
     llm = getattr(engine, "llm", None)
@@ -21,22 +21,31 @@ def check_schema(engine: Any, schema: Mapping[str, Any]) -> None:
         return
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
+    from vllm.v1.structured_output.backend_guidance import validate_guidance_grammar
 
     config = llm.llm_engine.vllm_config
     params = SamplingParams(structured_outputs=StructuredOutputsParams(json=dict(schema)))
+    backend = config.structured_outputs_config.backend
     try:
         params._validate_structured_outputs(
             config.model_config, config.structured_outputs_config, llm.get_tokenizer()
         )
-    except Exception as exc:  # of vLLM, or of the backend's compiler
-        raise SamplingError(
-            "vLLM's structured outputs cannot honour this json_schema; the chained error says why."
-        ) from exc
-    chosen = params.structured_outputs._backend
-    if config.structured_outputs_config.backend == "auto" and chosen != "xgrammar":
-        raise SamplingError(
-            "xgrammar, vLLM's usual backend of structured outputs, does not know every keyword of "
-            "this json_schema (such as multipleOf, uniqueItems, or pattern beside a length). Leave "
-            "them out, or build EdgeVLM with engine_args={'structured_outputs_config': "
-            "{'backend': 'guidance'}}."
-        )
+        if backend != "guidance":
+            validate_guidance_grammar(params)
+    except Exception as exc:  # of vLLM, or of a backend's compiler
+        raise _refused(backend) from exc
+    if backend == "auto" and params.structured_outputs._backend != "xgrammar":
+        raise _refused(backend)
+
+
+def _refused(backend: str) -> SamplingError:
+    hint = (
+        ""
+        if backend == "guidance"
+        else ", or build EdgeVLM with engine_args={'structured_outputs_config': {'backend': "
+        "'guidance'}}, which knows more of them"
+    )
+    return SamplingError(
+        "vLLM's structured outputs cannot honour this json_schema; the chained error, if there is "
+        f"one, says which part. Leave that keyword out{hint}."
+    )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from molmo_edge.engine.seam import Rendered
+
+# As in `EdgeSettings.resize`.
+Resize = Literal["torch", "tensorflow", "fast"]
 
 
 class Renderer(Protocol):
@@ -38,7 +41,7 @@ class Family(Protocol):
         """Raises ModelError for a checkpoint that this family cannot run."""
         ...
 
-    def engine_args(self, max_crops: int, resize: str) -> dict[str, Any]:
+    def engine_args(self, max_crops: int, resize: Resize) -> dict[str, Any]:
         """Arguments of `vllm.LLM` that the family needs."""
         ...
 
@@ -46,6 +49,6 @@ class Family(Protocol):
         """What vLLM must be told before it reads the checkpoint; once per engine, may repeat."""
         ...
 
-    def renderer(self, llm: Any, max_crops: int, resize: str) -> Renderer:
+    def renderer(self, llm: Any, max_crops: int, resize: Resize) -> Renderer:
         """Built in the engine's thread, used in every other."""
         ...

@@ -23,7 +23,7 @@ from molmo_edge.errors import (
     PromptTooLongError,
     SamplingError,
 )
-from molmo_edge.families.base import Renderer
+from molmo_edge.families.base import Renderer, Resize
 from molmo_edge.molmo.layout import check_weights
 from molmo_edge.molmo.prompts import check_turns, refuse_special
 
@@ -44,7 +44,7 @@ class Gemma3:
     # 256 tokens each; engine_args={"limit_mm_per_prompt": {"image": …}} sets another limit.
     max_images = 16
     crops = False
-    unquantized = ("vision_tower.*", "multi_modal_projector.*")
+    unquantized: tuple[str, ...] = ("vision_tower.*", "multi_modal_projector.*")
 
     def check(self, config: Mapping[str, Any], folder: Path, load_format: str) -> None:
         for part in ("text_config", "vision_config"):
@@ -56,7 +56,7 @@ class Gemma3:
         if load_format != "dummy":
             check_weights(folder)
 
-    def engine_args(self, max_crops: int, resize: str) -> dict[str, Any]:
+    def engine_args(self, max_crops: int, resize: Resize) -> dict[str, Any]:
         return {
             "limit_mm_per_prompt": {"image": self.max_images},
             # A picture's tokens see each other, so no step may end inside one.
@@ -74,7 +74,7 @@ class Gemma3:
 
             register()
 
-    def renderer(self, llm: Any, max_crops: int, resize: str) -> Renderer:
+    def renderer(self, llm: Any, max_crops: int, resize: Resize) -> Renderer:
         return Gemma3Renderer(llm)
 
 
@@ -91,13 +91,13 @@ class Gemma3Text:
         if load_format != "dummy":
             check_weights(folder)
 
-    def engine_args(self, max_crops: int, resize: str) -> dict[str, Any]:
+    def engine_args(self, max_crops: int, resize: Resize) -> dict[str, Any]:
         return {}
 
     def prepare(self) -> None:
         _register("vllm.model_executor.models.gemma3", "Gemma3ForCausalLM")
 
-    def renderer(self, llm: Any, max_crops: int, resize: str) -> Renderer:
+    def renderer(self, llm: Any, max_crops: int, resize: Resize) -> Renderer:
         return Gemma3Renderer(llm)
 
 
@@ -156,7 +156,7 @@ class Gemma3Renderer:
         self._check_length(len(ids), len(places))
         rendered["prompt_token_ids"] = ids
         # The line breaks between two pictures are one token, which both placeholders count.
-        of_images = {i for place in places for i in range(place.offset, place.offset + place.length)}
+        of_images = {p.offset + i for p in places for i in range(p.length)}
         return Rendered(rendered, len(ids), len(of_images), ids)
 
     def _encode(self, text: str) -> list[int]:

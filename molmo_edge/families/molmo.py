@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from molmo_edge.families.base import Renderer
+from molmo_edge.families.base import Renderer, Resize
 from molmo_edge.molmo.layout import check_layout, check_weights
 
 
@@ -18,14 +18,14 @@ class Molmo:
     # Molmo 1 was trained on single pictures.
     max_images = 1
     crops = True
-    unquantized = ("vision_backbone.*",)
+    unquantized: tuple[str, ...] = ("vision_backbone.*",)
 
     def check(self, config: Mapping[str, Any], folder: Path, load_format: str) -> None:
         check_layout(config)
         if load_format != "dummy":
             check_weights(folder)
 
-    def engine_args(self, max_crops: int, resize: str) -> dict[str, Any]:
+    def engine_args(self, max_crops: int, resize: Resize) -> dict[str, Any]:
         return {
             "mm_processor_kwargs": {"max_crops": max_crops, "resize": resize},
             "limit_mm_per_prompt": {"image": self.max_images},
@@ -34,7 +34,7 @@ class Molmo:
     def prepare(self) -> None:
         """Nothing: vLLM calls `molmo_edge.molmo.plugin` by itself."""
 
-    def renderer(self, llm: Any, max_crops: int, resize: str) -> Renderer:
+    def renderer(self, llm: Any, max_crops: int, resize: Resize) -> Renderer:
         from molmo_edge.molmo.image_processor import MolmoImageProcessor
         from molmo_edge.molmo.render import MolmoRenderer
 

@@ -17,7 +17,7 @@ from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
 from molmo_edge.errors import ConfigError, ImageError, MissingDependencyError
-from molmo_edge.molmo.resize import LINE, Placed, as_tensor, resize_to_patches
+from molmo_edge.molmo.resize import View, write_patches
 from molmo_edge.molmo.tiling import (
     BASE,
     DEFAULT_MAX_CROPS,
@@ -26,10 +26,10 @@ from molmo_edge.molmo.tiling import (
     PATCH,
     POOLED,
     STRIDE,
-    WINDOW,
     Layout,
     fit,
     layout_for,
+    layout_of,
 )
 
 Resize = Literal["torch", "tensorflow", "fast"]
@@ -121,20 +121,25 @@ class MolmoImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         height, width = pixels.shape[:2]
         layout = layout_for(height, width, self.max_crops)
         views = [
-            Placed(*canvas, *fit(height, width, canvas))
-            for canvas in ((BASE, BASE), layout.pixel_shape)
+            View(rows, cols, *fit(height, width, canvas))
+            for rows, cols, canvas in (
+                (1, 1, (BASE, BASE)),
+                (layout.rows, layout.cols, layout.pixel_shape),
+            )
         ]
-        mean, std = torch.tensor(self.image_mean), torch.tensor(self.image_std)
-        gain = (1 / (255 * std)).tolist()
+        images = torch.empty((layout.n_crops + 1, GRID * GRID, PATCH * PATCH * 3))
+        outputs = images[:1], images[1:]
         if self.resize == "torch":
-            made = resize_to_patches(pixels, views, gain)
+            write_patches(
+                pixels,
+                [(view, out.numpy()) for view, out in zip(views, outputs, strict=True)],
+                self.image_mean,
+                self.image_std,
+                torch.get_num_threads(),
+            )
         else:
-            made = [_patches(_resized(pixels, view, self.resize), view, gain) for view in views]
-        images = torch.empty((layout.n_crops + 1, GRID * GRID, LINE * PATCH))
-        # Padding is 0 before normalising.
-        offset = (-mean / std).repeat(PATCH * PATCH)
-        _cut(made[0], 1, 1, offset, images[:1])
-        _cut(made[1], layout.rows, layout.cols, offset, images[1:])
+            for view, out in zip(views, outputs, strict=True):
+                self._lay_down(_resized(pixels, view, self.resize), view, out)
         masks = torch.full((layout.n_crops + 1, GRID * GRID), -1.0)
         masks[:-1] = _mask(views[1], layout)
         return ImageInputs(images, masks, layout)
@@ -176,6 +181,21 @@ class MolmoImageProcessor(BaseImageProcessor):  # type: ignore[misc]
             image_std=tuple(self.image_std),
         )
 
+    def _lay_down(self, scaled: torch.Tensor, view: View, out: torch.Tensor) -> None:
+        """A resized picture, (height, width, 3) in 0..1, to normalised patches of crops."""
+        mean, std = torch.tensor(self.image_mean), torch.tensor(self.image_std)
+        shape = (layout_of(view.rows, view.cols)).pixel_shape
+        # Padding is 0 before normalising.
+        canvas = (-mean / std).repeat(*shape, 1)
+        inside = canvas[view.top : view.top + view.height, view.left : view.left + view.width]
+        torch.sub(scaled, mean, out=inside).div_(std)
+        line = shape[1] * 3
+        crops = canvas.as_strided(
+            (view.rows, view.cols, GRID, GRID, PATCH, PATCH, 3),
+            (STRIDE * line, STRIDE * 3, PATCH * line, PATCH * 3, line, 3, 1),
+        )
+        out.view(crops.shape).copy_(crops)
+
 
 def _pixels(image: Image.Image | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     if isinstance(image, Image.Image):
@@ -189,33 +209,14 @@ def _pixels(image: Image.Image | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]
     return image
 
 
-def _cut(
-    columns: torch.Tensor, rows: int, cols: int, offset: torch.Tensor, out: torch.Tensor
-) -> None:
-    """Columns of patches to `rows` × `cols` overlapping crops in `out`, plus `offset`."""
-    patch, column = LINE * PATCH, columns.stride(0)
-    crops = columns.as_strided(
-        (rows, cols, GRID, GRID, patch), (WINDOW * patch, WINDOW * column, patch, column, 1)
-    )
-    torch.add(crops, offset, out=out.view(crops.shape))
-
-
-def _patches(scaled: torch.Tensor, view: Placed, gain: list[float]) -> torch.Tensor:
-    """A resized picture, (height, width, 3) in 0..255, as `resize_to_patches` lays it out."""
-    canvas = torch.zeros((view.canvas_height, view.canvas_width, 3))
-    inside = canvas[view.top : view.top + view.height, view.left : view.left + view.width]
-    torch.mul(scaled, torch.tensor(gain), out=inside)
-    columns = canvas.view(view.canvas_height, -1, LINE)
-    return columns.transpose(0, 1).contiguous()
-
-
-def _resized(pixels: npt.NDArray[np.uint8], view: Placed, how: Resize) -> torch.Tensor:
-    """Bilinear with antialias, (height, width, 3) float32 in 0..255."""
+def _resized(pixels: npt.NDArray[np.uint8], view: View, how: Resize) -> torch.Tensor:
+    """Bilinear with antialias, (height, width, 3) float32 in 0..1."""
     size = view.height, view.width
     if how == "tensorflow":
         return _resized_by_tensorflow(pixels, size)
     # A channels-last view: the resize kernels vectorise over it, and no transposed copy is made.
-    source = as_tensor(pixels).permute(2, 0, 1).unsqueeze(0)
+    source = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
+    source = source.permute(2, 0, 1).unsqueeze(0)
     # torch 2.13's kernel repeats the first row when the output is one column wide: lay it down.
     narrow = size[1] == 1
     if narrow:
@@ -223,7 +224,7 @@ def _resized(pixels: npt.NDArray[np.uint8], view: Placed, how: Resize) -> torch.
     done = F.interpolate(source, size=size, mode="bilinear", antialias=True, align_corners=False)
     if narrow:
         done = done.transpose(2, 3)
-    return done.squeeze(0).permute(1, 2, 0).to(torch.float32)
+    return done.squeeze(0).permute(1, 2, 0).to(torch.float32).div_(255.0)
 
 
 def _resized_by_tensorflow(pixels: npt.NDArray[np.uint8], size: tuple[int, int]) -> torch.Tensor:
@@ -235,10 +236,10 @@ def _resized_by_tensorflow(pixels: npt.NDArray[np.uint8], size: tuple[int, int])
         ) from exc
     source = tf.image.convert_image_dtype(tf.constant(pixels), dtype=tf.float32)
     done = tf.image.resize(source, size, method="bilinear", antialias=True)
-    return torch.from_numpy(tf.clip_by_value(done, 0.0, 1.0).numpy() * 255)
+    return torch.from_numpy(tf.clip_by_value(done, 0.0, 1.0).numpy().copy())
 
 
-def _mask(view: Placed, layout: Layout) -> torch.Tensor:
+def _mask(view: View, layout: Layout) -> torch.Tensor:
     """Share of each patch that is picture, (n_crops, 576): the picture is one rectangle."""
 
     def covered(start: int, length: int, crops: int) -> npt.NDArray[np.int64]:

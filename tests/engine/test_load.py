@@ -39,7 +39,7 @@ def _one(vlm: EdgeVLM, dice: random.Random, text: str) -> str:
     elif kind == "stream":
         assert "".join(vlm.stream(None, text, timeout=60)) == f"{text} {WORDS}"
     elif kind == "cancel":
-        stream = vlm.stream(None, text, timeout=60)
+        stream = vlm.stream(None, text, timeout=60, ignore_eos=True, max_tokens=10**6)
         for _ in range(dice.randrange(4)):
             next(stream)
         stream.cancel()

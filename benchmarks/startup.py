@@ -1,0 +1,151 @@
+"""Process start to first token: the first start against the next ones, with and without compiling.
+
+Every start is a fresh process. The first has an empty cache root, the next ones what it left there:
+code compiled by torch, Triton, FlashInfer and the CUDA driver. The checkpoint is not part of that:
+the stub is written beforehand, and its files are in the page cache for all of them.
+
+    python benchmarks/startup.py --repeats 3 --out benchmarks/results/startup.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from molmo_edge.checkpoints import STUB, default_cache_dir, locate
+from molmo_edge.devices.caches import CACHE_VARIABLES
+from molmo_edge.errors import BenchmarkError
+
+STAGES = ("interpreter", "imports", "config", "engine", "first_token")
+"""Python itself; molmo_edge, torch and vLLM; settings, device and checkpoint; `vllm.LLM`; the
+answer's first token, picture preprocessing included. Together they are the whole time."""
+
+LIMIT_S = 1800.0
+
+
+def child(settings: dict[str, Any]) -> None:
+    """One start: prints its stages as a line of JSON. Wall clock, which the parent shares."""
+    running = time.time()
+    from molmo_edge import EdgeVLM
+    from molmo_edge.bench.cases import standard
+
+    case = standard()[0]
+    imported = time.time()
+    with EdgeVLM(**settings) as vlm:
+        up = time.time()
+        metrics = vlm.query(case.image, case.question, max_tokens=8, ignore_eos=True).metrics
+        began = vlm.startup
+        report = {
+            "running_at": running,
+            "first_token_at": up + (metrics.ttft_s or 0.0),
+            "imports_s": imported - running + began["imports"],
+            "config_s": up - imported - began["total"],
+            "engine_s": began["engine"],
+            "first_token_s": metrics.ttft_s,
+            "environment": dict(vlm.environment),
+        }
+    print(json.dumps(report), flush=True)
+
+
+def start(settings: dict[str, Any]) -> dict[str, Any]:
+    """Runs one fresh process. Returns seconds by stage, and its environment."""
+    # The user's own cache folders would keep what a first start must not find.
+    environ = {name: text for name, text in os.environ.items() if name not in CACHE_VARIABLES}
+    command = [sys.executable, __file__, "--child", json.dumps(settings)]
+    began = time.time()
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=LIMIT_S)
+    if done.returncode != 0:
+        raise BenchmarkError(f"a start failed:\n{done.stderr[-2000:]}")
+    report: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    seconds = {
+        "interpreter": report["running_at"] - began,
+        **{stage: report[f"{stage}_s"] for stage in STAGES[1:]},
+        "total": report["first_token_at"] - began,
+    }
+    return {"seconds": seconds, "environment": report["environment"]}
+
+
+def compare(model: str, *, eager: bool, repeats: int) -> dict[str, Any]:
+    """One first start and `repeats` with its caches: all of them, and the medians."""
+    with tempfile.TemporaryDirectory(prefix="molmo-edge-startup-") as name:
+        root = Path(name)
+        if model == STUB:
+            stub = locate(STUB, default_cache_dir())
+            (root / stub.name).symlink_to(stub)
+        settings = {"model": model, "cache_dir": name, "enforce_eager": eager}
+        starts = []
+        for number in range(1 + repeats):
+            starts.append(start(settings))
+            total = starts[-1]["seconds"]["total"]
+            kind = "caches kept" if number else "first start"
+            print(f"{'eager' if eager else 'compiled'}, {kind}: {total:.1f} s", file=sys.stderr)
+        kept = sum(path.stat().st_size for path in root.glob("compiled/**/*") if path.is_file())
+    later = [one["seconds"] for one in starts[1:]]
+    return {
+        "mode": "eager" if eager else "torch.compile",
+        "first": starts[0]["seconds"],
+        "caches_kept": later,
+        "caches_kept_median": {
+            stage: statistics.median(one[stage] for one in later) for stage in (*STAGES, "total")
+        },
+        "cache_bytes": kept,
+        "environment": starts[0]["environment"],
+    }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown: seconds by stage."""
+    lines = [f"| | {' | '.join((*STAGES, 'total'))} |", "|---" * (len(STAGES) + 2) + "|"]
+    for result in results:
+        for name, seconds in (
+            ("first start", result["first"]),
+            ("caches kept, median", result["caches_kept_median"]),
+        ):
+            cells = " | ".join(f"{seconds[stage]:.2f}" for stage in (*STAGES, "total"))
+            lines.append(f"| {result['mode']}, {name} | {cells} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", default=STUB, help="checkpoint folder, hub name, or stub")
+    parser.add_argument("--repeats", type=int, default=3, help="starts with caches kept")
+    parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"),
+                        default=["eager", "compiled"])  # fmt: skip
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child is not None:
+        child(json.loads(options.child))
+        return
+    if options.repeats < 1:
+        parser.error("--repeats must be 1 or more")
+    load = os.getloadavg()[0]
+    results = [
+        compare(options.model, eager=mode == "eager", repeats=options.repeats)
+        for mode in options.modes
+    ]
+    print(table(results))
+    if options.out is not None:
+        document = {
+            "command": " ".join(["python", "benchmarks/startup.py", *sys.argv[1:]]),
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "cpu_count": os.cpu_count(),
+            "load_before": load,
+            "nice": os.nice(0),
+            "stages": list(STAGES),
+            "results": results,
+        }
+        options.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

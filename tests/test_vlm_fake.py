@@ -1,0 +1,215 @@
+"""`EdgeVLM` over the fake engine: what needs no model to be shown."""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from molmo_edge import EdgeVLM, Request, Result
+from molmo_edge.engine.fake import FakeEngine, FakeFactory, Fault
+from molmo_edge.errors import (
+    EngineClosedError,
+    EngineDeadError,
+    GenerationError,
+    ImageError,
+    InputError,
+    PromptError,
+    RequestTimeout,
+    SamplingError,
+)
+from tests.engine.support import WORDS, assert_each_ended_once, echo, eventually, opened
+
+pytestmark = pytest.mark.timeout(30)
+FOREVER = {"ignore_eos": True, "max_tokens": 10**6}
+PICTURE = np.zeros((20, 30, 3), np.uint8)
+
+
+@pytest.fixture
+def fake() -> FakeFactory:
+    return FakeEngine.factory(echo, step_s=0.0005)
+
+
+@pytest.fixture
+def vlm(fake: FakeFactory) -> Iterator[EdgeVLM]:
+    with opened(fake) as vlm:
+        yield vlm
+
+
+def test_a_query_brings_text_tokens_and_metrics(vlm: EdgeVLM) -> None:
+    result = vlm.query(PICTURE, "q")
+    assert str(result) == result.text == f"q {WORDS}"
+    assert result.finish_reason == "stop"
+    metrics = result.metrics
+    assert metrics.output_tokens == len(result.token_ids) == 12
+    assert len(metrics.itl_s) == 11
+    assert metrics.prompt_tokens is not None and metrics.image_tokens == 144
+    assert metrics.queue_s is not None and metrics.preprocess_s is not None
+    assert metrics.ttft_s is not None and metrics.e2e_s is not None
+    assert 0 <= metrics.queue_s <= metrics.ttft_s <= metrics.e2e_s
+    assert metrics.e2e_s == pytest.approx(metrics.ttft_s + sum(metrics.itl_s))
+    assert result.environment is not None and result.environment["model"] == "fake"
+
+
+def test_a_conversation_is_checked_and_answered(vlm: EdgeVLM, fake: FakeFactory) -> None:
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": [{"type": "image", "image": PICTURE},
+                                     {"type": "text", "text": "what?"}]},
+        {"role": "assistant", "content": "a mug"},
+        {"role": "user", "content": "what colour?"},
+    ]
+    assert vlm.chat(messages).text == f"what colour? {WORDS}"
+    for wrong in ([], messages[:2], [messages[1]], "text", [{"role": "user"}]):
+        with pytest.raises(PromptError):
+            vlm.chat(wrong)  # type: ignore[arg-type]
+    assert len(fake.engine.added) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "kind"),
+    [
+        (lambda vlm: vlm.query(None, ""), PromptError),
+        (lambda vlm: vlm.query(None, 5), PromptError),
+        (lambda vlm: vlm.query(None, "a" + "<|endoftext|>"), PromptError),
+        (lambda vlm: vlm.query(None, "\ud800"), PromptError),
+        (lambda vlm: vlm.query(b"no picture", "q"), ImageError),
+        (lambda vlm: vlm.query(None, "q", max_tokens=0), SamplingError),
+        (lambda vlm: vlm.query(None, "q", timeout=0), SamplingError),
+        (lambda vlm: vlm.query(None, "q", temprature=1), SamplingError),
+    ],
+)
+def test_bad_input_is_refused_before_the_engine_and_the_next_call_works(
+    vlm: EdgeVLM, fake: FakeFactory, call: Any, kind: type[InputError]
+) -> None:
+    with pytest.raises(kind):
+        call(vlm)
+    assert fake.engine.added == []
+    assert vlm.query(None, "next").text == f"next {WORDS}"
+
+
+def test_a_foreign_failure_in_rendering_is_one_requests_own() -> None:
+    fake = FakeEngine.factory(echo, faults=[Fault("render", RuntimeError("secret"), number=2)])
+    with opened(fake) as vlm:
+        results = vlm.batch([Request(None, t) for t in "abc"], return_exceptions=True)
+    assert [str(results[0]), str(results[2])] == [f"a {WORDS}", f"c {WORDS}"]
+    assert type(results[1]) is GenerationError and "secret" not in str(results[1])
+
+
+def test_a_batch_keeps_order_raises_the_first_error_and_may_return_them(vlm: EdgeVLM) -> None:
+    requests = [Request(None, "a"), Request(None, ""), Request(None, "c", max_tokens=-1)]
+    results = vlm.batch(requests, return_exceptions=True)
+    assert [type(r) for r in results] == [Result, PromptError, SamplingError]
+    with pytest.raises(PromptError):
+        vlm.batch(requests)
+    assert vlm.batch([]) == []
+
+
+def test_a_batch_is_decoded_together(fake: FakeFactory) -> None:
+    fake = FakeEngine.factory(echo, max_num_seqs=4)
+    with opened(fake) as vlm:
+        vlm.batch([Request(None, f"q{i}") for i in range(4)])
+    # 48 tokens: one at a time would be 48 steps; requests join as they are rendered.
+    assert fake.hooks.calls["step"] < 40
+
+
+def test_a_batch_shows_its_progress(vlm: EdgeVLM, capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        vlm.batch([Request(None, "q")] * 3, progress=True)
+    assert "Answering" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("where", ["queue", "prefill", "decode", "render"])
+def test_a_deadline_covers_the_whole_way(where: str) -> None:
+    slow: dict[str, Any] = {
+        "queue": {"holds": {"step": threading.Event()}},
+        "prefill": {"prefill_s": 0.3},
+        "decode": {"step_s": 0.005},
+        "render": {"render_s": 0.1},
+    }[where]
+    fake = FakeEngine.factory(echo, **slow)
+    with opened(fake) as vlm:
+        if where == "queue":
+            vlm.stream(None, "first", **FOREVER)
+            fake.wait_for("step")
+        began = time.monotonic()
+        with pytest.raises(RequestTimeout) as caught:
+            vlm.query(None, "q", timeout=0.08, **FOREVER)
+        assert time.monotonic() - began < 10
+        assert caught.value.partial.startswith("q one") == (where == "decode")
+        for hold in fake.hooks.holds.values():
+            hold.set()
+        eventually(lambda: vlm._loop._status.in_flight == 0)
+    if where == "render":
+        # Too late already: the engine was spared.
+        assert fake.engine.added == []
+    assert_each_ended_once(fake.engine)
+
+
+def test_an_endless_time_out_is_none(vlm: EdgeVLM) -> None:
+    for timeout in (None, float("inf"), 1e300, 1e9):
+        assert vlm.query(None, "q", timeout=timeout).text == f"q {WORDS}"
+
+
+def test_an_engine_that_gives_a_request_up_says_so() -> None:
+    class GivesUp(FakeEngine):
+        def step(self) -> Any:
+            import dataclasses
+
+            return [
+                dataclasses.replace(u, finish_reason=u.finish_reason and "error")
+                for u in super().step()
+            ]
+
+    with EdgeVLM(engine=lambda: GivesUp("one two")) as vlm:
+        with pytest.raises(GenerationError) as caught:
+            vlm.query(None, "q")
+        assert caught.value.partial == "one two"
+        assert vlm.state == "ready"
+
+
+def test_states_and_causes_are_seen(vlm: EdgeVLM) -> None:
+    assert (vlm.state, vlm.cause) == ("ready", None)
+    vlm.close()
+    assert (vlm.state, vlm.cause) == ("closed", None)
+    error = RuntimeError("broken")
+    with opened(FakeEngine.factory(faults=[Fault("step", error)])) as other:
+        with pytest.raises(EngineDeadError, match="RuntimeError") as caught:
+            other.query(None, "q")
+        assert caught.value.__cause__ is other.cause is error
+        with pytest.raises(EngineDeadError, match="restart") as caught:
+            other.query(None, "q")
+        assert caught.value.__cause__ is error
+        assert other.state == "dead"
+
+
+def test_memory_that_runs_out_in_a_step_is_told_with_what_to_do() -> None:
+    fake = FakeEngine.factory(faults=[Fault("step", RuntimeError("CUDA out of memory."))])
+    with opened(fake) as vlm, pytest.raises(EngineDeadError, match="max_num_seqs"):
+        vlm.query(None, "q")
+
+
+def test_the_context_manager_closes_also_on_errors(fake: FakeFactory) -> None:
+    with pytest.raises(ZeroDivisionError), EdgeVLM(engine=fake) as vlm:
+        raise ZeroDivisionError
+    assert fake.engine.closed
+    with pytest.raises(EngineClosedError):
+        vlm.query(None, "q")
+
+
+def test_scores_ask_for_each_token_behind_those_before_it(vlm: EdgeVLM, fake: FakeFactory) -> None:
+    score = vlm.score(None, "q", [5, 6, 7], candidates=[[1], [], [2, 3]])
+    assert score.token_ids == (5, 6, 7)
+    assert [set(c) for c in score.candidates] == [{1}, set(), {2, 3}]
+    assert all(logprob < 0 for logprob in score.logprobs)
+    assert len(fake.engine.added) == 3
+
+
+def test_caches_are_emptied_between_steps(vlm: EdgeVLM, fake: FakeFactory) -> None:
+    vlm.reset_caches()
+    assert fake.hooks.calls["reset_caches"] == 1
