@@ -1,18 +1,17 @@
 """Asking: the verbs that every model has, in their sync and asyncio forms.
 
-What opens a request is `EdgeVLM`'s to say; this module knows nothing of engines.
+How a request is opened is `opening`'s to know; nothing here knows of engines.
 """
 
 from __future__ import annotations
 
 import functools
-from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Unpack, overload
 
-from molmo_edge.engine.seam import Turn
 from molmo_edge.errors import MolmoEdgeError, PromptError
 from molmo_edge.images import ImageLike, ImageLimits
+from molmo_edge.opening import Opening
 from molmo_edge.requests import (
     Asked,
     Options,
@@ -28,33 +27,10 @@ from molmo_edge.stream import AStream, Stream
 T = TypeVar("T")
 
 
-class Asking(ABC):
-    """Query, chat, batch and score over whatever opens a request."""
+class Asking(Opening):
+    """Query, chat, batch and score."""
 
     _limits: ImageLimits
-
-    @abstractmethod
-    def _open(
-        self, turns: Callable[[], list[Turn]], options: Options, *, wait: bool = False
-    ) -> Stream:
-        """Checks the options, then as `_submit`."""
-
-    @abstractmethod
-    def _submit(
-        self,
-        turns: Callable[[], list[Turn]],
-        asked: Asked,
-        *,
-        answer: Sequence[int] = (),
-        wait: bool = False,
-    ) -> Stream:
-        """Renders in this thread and hands over; `wait` for room in a full queue."""
-
-    @abstractmethod
-    async def _aopen(
-        self, turns: Callable[[], list[Turn]], options: Options, *, wait: bool = False
-    ) -> Stream:
-        """As `_open`; renders and waits without blocking the event loop."""
 
     def query(self, image: ImageLike | None, text: str, **options: Unpack[Options]) -> Result:
         """Answers one question about a picture, or about none.
@@ -122,10 +98,11 @@ class Asking(ABC):
             return self._submit(lambda: turns, asked, answer=ids[:i], wait=True)
 
         first = ask(0)
-        entries = [_only(first.result())]
+        results = [first.result()]
         # Behind the first, whose prefix the others share.
         later = [ask(i) for i in range(1, len(ids))]
-        entries += [_only(stream.result()) for stream in later]
+        results += [stream.result() for stream in later]
+        entries = [_only(result) for result in results]
         return Score(
             token_ids=tuple(ids),
             logprobs=tuple(entry[token] for token, entry in zip(ids, entries, strict=True)),
@@ -134,6 +111,8 @@ class Asking(ABC):
                 for wanted, entry in zip(others, entries, strict=True)
             ),
             prompt_token_ids=first.prompt_token_ids or (),
+            # Each request generated one token greedily, and it is not counted among the answer's.
+            greedy_token_ids=tuple(result.token_ids[0] for result in results),
         )
 
     @overload

@@ -10,6 +10,7 @@ from molmo_edge.errors import MissingDependencyError, ModelError
 
 STUB = "stub"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_DESCRIPTION = ("config.json", "tokenizer.json", "preprocessor_config.json")
 # Data only: python files beside a checkpoint are never fetched.
 _DATA_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 
@@ -20,8 +21,11 @@ def default_cache_dir() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "molmo_edge"
 
 
-def locate(model: str, cache_dir: Path) -> Path:
+def locate(model: str, cache_dir: Path, load_format: str = "auto") -> Path:
     """Folder of `model`: the stub, a local folder, or a hub name (fetched when not cached).
+
+    With ``load_format="dummy"`` nothing is fetched for a Molmo of known shape: where its own files
+    are not cached, a description with its sizes stands in for them.
 
     Raises:
         ModelError: no such folder, or the hub cannot be reached.
@@ -38,7 +42,20 @@ def locate(model: str, cache_dir: Path) -> Path:
             f"'{model}' is not a folder. Give a checkpoint folder, a hub name such as "
             "allenai/Molmo-7B-D-0924, or 'stub' for the built-in one."
         )
+    if load_format == "dummy":
+        from molmo_edge.molmo import shaped
+
+        if shaped.is_known(model):
+            return _cached(model) or shaped.ensure_shaped(model, cache_dir)
     return _from_hub(model)
+
+
+def _cached(name: str) -> Path | None:
+    """Folder of a hub name whose configuration and tokenizer were fetched before."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = [try_to_load_from_cache(name, file) for file in _DESCRIPTION]
+    return Path(found[0]).parent if all(isinstance(path, str) for path in found) else None
 
 
 def _from_hub(name: str) -> Path:

@@ -88,9 +88,12 @@ class Score:
         logprobs: natural-log probability of each of its tokens.
         candidates: for each, token id → log-probability of the candidates that were asked for.
         prompt_token_ids: what stood before the answer, image tokens included.
+        greedy_token_ids: for each, the token that the model itself finds likeliest there, over the
+            whole vocabulary.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     candidates: tuple[Mapping[int, float], ...]
     prompt_token_ids: tuple[int, ...]
+    greedy_token_ids: tuple[int, ...]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -25,19 +24,15 @@ from molmo_edge.engine.build import (
     require_vllm,
     set_environment,
 )
-from molmo_edge.engine.errors_map import mapped
 from molmo_edge.engine.loop import EngineLoop, State
 from molmo_edge.engine.pool import RenderPool
-from molmo_edge.engine.seam import Engine, Turn
-from molmo_edge.engine.structured import check_schema
-from molmo_edge.engine.ticket import Ticket
+from molmo_edge.engine.seam import Engine
 from molmo_edge.errors import ConfigError, EngineClosedError
 from molmo_edge.families import Family, family_of
 from molmo_edge.images import ImageLimits
 from molmo_edge.molmo.layout import read_config
-from molmo_edge.requests import Asked, Options, Request, check_options
+from molmo_edge.requests import Request
 from molmo_edge.settings import EdgeSettings, Resolved, resolve
-from molmo_edge.stream import Stream
 from molmo_edge.verbs import Verbs
 from molmo_edge.warm import WarmupReport, warm
 
@@ -229,7 +224,8 @@ class EdgeVLM(Verbs):
         quiet()
         settings = self.settings
         set_environment(engine_environment(settings, self.device, self._profile))
-        folder = locate(settings.model, settings.cache_dir or default_cache_dir())
+        root = settings.cache_dir or default_cache_dir()
+        folder = locate(settings.model, root, settings.load_format)
         config = read_config(folder)
         self.family = family_of(config)
         self.family.check(config, folder, settings.load_format)
@@ -253,64 +249,3 @@ class EdgeVLM(Verbs):
         self._dropped = weakref.finalize(self, loop.abandon_engine)
         # At exit loop.py closes what is left.
         self._dropped.atexit = False
-
-    def _open(
-        self, turns: Callable[[], list[Turn]], options: Options, *, wait: bool = False
-    ) -> Stream:
-        return self._submit(turns, check_options(options, self.settings.max_crops), wait=wait)
-
-    async def _aopen(
-        self, turns: Callable[[], list[Turn]], options: Options, *, wait: bool = False
-    ) -> Stream:
-        asked, started = check_options(options, self.settings.max_crops), time.monotonic()
-        loop = self._loop
-        loop.engine  # noqa: B018 - raises when there is none, rather than from the pool
-        ticket = await self._pool.run(
-            lambda: self._render(loop, turns, asked, (), started), asked.timeout
-        )
-        stream = Stream(loop, ticket, asked.read)
-        await loop.async_submit(ticket, wait=wait)
-        return stream
-
-    def _submit(
-        self,
-        turns: Callable[[], list[Turn]],
-        asked: Asked,
-        *,
-        answer: Sequence[int] = (),
-        wait: bool = False,
-    ) -> Stream:
-        """The way of every request: render in this thread, then hand over to the engine's."""
-        loop = self._loop
-        ticket = self._render(loop, turns, asked, answer, time.monotonic())
-        # Before it is handed over, so that Ctrl-C in between leaves nothing in the engine.
-        stream = Stream(loop, ticket, asked.read)
-        try:
-            loop.submit(ticket, wait=wait)
-        except BaseException:
-            stream.cancel()
-            raise
-        return stream
-
-    def _render(
-        self,
-        loop: EngineLoop,
-        turns: Callable[[], list[Turn]],
-        asked: Asked,
-        answer: Sequence[int],
-        started: float,
-    ) -> Ticket:
-        engine = loop.engine
-        if asked.sampling.json_schema is not None:
-            check_schema(engine, asked.sampling.json_schema)
-        with mapped("render"):
-            rendered = engine.render(turns(), {"max_crops": asked.max_crops, "answer": answer})
-        return Ticket(
-            f"request-{next(self._ids)}",
-            rendered,
-            asked.sampling,
-            started=started,
-            preprocess_s=time.monotonic() - started,
-            deadline=None if asked.timeout is None else started + asked.timeout,
-            environment=engine.info.environment,
-        )

@@ -309,7 +309,7 @@ def test_wrong_usage_is_exit_status_2(run: Callable[..., Ended], picture: Path) 
 
 COMMANDS = [
     "ask", "caption", "chat", "point", "count", "watch", "verify", "doctor", "plan", "profiles",
-    "config show",
+    "config show", "warmup",
 ]  # fmt: skip
 
 
@@ -349,6 +349,15 @@ def test_bench_gets_its_own_options(run: Callable[..., Ended]) -> None:
     assert "molmo-edge bench" in ended.out
     assert "--scenario" in ended.out
     assert run("bench", "--scenario", "abacus").status == 2
+
+
+def test_warmup_says_what_it_ran(run: Callable[..., Ended]) -> None:
+    ended = run("warmup", "--tokens", 2, "--rounds", 2)
+    assert ended.status == 0
+    assert "decode, tok/s:" in ended.out
+    told = run("warmup", "--tokens", 2, "--rounds", 2, "--json").json
+    assert told["steps"]
+    assert told["environment"]["model"] == "fake"
 
 
 def test_the_version_names_what_answers_depend_on(run: Callable[..., Ended]) -> None:

@@ -16,6 +16,7 @@ from molmo_edge.errors import EngineDeadError, RequestCancelled, RequestTimeout
 from molmo_edge.sampling import Sampling
 from molmo_edge.stream import Stream
 from tests.engine.support import (
+    FOREVER,
     WORDS,
     assert_each_ended_once,
     echo,
@@ -24,7 +25,6 @@ from tests.engine.support import (
 )
 
 pytestmark = pytest.mark.timeout(30)
-FOREVER = {"ignore_eos": True, "max_tokens": 10**6}
 
 
 @pytest.fixture

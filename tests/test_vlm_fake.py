@@ -23,10 +23,9 @@ from molmo_edge.errors import (
     RequestTimeout,
     SamplingError,
 )
-from tests.engine.support import WORDS, assert_each_ended_once, echo, eventually, opened
+from tests.engine.support import FOREVER, WORDS, assert_each_ended_once, echo, eventually, opened
 
 pytestmark = pytest.mark.timeout(30)
-FOREVER = {"ignore_eos": True, "max_tokens": 10**6}
 PICTURE = np.zeros((20, 30, 3), np.uint8)
 
 
@@ -126,16 +125,16 @@ def test_a_batch_shows_its_progress(vlm: EdgeVLM, capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("where", ["queue", "prefill", "decode", "render"])
 def test_a_deadline_covers_the_whole_way(where: str) -> None:
-    slow: dict[str, Any] = {
+    slow: dict[str, dict[str, Any]] = {
         "queue": {"holds": {"step": threading.Event()}},
         "prefill": {"prefill_s": 0.3},
         "decode": {"step_s": 0.005},
         "render": {"render_s": 0.1},
-    }[where]
-    fake = FakeEngine.factory(echo, **slow)
+    }
+    fake = FakeEngine.factory(echo, **slow[where])
     with opened(fake) as vlm:
-        if where == "queue":
-            vlm.stream(None, "first", **FOREVER)
+        first = vlm.stream(None, "first") if where == "queue" else None
+        if first is not None:
             fake.wait_for("step")
         began = time.monotonic()
         with pytest.raises(RequestTimeout) as caught:
@@ -207,6 +206,9 @@ def test_scores_ask_for_each_token_behind_those_before_it(vlm: EdgeVLM, fake: Fa
     assert score.token_ids == (5, 6, 7)
     assert [set(c) for c in score.candidates] == [{1}, set(), {2, 3}]
     assert all(logprob < 0 for logprob in score.logprobs)
+    # What the model itself would have said there, whatever the answer has.
+    assert len(score.greedy_token_ids) == 3
+    assert set(score.greedy_token_ids).isdisjoint(score.token_ids)
     assert len(fake.engine.added) == 3
 
 

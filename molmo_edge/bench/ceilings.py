@@ -79,9 +79,8 @@ def shape_of(vlm: Any) -> shapes.ModelShape | None:
     if settings is None:
         return None
     try:
-        return checkpoint.model_shape(
-            locate(settings.model, settings.cache_dir or default_cache_dir())
-        )
+        root = settings.cache_dir or default_cache_dir()
+        return checkpoint.model_shape(locate(settings.model, root, settings.load_format))
     except MolmoEdgeError:
         return None
 

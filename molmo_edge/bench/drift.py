@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from molmo_edge.bench.cases import Case, standard
 from molmo_edge.bench.document import Environment
 from molmo_edge.pointing import Point, parse_points
+from molmo_edge.results import Score
 
 TOP = 20
 """Candidates for each token, over which the divergence is taken."""
@@ -32,8 +33,8 @@ class _Part(BaseModel):
 class CaseDrift(_Part):
     """One prompt. Log-probabilities are natural; distances are pixels of the picture.
 
-    ``equal_greedy`` is the share of tokens that the other configuration also finds likeliest
-    among the reference's 20 likeliest. ``kl`` is the divergence of the other from the reference
+    ``equal_greedy`` is the share of places in the reference's answer at which both configurations
+    find the same token likeliest, of the whole vocabulary. ``kl`` is the divergence of the other from the reference
     in nats, the 20 candidates and all the rest as one. ``first_divergence`` is the index of the
     first token in which free answers differ, null where they do not. Point distances pair nearest
     points first, and are null where one of the answers has none.
@@ -94,6 +95,7 @@ class Answered:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     candidates: tuple[Mapping[int, float], ...]
+    greedy: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,16 @@ def answers(vlm: Any, cases: Sequence[Case], *, max_tokens: int) -> list[Answere
         result = vlm.query(case.image, case.question, max_tokens=max_tokens, logprobs=TOP)
         top = [list(entry)[:TOP] for entry in result.top_logprobs]
         score = vlm.score(case.image, case.question, result.token_ids, candidates=top)
-        out.append(Answered(case, result.text, result.token_ids, score.logprobs, score.candidates))
+        out.append(
+            Answered(
+                case,
+                result.text,
+                result.token_ids,
+                score.logprobs,
+                score.candidates,
+                score.greedy_token_ids,
+            )
+        )
     return out
 
 
@@ -136,11 +147,7 @@ def against(vlm: Any, references: Sequence[Answered], *, max_tokens: int) -> lis
         top = [list(entry) for entry in known.candidates]
         score = vlm.score(case.image, case.question, known.token_ids, candidates=top)
         size = (1, 1) if case.image is None else case.image.size
-        out.append(
-            compare_case(
-                known, free.text, free.token_ids, score.logprobs, score.candidates, size=size
-            )
-        )
+        out.append(compare_case(known, free.text, free.token_ids, score, size=size))
     return out
 
 
@@ -148,18 +155,14 @@ def compare_case(
     known: Answered,
     text: str,
     token_ids: Sequence[int],
-    logprobs: Sequence[float],
-    candidates: Sequence[Mapping[int, float]],
+    score: Score,
     *,
     size: tuple[int, int],
 ) -> CaseDrift:
-    """One prompt's drift from the reference's and the other's numbers."""
-    deltas = [b - a for a, b in zip(known.logprobs, logprobs, strict=True)]
-    kls = [divergence(a, b) for a, b in zip(known.candidates, candidates, strict=True)]
-    equal = [
-        all(other <= logprob for token, other in entry.items() if token != chosen)
-        for chosen, logprob, entry in zip(known.token_ids, logprobs, candidates, strict=True)
-    ]
+    """One prompt's drift: the reference's numbers, and the other's free answer and `score`."""
+    deltas = [b - a for a, b in zip(known.logprobs, score.logprobs, strict=True)]
+    kls = [divergence(a, b) for a, b in zip(known.candidates, score.candidates, strict=True)]
+    equal = [a == b for a, b in zip(known.greedy, score.greedy_token_ids, strict=True)]
     ours, theirs = parse_points(known.text).points, parse_points(text).points
     distances = paired_distances(ours, theirs, size)
     return CaseDrift(

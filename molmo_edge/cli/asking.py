@@ -154,6 +154,8 @@ def chat(
                 talk.answered(result.text)
                 if as_json:
                     print_json({**result_dict(result), "notice": notice(vlm)}, line=True)
+                else:
+                    say_cut(result)
             except (InputError, RequestError) as exc:
                 talk.forget()
                 failed = True

@@ -1,4 +1,4 @@
-"""Pictures to patches: Molmo 1's image processor for transformers 5, in torch alone.
+"""Pictures to patches: Molmo 1's image processor for transformers 5.
 
 Knows nothing of text. The picture arrives as RGB, 8 bits; the caller has checked it.
 """
@@ -17,7 +17,7 @@ from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
 from molmo_edge.errors import ConfigError, ImageError, MissingDependencyError
-from molmo_edge.molmo.resize import View, write_patches
+from molmo_edge.molmo.resize import View, available, write_patches
 from molmo_edge.molmo.tiling import (
     BASE,
     DEFAULT_MAX_CROPS,
@@ -73,9 +73,10 @@ class MolmoImageProcessor(BaseImageProcessor):  # type: ignore[misc]
 
     Args:
         max_crops: most crops of the grid, 12 in the released checkpoints.
-        resize: ``"torch"`` (float32, within 5e-4 of TensorFlow's in normalised units),
-            ``"tensorflow"`` (what the model was trained with; needs the extra ``tf``) or ``"fast"``
-            (resizes 8-bit values, off by up to one grey level, 0.0153 normalised).
+        resize: ``"torch"`` (float32, within 5e-4 of TensorFlow's in normalised units; compiled for
+            this CPU where numba is, torch's own kernel elsewhere), ``"tensorflow"`` (what the
+            model was trained with; needs the extra ``tf``) or ``"fast"`` (torch's kernel on 8-bit
+            values, off by up to one grey level, 0.0153 normalised; worth it without numba only).
     """
 
     model_input_names = ["images", "image_masks", "image_input_idx"]  # noqa: RUF012
@@ -129,7 +130,7 @@ class MolmoImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         ]
         images = torch.empty((layout.n_crops + 1, GRID * GRID, PATCH * PATCH * 3))
         outputs = images[:1], images[1:]
-        if self.resize == "torch":
+        if self.resize == "torch" and available():
             write_patches(
                 pixels,
                 [(view, out.numpy()) for view, out in zip(views, outputs, strict=True)],
@@ -184,7 +185,7 @@ class MolmoImageProcessor(BaseImageProcessor):  # type: ignore[misc]
     def _lay_down(self, scaled: torch.Tensor, view: View, out: torch.Tensor) -> None:
         """A resized picture, (height, width, 3) in 0..1, to normalised patches of crops."""
         mean, std = torch.tensor(self.image_mean), torch.tensor(self.image_std)
-        shape = (layout_of(view.rows, view.cols)).pixel_shape
+        shape = layout_of(view.rows, view.cols).pixel_shape
         # Padding is 0 before normalising.
         canvas = (-mean / std).repeat(*shape, 1)
         inside = canvas[view.top : view.top + view.height, view.left : view.left + view.width]
@@ -215,8 +216,11 @@ def _resized(pixels: npt.NDArray[np.uint8], view: View, how: Resize) -> torch.Te
     if how == "tensorflow":
         return _resized_by_tensorflow(pixels, size)
     # A channels-last view: the resize kernels vectorise over it, and no transposed copy is made.
-    source = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
+    owned = pixels.flags.writeable and pixels.flags.c_contiguous
+    source = torch.from_numpy(pixels if owned else pixels.copy())
     source = source.permute(2, 0, 1).unsqueeze(0)
+    if how == "torch":
+        source = source.to(torch.float32, memory_format=torch.channels_last)
     # torch 2.13's kernel repeats the first row when the output is one column wide: lay it down.
     narrow = size[1] == 1
     if narrow:
@@ -224,7 +228,7 @@ def _resized(pixels: npt.NDArray[np.uint8], view: View, how: Resize) -> torch.Te
     done = F.interpolate(source, size=size, mode="bilinear", antialias=True, align_corners=False)
     if narrow:
         done = done.transpose(2, 3)
-    return done.squeeze(0).permute(1, 2, 0).to(torch.float32).div_(255.0)
+    return done.squeeze(0).permute(1, 2, 0).to(torch.float32).div_(255.0).clamp_(0.0, 1.0)
 
 
 def _resized_by_tensorflow(pixels: npt.NDArray[np.uint8], size: tuple[int, int]) -> torch.Tensor:
@@ -244,9 +248,8 @@ def _mask(view: View, layout: Layout) -> torch.Tensor:
 
     def covered(start: int, length: int, crops: int) -> npt.NDArray[np.int64]:
         edge = np.arange(crops)[:, None] * STRIDE + np.arange(GRID)[None, :] * PATCH
-        return np.clip(
-            np.minimum(edge + PATCH, start + length) - np.maximum(edge, start), 0, PATCH
-        )
+        inside = np.minimum(edge + PATCH, start + length) - np.maximum(edge, start)
+        return np.maximum(inside, 0)
 
     down = covered(view.top, view.height, layout.rows)
     across = covered(view.left, view.width, layout.cols)

@@ -33,6 +33,7 @@ from vllm.multimodal.processing import (
     PromptUpdateDetails,
 )
 
+from molmo_edge.engine import compat
 from molmo_edge.errors import ConfigError
 from molmo_edge.molmo.image_processor import MolmoImageProcessor
 from molmo_edge.molmo.processor import MolmoProcessor
@@ -179,7 +180,7 @@ class PoolingAttention(nn.Module):  # type: ignore[misc]
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    MolmoInputs, info=MolmoInfo, dummy_inputs=stock.MolmoDummyInputsBuilder
+    compat.adapted(MolmoInputs), info=MolmoInfo, dummy_inputs=stock.MolmoDummyInputsBuilder
 )
 class MolmoForCausalLM(stock.MolmoForCausalLM):  # type: ignore[misc]
     """vLLM's Molmo with the reference's merge and pooling."""

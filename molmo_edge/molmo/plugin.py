@@ -9,6 +9,10 @@ _STOCK = "vllm.model_executor.models.molmo:MolmoForCausalLM"
 
 def register() -> None:
     """Makes vLLM load Molmo 1 with our config, processor and model; safe to call again."""
+    from molmo_edge.engine.vllm_mends import mend_kernel_scan
+
+    # Our processor resizes with numba before vLLM's CPU worker starts.
+    mend_kernel_scan()
     register_with_transformers()
     use_model(stock=False)
 

@@ -2,12 +2,14 @@
 
 The triangle filter of TensorFlow and torch, row by row: one row of the scaled picture is filtered
 from the 8-bit rows it covers, and goes from a buffer of one line to every crop that shows it. No
-float picture and no canvas is ever laid out. The compiler is numba, which vLLM brings. Knows
-nothing about how tilings are chosen, or about tokens.
+float picture and no canvas is ever laid out. The compiler is numba, which vLLM brings; the first
+call costs its compilation (about a second, later read from numba's cache on disk). Knows nothing
+about how tilings are chosen, or about tokens.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from molmo_edge.errors import MissingDependencyError
+
+logger = logging.getLogger("molmo_edge")
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -26,6 +32,7 @@ GRID = 24  # patches along a crop
 STRIDE = 16  # patches from one crop to the next
 # More threads gain little, and each costs as much to start as some rows to filter.
 MOST_THREADS = 8
+CHUNK = 1024  # values of a row that are filtered together: they stay in the first cache
 
 
 @dataclass(frozen=True)
@@ -60,21 +67,22 @@ def write_patches(
     Safe to call from many threads at once; the result does not depend on `threads`.
     """
     kernel = _compiled()
+    if kernel is None:
+        raise MissingDependencyError("Resizing in compiled code needs numba, which vLLM brings.")
     height, width = pixels.shape[:2]
     source = np.ascontiguousarray(pixels).reshape(height, width * 3)
     gain = (1 / (255 * np.asarray(std))).astype(np.float32)
     offset = (-np.asarray(mean) / np.asarray(std)).astype(np.float32)
     jobs: list[tuple[Any, ...]] = []
     for view, out in views:
-        down, across = _taps(height, view.height), _taps(width, view.width)
+        down, across = _taps(height, view.height, 4), _taps(width, view.width, 1)
         lines = (view.rows * STRIDE + GRID - STRIDE) * PATCH
         # Few and even: a job is one call, and a call has to come by the interpreter's lock.
         step = -(-lines // (2 * threads if lines > GRID * PATCH else threads))
-        jobs += [
-            (source, *down, *across, gain, offset, view.top, view.left, view.cols, first,
-             min(first + step, lines), out)
-            for first in range(0, lines, step)
-        ]  # fmt: skip
+        for first in range(0, lines, step):
+            rows = first, min(first + step, lines)
+            place = view.top, view.left, view.cols
+            jobs.append((source, *down, *across, gain, offset, *place, *rows, out))
     _share(kernel, jobs, min(threads, MOST_THREADS))
 
 
@@ -105,10 +113,11 @@ def _share(work: Callable[..., None], jobs: Sequence[tuple[Any, ...]], threads: 
 
 # A camera's pictures are all of one size.
 @lru_cache(maxsize=16)
-def _taps(size: int, new_size: int) -> tuple[Ints, Floats]:
+def _taps(size: int, new_size: int, multiple: int) -> tuple[Ints, Floats]:
     """The triangle filter from `size` to `new_size`, made wider when shrinking.
 
-    First input of each output, and (new_size, taps) weights that sum to 1; all taps are inside.
+    First input of each output, and (new_size, taps) weights that sum to 1, padded with zeros to a
+    `multiple`; taps of weight 0 may lie behind the end.
     """
     scale = size / new_size
     reach = max(scale, 1.0)
@@ -119,7 +128,8 @@ def _taps(size: int, new_size: int) -> tuple[Ints, Floats]:
     first = np.minimum(first, size - taps)
     distance = np.abs(first[:, None] + np.arange(taps) + 0.5 - centre[:, None])
     weights = np.maximum(1.0 - distance / reach, 0.0)
-    return first, (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    weights /= weights.sum(axis=1, keepdims=True)
+    return first, np.pad(weights, ((0, 0), (0, -taps % multiple))).astype(np.float32)
 
 
 def _filter_rows(
@@ -139,27 +149,41 @@ def _filter_rows(
 ) -> None:
     """Canvas rows `begin` to `end` of one view; compiled, and free of the interpreter's lock."""
     height, width = len(down_first), len(across_first)
-    rows = len(out) // cols
-    values = source.shape[1]
+    taps_down, taps_across = down_weights.shape[1], across_weights.shape[1]
+    rows, values = len(out) // cols, source.shape[1]
     line = np.empty(values, np.float32)
     done = np.empty(((cols * STRIDE + GRID - STRIDE) * PATCH, 3), np.float32)
-    done[:] = offset
     for y in range(begin, end):
         row = y - top
+        if y == begin or row == height:
+            for column in range(len(done)):
+                for channel in range(3):
+                    done[column, channel] = offset[channel]
         if 0 <= row < height:
-            for start in range(0, values, 1024):
-                part = line[start : start + 1024]
-                part[:] = 0.0
-                for tap in range(down_weights.shape[1]):
-                    weight = down_weights[row, tap]
-                    if weight != 0.0:
-                        above = source[down_first[row] + tap, start : start + 1024]
-                        for x in range(len(part)):
-                            part[x] += weight * np.float32(above[x])
+            for start in range(0, values, CHUNK):
+                part = line[start : start + CHUNK]
+                for x in range(len(part)):
+                    part[x] = 0.0
+                # Four rows at a time: a sum is read and written once for four products.
+                for tap in range(0, taps_down, 4):
+                    w0, w1 = down_weights[row, tap], down_weights[row, tap + 1]
+                    w2, w3 = down_weights[row, tap + 2], down_weights[row, tap + 3]
+                    at, end_row = down_first[row] + tap, len(source) - 1
+                    s0 = source[min(at, end_row), start : start + CHUNK]
+                    s1 = source[min(at + 1, end_row), start : start + CHUNK]
+                    s2 = source[min(at + 2, end_row), start : start + CHUNK]
+                    s3 = source[min(at + 3, end_row), start : start + CHUNK]
+                    for x in range(len(part)):
+                        part[x] += (
+                            w0 * np.float32(s0[x])
+                            + w1 * np.float32(s1[x])
+                            + w2 * np.float32(s2[x])
+                            + w3 * np.float32(s3[x])
+                        )
             for column in range(width):
                 at = 3 * across_first[column]
                 red = green = blue = np.float32(0.0)
-                for tap in range(across_weights.shape[1]):
+                for tap in range(taps_across):
                     weight = across_weights[column, tap]
                     red += weight * line[at]
                     green += weight * line[at + 1]
@@ -168,35 +192,46 @@ def _filter_rows(
                 done[left + column, 0] = red * gain[0] + offset[0]
                 done[left + column, 1] = green * gain[1] + offset[1]
                 done[left + column, 2] = blue * gain[2] + offset[2]
-        elif row == height or y == begin:
-            done[:] = offset
-        flat = done.reshape(-1)
-        patch_row, inner = y // PATCH, (y % PATCH) * PATCH * 3
+        inner = (y % PATCH) * PATCH
         for crop_row in range(rows):
-            at_row = patch_row - crop_row * STRIDE
+            at_row = y // PATCH - crop_row * STRIDE
             if 0 <= at_row < GRID:
                 for crop_col in range(cols):
-                    crop = out[crop_row * cols + crop_col]
                     for patch_col in range(GRID):
-                        start = (crop_col * STRIDE + patch_col) * PATCH * 3
-                        target = crop[at_row * GRID + patch_col, inner : inner + PATCH * 3]
-                        target[:] = flat[start : start + PATCH * 3]
+                        crop, patch = crop_row * cols + crop_col, at_row * GRID + patch_col
+                        start = (crop_col * STRIDE + patch_col) * PATCH
+                        for x in range(PATCH):
+                            for channel in range(3):
+                                out[crop, patch, (inner + x) * 3 + channel] = done[
+                                    start + x, channel
+                                ]
 
 
 _lock = threading.Lock()
-_kernel: list[Callable[..., None]] = []
+_kernel: list[Callable[..., None] | None] = []
 
 
-def _compiled() -> Callable[..., None]:
-    """`_filter_rows` in machine code; from numba's cache on disk after the first time."""
+def available() -> bool:
+    """Whether `write_patches` works here: numba can be imported."""
+    return _compiled() is not None
+
+
+def _compiled() -> Callable[..., None] | None:
+    """`_filter_rows` in machine code, None without numba."""
     with _lock:
         if not _kernel:
-            import numba
-
-            options: dict[str, Any] = {"nogil": True, "fastmath": {"contract"}}
-            try:
-                made = numba.njit(cache=True, **options)(_filter_rows)
-            except RuntimeError:  # no place for a cache
-                made = numba.njit(**options)(_filter_rows)
-            _kernel.append(made)
+            _kernel.append(_compile())
     return _kernel[0]
+
+
+def _compile() -> Callable[..., None] | None:
+    try:
+        import numba  # type: ignore[import-untyped]
+    except (ImportError, SystemError) as exc:  # not there, or for another numpy
+        logger.warning("Pictures are resized by torch, several times slower: no numba (%s).", exc)
+        return None
+    options: dict[str, Any] = {"nogil": True, "fastmath": {"contract"}}
+    try:
+        return numba.njit(cache=True, **options)(_filter_rows)  # type: ignore[no-any-return]
+    except RuntimeError:  # no folder for its cache
+        return numba.njit(**options)(_filter_rows)  # type: ignore[no-any-return]

@@ -29,6 +29,9 @@ _WORDS = (
     "molmo edge stub real architecture made up weights picture table red mug"
 ).split()
 
+# Added tokens are looked for one by one; the hub's tokenizers have some 400 fillers.
+_MOST_ADDED = 1024
+
 VIT_WIDTH, VIT_MLP, VIT_BLOCKS, VIT_POSITIONS = 1024, 4096, 23, 577
 
 
@@ -159,6 +162,7 @@ def hub_config(family: Family, shape: Shape) -> dict[str, Any]:
         "rope_theta": 1_000_000.0 if d_like else 500_000.0,
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
+        "transformers_version": "4.43.3",
         "use_cache": True,
         "use_position_ids": True,
         "vocab_size": shape.embedding_size,
@@ -184,11 +188,17 @@ def write_checkpoint(
 
     shape = shape or Shape()
     make = weights or random_weights(seed)
-    folder.mkdir(parents=True, exist_ok=True)
+    write_description(folder, family, shape)
     tensors = {
         name: make(name, size).to(dtype) for name, size in tensor_shapes(family, shape).items()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def write_description(folder: Path, family: Family, shape: Shape) -> Path:
+    """Writes a checkpoint without its weights: configuration, processor and tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", hub_config(family, shape))
     auto_map = {
         "AutoImageProcessor": "image_preprocessing_molmo.MolmoImageProcessor",
@@ -240,10 +250,14 @@ def _write_tokenizer(folder: Path, family: Family, shape: Shape) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     vocab = vocabulary()
+    fillers = [f"|<EXTRA_TOKENS_{i}>|" for i in range(shape.embedding_size - len(vocab) - 1)]
+    if len(fillers) > _MOST_ADDED:
+        # Their ids are what counts, and as plain tokens they cost no search in every text.
+        vocab |= {token: i for i, token in enumerate([END_OF_TEXT, *fillers], len(vocab))}
+        fillers = []
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fillers = [f"|<EXTRA_TOKENS_{i}>|" for i in range(shape.embedding_size - len(vocab) - 1)]
     added = [END_OF_TEXT, *fillers, *IMAGE_TOKENS]
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in added])
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -62,6 +62,7 @@ class Scoring:
             logprobs=tuple(moved[token] for token in answer),
             candidates=tuple({token: moved[token] for token in wanted} for wanted in candidates),
             prompt_token_ids=(0,),
+            greedy_token_ids=tuple(max(moved, key=moved.__getitem__) for _ in answer),
         )
 
 

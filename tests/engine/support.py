@@ -15,6 +15,8 @@ from molmo_edge import EdgeVLM
 from molmo_edge.engine.fake import FakeEngine, FakeFactory
 from molmo_edge.engine.seam import Turn
 
+# Options of a request that only its consumer ends.
+FOREVER: dict[str, Any] = {"ignore_eos": True, "max_tokens": 10**6}
 WORDS = "one two three four five six seven eight nine ten"
 
 

@@ -22,6 +22,7 @@ from molmo_edge.errors import (
     RequestTimeout,
 )
 from tests.engine.support import (
+    FOREVER,
     WORDS,
     assert_each_ended_once,
     echo,
@@ -30,7 +31,6 @@ from tests.engine.support import (
 )
 
 pytestmark = pytest.mark.timeout(60)
-FOREVER = {"ignore_eos": True, "max_tokens": 10**6}
 
 
 def run(fake: FakeFactory, body: Any, **settings: Any) -> None:

@@ -12,6 +12,7 @@ import pytest
 from molmo_edge import EdgeVLM
 from molmo_edge.engine.fake import FakeEngine, Fault
 from molmo_edge.engine.loop import EngineLoop
+from molmo_edge.engine.seam import Update
 from molmo_edge.errors import (
     ConfigError,
     EngineClosedError,
@@ -72,7 +73,12 @@ def test_a_failed_start_while_closing_is_a_close() -> None:
     build = threading.Event()
     fake = FakeEngine.factory(holds={"build": build}, faults=[Fault("build", OSError())])
     loop = EngineLoop(fake)
-    thread = threading.Thread(target=lambda: pytest.raises(EngineClosedError, loop.start))
+
+    def start() -> None:
+        with pytest.raises(EngineClosedError):
+            loop.start()
+
+    thread = threading.Thread(target=start)
     thread.start()
     fake.wait_for("build")
     loop.close(timeout=0)
@@ -261,9 +267,8 @@ def test_the_engines_thread_answers_calls_but_asks_itself_nothing() -> None:
     fake = FakeEngine.factory()
     with opened(fake) as vlm:
         assert vlm.in_engine_thread(lambda engine: engine is fake.engine)
-        assert vlm.in_engine_thread(lambda _: vlm.in_engine_thread(lambda engine: engine.closed)) is (
-            False
-        )
+        again = vlm.in_engine_thread(lambda _: vlm.in_engine_thread(lambda engine: engine.closed))
+        assert again is False
         with pytest.raises(ZeroDivisionError):
             vlm.in_engine_thread(lambda engine: 1 // 0)
         with pytest.raises(EngineError, match="own thread"):
@@ -366,7 +371,7 @@ def test_an_engine_that_nobody_holds_closes_behind_the_answers_still_being_read(
 
 def test_a_dead_engine_is_not_kept_by_the_error_that_killed_it() -> None:
     class Heavy(FakeEngine):
-        def step(self) -> list[object]:  # type: ignore[override]
+        def step(self) -> list[Update]:
             tensors = self
             raise RuntimeError(f"broken with {type(tensors).__name__}")
 

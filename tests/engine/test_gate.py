@@ -38,7 +38,8 @@ def test_a_wait_ends_at_its_time_out_however_often_it_is_woken() -> None:
 
 
 def test_a_time_out_longer_than_the_platform_can_wait_is_no_error() -> None:
-    gate, seen = Gate(), []
+    gate = Gate()
+    seen: list[bool] = []
 
     def wait() -> None:
         seen.append(gate.wait_for(lambda: bool(seen), 1e300))

@@ -18,6 +18,7 @@ import pytest
 from molmo_edge import EdgeVLM, Request
 from molmo_edge.engine.fake import FakeEngine
 from tests.engine.support import (
+    FOREVER,
     WORDS,
     assert_each_ended_once,
     echo,
@@ -27,7 +28,6 @@ from tests.engine.support import (
 )
 
 pytestmark = pytest.mark.timeout(90)
-FOREVER = {"ignore_eos": True, "max_tokens": 10**6}
 
 
 class CtrlC:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
+import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from molmo_edge.errors import ConfigError, ImageError
-from molmo_edge.molmo import reference
+from molmo_edge.molmo import reference, resize
 from molmo_edge.molmo.image_processor import MolmoImageProcessor
 from molmo_edge.molmo.layout import ImageTokenIds
 from molmo_edge.molmo.tiling import layout_of
@@ -137,3 +144,89 @@ def test_what_is_no_picture_is_refused(wrong: Any) -> None:
 def test_options_the_model_was_not_made_for_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         MolmoImageProcessor(**options)
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
+    image = picture(700, 900)
+    before = torch.get_num_threads()
+    made = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            made.append(MolmoImageProcessor().inputs(image).images)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(made[0], made[2])
+
+
+def test_many_threads_at_once_disturb_nobody() -> None:
+    pictures = [picture(120 + 40 * i, 300 - 30 * i, i) for i in range(6)]
+    processor = MolmoImageProcessor()
+    alone = [processor.inputs(image).images for image in pictures]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(processor.inputs, pictures * 3))
+    for i, made in enumerate(together):
+        assert torch.equal(made.images, alone[i % 6])
+
+
+def test_no_thread_outlives_a_picture() -> None:
+    before = set(threading.enumerate())
+    MolmoImageProcessor().inputs(picture(700, 900))
+    assert set(threading.enumerate()) == before
+
+
+def test_an_error_in_a_helping_thread_reaches_the_caller() -> None:
+    caller = threading.current_thread()
+    ready = threading.Barrier(2, timeout=10)
+
+    def work(job: int) -> None:
+        ready.wait()
+        if threading.current_thread() is not caller:
+            raise ValueError("from the helper")
+
+    with pytest.raises(ValueError, match="from the helper"):
+        resize._share(work, [(0,), (1,)], 2)
+
+
+def test_without_the_compiler_torch_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = picture(480, 333)
+    compiled = MolmoImageProcessor().inputs(image).images
+    monkeypatch.setattr(resize, "_kernel", [None])
+    assert not resize.available()
+    assert float((MolmoImageProcessor().inputs(image).images - compiled).abs().max()) <= PIXEL_BOUND
+
+
+def test_arrays_of_any_strides_are_taken() -> None:
+    image = picture(90, 120)
+    mirrored = MolmoImageProcessor().inputs(image[:, ::-1]).images
+    copied = MolmoImageProcessor().inputs(np.ascontiguousarray(image[:, ::-1])).images
+    assert torch.equal(mirrored, copied)
+
+
+@pytest.mark.slow
+def test_memory_is_the_output_and_two_resized_pictures_at_most() -> None:
+    """In a process of its own, whose high-water mark is reset before the picture."""
+    peak_path = Path("/proc/self/clear_refs")
+    if not peak_path.exists():
+        pytest.skip("needs Linux's /proc")
+    script = textwrap.dedent("""
+        import numpy as np, pathlib
+        from molmo_edge.molmo.image_processor import MolmoImageProcessor
+        def kb(name):
+            lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+            return int(next(l for l in lines if l.startswith(name)).split()[1])
+        image = np.full((3000, 4000, 3), 127, np.uint8)
+        processor = MolmoImageProcessor()
+        processor.inputs(image[:300, :400])
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+        before = kb("VmRSS")
+        made = processor.inputs(image)
+        height, width = made.layout.pixel_shape
+        print((kb("VmHWM") - before) * 1024, made.images.nbytes, height * width * 3 * 4)
+    """)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=240
+    )
+    grown, output, resized = map(int, done.stdout.split())
+    assert grown <= output + 2 * resized

@@ -1,0 +1,108 @@
+"""A 50 Hz control loop that keeps its rate while the model answers about the newest frame.
+
+    python examples/async_robot.py --seconds 20
+
+Both are tasks of one event loop; the camera and the engine have threads of their own. It prints how
+late the loop's ticks were, first alone, then beside the model. A loop that must never be late
+belongs into a process of its own: here they share the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+from molmo_edge import EdgeVLM
+from molmo_edge.engine.fake import FakeEngine
+from molmo_edge.pointing import parse_points
+
+PERIOD_S = 1 / 50
+
+
+class Robot:
+    """Turns its head towards a target; angles in radians."""
+
+    def __init__(self) -> None:
+        self.target = 0.0
+        self.angle = 0.0
+        self.late_s: list[float] = []
+        self.missed = 0
+        self.answers = 0
+
+    async def control(self) -> None:
+        """Ticks at fixed times, so that a late tick does not shift those behind it."""
+        due = time.perf_counter()
+        while True:
+            due += PERIOD_S
+            await asyncio.sleep(due - time.perf_counter())
+            late = time.perf_counter() - due
+            self.late_s.append(late)
+            self.angle += 0.1 * (self.target - self.angle)
+            skipped = int(late / PERIOD_S)
+            self.missed += skipped
+            due += skipped * PERIOD_S
+
+    async def look(self, vlm: EdgeVLM) -> None:
+        """Follows what the model points at."""
+        async for seen in vlm.awatch(camera, "Point to the mug", max_crops=1, max_tokens=40):
+            self.answers += 1
+            if seen.result is not None and (points := parse_points(seen.result.text).points):
+                self.target = points[0].x - 0.5
+
+
+def camera() -> Iterator[np.ndarray]:
+    """Ten frames a second of a red square that wanders."""
+    for i in itertools.count():
+        frame = np.full((480, 640, 3), 90, np.uint8)
+        left = 40 + i * 7 % 500
+        frame[200:280, left : left + 80] = (200, 30, 30)
+        yield frame
+        time.sleep(0.1)
+
+
+async def measure(robot: Robot, seconds: float, vlm: EdgeVLM | None) -> str:
+    robot.late_s.clear()
+    robot.missed = 0
+    looking = None if vlm is None else asyncio.create_task(robot.look(vlm))
+    ticking = asyncio.create_task(robot.control())
+    done, _ = await asyncio.wait({ticking, *([looking] if looking else [])}, timeout=seconds)
+    for task in (ticking, looking):
+        if task is not None:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+    for task in done:
+        task.result()
+    p50, p99, worst = np.percentile(robot.late_s, [50, 99, 100]) * 1000
+    return (
+        f"{len(robot.late_s)} ticks in {seconds:g} s, late by p50 {p50:.2f} ms, p99 {p99:.2f} ms, "
+        f"max {worst:.2f} ms; {robot.missed} missed, {robot.answers} answers"
+    )
+
+
+async def run(vlm: EdgeVLM, seconds: float) -> None:
+    robot = Robot()
+    print("alone:          ", await measure(robot, seconds, None), flush=True)
+    print("while answering:", await measure(robot, seconds, vlm), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="left out: settings decide, then the built-in stub")
+    parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--fake", action="store_true", help="no model: scripted answers")
+    args = parser.parse_args()
+    answer = '<point x="30.0" y="50.0">mug</point>'
+    engine = FakeEngine.factory(answer, step_s=0.02) if args.fake else None
+    with EdgeVLM(args.model, engine=engine) as vlm:
+        asyncio.run(run(vlm, args.seconds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Checkpoints without weights: the published models' sizes, for `load_format="dummy"`.
+
+Configuration and tokenizer are made here, so that a device can be measured at a model's real shape
+before its files are downloaded. The tokenizer has the real number of tokens, not the real ones.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from molmo_edge.devices.model_configs import KNOWN
+from molmo_edge.errors import ModelError
+from molmo_edge.molmo.synthetic import Family, Shape, write_description
+
+_VERSION = 1
+
+
+def is_known(name: str) -> bool:
+    """Whether the sizes of the hub's `name` are known here."""
+    return KNOWN.get(name, {}).get("model_type") == "molmo"
+
+
+def shape_of(name: str) -> tuple[Family, Shape]:
+    """Kind and sizes of a model that `is_known`."""
+    sizes = KNOWN[name]
+    heads = int(sizes["num_attention_heads"])
+    family: Family = "molmo-o" if sizes["attention_layer_norm"] else "molmo-d"
+    return family, Shape(
+        hidden_size=int(sizes["hidden_size"]),
+        layers=int(sizes["num_hidden_layers"]),
+        heads=heads,
+        kv_heads=int(sizes["num_key_value_heads"] or heads),
+        mlp=int(sizes["intermediate_size"]) // 2,
+        embedding_size=int(sizes["embedding_size"]),
+    )
+
+
+def ensure_shaped(name: str, cache_dir: Path) -> Path:
+    """Folder of the description of a model that `is_known`, written on first use (4 MB).
+
+    Raises ModelError when the cache folder cannot be written.
+    """
+    folder = cache_dir / f"shaped-{_VERSION}" / name.rsplit("/", 1)[-1]
+    if (folder / "config.json").is_file():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Written aside and renamed: a killed or concurrent start leaves no half checkpoint.
+        work = Path(tempfile.mkdtemp(prefix="shaped-", dir=folder.parent))
+        try:
+            write_description(work, *shape_of(name))
+            try:
+                work.rename(folder)
+            except OSError:
+                if not (folder / "config.json").is_file():
+                    raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    except OSError as exc:
+        raise ModelError(
+            f"The description of {name} (a few MB) cannot be written into '{cache_dir}'. Free "
+            "space there, or name another folder with cache_dir or MOLMO_EDGE_CACHE_DIR."
+        ) from exc
+    return folder

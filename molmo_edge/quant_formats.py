@@ -1,0 +1,185 @@
+"""Tensors with fewer bytes: scales are searched here, formats and packing are compressed-tensors'.
+
+Knows one weight at a time, nothing about checkpoints or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+
+from molmo_edge.errors import QuantizeError
+
+Scheme = Literal["fp8", "w4a16", "nvfp4"]
+
+# Rows in work at a time: bounds memory, since rows are independent of each other.
+_ROWS = 2048
+# Multiples of the scale that just covers a group: smaller ones clip its largest value and round
+# all others more finely, the one above 1 spares the positive end of -8..7.
+_SEARCH = (1.0, 1.0667, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one scheme stores a weight.
+
+    Attributes:
+        preset: compressed-tensors' name of it.
+        group: columns that share a scale; None for a scale a row.
+        search: multiples of the covering scale that are tried for each group.
+        scale_dtype: as stored.
+        summary: for people.
+    """
+
+    scheme: Scheme
+    preset: str
+    compression: str
+    bits: int
+    group: int | None
+    search: tuple[float, ...]
+    scale_dtype: torch.dtype
+    summary: str
+
+    @cached_property
+    def quantization_scheme(self) -> Any:
+        """compressed-tensors' `QuantizationScheme` for all linear layers."""
+        from compressed_tensors.quantization import preset_name_to_scheme
+
+        return preset_name_to_scheme(self.preset, ["Linear"])
+
+    @cached_property
+    def compressor(self) -> Any:
+        """compressed-tensors' compressor of this format."""
+        from compressed_tensors.compressors import BaseCompressor
+
+        return BaseCompressor.get_value_from_registry(self.compression)
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises QuantizeError for a weight that this format cannot hold."""
+        if len(shape) != 2:
+            raise QuantizeError(f"'{name}' has {len(shape)} dimensions; a linear weight has 2.")
+        if self.group is not None and shape[1] % self.group:
+            raise QuantizeError(
+                f"'{name}' has {shape[1]} columns, no multiple of the {self.group} that share a "
+                f"scale in {self.scheme}. Use --scheme fp8."
+            )
+
+    def stored_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a stored weight, scales included."""
+        rows, columns = shape
+        scales = rows * (1 if self.group is None else columns // self.group)
+        return rows * columns * self.bits // 8 + scales * self.scale_dtype.itemsize + 64
+
+
+FORMATS: Mapping[str, Format] = {
+    made.scheme: made
+    for made in (
+        Format(
+            "fp8", "FP8_DYNAMIC", "float-quantized", 8, None, (1.0,), torch.float32,
+            "FP8 (E4M3) weights with a scale a row; activations to FP8 as they come, a scale a "
+            "token",
+        ),
+        Format(
+            "w4a16", "W4A16", "pack-quantized", 4, 128, _SEARCH, torch.bfloat16,
+            "symmetric 4-bit integers with a scale for 128 columns; activations as they are",
+        ),
+        Format(
+            "nvfp4", "NVFP4A16", "nvfp4-pack-quantized", 4, 16, _SEARCH, torch.float8_e4m3fn,
+            "NVFP4 weights: 4-bit floats (E2M1), an FP8 scale for 16 columns, a float32 scale for "
+            "the tensor; activations as they are",
+        ),
+    )
+}  # fmt: skip
+
+
+def format_of(scheme: str) -> Format:
+    """Raises QuantizeError for an unknown scheme."""
+    if scheme not in FORMATS:
+        raise QuantizeError(f"Unknown scheme '{scheme}'; there are {', '.join(FORMATS)}.")
+    return FORMATS[scheme]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A stored weight.
+
+    Attributes:
+        tensors: suffix of the layer's name → tensor, as compressed-tensors names them.
+        relative_error: Frobenius norm of (stored - original) over that of the original.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    relative_error: float
+
+
+def pack(weight: torch.Tensor, form: Format) -> Packed:
+    """Stores a weight, (rows, columns) of any float dtype, rounding to the nearest value.
+
+    The scale of each group is the one of `form.search` with the least squared error. The error is
+    that of what compressed-tensors unpacks again, in float32.
+
+    Raises QuantizeError for values that are no finite numbers.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise QuantizeError("it holds values that are no finite numbers")
+    shared: dict[str, torch.Tensor] = {}
+    if form.scheme == "nvfp4":
+        from compressed_tensors.quantization.utils import generate_gparam
+
+        low, high = torch.aminmax(weight.float())
+        shared["weight_global_scale"] = generate_gparam(low, high)
+    parts: list[dict[str, torch.Tensor]] = []
+    wrong = whole = 0.0
+    for rows in weight.split(_ROWS):
+        rows = rows.float()
+        scale = _best_scale(rows, form, shared.get("weight_global_scale"))
+        made = form.compressor.compress(
+            {"weight": rows, "weight_scale": scale, **shared}, form.quantization_scheme
+        )
+        again = form.compressor.decompress(
+            {**made, "weight_scale": made["weight_scale"].float()}, form.quantization_scheme
+        )["weight"]
+        wrong += float((again.float() - rows).square().sum(dtype=torch.float64))
+        whole += float(rows.square().sum(dtype=torch.float64))
+        parts.append({**made, "weight_scale": made["weight_scale"].to(form.scale_dtype)})
+    tensors = {
+        suffix: torch.cat([part[suffix] for part in parts])
+        for suffix in parts[0]
+        if suffix not in ("weight_shape", *shared)
+    }
+    if "weight_shape" in parts[0]:
+        tensors["weight_shape"] = torch.tensor(weight.shape)
+    return Packed({**tensors, **shared}, (wrong / whole) ** 0.5 if whole else 0.0)
+
+
+def unpack(tensors: Mapping[str, torch.Tensor], form: Format) -> torch.Tensor:
+    """What a stored weight means, float32, by compressed-tensors' own code."""
+    given = {**tensors, "weight_scale": tensors["weight_scale"].float()}
+    weight: torch.Tensor = form.compressor.decompress(given, form.quantization_scheme)["weight"]
+    return weight.float()
+
+
+def _best_scale(
+    rows: torch.Tensor, form: Format, global_scale: torch.Tensor | None
+) -> torch.Tensor:
+    """(rows, groups) float32, each rounded to what can be stored."""
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    args = form.quantization_scheme.weights
+    groups = rows.view(len(rows), -1, form.group or rows.shape[1])
+    low, high = torch.aminmax(groups, dim=-1)
+    best = torch.empty_like(low)
+    least = torch.full_like(low, float("inf"))
+    for factor in form.search:
+        scale, _ = calculate_qparams(low * factor, high * factor, args, global_scale)
+        scale = scale.to(form.scale_dtype).float()
+        tried = fake_quantize(rows, scale, None, args, global_scale=global_scale)
+        wrong = (tried.float() - rows).view_as(groups).square().sum(-1)
+        better = wrong < least
+        best[better], least[better] = scale[better], wrong[better]
+    return best

@@ -1,0 +1,168 @@
+"""Every example runs as its users run it, and the page on ROS 2 with a stand-in for ROS."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from molmo_edge import EdgeVLM
+from molmo_edge.engine.fake import FakeEngine
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(
+    name: str, *arguments: object, status: int = 0, timeout: float = 60, **variables: str
+) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "PYTHONWARNINGS": "", **variables},
+    )
+    assert done.returncode == status, done.stderr
+    return done.stdout if status == 0 else done.stderr
+
+
+@pytest.fixture
+def frames(tmp_path: Path) -> Path:
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for i in range(3):
+        Image.fromarray(np.full((30, 40, 3), 60 * i, np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_camera_loop_answers_each_frame(frames: Path) -> None:
+    lines = run("camera_loop", frames, "What is there?", "--fake").splitlines()
+    assert len(lines) == 3
+    assert lines[2].startswith("frame 2: There is a mug. [")
+    assert len(run("camera_loop", frames, "x", "--fake", "--frames", 1).splitlines()) == 1
+
+
+INTRINSICS = ("--fx", 60, "--fy", 50, "--cx", 32, "--cy", 24, "--fake")
+
+
+def test_a_point_becomes_metres(tmp_path: Path) -> None:
+    colour, depth = tmp_path / "colour.png", tmp_path / "depth.png"
+    Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(colour)
+    millimetres = np.full((48, 64), 1500, np.uint16)
+    millimetres[24, 32] = 0  # a hole where the point is
+    Image.fromarray(millimetres).save(depth)
+    # The middle of pixel (32, 24) lies half a pixel right of and below the principal point.
+    expected = "pixel (32, 24): x +0.013 m, y +0.015 m, z 1.500 m\n"
+    assert run("pick_a_point", colour, depth, "the Mug", *INTRINSICS) == expected
+    np.save(tmp_path / "depth.npy", np.full((48, 64), 1.5, np.float32))
+    assert run("pick_a_point", colour, tmp_path / "depth.npy", "mug", *INTRINSICS) == expected
+
+
+def test_depth_that_does_not_fit_is_told(tmp_path: Path) -> None:
+    colour, depth = tmp_path / "colour.png", tmp_path / "depth.npy"
+    Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(colour)
+    np.save(depth, np.ones((24, 32)))
+    said = run("pick_a_point", colour, depth, "mug", *INTRINSICS, status=1)
+    assert "depth is 32 x 24" in said
+    np.save(depth, np.zeros((48, 64)))
+    assert "no depth there" in run("pick_a_point", colour, depth, "mug", *INTRINSICS)
+
+
+TICKS = re.compile(r"(\d+) ticks in .* (\d+) missed, (\d+) answers")
+
+
+def ticks(line: str) -> tuple[int, int, int]:
+    found = TICKS.search(line)
+    assert found, line
+    ticked, missed, answers = map(int, found.groups())
+    return ticked, missed, answers
+
+
+def test_the_control_loop_keeps_its_rate_beside_the_fake_engine() -> None:
+    alone, busy = run("async_robot", "--fake", "--seconds", 2).splitlines()
+    assert ticks(alone)[2] == 0
+    ticked, missed, answers = ticks(busy)
+    # Ticks stand at fixed times, so those made and those missed are all there are.
+    assert ticked + missed >= 95
+    assert missed <= 20  # a busy machine may be late, the loop itself is not
+    assert answers >= 3
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_examples_run_on_the_stub(frames: Path, cache_dir: Path) -> None:
+    where = {"MOLMO_EDGE_CACHE_DIR": str(cache_dir)}
+    from molmo_edge.molmo.stub import TEXT
+
+    said = run("camera_loop", frames, "What?", timeout=300, **where)
+    assert said.startswith(f"frame 0: {TEXT}")
+    _, busy = run("async_robot", "--seconds", 10, timeout=300, **where).splitlines()
+    ticked, missed, answers = ticks(busy)
+    assert ticked + missed >= 490
+    assert ticked >= 250
+    assert answers >= 1
+
+
+class Node:
+    """What the page uses of `rclpy.node.Node`."""
+
+    def __init__(self, name: str) -> None:
+        self.published: list[str] = []
+        self.answered = threading.Semaphore(0)
+
+    def create_publisher(self, kind: type, topic: str, depth: int) -> Any:
+        return SimpleNamespace(publish=self._publish)
+
+    def create_subscription(self, kind: type, topic: str, callback: Any, qos: Any) -> None:
+        self.callback = callback
+
+    def get_logger(self) -> Any:
+        return SimpleNamespace(warning=self._publish, error=self._publish)
+
+    def _publish(self, message: Any) -> None:
+        self.published.append(getattr(message, "data", message))
+        self.answered.release()
+
+
+def test_the_node_of_the_ros_page_answers_and_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    def module(name: str, **content: Any) -> None:
+        made = ModuleType(name)
+        vars(made).update(content)
+        monkeypatch.setitem(sys.modules, name, made)
+
+    module("rclpy")
+    module("rclpy.node", Node=Node)
+    best = SimpleNamespace(BEST_EFFORT=0)
+    module("rclpy.qos", QoSProfile=lambda **kwargs: kwargs, ReliabilityPolicy=best)
+    module("sensor_msgs")
+    module("sensor_msgs.msg", Image=SimpleNamespace)
+    module("std_msgs")
+    module("std_msgs.msg", String=SimpleNamespace)
+    page = (EXAMPLES.parent / "docs" / "ros2.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(compile(code, "ros2.md", "exec"), names)
+
+    # Two rows of three pixels, padded to twelve bytes.
+    data = bytes(range(24))
+    message = SimpleNamespace(encoding="bgr8", height=2, width=3, step=12, data=data)
+    picture = names["rgb"](message)
+    assert picture.shape == (2, 3, 3)
+    assert picture[1, 0].tolist() == [14, 13, 12]
+
+    with EdgeVLM(engine=FakeEngine.factory("Nobody.")) as vlm:
+        node = names["Eyes"](vlm)
+        node.callback(message)
+        assert node.answered.acquire(timeout=10)
+        node.stop()
+    assert node.published == ["Nobody."]
