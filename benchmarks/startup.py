@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -27,6 +28,9 @@ from molmo_edge.errors import BenchmarkError
 STAGES = ("interpreter", "imports", "config", "engine", "first_token")
 """Python itself; molmo_edge, torch and vLLM; settings, device and checkpoint; `vllm.LLM`; the
 answer's first token, picture preprocessing included. Together they are the whole time."""
+
+COLUMNS = (*STAGES, "total", "cpu")
+"""Wall-clock seconds, and processor seconds of the whole process, its end included."""
 
 LIMIT_S = 1800.0
 
@@ -60,6 +64,7 @@ def start(settings: dict[str, Any]) -> dict[str, Any]:
     # The user's own cache folders would keep what a first start must not find.
     environ = {name: text for name, text in os.environ.items() if name not in CACHE_VARIABLES}
     command = [sys.executable, __file__, "--child", json.dumps(settings)]
+    load, used = os.getloadavg()[0], _cpu_seconds()
     began = time.time()
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=LIMIT_S)
     if done.returncode != 0:
@@ -70,17 +75,29 @@ def start(settings: dict[str, Any]) -> dict[str, Any]:
         **{stage: report[f"{stage}_s"] for stage in STAGES[1:]},
         "total": report["first_token_at"] - began,
     }
-    return {"seconds": seconds, "environment": report["environment"]}
+    # What the processors did in the process's whole life: other programs change it far less.
+    seconds["cpu"] = _cpu_seconds() - used
+    return {"seconds": {**seconds, "load": load}, "environment": report["environment"]}
 
 
-def compare(model: str, *, eager: bool, repeats: int) -> dict[str, Any]:
-    """One first start and `repeats` with its caches: all of them, and the medians."""
+def _cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def compare(
+    model: str, *, eager: bool, repeats: int, options: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """One first start and `repeats` with its caches: all of them, and the medians.
+
+    `options` are further ones of `EdgeVLM`.
+    """
     with tempfile.TemporaryDirectory(prefix="molmo-edge-startup-") as name:
         root = Path(name)
         if model == STUB:
             stub = locate(STUB, default_cache_dir())
             (root / stub.name).symlink_to(stub)
-        settings = {"model": model, "cache_dir": name, "enforce_eager": eager}
+        settings = {**(options or {}), "model": model, "cache_dir": name, "enforce_eager": eager}
         starts = []
         for number in range(1 + repeats):
             starts.append(start(settings))
@@ -94,7 +111,7 @@ def compare(model: str, *, eager: bool, repeats: int) -> dict[str, Any]:
         "first": starts[0]["seconds"],
         "caches_kept": later,
         "caches_kept_median": {
-            stage: statistics.median(one[stage] for one in later) for stage in (*STAGES, "total")
+            name: statistics.median(one[name] for one in later) for name in COLUMNS
         },
         "cache_bytes": kept,
         "environment": starts[0]["environment"],
@@ -103,14 +120,14 @@ def compare(model: str, *, eager: bool, repeats: int) -> dict[str, Any]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown: seconds by stage."""
-    lines = [f"| | {' | '.join((*STAGES, 'total'))} |", "|---" * (len(STAGES) + 2) + "|"]
+    lines = [f"| | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
     for result in results:
-        for name, seconds in (
+        for kind, seconds in (
             ("first start", result["first"]),
             ("caches kept, median", result["caches_kept_median"]),
         ):
-            cells = " | ".join(f"{seconds[stage]:.2f}" for stage in (*STAGES, "total"))
-            lines.append(f"| {result['mode']}, {name} | {cells} |")
+            cells = " | ".join(f"{seconds[name]:.2f}" for name in COLUMNS)
+            lines.append(f"| {result['mode']}, {kind} | {cells} |")
     return "\n".join(lines)
 
 

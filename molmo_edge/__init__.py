@@ -17,12 +17,18 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "EdgeVLM": "molmo_edge.vlm",
-    "Request": "molmo_edge.vlm",
+    "Request": "molmo_edge.requests",
     "Stream": "molmo_edge.stream",
     "Result": "molmo_edge.results",
     "Metrics": "molmo_edge.results",
+    "Score": "molmo_edge.results",
     "Point": "molmo_edge.pointing",
     "PointResult": "molmo_edge.pointing",
+    "PointStream": "molmo_edge.pointing",
+    "parse_points": "molmo_edge.pointing",
+    "PointAnswer": "molmo_edge.answers",
+    "CountResult": "molmo_edge.answers",
+    "Seen": "molmo_edge.watch",
     "State": "molmo_edge.engine.loop",
     "MolmoEdgeError": "molmo_edge.errors",
 }
@@ -30,15 +36,21 @@ _WHERE = {
 __all__ = sorted([*_WHERE, "__version__"])
 
 if TYPE_CHECKING:
+    from molmo_edge.answers import CountResult as CountResult
+    from molmo_edge.answers import PointAnswer as PointAnswer
     from molmo_edge.engine.loop import State as State
     from molmo_edge.errors import MolmoEdgeError as MolmoEdgeError
     from molmo_edge.pointing import Point as Point
     from molmo_edge.pointing import PointResult as PointResult
+    from molmo_edge.pointing import PointStream as PointStream
+    from molmo_edge.pointing import parse_points as parse_points
+    from molmo_edge.requests import Request as Request
     from molmo_edge.results import Metrics as Metrics
     from molmo_edge.results import Result as Result
+    from molmo_edge.results import Score as Score
     from molmo_edge.stream import Stream as Stream
     from molmo_edge.vlm import EdgeVLM as EdgeVLM
-    from molmo_edge.vlm import Request as Request
+    from molmo_edge.watch import Seen as Seen
 
 
 def __getattr__(name: str) -> Any:

@@ -22,18 +22,18 @@ def model_card(
     rows = "\n".join(f"| `{name}` | {error:.4f} |" for name, error in errors.items())
     return f"""# {base}, {form.scheme}
 
-Made from `{base}` by molmo_edge {molmo_edge.__version__} (`molmo-edge quantize --scheme
-{form.scheme}`). The original's licence and terms of use hold for this copy too.
+Made from `{base}` by molmo_edge {molmo_edge.__version__} (`molmo-edge quantize`, scheme
+`{form.scheme}`). The original's licence and terms of use hold for this copy too.
 
-- Linear layers of the language model: {form.summary}. Rounded to nearest. {searched} No pictures
-  and no text were used.
+- Linear layers of the language model: {form.summary}.
+  Rounded to nearest. {searched} No pictures and no text were used.
 - Vision tower, embeddings, norms, biases and LM head: bfloat16.
 - Weights: {in_bytes / 1e9:.2f} GB → {out_bytes / 1e9:.2f} GB.
 - Format: compressed-tensors, `{form.compression}`; vLLM loads it as it is.
 
 Relative error of a layer is the Frobenius norm of (stored - original) over that of the original:
-median {statistics.median(errors.values()):.4f}, largest {errors[worst]:.4f} in `{worst}`. It says
-nothing about answers: measure those with `molmo-edge bench drift` against the original.
+median {statistics.median(errors.values()):.4f}, largest {errors[worst]:.4f} in `{worst}`.
+It says nothing about answers: measure those with `molmo-edge bench drift` against the original.
 
 | layer | relative error |
 |---|---|

@@ -8,7 +8,6 @@ is whole. Knows nothing of terminals.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -91,6 +90,7 @@ def quantize(
     with _nothing_left_behind(work):
         _check_disk(work.parent, planned, resumed)
         work.mkdir(exist_ok=True)
+        _write_json(work / _STATE, {"made_from": planned.fingerprint, "errors": errors})
         done = sum(t.in_bytes for shard in planned.shards[:resumed] for t in shard)
         for index in range(resumed, len(planned.shards)):
             errors.append({})
@@ -105,7 +105,7 @@ def quantize(
         relative_errors = {name: value for part in errors for name, value in part.items()}
         out_bytes = _finish(source, work, planned, form, relative_errors)
         (work / _STATE).unlink()
-        os.rename(work, out)
+        work.rename(out)
     return Quantized(
         out, scheme, relative_errors, planned.in_bytes, out_bytes, time.monotonic() - began, resumed
     )
@@ -225,13 +225,13 @@ def _save(path: Path, tensors: dict[str, Any]) -> None:
         save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata={"format": "pt"})
     except SafetensorError as exc:
         raise OSError(str(exc)) from exc
-    os.replace(part, path)
+    part.replace(path)
 
 
 def _write_json(path: Path, value: Any) -> None:
     part = path.with_suffix(".part")
     part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    part.replace(path)
 
 
 def _require_compressed_tensors() -> None:

@@ -26,11 +26,17 @@ ProfileOption = Annotated[str | None, typer.Option(help="Device profile; see pro
 
 
 @app.command(epilog=examples("molmo-edge doctor", "molmo-edge doctor --profile thor --json"))
-def doctor(profile: ProfileOption = None, as_json: JsonOption = False) -> None:
+def doctor(
+    profile: ProfileOption = None,
+    running: Annotated[
+        bool, typer.Option("--running", help="An engine runs already: leave free memory out.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Look at this machine and installation. Exit status 1 when something will not work."""
     from molmo_edge.devices.doctor import diagnose, diagnosis_lines
 
-    found = diagnose(profile=None if profile is None else load_profile(profile))
+    found = diagnose(profile=None if profile is None else load_profile(profile), running=running)
     if as_json:
         print_json(found.as_dict())
     else:

@@ -103,6 +103,8 @@ def _elf_sections(data: mmap.mmap) -> Iterator[tuple[bytes, int, int]]:
         raise ValueError("not an ELF file this can read")
     (table,) = struct.unpack_from("<Q", data, 0x28)
     entry, count, names = struct.unpack_from("<HHH", data, 0x3A)
+    if table + count * entry > len(data):
+        raise ValueError("the section table lies behind the end")
     headers = []
     for index in range(count):
         name, _, _, _, offset, size = struct.unpack_from("<IIQQQQ", data, table + index * entry)
@@ -110,6 +112,8 @@ def _elf_sections(data: mmap.mmap) -> Iterator[tuple[bytes, int, int]]:
     if names >= len(headers):
         return
     base, length = headers[names][1], headers[names][2]
+    if base + length > len(data):  # offsets have 64 bits, which `find` does not take
+        return
     for name, offset, size in headers:
         end = data.find(b"\0", base + name, base + length)
         if end >= 0 and offset + size <= len(data):

@@ -68,6 +68,7 @@ def diagnose(
     install: Install | None = None,
     profile: Profile | None = None,
     cache_dir: Path | None = None,
+    running: bool = False,
 ) -> Diagnosis:
     """Looks at a machine and an installation. Raises nothing.
 
@@ -76,6 +77,7 @@ def diagnose(
         install: the Python packages; this interpreter's if ``None``.
         profile: to be judged instead of the one that fits.
         cache_dir: molmo_edge's cache root, if it is not the default.
+        running: an engine runs on this machine already, so that free memory says nothing.
     """
     src = system_sources() if sources is None else sources
     packages = installed() if install is None else install
@@ -90,7 +92,7 @@ def diagnose(
         *doctor_machine.profile_findings(device, used, reason),
         *doctor_build.vllm_findings(device, packages),
         *doctor_build.backend_findings(src, device, packages, used),
-        *doctor_machine.memory_findings(device, used),
+        *(() if running else doctor_machine.memory_findings(device, used)),
         *doctor_machine.power_findings(device),
         *doctor_machine.cache_findings(src, found),
     ]

@@ -104,6 +104,13 @@ def plan_build(
         "tensor_parallel_size": 1,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
+        # Greedy decoding would fill free white space until max_tokens; the other backends leave
+        # out parts of a schema without a word.
+        "structured_outputs_config": {
+            "backend": "guidance",
+            "disable_any_whitespace": True,
+            "disable_additional_properties": True,
+        },
         **family.engine_args(settings.max_crops, settings.resize),
     }
     if choice.precision == "fp8" and shape.stored is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import time
 from pathlib import Path
 
@@ -82,6 +83,19 @@ def test_what_is_no_elf_file_is_unknown(tmp_path: Path, content: bytes) -> None:
     assert scan(path) is None
     assert scan(tmp_path / "missing.so") is None
     assert scan(tmp_path) is None
+
+
+def test_offsets_of_64_bits_behind_the_end_are_no_crash(tmp_path: Path) -> None:
+    path = write_library(tmp_path / "x.so", AARCH64)
+    content = bytearray(path.read_bytes())
+    (table,) = struct.unpack_from("<Q", content, 0x28)
+    struct.pack_into("<Q", content, table + 3 * 64 + 24, 2**64 - 1)  # the names' own section
+    path.write_bytes(content)
+    found = scan(path)
+    assert found is not None and found.code == {}
+    struct.pack_into("<Q", content, 0x28, 2**64 - 8)
+    path.write_bytes(content)
+    assert scan(path) is None
 
 
 @given(st.data())
