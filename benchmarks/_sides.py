@@ -177,6 +177,17 @@ class Http:
             return json.load(response)
 
 
+def threads_environment(threads: int | None) -> dict[str, str]:
+    """Holds a CPU engine to so many threads, bound to no core; None leaves them to vLLM.
+
+    With a core for each thread to itself the default is right. Where others compute too, threads
+    wait for each other at the end of every kernel, for far longer than the kernel takes.
+    """
+    if threads is None:
+        return {}
+    return {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
 def server_arguments(llm_args: Mapping[str, Any]) -> list[str]:
     """The engine arguments as the server's command line.
 
@@ -296,7 +307,13 @@ def child(side: str, options: Mapping[str, Any]) -> None:
 class Process:
     """The parent's end of `child`: a side that is asked by `ask(number, tokens)`."""
 
-    def __init__(self, side: str, options: Mapping[str, Any], log: Path) -> None:
+    def __init__(
+        self,
+        side: str,
+        options: Mapping[str, Any],
+        log: Path,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
         self.side, self._log = side, log
         self._file = log.open("w")
         self._process = subprocess.Popen(
@@ -304,6 +321,7 @@ class Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._file,
+            env={**os.environ, **(environ or {})},
             text=True,
         )
 
@@ -345,6 +363,7 @@ class Process:
         return answer
 
     def _lost(self) -> BenchmarkError:
+        self._process.wait(60)  # its last words reach the log before it ends
         tail = self._log.read_text(errors="replace")[-1500:]
         return BenchmarkError(f"the side '{self.side}' ended early:\n{tail}")
 

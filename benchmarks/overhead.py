@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from _pairs import compare, steady_from
-from _sides import Process
+from _sides import Process, threads_environment
 
 from molmo_edge.bench.environment import device_of, versions
 from molmo_edge.bench.store import write_text
@@ -135,6 +135,7 @@ def run(
     request_tokens: int = 128,
     rest_s: float = 0.3,
     time_limit_s: float = float("inf"),
+    threads: int | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Starts the sides, measures them in turns and returns the result document.
@@ -144,6 +145,7 @@ def run(
         warm_up: rounds that are not counted, beside those the change-point rule leaves out.
         rest_s: seconds between two requests.
         time_limit_s: no round begins later than this after the sides are up.
+        threads: of each CPU engine; None leaves them to vLLM. One, where other programs compute.
     """
     if pairs < 1 or min(decode_tokens, request_tokens) < 2:
         raise MolmoEdgeError("overhead needs at least one pair and two tokens.")
@@ -155,7 +157,8 @@ def run(
         told = {}
         for name in names:  # one after another: two starts at once would disturb each other
             progress(f"starting {name}")
-            sides[name] = Process(name, asked, folder / f"{name}.log")
+            environ = threads_environment(threads)
+            sides[name] = Process(name, asked, folder / f"{name}.log", environ)
             stack.callback(sides[name].close)
             told[name] = sides[name].ready()
         load = os.getloadavg()
@@ -180,7 +183,7 @@ def run(
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "kinds": KINDS,
-        "settings": {"pairs": pairs, "warm_up": warm_up, **plan},
+        "settings": {"pairs": pairs, "warm_up": warm_up, "threads": threads, **plan},
         "promised": {"decode_tps": f">= {DECODE_RATIO}", "ttft_s": f"<= {TTFT_RATIO}"},
         "software": versions().model_dump(),
         "device": device_of(engine_device()).model_dump(),
@@ -235,6 +238,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--decode-tokens", type=int, default=513)
     parser.add_argument("--request-tokens", type=int, default=128)
+    parser.add_argument("--warm-up", type=int, default=2, help="rounds that are not counted")
+    parser.add_argument("--threads", type=int, help="of each CPU engine; 1 on a busy machine")
     parser.add_argument("--rest", type=float, default=0.3, help="seconds between requests")
     parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds")
     parser.add_argument("--output", type=Path, help="JSON file for the result")
@@ -248,6 +253,8 @@ def main() -> None:
             decode_tokens=asked.decode_tokens,
             request_tokens=asked.request_tokens,
             rest_s=asked.rest,
+            warm_up=asked.warm_up,
+            threads=asked.threads,
             time_limit_s=asked.time_limit,
             progress=lambda text: print(text, file=sys.stderr, flush=True),
         )

@@ -83,7 +83,7 @@ def pack(wheels: Sequence[Path], output: Path, *, piece_bytes: int = PIECE_BYTES
         raise PackError(f"'{output}' is not empty; name a new folder")
     pieces = _Pieces(output, piece_bytes)
     left_out = 0
-    with tarfile.open(fileobj=pieces, mode="w|xz") as archive:
+    with pieces, tarfile.open(fileobj=pieces, mode="w|xz") as archive:
         for wheel in wheels:
             with zipfile.ZipFile(wheel) as source:
                 for entry in source.infolist():
@@ -183,6 +183,10 @@ class _Pieces(io.RawIOBase):
     def finish(self) -> list[dict[str, object]]:
         self._close_one()
         return self._found
+
+    def close(self) -> None:
+        self._close_one()
+        super().close()
 
     def _close_one(self) -> None:
         if self._file is not None:

@@ -4,7 +4,8 @@
 
 The ways take turns on every repetition, so that whatever else the machine does falls on all of
 them. A way's ratio is the median over repetitions of (its time / our time in the same repetition).
-Also measured: the largest difference of pixels, and what a fresh process's memory grows by.
+Also measured: CPU time of all threads, which other work on the machine disturbs less, the largest
+difference of pixels, and what a fresh process's memory grows by.
 """
 
 from __future__ import annotations
@@ -97,27 +98,31 @@ def measure(height: int, width: int, repeats: int, threads: int) -> dict[str, An
     every = ways()
     expected = every["yardstick"](image)
     samples: dict[str, list[float]] = {name: [] for name in every}
+    cpu: dict[str, list[float]] = {name: [] for name in every}
     difference = {}
     for name, way in every.items():
         difference[name] = float(np.abs(way(image) - expected).max())
     for _ in range(repeats):
         for name, way in every.items():
             given = pil if name.endswith("PIL") else image
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), time.process_time()
             way(given)
             samples[name].append((time.perf_counter() - began) * 1e3)
+            cpu[name].append((time.process_time() - worked) * 1e3)
     rows = {
         name: {
             "ms": spread(times),
             "times_ours": statistics.median(
                 a / b for a, b in zip(times, samples[OURS], strict=True)
             ),
+            "cpu_ms": statistics.median(cpu[name]),
             "max_pixel_difference": difference[name],
             "samples_ms": [round(t, 3) for t in times],
         }
         for name, times in samples.items()
     }
-    return {"height": height, "width": width, "ways": rows, "memory": memory(height, width, threads)}
+    grown = memory(height, width, threads)
+    return {"height": height, "width": width, "ways": rows, "memory": grown}
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -184,7 +189,7 @@ def main() -> None:
             print(
                 f"  {name:26} median {ms['median']:7.1f} ms  ({ms['q1']:.1f}-{ms['q3']:.1f}, "
                 f"min {ms['min']:.1f})  {row['times_ours']:5.1f} × ours  "
-                f"max pixel difference {row['max_pixel_difference']:.1e}"
+                f"CPU {row['cpu_ms']:.1f} ms  max pixel difference {row['max_pixel_difference']:.1e}"
             )
         if results[-1]["memory"] is not None:
             found = results[-1]["memory"]

@@ -16,11 +16,11 @@ from molmo_edge.errors import QuantizeError
 
 Scheme = Literal["fp8", "w4a16", "nvfp4"]
 
-# Rows in work at a time: bounds memory, since rows are independent of each other.
-_ROWS = 2048
-# Multiples of the scale that just covers a group: smaller ones clip its largest value and round
-# all others more finely, the one above 1 spares the positive end of -8..7.
-_SEARCH = (1.0, 1.0667, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64)
+# Values in work at a time, whole rows: NVFP4's packing needs some hundred bytes for each.
+_VALUES = 1 << 22
+# Multiples of compressed-tensors' own scale, largest value / 7.5 for 4-bit integers: smaller ones
+# clip that value and round all others more finely. 15/14 and 15/16 put it on 7 and on -8.
+_SEARCH = (1.0, 15 / 14, 15 / 16, 0.9, 0.86, 0.82, 0.78, 0.74, 0.7, 0.66)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Format:
         """Bytes of a stored weight, scales included."""
         rows, columns = shape
         scales = rows * (1 if self.group is None else columns // self.group)
-        return rows * columns * self.bits // 8 + scales * self.scale_dtype.itemsize + 64
+        return rows * columns * self.bits // 8 + scales * int(self.scale_dtype.itemsize) + 64
 
 
 FORMATS: Mapping[str, Format] = {
@@ -116,6 +116,8 @@ class Packed:
     relative_error: float
 
 
+# compressed-tensors compiles one small function of NVFP4's, which asks for a C++ compiler.
+@torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator, unused-ignore]
 def pack(weight: torch.Tensor, form: Format) -> Packed:
     """Stores a weight, (rows, columns) of any float dtype, rounding to the nearest value.
 
@@ -134,8 +136,8 @@ def pack(weight: torch.Tensor, form: Format) -> Packed:
         shared["weight_global_scale"] = generate_gparam(low, high)
     parts: list[dict[str, torch.Tensor]] = []
     wrong = whole = 0.0
-    for rows in weight.split(_ROWS):
-        rows = rows.float()
+    for part in weight.split(max(1, _VALUES // max(weight.shape[1], 1))):
+        rows = part.float()
         scale = _best_scale(rows, form, shared.get("weight_global_scale"))
         made = form.compressor.compress(
             {"weight": rows, "weight_scale": scale, **shared}, form.quantization_scheme
@@ -147,7 +149,7 @@ def pack(weight: torch.Tensor, form: Format) -> Packed:
         whole += float(rows.square().sum(dtype=torch.float64))
         parts.append({**made, "weight_scale": made["weight_scale"].to(form.scale_dtype)})
     tensors = {
-        suffix: torch.cat([part[suffix] for part in parts])
+        suffix: torch.cat([stored[suffix] for stored in parts])
         for suffix in parts[0]
         if suffix not in ("weight_shape", *shared)
     }

@@ -136,7 +136,8 @@ def _finish(
     """Everything beside the weights; returns the bytes of all weight files."""
     from safetensors import safe_open
 
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for index in range(len(planned.shards)):
         file = planned.file(index)
         total += (work / file).stat().st_size

@@ -72,7 +72,7 @@ class EdgeSettings(BaseSettings):
         mm_processor_cache_gb: cache of preprocessed pictures in GiB, 0 for none.
         speculation: ``ngram`` drafts tokens from the prompt.
         max_queue: requests that may wait before new ones are refused.
-        stall_s: seconds without progress after which the engine counts as dead.
+        stall_s: seconds after which a single engine step is reported as a stall.
         cache_dir: root of every cache on disk; ``~`` is the home folder.
         max_image_bytes: largest encoded picture, in bytes.
         max_image_pixels: largest decoded picture, in pixels.

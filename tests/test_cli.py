@@ -257,8 +257,8 @@ def test_sources_that_cannot_be_watched_are_one_line(
         ["ask", "missing.png", "What?"],
         ["ask", "https://example.com/a.png", "What?"],
         ["caption", "."],
-        ["plan", "no/such/model"],
-        ["plan", "allenai/Molmo-7B-D-0924", "--device", "abacus"],
+        ["plan", "--model", "no/such/model"],
+        ["plan", "--model", "allenai/Molmo-7B-D-0924", "--device", "abacus"],
         ["doctor", "--profile", "abacus"],
         ["config", "show", "--config", "missing.toml"],
     ],
@@ -326,8 +326,8 @@ def test_the_commands_about_the_machine_answer(run: Callable[..., Ended]) -> Non
     told = run("profiles", "--json").json
     assert told["chosen"] in [one["name"] for one in told["profiles"]]
     assert "thor" in run("profiles").out
-    assert run("plan", "allenai/Molmo-7B-D-0924", "--device", "thor", "--json").json["rows"]
-    assert "tok/s" in run("plan", "allenai/Molmo-7B-D-0924", "--device", "thor").out
+    assert run("plan", "--device", "thor", "--json").json["rows"]
+    assert "tok/s" in run("plan", "--model", "allenai/Molmo-7B-D-0924", "--device", "thor").out
     diagnosis = run("doctor", "--json")
     assert diagnosis.status == (0 if diagnosis.json["healthy"] else 1)
     assert "Profile" in run("doctor").out

@@ -50,12 +50,14 @@ def doctor(
 
 @app.command(
     epilog=examples(
-        "molmo-edge plan allenai/Molmo-7B-D-0924 --device thor",
-        "molmo-edge plan path/to/checkpoint --batch 4 --json",
+        "molmo-edge plan --device thor --model allenai/Molmo-7B-D-0924",
+        "molmo-edge plan --model path/to/checkpoint --batch 4 --json",
     )
 )
 def plan(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder, or a hub name that is known.")],
+    model: Annotated[
+        str, typer.Option(help="Checkpoint folder, or a hub name that is known.")
+    ] = "allenai/Molmo-7B-D-0924",
     device: Annotated[
         str | None, typer.Option(help="thor, rtx5080, …; left out, this machine.")
     ] = None,

@@ -60,7 +60,12 @@ class VllmEngine:
             output_kind=self._delta,
         )
         with PROCESS_LOCK:
-            self._engine.add_request(request_id, rendered.prompt, params)
+            try:
+                self._engine.add_request(request_id, rendered.prompt, params)
+            except BaseException:
+                # The half that turns tokens into text may know it already.
+                self._engine.abort_request([request_id])
+                raise
 
     def step(self) -> list[Update]:
         with PROCESS_LOCK:

@@ -249,7 +249,8 @@ def _mask(view: View, layout: Layout) -> torch.Tensor:
     def covered(start: int, length: int, crops: int) -> npt.NDArray[np.int64]:
         edge = np.arange(crops)[:, None] * STRIDE + np.arange(GRID)[None, :] * PATCH
         inside = np.minimum(edge + PATCH, start + length) - np.maximum(edge, start)
-        return np.maximum(inside, 0)
+        covered_pixels: npt.NDArray[np.int64] = np.maximum(inside, 0)
+        return covered_pixels
 
     down = covered(view.top, view.height, layout.rows)
     across = covered(view.left, view.width, layout.cols)

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import threading
 import time
-from collections.abc import Coroutine
 from typing import Any
 
 import pytest
@@ -254,11 +253,9 @@ def test_an_event_loop_may_end_while_its_requests_run() -> None:
             await anext(streams[0])
 
         asyncio.run(leave())
-        # Another loop, or none, reads on.
         assert asyncio.run(streams[0].aresult()).text == f"q {WORDS}"
         loop = asyncio.new_event_loop()
-        coroutine: Coroutine[Any, Any, Any] = vlm.aquery(None, "q", **FOREVER)
-        task = loop.create_task(coroutine)
+        task = loop.create_task(vlm.aquery(None, "q", **FOREVER))
         loop.run_until_complete(asyncio.sleep(0.05))
         task.cancel()
         loop.run_until_complete(asyncio.gather(task, return_exceptions=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -108,7 +108,7 @@ def test_the_context_ends_an_answer(vlm: EdgeVLM) -> None:
 
 
 def test_bad_input_is_refused_and_the_next_request_is_right(vlm: EdgeVLM) -> None:
-    for bad, kind in [
+    cases: list[tuple[Callable[[], object], type[MolmoEdgeError]]] = [
         (lambda: vlm.query(None, ""), PromptError),
         (lambda: vlm.query(None, "look <im_patch> here"), PromptError),
         (lambda: vlm.query(None, "<|endoftext|>"), PromptError),
@@ -116,7 +116,8 @@ def test_bad_input_is_refused_and_the_next_request_is_right(vlm: EdgeVLM) -> Non
         (lambda: vlm.query(b"nothing", "q"), ImageError),
         (lambda: vlm.query(None, "q", top_p=0), SamplingError),
         (lambda: vlm.query(None, "q", json_schema={"type": "nonsense"}), MolmoEdgeError),
-    ]:
+    ]
+    for bad, kind in cases:
         if kind is MolmoEdgeError and vlm.environment["model"] == "fake":
             continue  # it spells its script, whatever the schema
         with pytest.raises(kind):

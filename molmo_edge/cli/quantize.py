@@ -1,0 +1,52 @@
+"""`quantize`: a checkpoint with fewer bytes a token."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from molmo_edge.cli.common import JsonOption, complaints, console, examples, print_json
+
+app = typer.Typer()
+
+
+@app.command(
+    epilog=examples(
+        "molmo-edge quantize path/to/Molmo-7B-D-0924 Molmo-7B-D-w4a16 --scheme w4a16",
+        "molmo-edge quantize path/to/Molmo-7B-D-0924 Molmo-7B-D-fp8 --scheme fp8",
+    )
+)
+def quantize(
+    model: Annotated[Path, typer.Argument(help="Checkpoint folder, not quantised yet.")],
+    out: Annotated[Path, typer.Argument(help="Output folder; must not exist.")],
+    scheme: Annotated[str, typer.Option(help="fp8, w4a16 or nvfp4.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Write a quantised copy of a checkpoint that vLLM loads as it is.
+
+    Needs no GPU. The same command goes on where an interrupted one stopped.
+    """
+    from molmo_edge.quantize import quantize as run
+
+    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=complaints, transient=True) as bar:
+        task = bar.add_task("Reading headers …", total=None)
+
+        def progress(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, description=name)
+
+        done = run(model, out, scheme, progress=progress)
+    if as_json:
+        print_json({**dataclasses.asdict(done), "folder": str(done.folder)})
+        return
+    worst = max(done.relative_errors, key=lambda name: done.relative_errors[name])
+    console.print(
+        f"{done.folder}: {done.in_bytes / 1e9:.2f} GB → {done.out_bytes / 1e9:.2f} GB, "
+        f"{len(done.relative_errors)} layers, largest relative error "
+        f"{done.relative_errors[worst]:.4f} ({worst}), {done.seconds:.0f} s.",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip

@@ -1,0 +1,189 @@
+"""Restarting, calls into the engine's thread, and engines that nobody holds any more."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import pytest
+
+from molmo_edge import EdgeVLM
+from molmo_edge.engine.fake import FakeEngine, Fault
+from molmo_edge.engine.seam import Update
+from molmo_edge.errors import (
+    EngineClosedError,
+    EngineDeadError,
+    EngineError,
+    EngineStartError,
+    RequestCancelled,
+)
+from tests.engine.support import (
+    WORDS,
+    assert_each_ended_once,
+    echo,
+    eventually,
+    in_threads,
+    opened,
+)
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def test_the_engines_thread_answers_calls_but_asks_itself_nothing() -> None:
+    fake = FakeEngine.factory()
+    with opened(fake) as vlm:
+        assert vlm.in_engine_thread(lambda engine: engine is fake.engine)
+        again = vlm.in_engine_thread(lambda _: vlm.in_engine_thread(lambda engine: engine.closed))
+        assert again is False
+        with pytest.raises(ZeroDivisionError):
+            vlm.in_engine_thread(lambda engine: 1 // 0)
+        with pytest.raises(EngineError, match="own thread"):
+            vlm.in_engine_thread(lambda engine: vlm.query(None, "q"))
+        assert vlm.state == "ready"
+        with pytest.raises(SystemExit):
+            vlm.in_engine_thread(lambda engine: exec("raise SystemExit"))
+        eventually(lambda: vlm.state == "dead")
+        with pytest.raises(EngineDeadError):
+            vlm.in_engine_thread(lambda engine: 1)
+
+
+def test_a_call_in_a_busy_engine_that_dies_is_woken() -> None:
+    step = threading.Event()
+    fake = FakeEngine.factory(
+        holds={"step": step}, faults=[Fault("step", RuntimeError("broken"), 1)]
+    )
+    ends: list[BaseException] = []
+    with opened(fake) as vlm:
+        stream = vlm.stream(None, "q")
+        fake.wait_for("step")
+
+        def call() -> None:
+            try:
+                vlm.in_engine_thread(lambda engine: 1)
+            except EngineDeadError as exc:
+                ends.append(exc)
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        eventually(lambda: not vlm._loop._inbox.empty())
+        step.set()
+        thread.join()
+        assert len(ends) == 1
+        assert stream.done
+
+
+def test_restarting_a_living_engine_frees_the_old_one_first() -> None:
+    fake = FakeEngine.factory(echo, step_s=0.001)
+    with opened(fake) as vlm:
+        stream = vlm.stream(None, "q", ignore_eos=True, max_tokens=10**6)
+        for i in range(5):
+            vlm.restart()
+            assert len(fake.engines) == i + 2
+            assert all(engine.closed for engine in fake.engines[:-1])
+            assert vlm.query(None, "q").text == f"q {WORDS}"
+        with pytest.raises(EngineClosedError):
+            stream.result()
+
+
+def test_a_restart_that_fails_leaves_a_dead_engine_that_can_be_restarted() -> None:
+    error = OSError("no device")
+    fake = FakeEngine.factory(echo, faults=[Fault("build", error, number=2)])
+    with opened(fake) as vlm:
+        with pytest.raises(EngineStartError):
+            vlm.restart()
+        assert vlm.state == "dead" and vlm.cause is error
+        with pytest.raises(EngineDeadError):
+            vlm.query(None, "q")
+        vlm.restart()
+        assert vlm.query(None, "q").text == f"q {WORDS}"
+
+
+def test_a_close_during_a_restart_wins() -> None:
+    build = threading.Event()
+    build.set()
+    fake = FakeEngine.factory(echo, holds={"build": build})
+    vlm = EdgeVLM(engine=fake)
+    build.clear()
+    ends: list[BaseException] = []
+
+    def restart() -> None:
+        try:
+            vlm.restart()
+        except EngineClosedError as exc:
+            ends.append(exc)
+
+    thread = threading.Thread(target=restart)
+    thread.start()
+    fake.wait_for("build", 2)
+    assert not vlm.close(timeout=0.01)
+    build.set()
+    thread.join()
+    assert vlm.close() and vlm.state == "closed"
+    assert len(ends) == 1
+    assert all(engine.closed for engine in fake.engines)
+
+
+def test_an_engine_that_nobody_holds_closes_behind_the_answers_still_being_read() -> None:
+    fake = FakeEngine.factory(echo)
+    vlm = EdgeVLM(engine=fake)
+    stream = vlm.stream(None, "q")
+    gone = weakref.ref(vlm)
+    del vlm
+    gc.collect()
+    assert gone() is None
+    assert stream.result().text == f"q {WORDS}"
+    eventually(lambda: fake.engine.closed)
+
+
+def test_a_dead_engine_is_not_kept_by_the_error_that_killed_it() -> None:
+    class Heavy(FakeEngine):
+        def step(self) -> list[Update]:
+            tensors = self
+            raise RuntimeError(f"broken with {type(tensors).__name__}")
+
+    engines: list[weakref.ref[Heavy]] = []
+
+    def build() -> Heavy:
+        engine = Heavy()
+        engines.append(weakref.ref(engine))
+        return engine
+
+    vlm = EdgeVLM(engine=build)
+    with pytest.raises(EngineDeadError) as caught:
+        vlm.query(None, "q")
+    eventually(lambda: not vlm._loop._thread.is_alive())
+    gc.collect()
+    assert engines[0]() is None
+    assert caught.value.__cause__ is vlm.cause
+    vlm.close()
+
+
+def test_a_hundred_lives_leave_nothing() -> None:
+    before = len(gc.get_objects())
+    for i in range(100):
+        with EdgeVLM(engine=FakeEngine.factory(echo)) as vlm:
+            assert vlm.query(None, "q").text
+            if i % 2:
+                vlm.stream(None, "q")
+        if i == 10:
+            gc.collect()
+            before = len(gc.get_objects())
+    del vlm
+    gc.collect()
+    assert len(gc.get_objects()) - before < 500
+
+
+def test_cancelling_after_the_end_changes_nothing() -> None:
+    fake = FakeEngine.factory(echo)
+    with opened(fake) as vlm:
+        stream = vlm.stream(None, "q")
+        result = stream.result()
+        stream.cancel()
+        assert stream.result() == result
+        cancelled = vlm.stream(None, "q", max_tokens=10**6, ignore_eos=True)
+        in_threads([cancelled.cancel] * 8)
+        with pytest.raises(RequestCancelled):
+            cancelled.result()
+        eventually(lambda: not fake.engine.running)
+    assert_each_ended_once(fake.engine)
