@@ -174,8 +174,8 @@ def concurrency(tell: Tell, options: Options) -> None:
                 {
                     "users": users,
                     "total_tps": statistics.median(users * tokens / wall for wall, _ in later),
-                    "user_tps": statistics.median(m.output_tps for _, f in later for m in f),
-                    "ttft_s": statistics.median(m.ttft_s for _, f in later for m in f),
+                    "user_tps": _median([m.output_tps for _, f in later for m in f]),
+                    "ttft_s": _median([m.ttft_s for _, f in later for m in f]),
                     "wall_s": [wall for wall, _ in later],
                 }
             )
@@ -218,7 +218,8 @@ def telemetry(tell: Tell, options: Options) -> None:
                         time.sleep(0.2)
                     else:
                         seed += 1
-                        tokens += _ask(vlm, TWO_CROPS, 64, seed=seed, max_crops=1).metrics.output_tokens
+                        answer = _ask(vlm, TWO_CROPS, 64, seed=seed, max_crops=1)
+                        tokens += answer.metrics.output_tokens
                 after = counter_j()
             summary = sampler.summary()
             watts = summary.power_w
@@ -300,6 +301,11 @@ def growth(marks: list[dict[str, Any]], name: str) -> float | None:
         return None
     early = statistics.median(values[quarter : 2 * quarter])
     return statistics.median(values[-quarter:]) / early - 1 if early else None
+
+
+def _median(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 def _device_bytes() -> int | None:

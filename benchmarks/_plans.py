@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 SEVEN_B = "allenai/Molmo-7B-D-0924"
@@ -56,6 +56,16 @@ def cases(device: str, *, gpu_bytes: int | None = None) -> list[Case]:
     return list(_cuda(gpu_bytes) if device == "cuda" else _cpu())
 
 
+def with_backends(case: Case, attention: str | None, vision: str | None) -> Case:
+    """The case with these backends wherever it leaves them to vLLM; None changes nothing."""
+    wanted = {"attention_backend": attention, "mm_encoder_attn_backend": vision}
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    key = "engine_args" if case.stage == "verify" else "engine"
+    if not wanted or case.kind == "copy":
+        return case
+    return replace(case, options={**case.options, key: {**wanted, **case.options.get(key, {})}})
+
+
 def _verify(name: str, **options: Any) -> Case:
     return Case("verify", name, options)
 
@@ -97,12 +107,13 @@ def _cuda(gpu_bytes: int | None) -> Iterator[Case]:
     yield Case("overhead", "stub", {"engine": {"model": "stub", **share}, "run": run})
     # Two engines of 17 GB and their caches, with room for activations.
     if gpu_bytes is None or gpu_bytes > 60e9:
-        yield Case("overhead", "7b", {"engine": {**seven, "precision": "bf16", **share}, "run": run})
+        large = {**seven, "precision": "bf16", **share}
+        yield Case("overhead", "7b", {"engine": large, "run": run})
     many = {**seven, "max_num_seqs": 32}
     load = {"engine": many, "users": [1, 2, 4, 8, 16, 32], "tokens": 128, "runs": 3}
     yield Case("concurrency", "1 to 32", load)
-    yield Case("warm", "7b", {"model": SEVEN_B, "eager": False, "repeats": 2,
-                              "engine": {"load_format": "dummy"}})  # fmt: skip
+    starts = {"model": SEVEN_B, "eager": False, "repeats": 2, "engine": {"load_format": "dummy"}}
+    yield Case("warm", "7b", starts)
     yield Case("telemetry", "idle and load", {"engine": seven, "seconds": 30})
     mixed = {"engine": {**seven, "max_num_seqs": 8}, "seconds": 240, "tokens": 128, "large": True}
     yield Case("soak", "mixed load", mixed)
@@ -118,8 +129,8 @@ def _cpu() -> Iterator[Case]:
         engine = {**small, "precision": precision, "kv_cache_dtype": kv}
         yield Case("decode", f"{precision} kv {kv}", {"engine": engine, "tokens": 17, "runs": 2})
     run = {"pairs": 3, "warm_up": 1, "decode_tokens": 65, "request_tokens": 9, "time_limit_s": 120}
-    yield Case("overhead", "stub", {"engine": {"model": "stub", "max_model_len": 2048,
-                                               "kv_cache_memory_gb": 0.25}, "run": run})  # fmt: skip
+    stub = {"model": "stub", "max_model_len": 2048, "kv_cache_memory_gb": 0.25}
+    yield Case("overhead", "stub", {"engine": stub, "run": run})
     load = {"engine": small, "users": [1, 2, 4], "tokens": 8, "runs": 1}
     yield Case("concurrency", "1 to 4", load)
     yield Case("warm", "stub", {"model": "stub", "eager": True, "repeats": 1, "engine": {}})

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from _checks import run_case
-from _plans import LIMITS_S, STAGES, Case, cases
+from _plans import LIMITS_S, STAGES, Case, cases, with_backends
 from _summary import markdown
 
 from molmo_edge.bench.environment import device_of, versions
@@ -46,7 +46,7 @@ def begin(output: Path, device: DeviceInfo) -> dict[str, Any]:
     Raises:
         BenchmarkError: the file is something else, or of another machine or software.
     """
-    fresh = {
+    fresh: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -170,7 +170,7 @@ def child(text: str, parts: Path) -> None:
 
 def _reasons(exc: BaseException | None) -> str:
     """An error and those it came from, the last lines of each."""
-    lines = []
+    lines: list[str] = []
     while exc is not None and len(lines) < 4:
         lines.append(f"{type(exc).__name__}: {str(exc).strip()[-600:]}")
         exc = exc.__cause__
@@ -184,6 +184,8 @@ def main() -> None:
     parser.add_argument("--stages", default=",".join(STAGES), help="of " + ", ".join(STAGES))
     parser.add_argument("--cases", help="only cases whose name contains this")
     parser.add_argument("--limit", type=float, help="seconds of each stage, instead of its own")
+    parser.add_argument("--attention", help="language backend of cases that name none")
+    parser.add_argument("--vision", help="vision backend of cases that name none")
     parser.add_argument("--again", action="store_true", help="run finished cases once more")
     parser.add_argument("--table", action="store_true", help="only print the file's tables")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -206,7 +208,7 @@ def main() -> None:
                 "says why"
             )
         planned = [
-            case
+            with_backends(case, asked.attention, asked.vision)
             for case in cases(asked.device, gpu_bytes=device.memory_total_bytes)
             if case.stage in wanted and (asked.cases is None or asked.cases in case.name)
         ]

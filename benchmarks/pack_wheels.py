@@ -75,7 +75,7 @@ def placed(path: str) -> str | None:
 
 def pack(wheels: Sequence[Path], output: Path, *, piece_bytes: int = PIECE_BYTES,
          patterns: Sequence[str] = DROPPED) -> dict[str, object]:  # fmt: skip
-    """Writes pieces and their manifest into `output`, an empty or new folder; returns the latter."""
+    """Writes pieces and their manifest into `output`, empty or new; returns the manifest."""
     if not wheels or piece_bytes < 1:
         raise PackError("give at least one wheel, and pieces of at least one byte")
     output.mkdir(parents=True, exist_ok=True)

@@ -189,7 +189,7 @@ def main() -> None:
             print(
                 f"  {name:26} median {ms['median']:7.1f} ms  ({ms['q1']:.1f}-{ms['q3']:.1f}, "
                 f"min {ms['min']:.1f})  {row['times_ours']:5.1f} × ours  "
-                f"CPU {row['cpu_ms']:.1f} ms  max pixel difference {row['max_pixel_difference']:.1e}"
+                f"CPU {row['cpu_ms']:.1f} ms  pixels off by {row['max_pixel_difference']:.1e}"
             )
         if results[-1]["memory"] is not None:
             found = results[-1]["memory"]

@@ -11,7 +11,7 @@
     │   ├── PromptError                  the text cannot be used
     │   │   └── PromptTooLongError       prompt (and image) tokens do not fit the context
     │   └── SamplingError                a sampling option is out of range
-    ├── RequestError                     one request ended without a result; `.partial` keeps its text
+    ├── RequestError                     one request ended early; `.partial` keeps its text
     │   ├── RequestTimeout (TimeoutError)    its deadline passed
     │   ├── RequestCancelled             it was cancelled
     │   └── GenerationError              the engine refused or lost this one request

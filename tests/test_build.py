@@ -211,7 +211,16 @@ def test_the_cache_warning_is_one_line_said_once(
     assert "\n" not in warnings[0].getMessage()
     caplog.clear()
     planned(LAPTOP, folder)
+    assert [record.getMessage()[:12] for record in caplog.records] == ["The KV cache"]
+    caplog.clear()
+    planned(LAPTOP, folder, kv_cache_dtype="auto")
     assert not caplog.records
+
+
+def test_float32_keeps_the_cache_exact_unless_asked_otherwise(folder: Path) -> None:
+    assert planned(H100, folder, dtype="float32").llm_args["kv_cache_dtype"] == "auto"
+    asked = planned(H100, folder, dtype="float32", kv_cache_dtype="fp8")
+    assert asked.llm_args["kv_cache_dtype"] == "fp8"
 
 
 def test_no_warning_for_models_with_tame_keys(

@@ -34,10 +34,10 @@ class CaseDrift(_Part):
     """One prompt. Log-probabilities are natural; distances are pixels of the picture.
 
     ``equal_greedy`` is the share of places in the reference's answer at which both configurations
-    find the same token likeliest, of the whole vocabulary. ``kl`` is the divergence of the other from the reference
-    in nats, the 20 candidates and all the rest as one. ``first_divergence`` is the index of the
-    first token in which free answers differ, null where they do not. Point distances pair nearest
-    points first, and are null where one of the answers has none.
+    find the same token likeliest, of the whole vocabulary. ``kl`` is the divergence of the other
+    from the reference in nats, the 20 candidates and all the rest as one. ``first_divergence`` is
+    the index of the first token in which free answers differ, null where they do not. Point
+    distances pair nearest points first, and are null where one of the answers has none.
     """
 
     name: str

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from molmo_edge.cli import asking, machine, pointing, proof, speed, watching
+from molmo_edge.cli import asking, machine, pointing, proof, quantize, speed, watching
 from molmo_edge.cli.common import complain, environment_line
 from molmo_edge.errors import MolmoEdgeError
 
@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _part in (asking, pointing, watching, proof, speed, machine):
+for _part in (asking, pointing, watching, proof, speed, quantize, machine):
     app.add_typer(_part.app)
 
 

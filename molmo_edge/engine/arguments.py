@@ -86,8 +86,9 @@ def plan_build(
     _check_profile(profile, device)
     engine_args = _checked(settings.engine_args)
     shape = model_shape(folder)
-    kv, backend = _kv_cache(settings, device, shape)
+    kv, backend = _kv_cache(settings, device, shape, profile, asked="kv_cache_dtype" in asked)
     choice = _precision(settings, device, shape, profile, asked="precision" in asked)
+    _check_kernels(shape, settings, device)
     dtype = "bfloat16" if settings.dtype == "auto" else settings.dtype
     args: dict[str, Any] = {
         "model": str(folder),
@@ -173,10 +174,23 @@ def _check_profile(profile: Profile, device: DeviceInfo) -> None:
 
 
 def _kv_cache(
-    settings: EdgeSettings, device: DeviceInfo, shape: ModelShape
+    settings: EdgeSettings,
+    device: DeviceInfo,
+    shape: ModelShape,
+    profile: Profile,
+    *,
+    asked: bool,
 ) -> tuple[str, str | None]:
     """KV cache dtype and the attention backend that goes with it."""
     wanted, backend = settings.kv_cache_dtype, settings.attention_backend
+    if not asked and settings.dtype == "float32":
+        # Who asks for float32 wants the reference's numbers, not eight bits in between.
+        return "auto", backend
+    if not asked and wanted == "auto":
+        _say(
+            f"The KV cache keeps the model's dtype instead of FP8: profile {profile.name} must run "
+            "on devices without it. Set kv_cache_dtype=fp8 where there is AVX-512 or sm_89."
+        )
     check_kv_cache_dtype(wanted, device, backend)
     check_kv_room(_longest(settings, shape), _kv_bytes(settings))
     warning = kv_cache_warning(wanted, qwen2=shape.qwen2)
@@ -204,6 +218,18 @@ def _precision(
     if choice.fallback:
         _say(choice.reason)
     return choice
+
+
+def _check_kernels(shape: ModelShape, settings: EdgeSettings, device: DeviceInfo) -> None:
+    """Refuses what vLLM's CPU backend loads, and then has no kernel for."""
+    if device.kind != "cpu":
+        return
+    if shape.stored == "nvfp4":
+        raise ConfigError("vLLM's CPU backend has no kernel for nvfp4 checkpoints; it needs a GPU.")
+    if shape.stored == "w4a16" and settings.dtype == "float32":
+        raise ConfigError(
+            "vLLM's CPU kernel for w4a16 checkpoints has no float32; use dtype=bfloat16."
+        )
 
 
 def _label(choice: Choice, settings: EdgeSettings) -> str:

@@ -23,7 +23,7 @@ def adapted(processor: type[Any]) -> type[Any]:
     if not hasattr(processor, _TOKENS_HOOK):
         return processor
 
-    class Adapted(processor):  # type: ignore[misc, valid-type]
+    class Adapted(processor):  # type: ignore[misc]
         """The hooks of vLLM 0.26 over those of 0.32."""
 
         def _call_hf_processor(

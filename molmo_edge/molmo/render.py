@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from PIL import Image
 from vllm.inputs.engine import mm_input, tokens_input
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
 
@@ -58,16 +58,18 @@ class MolmoRenderer:
             self._check_length(len(ids), 0)
             return Rendered(tokens_input(ids), len(ids), 0, ids)
         processor = self._image_processor.with_options(max_crops=options.get("max_crops"))
-        layout = processor.layout(images[0])
+        # Once: Pillow copies all pixels each time it is asked for an array.
+        pixels = np.asarray(images[0])
+        layout = processor.layout(pixels)
         # Before the pixels are touched: a prompt that does not fit costs nothing.
         total = 1 + layout.n_tokens + len(text_ids)
         self._check_length(total, layout.n_tokens)
-        inputs = processor.inputs(images[0])
+        inputs = processor.inputs(pixels)
         ids = [self._encoder.bos, *layout.tokens(self._ids).tolist(), *text_ids]
         prompt = mm_input(
             prompt_token_ids=ids,
             mm_kwargs=self._tensors(inputs),
-            mm_hashes={"image": [self._hash(images[0], processor)]},
+            mm_hashes={"image": [self._hash(pixels, processor)]},
             mm_placeholders={"image": [self._place(inputs)]},
         )
         return Rendered(prompt, total, layout.n_tokens, ids)
@@ -107,10 +109,10 @@ class MolmoRenderer:
             offset=1, length=len(tokens), is_embed=tokens == self._ids.patch
         )
 
-    def _hash(self, image: Image.Image, processor: MolmoImageProcessor) -> str:
+    def _hash(self, pixels: npt.NDArray[np.uint8], processor: MolmoImageProcessor) -> str:
         if not self._hashing:
             return f"image-{next(self._number)}"
         # Pixels are RGB here, so mode and palette cannot make two pictures collide.
-        digest = hashlib.blake2b(np.asarray(image).data, digest_size=16)
-        digest.update(repr((image.size, processor.max_crops, processor.resize)).encode())
+        digest = hashlib.blake2b(pixels.data, digest_size=16)
+        digest.update(repr((pixels.shape, processor.max_crops, processor.resize)).encode())
         return digest.hexdigest()

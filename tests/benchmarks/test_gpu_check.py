@@ -133,6 +133,16 @@ def test_the_gpu_plan_holds_what_has_to_be_proved() -> None:
     assert [case.name for case in found if case.stage == "overhead"] == ["stub"]
 
 
+def test_backends_are_given_where_a_case_names_none() -> None:
+    found = {case.name: case for case in _plans.cases("cuda")}
+    named = _plans.with_backends(found["float32 TRITON_ATTN vision TORCH_SDPA"], "A", "B")
+    assert named.options["engine_args"]["mm_encoder_attn_backend"] == "TORCH_SDPA"
+    free = _plans.with_backends(found["bf16 kv auto"], "A", "B")
+    assert free.options["engine"]["attention_backend"] == "A"
+    assert free.options["engine"]["model"] == _plans.SEVEN_B
+    assert _plans.with_backends(found["copy"], "A", "B") == found["copy"]
+
+
 def test_memory_that_grows_is_seen_and_the_first_quarter_may_warm_up() -> None:
     flat = [{"rss_bytes": value} for value in (50, 100, 100, 100, 100, 100, 100, 100)]
     rising = [{"rss_bytes": 100 + 10 * i} for i in range(8)]
