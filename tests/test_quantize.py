@@ -357,6 +357,8 @@ def test_the_real_engine_runs_it_as_the_dequantised_yardstick(
     scheme: str, tmp_path: Path
 ) -> None:
     """Through vLLM's own kernels, which compute in bfloat16 (and fp8 rounds activations too)."""
+    # Measured: 0.03 for w4a16; 0.10 for fp8, whose activations have three bits of mantissa.
+    kernels = {"w4a16": 0.1, "fp8": 0.2}[scheme]
     torch.set_num_threads(2)
     original = write_checkpoint(tmp_path / "original", seed=3)
     quantised = quantize.quantize(original, tmp_path / "out", scheme).folder
@@ -368,7 +370,7 @@ def test_the_real_engine_runs_it_as_the_dequantised_yardstick(
         quantised, dtype="bfloat16", max_model_len=1024, max_num_seqs=1, kv_cache_memory_gb=0.1
     ) as vlm:
         for name, image in pictures.items():
-            for expected, bound in ((meant[name], 0.1), (whole[name], 0.75)):
+            for expected, bound in ((meant[name], kernels), (whole[name], 0.75)):
                 found = vlm.score(image, QUESTION, expected.token_ids).logprobs
                 pairs = zip(found, expected.logprobs, strict=True)
                 assert max(abs(a - b) for a, b in pairs) < bound
