@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from molmo_edge import EdgeVLM, Request
@@ -163,3 +165,20 @@ def test_two_engines_live_in_one_process(stub_vlm: EdgeVLM, cache_dir: Path) -> 
         assert stub_vlm.query(None, "x", max_tokens=3).text == "This is the"
     # Closing one must not take away what the other shares with it.
     assert stub_vlm.query(None, "x", max_tokens=3).text == "This is the"
+
+
+def test_rendering_leaves_no_thread_pool_behind(stub_vlm: EdgeVLM) -> None:
+    """A second OpenMP pool would halve the engine's speed on a CPU."""
+    big = np.zeros((900, 1200, 3), np.uint8)
+    stub_vlm.query(big, "x", max_tokens=1)
+    counts = []
+
+    def ask() -> None:
+        counts.append(psutil.Process().num_threads())
+        stub_vlm.query(big, "x", max_tokens=1)
+        counts.append(psutil.Process().num_threads())
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert counts[1] <= counts[0]
