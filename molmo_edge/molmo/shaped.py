@@ -6,13 +6,10 @@ before its files are downloaded. The tokenizer has the real number of tokens, no
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 
 from molmo_edge.devices.model_configs import KNOWN
-from molmo_edge.errors import ModelError
-from molmo_edge.molmo.synthetic import Family, Shape, write_description
+from molmo_edge.molmo.synthetic import Family, Shape, ensure_written, write_description
 
 _VERSION = 1
 
@@ -42,25 +39,8 @@ def ensure_shaped(name: str, cache_dir: Path) -> Path:
 
     Raises ModelError when the cache folder cannot be written.
     """
-    folder = cache_dir / f"shaped-{_VERSION}" / name.rsplit("/", 1)[-1]
-    if (folder / "config.json").is_file():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # Written aside and renamed: a killed or concurrent start leaves no half checkpoint.
-        work = Path(tempfile.mkdtemp(prefix="shaped-", dir=folder.parent))
-        try:
-            write_description(work, *shape_of(name))
-            try:
-                work.rename(folder)
-            except OSError:
-                if not (folder / "config.json").is_file():
-                    raise
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    except OSError as exc:
-        raise ModelError(
-            f"The description of {name} (a few MB) cannot be written into '{cache_dir}'. Free "
-            "space there, or name another folder with cache_dir or MOLMO_EDGE_CACHE_DIR."
-        ) from exc
-    return folder
+    return ensure_written(
+        cache_dir / f"shaped-{_VERSION}" / name.rsplit("/", 1)[-1],
+        lambda folder: write_description(folder, *shape_of(name)),
+        f"The description of {name} (a few MB)",
+    )

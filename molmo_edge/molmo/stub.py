@@ -7,16 +7,14 @@ Its tiny language model is built, not drawn: embedding and head hold a next-toke
 from __future__ import annotations
 
 import itertools
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 
-from molmo_edge.errors import ModelError
 from molmo_edge.molmo.synthetic import (
     Shape,
     Weights,
+    ensure_written,
     random_tensor,
     random_weights,
     vocabulary,
@@ -42,28 +40,11 @@ def ensure_stub(cache_dir: Path) -> Path:
 
     Raises ModelError when the cache folder cannot be written.
     """
-    folder = cache_dir / f"stub-{_VERSION}"
-    if (folder / "config.json").is_file():
-        return folder
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        # Written aside and renamed: a killed or concurrent start leaves no half checkpoint.
-        work = Path(tempfile.mkdtemp(prefix="stub-", dir=cache_dir))
-        try:
-            write_checkpoint(work, weights=_weights(Shape()))
-            try:
-                work.rename(folder)
-            except OSError:
-                if not (folder / "config.json").is_file():
-                    raise
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    except OSError as exc:
-        raise ModelError(
-            f"The stub checkpoint (0.6 GB) cannot be written into '{cache_dir}'. Free space there, "
-            "or name another folder with cache_dir or MOLMO_EDGE_CACHE_DIR."
-        ) from exc
-    return folder
+    return ensure_written(
+        cache_dir / f"stub-{_VERSION}",
+        lambda folder: write_checkpoint(folder, weights=_weights(Shape())),
+        "The stub checkpoint (0.6 GB)",
+    )
 
 
 def _weights(shape: Shape) -> Weights:
