@@ -134,6 +134,8 @@ def power(
     """
     clock = summary.clocks_mhz.get("gpu")
     ceiling.gpu_mhz = clock.mean if clock else None
+    slowed = summary.throttled
+    ceiling.throttled = slowed.maximum > 0 if slowed else None
     done = [sample for sample in row.samples if sample.error is None]
     tokens = sum(sample.output_tokens or 0 for sample in done)
     if summary.energy_j is not None and tokens:

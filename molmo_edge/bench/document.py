@@ -180,6 +180,7 @@ class Ceiling(_Part):
 
     Watts, joules and tokens a second a watt are of decode alone at batch 1, of the whole row
     otherwise; ``row_joules_per_token`` is always of the whole row, prefill included.
+    ``throttled``: power or heat held the clocks down at some time of the row.
     """
 
     bytes_per_token: float | None = None

@@ -13,6 +13,9 @@ from molmo_edge.devices.sources import Sources
 # Numbers of nvml.h, so that a stand-in for pynvml needs functions only.
 CLOCK_GRAPHICS, CLOCK_MEMORY = 0, 2
 TEMPERATURE_GPU = 0
+# Reasons for clocks below what the load asks for: the power limit, heat, and the hardware's own
+# brakes. An idle GPU, clocks that the user set, and GPUs kept in step have others.
+_SLOWED = 0x04 | 0x08 | 0x20 | 0x40 | 0x80
 
 
 def gpus_hidden(sources: Sources) -> bool:
@@ -107,6 +110,13 @@ class Nvml:
         """A whole number the driver gives for this GPU, else ``None``."""
         value = self.device(function, *args)
         return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    def slowed(self) -> bool | None:
+        """Whether power or heat holds the clocks down now; ``None`` when the driver is silent."""
+        reasons = self.number("nvmlDeviceGetCurrentClocksEventReasons")
+        if reasons is None:  # the function's name before driver 535
+            reasons = self.number("nvmlDeviceGetCurrentClocksThrottleReasons")
+        return None if reasons is None else bool(reasons & _SLOWED)
 
     def clock(self, kind: int) -> tuple[int | None, int | None] | None:
         """Current and maximum clock in MHz; ``None`` when neither is known."""

@@ -33,6 +33,7 @@ class Probes:
         temperature_c: of the GPU, or of the hottest part of a processor.
         memory_used_bytes: of GPU memory, or of main memory where the two are one.
         utilisation: of the GPU, 0 to 1.
+        throttled: 1 while power or heat holds the GPU's clocks down, else 0.
     """
 
     power_w: Probe | None = None
@@ -43,6 +44,7 @@ class Probes:
     temperature_c: Probe | None = None
     memory_used_bytes: Probe | None = None
     utilisation: Probe | None = None
+    throttled: Probe | None = None
 
 
 def find_probes(src: Sources, nvml: Nvml) -> Probes:
@@ -73,6 +75,7 @@ def find_probes(src: Sources, nvml: Nvml) -> Probes:
         temperature_c=temperature,
         memory_used_bytes=_first(_nvml_memory(nvml), _host_memory(src)),
         utilisation=utilisation,
+        throttled=_first(nvml.slowed),
     )
 
 

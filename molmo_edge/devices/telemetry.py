@@ -21,6 +21,7 @@ from molmo_edge.errors import ConfigError
 __all__ = ["Sample", "Sampler", "Summary", "parse_tegrastats"]
 
 _KEPT = 20_000  # raw samples, over an hour at the default interval; aggregates go on for ever
+_STATISTICS = ("power_w", "temperature_c", "memory_used_bytes", "utilisation", "throttled")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Sample:
     temperature_c: float | None
     memory_used_bytes: float | None
     utilisation: float | None
+    throttled: float | None
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Summary:
     Attributes:
         duration_s: from start to stop, or to now.
         samples: readings taken.
-        power_w, temperature_c, memory_used_bytes, utilisation: statistics over the samples.
+        power_w, temperature_c, memory_used_bytes, utilisation, throttled: statistics over the
+            samples; the mean of `throttled` is the share of them that found the GPU slowed down.
         power_scope: what the power is of: "board input", "board rails" or "gpu".
         energy_j: joules over the duration; ``energy_method`` is "counter" (the driver's own) or
             "integrated" (power over time), ``energy_scope`` what it is of.
@@ -72,6 +75,7 @@ class Summary:
     temperature_c: Stats | None
     memory_used_bytes: Stats | None
     utilisation: Stats | None
+    throttled: Stats | None
     cpu_share: float | None
 
     def as_dict(self) -> dict[str, Any]:
@@ -181,11 +185,12 @@ class Sampler:
             temperature_c=probes.temperature_c() if probes.temperature_c else None,
             memory_used_bytes=probes.memory_used_bytes() if probes.memory_used_bytes else None,
             utilisation=probes.utilisation() if probes.utilisation else None,
+            throttled=probes.throttled() if probes.throttled else None,
         )
         with self._lock:
             self._samples.append(sample)
             self._taken += 1
-            for name in ("power_w", "temperature_c", "memory_used_bytes", "utilisation"):
+            for name in _STATISTICS:
                 self._running.setdefault(name, _Running()).add(getattr(sample, name))
             for name, mhz in sample.clocks_mhz.items():
                 self._running.setdefault(f"clock {name}", _Running()).add(mhz)
@@ -223,6 +228,7 @@ class Sampler:
                 temperature_c=stats.get("temperature_c"),
                 memory_used_bytes=stats.get("memory_used_bytes"),
                 utilisation=stats.get("utilisation"),
+                throttled=stats.get("throttled"),
                 cpu_share=self._cpu_s / duration if self._cpu_s is not None and duration else None,
             )
 

@@ -101,7 +101,7 @@ def test_without_a_bandwidth_the_share_is_unknown() -> None:
     assert measured.ceiling.bandwidth_share is None
 
 
-def seen(watts: float | None, joules: float | None) -> Seen:
+def seen(watts: float | None, joules: float | None, slowed: float | None = None) -> Seen:
     return Seen(
         duration_s=50.0,
         samples=500,
@@ -114,6 +114,7 @@ def seen(watts: float | None, joules: float | None) -> Seen:
         temperature_c=None,
         memory_used_bytes=None,
         utilisation=None,
+        throttled=None if slowed is None else Stats(slowed / 2, 0.0, slowed, 500),
         cpu_share=None,
     )
 
@@ -123,8 +124,17 @@ def readings(offset: float) -> list[Reading]:
     for i in range(500):
         t = i / 10
         decoding = t % 10 >= 1.0
-        out.append(Reading(t + offset, 70.0 if decoding else 30.0, {}, None, None, None))
+        out.append(Reading(t + offset, 70.0 if decoding else 30.0, {}, None, None, None, None))
     return out
+
+
+@pytest.mark.parametrize(("slowed", "throttled"), [(None, None), (0.0, False), (1.0, True)])
+def test_a_row_in_which_the_clocks_were_held_down_says_so(
+    slowed: float | None, throttled: bool | None
+) -> None:
+    ceiling = Ceiling()
+    ceilings.power(ceiling, row(), seen(66.0, 3300.0, slowed), readings(0.0))
+    assert ceiling.throttled is throttled
 
 
 @pytest.mark.parametrize("offset", [0.0, 2.5])

@@ -86,6 +86,12 @@ class RecordedNvml:
     def nvmlDeviceGetUtilizationRates(self, handle: dict[str, Any]) -> SimpleNamespace:
         return SimpleNamespace(gpu=_given(handle, "utilisation"), memory=0)
 
+    def nvmlDeviceGetCurrentClocksEventReasons(self, handle: dict[str, Any]) -> int:
+        return int(_given(handle, "clocks_event_reasons"))
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: dict[str, Any]) -> int:
+        return int(_given(handle, "clocks_throttle_reasons"))
+
 
 def _given(values: dict[str, Any], key: str) -> Any:
     if key not in values:

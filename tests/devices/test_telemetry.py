@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pynvml
 import pytest
 
 from molmo_edge.devices.nvml import Nvml
@@ -196,3 +197,27 @@ def test_probes_are_chosen_once() -> None:
         probes = find_probes(sources, nvml)
     assert set(probes.clocks_mhz) == {"cpu"}
     assert probes.temperature_c is not None and probes.temperature_c() == 51.0
+
+
+@pytest.mark.parametrize("name", ["clocks_event_reasons", "clocks_throttle_reasons"])
+@pytest.mark.parametrize(
+    ("reasons", "throttled"),
+    [(0, 0.0), (pynvml.nvmlClocksEventReasonGpuIdle, 0.0),
+     (pynvml.nvmlClocksEventReasonApplicationsClocksSetting, 0.0),
+     (pynvml.nvmlClocksEventReasonSwPowerCap, 1.0),
+     (pynvml.nvmlClocksEventReasonSwThermalSlowdown, 1.0),
+     (pynvml.nvmlClocksThrottleReasonHwSlowdown, 1.0),
+     (pynvml.nvmlClocksThrottleReasonHwThermalSlowdown, 1.0),
+     (pynvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown, 1.0)],
+)  # fmt: skip
+def test_power_and_heat_throttle_and_other_reasons_do_not(
+    name: str, reasons: int, throttled: float
+) -> None:
+    source = machine("rtx5080")
+    source.nvml.recording["devices"][0][name] = reasons
+    found = sampled(source).throttled
+    assert found is not None and (found.mean, found.maximum) == (throttled, throttled)
+
+
+def test_without_the_drivers_word_throttling_is_unknown() -> None:
+    assert sampled(machine("thor")).throttled is None
