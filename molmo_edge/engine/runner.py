@@ -99,12 +99,9 @@ class Runner:
     # Steps.
 
     def _obey(self) -> None:
-        while True:
-            try:
-                command = self._inbox.get_nowait()
-            except queue.Empty:
-                return
-            command(self)
+        # Nobody else takes from it, so what is there stays there.
+        while not self._inbox.empty():
+            self._inbox.get_nowait()(self)
 
     def _step(self, engine: Engine) -> None:
         self._watchdog.step_began = time.monotonic()

@@ -294,6 +294,9 @@ def test_the_interpreters_exit_does_not_hang(way: str) -> None:
 
 def test_ctrl_c_in_a_script_ends_it() -> None:
     script = textwrap.dedent(_EXIT) + textwrap.dedent("""
+        import signal
+        # Shells start what runs in their background with SIGINT ignored, and that is inherited.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         vlm = EdgeVLM(engine=FakeEngine.factory(step_s=0.001))
         print("asking", flush=True)
         vlm.query(None, "q", **forever)
