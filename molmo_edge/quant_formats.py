@@ -16,8 +16,9 @@ from molmo_edge.errors import QuantizeError
 
 Scheme = Literal["fp8", "w4a16", "nvfp4"]
 
-# Values in work at a time, whole rows: NVFP4's packing needs some hundred bytes for each.
-_VALUES = 1 << 22
+# Values in work at a time, whole rows: few enough for a processor's caches, and NVFP4's packing
+# needs some hundred bytes for each.
+_VALUES = 1 << 19
 # Multiples of compressed-tensors' own scale, largest value / 7.5 for 4-bit integers: smaller ones
 # clip that value and round all others more finely. 15/14 and 15/16 put it on 7 and on -8.
 _SEARCH = (1.0, 15 / 14, 15 / 16, 0.9, 0.86, 0.82, 0.78, 0.74, 0.7, 0.66)
@@ -109,7 +110,8 @@ class Packed:
 
     Attributes:
         tensors: suffix of the layer's name → tensor, as compressed-tensors names them.
-        relative_error: Frobenius norm of (stored - original) over that of the original.
+        relative_error: Frobenius norm of (stored - original) over that of the original, each
+            column counting as much as it was said to.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -118,11 +120,12 @@ class Packed:
 
 # compressed-tensors compiles one small function of NVFP4's, which asks for a C++ compiler.
 @torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator, unused-ignore]
-def pack(weight: torch.Tensor, form: Format) -> Packed:
+def pack(weight: torch.Tensor, form: Format, importance: torch.Tensor | None = None) -> Packed:
     """Stores a weight, (rows, columns) of any float dtype, rounding to the nearest value.
 
-    The scale of each group is the one of `form.search` with the least squared error. The error is
-    that of what compressed-tensors unpacks again, in float32.
+    The scale of each group is the one of `form.search` with the least squared error, in which a
+    column counts as `importance` says, (columns,) from 0 up; None is 1 for all. The error is that
+    of what compressed-tensors unpacks again, in float32.
 
     Raises QuantizeError for values that are no finite numbers.
     """
@@ -138,15 +141,15 @@ def pack(weight: torch.Tensor, form: Format) -> Packed:
     wrong = whole = 0.0
     for part in weight.split(max(1, _VALUES // max(weight.shape[1], 1))):
         rows = part.float()
-        scale = _best_scale(rows, form, shared.get("weight_global_scale"))
+        scale = _best_scale(rows, form, shared.get("weight_global_scale"), importance)
         made = form.compressor.compress(
             {"weight": rows, "weight_scale": scale, **shared}, form.quantization_scheme
         )
         again = form.compressor.decompress(
             {**made, "weight_scale": made["weight_scale"].float()}, form.quantization_scheme
         )["weight"]
-        wrong += float((again.float() - rows).square().sum(dtype=torch.float64))
-        whole += float(rows.square().sum(dtype=torch.float64))
+        wrong += float(_squares(again.float() - rows, importance).sum(dtype=torch.float64))
+        whole += float(_squares(rows, importance).sum(dtype=torch.float64))
         parts.append({**made, "weight_scale": made["weight_scale"].to(form.scale_dtype)})
     tensors = {
         suffix: torch.cat([stored[suffix] for stored in parts])
@@ -165,8 +168,15 @@ def unpack(tensors: Mapping[str, torch.Tensor], form: Format) -> torch.Tensor:
     return weight.float()
 
 
+def _squares(rows: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
+    return rows.square() if importance is None else rows.square() * importance
+
+
 def _best_scale(
-    rows: torch.Tensor, form: Format, global_scale: torch.Tensor | None
+    rows: torch.Tensor,
+    form: Format,
+    global_scale: torch.Tensor | None,
+    importance: torch.Tensor | None,
 ) -> torch.Tensor:
     """(rows, groups) float32, each rounded to what can be stored."""
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
@@ -181,7 +191,7 @@ def _best_scale(
         scale, _ = calculate_qparams(low * factor, high * factor, args, global_scale)
         scale = scale.to(form.scale_dtype).float()
         tried = fake_quantize(rows, scale, None, args, global_scale=global_scale)
-        wrong = (tried.float() - rows).view_as(groups).square().sum(-1)
+        wrong = _squares(tried.float() - rows, importance).view_as(groups).sum(-1)
         better = wrong < least
         best[better], least[better] = scale[better], wrong[better]
     return best

@@ -1,0 +1,79 @@
+"""Small checkpoints to quantise, and their tensors by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from molmo_edge.molmo.synthetic import Shape, write_checkpoint
+from molmo_edge.quant_formats import FORMATS, format_of, unpack
+
+# Relative error of round-to-nearest on normal weights, with some room.
+TYPICAL = {"fp8": 0.03, "w4a16": 0.11, "nvfp4": 0.095}
+SCHEMES = tuple(FORMATS)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint folder."""
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def layer_of(tensors: dict[str, torch.Tensor], layer: str) -> dict[str, torch.Tensor]:
+    """Stored parts of one layer, the bias left out."""
+    start = layer + "."
+    return {
+        name.removeprefix(start): value
+        for name, value in tensors.items()
+        if name.startswith(start) and not name.endswith(".bias")
+    }
+
+
+def write_small(folder: Path) -> Path:
+    """A checkpoint in float32 whose tower has one block; no engine loads it."""
+    return write_checkpoint(folder, seed=3, shape=Shape(vit_blocks=1), dtype=torch.float32)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Small tensors gain nothing from more than one, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
+class Killed(BaseException):
+    """Ends a run as Ctrl-C does."""
+
+
+def plain_tensors(folder: Path, scheme: str) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors under the hub's names, by compressed-tensors' own code."""
+    tensors = tensors_of(folder)
+    for layer in [n.removesuffix(".weight_scale") for n in tensors if n.endswith(".weight_scale")]:
+        parts = layer_of(tensors, layer)
+        for suffix in parts:
+            del tensors[f"{layer}.{suffix}"]
+        tensors[f"{layer}.weight"] = unpack(parts, format_of(scheme))
+    return tensors
+
+
+def dequantised(folder: Path, out: Path, scheme: str) -> Path:
+    """The same as a checkpoint."""
+    out.mkdir()
+    save_file(plain_tensors(folder, scheme), out / "model.safetensors")
+    for path in folder.glob("*.json"):
+        if path.name != "model.safetensors.index.json":
+            shutil.copy(path, out)
+    config = json.loads((out / "config.json").read_text())
+    del config["quantization_config"]
+    (out / "config.json").write_text(json.dumps(config))
+    return out
