@@ -2,7 +2,8 @@
 
 Every start is a fresh process. The first has an empty cache root, the next ones what it left there:
 code compiled by torch, Triton, FlashInfer and the CUDA driver. The checkpoint is not part of that:
-the stub is written beforehand, and its files are in the page cache for all of them.
+the stub is written beforehand, and its files are in the page cache for all of them. With
+`--cold-weights` they are dropped from it before each start, as behind a reboot.
 
     python benchmarks/startup.py --repeats 3 --out benchmarks/results/startup.json
 """
@@ -23,11 +24,16 @@ from typing import Any
 
 from molmo_edge.checkpoints import STUB, default_cache_dir, locate
 from molmo_edge.devices.caches import CACHE_VARIABLES
+from molmo_edge.devices.headers import weight_files
 from molmo_edge.errors import BenchmarkError
 
-STAGES = ("interpreter", "imports", "config", "engine", "first_token")
-"""Python itself; molmo_edge, torch and vLLM; settings, device and checkpoint; `vllm.LLM`; the
-answer's first token, picture preprocessing included. Together they are the whole time."""
+PARTS = ("weights", "compile", "profile", "warmup")
+"""Of `vllm.LLM`, as `EdgeVLM.startup` has them; unknown where vLLM does not show them."""
+
+STAGES = ("interpreter", "imports", "config", *PARTS, "rest", "first_token")
+"""Python itself; molmo_edge, torch and vLLM; settings, device and checkpoint; `vllm.LLM` in parts
+and what is left of it; the answer's first token, picture preprocessing included. Together they are
+the whole time."""
 
 COLUMNS = (*STAGES, "total", "cpu")
 """Wall-clock seconds, and processor seconds of the whole process, its end included."""
@@ -38,8 +44,6 @@ LIMIT_S = 1800.0
 def child(settings: dict[str, Any]) -> None:
     """One start: prints its stages as a line of JSON. Wall clock, which the parent shares."""
     running = time.time()
-    import torch  # noqa: F401  # else it would count as config, where the stub asks for it first
-
     from molmo_edge import EdgeVLM
     from molmo_edge.bench.cases import standard
 
@@ -49,12 +53,15 @@ def child(settings: dict[str, Any]) -> None:
         up = time.time()
         metrics = vlm.query(case.image, case.question, max_tokens=8, ignore_eos=True).metrics
         began = vlm.startup
+        known = {name: began[name] for name in PARTS}
         report = {
             "running_at": running,
             "first_token_at": up + (metrics.ttft_s or 0.0),
             "imports_s": imported - running + began["imports"],
-            "config_s": up - imported - began["total"],
-            "engine_s": began["engine"],
+            # With the little that comes behind the engine.
+            "config_s": up - imported - began["imports"] - began["engine"],
+            **{f"{name}_s": seconds for name, seconds in known.items()},
+            "rest_s": began["engine"] - sum(seconds or 0.0 for seconds in known.values()),
             "first_token_s": metrics.ttft_s,
             "environment": dict(vlm.environment),
         }
@@ -88,7 +95,12 @@ def _cpu_seconds() -> float:
 
 
 def compare(
-    model: str, *, eager: bool, repeats: int, options: dict[str, Any] | None = None
+    model: str,
+    *,
+    eager: bool,
+    repeats: int,
+    options: dict[str, Any] | None = None,
+    cold_weights: bool = False,
 ) -> dict[str, Any]:
     """One first start and `repeats` with its caches: all of them, and the medians.
 
@@ -102,6 +114,8 @@ def compare(
         settings = {**(options or {}), "model": model, "cache_dir": name, "enforce_eager": eager}
         starts = []
         for number in range(1 + repeats):
+            if cold_weights:
+                drop_weights(locate(model, root))
             starts.append(start(settings))
             total = starts[-1]["seconds"]["total"]
             kind = "caches kept" if number else "first start"
@@ -110,14 +124,29 @@ def compare(
     later = [one["seconds"] for one in starts[1:]]
     return {
         "mode": "eager" if eager else "torch.compile",
+        "cold_weights": cold_weights,
         "first": starts[0]["seconds"],
         "caches_kept": later,
-        "caches_kept_median": {
-            name: statistics.median(one[name] for one in later) for name in COLUMNS
-        },
+        "caches_kept_median": {name: middle([one[name] for one in later]) for name in COLUMNS},
         "cache_bytes": kept,
         "environment": starts[0]["environment"],
     }
+
+
+def drop_weights(folder: Path) -> None:
+    """Takes the weights out of the page cache, as far as no other process has them mapped."""
+    for path in weight_files(folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)
+
+
+def middle(values: list[float | None]) -> float | None:
+    """The median, None where a value is unknown."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if len(known) == len(values) else None
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -128,7 +157,8 @@ def table(results: list[dict[str, Any]]) -> str:
             ("first start", result["first"]),
             ("caches kept, median", result["caches_kept_median"]),
         ):
-            cells = " | ".join(f"{seconds[name]:.2f}" for name in COLUMNS)
+            told = ["?" if seconds[name] is None else f"{seconds[name]:.2f}" for name in COLUMNS]
+            cells = " | ".join(told)
             lines.append(f"| {result['mode']}, {kind} | {cells} |")
     return "\n".join(lines)
 
@@ -139,6 +169,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="starts with caches kept")
     parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"),
                         default=["eager", "compiled"])  # fmt: skip
+    parser.add_argument("--cold-weights", action="store_true",
+                        help="drop the weights from the page cache before each start")  # fmt: skip
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -149,7 +181,12 @@ def main() -> None:
         parser.error("--repeats must be 1 or more")
     load = os.getloadavg()[0]
     results = [
-        compare(options.model, eager=mode == "eager", repeats=options.repeats)
+        compare(
+            options.model,
+            eager=mode == "eager",
+            repeats=options.repeats,
+            cold_weights=options.cold_weights,
+        )
         for mode in options.modes
     ]
     print(table(results))

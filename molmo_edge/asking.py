@@ -10,12 +10,13 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Unpack, overload
 
 from molmo_edge.errors import MolmoEdgeError, PromptError
-from molmo_edge.images import ImageLike, ImageLimits
+from molmo_edge.images import ImageLike
 from molmo_edge.opening import Opening
 from molmo_edge.requests import (
     Asked,
     Options,
     Request,
+    check_options,
     check_token_ids,
     single_turn,
     turns_of,
@@ -29,8 +30,6 @@ T = TypeVar("T")
 
 class Asking(Opening):
     """Query, chat, batch and score."""
-
-    _limits: ImageLimits
 
     def query(self, image: ImageLike | None, text: str, **options: Unpack[Options]) -> Result:
         """Answers one question about a picture, or about none.
@@ -49,7 +48,7 @@ class Asking(Opening):
 
     def stream(self, image: ImageLike | None, text: str, **options: Unpack[Options]) -> Stream:
         """Like `query`, but returns at once with the answer's text as it comes."""
-        return self._open(lambda: single_turn(image, text, self._limits), options)
+        return self._open(lambda load: single_turn(image, text, load), options)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[Options]) -> Result:
         """Answers the last message of a conversation; its picture belongs to the first.
@@ -63,7 +62,7 @@ class Asking(Opening):
         self, messages: Sequence[Mapping[str, Any]], **options: Unpack[Options]
     ) -> Stream:
         """Like `chat`, but returns at once with the answer's text as it comes."""
-        return self._open(lambda: turns_of(messages, self._limits), options)
+        return self._open(lambda load: turns_of(messages, load), options)
 
     def score(
         self,
@@ -85,17 +84,19 @@ class Asking(Opening):
 
         Raises:
             PromptError: the answer is empty or not token ids, or candidates do not match it.
+            SamplingError: `max_crops` is not from 1 to the engine's.
         """
         ids = check_token_ids(answer)
         others = [[] for _ in ids] if candidates is None else [list(c) for c in candidates]
         if len(others) != len(ids):
             raise PromptError("Give candidates for each token of the answer, or none at all.")
-        turns = single_turn(image, text, self._limits)
+        crops = check_options({"max_crops": max_crops}, self.settings.max_crops).max_crops
+        turns = single_turn(image, text, self._loader(crops))
 
         def ask(i: int) -> Stream:
             wanted = tuple(dict.fromkeys([ids[i], *others[i]]))
-            asked = Asked(Sampling(max_tokens=1, logprob_token_ids=wanted), max_crops, None)
-            return self._submit(lambda: turns, asked, answer=ids[:i], wait=True)
+            asked = Asked(Sampling(max_tokens=1, logprob_token_ids=wanted), crops, None)
+            return self._submit(lambda _: turns, asked, answer=ids[:i], wait=True)
 
         first = ask(0)
         results = [first.result()]
@@ -164,14 +165,12 @@ class Asking(Opening):
         self, image: ImageLike | None, text: str, **options: Unpack[Options]
     ) -> Result:
         """`query` for asyncio; cancelling the task frees the sequence."""
-        stream = await self._aopen(lambda: single_turn(image, text, self._limits), options)
+        stream = await self._aopen(lambda load: single_turn(image, text, load), options)
         return await stream.aresult()
 
     def astream(self, image: ImageLike | None, text: str, **options: Unpack[Options]) -> AStream:
         """`stream` for asyncio: ``async for`` over it, or ``await`` it for the `Stream`."""
-        return AStream(
-            lambda: self._aopen(lambda: single_turn(image, text, self._limits), options)
-        )
+        return AStream(lambda: self._aopen(lambda load: single_turn(image, text, load), options))
 
     async def abatch(
         self, requests: Iterable[Request], *, return_exceptions: bool = False
@@ -181,7 +180,7 @@ class Asking(Opening):
         results: list[Result | MolmoEdgeError] = []
         try:
             for request in requests:
-                turns = functools.partial(single_turn, request.image, request.text, self._limits)
+                turns = functools.partial(single_turn, request.image, request.text)
                 opening = self._aopen(turns, request.options(), wait=True)
                 streams.append(await _acaught(opening))
             for one in streams:
@@ -194,7 +193,7 @@ class Asking(Opening):
 
     def _open_request(self, request: Request) -> Stream:
         return self._open(
-            lambda: single_turn(request.image, request.text, self._limits),
+            lambda load: single_turn(request.image, request.text, load),
             request.options(),
             wait=True,
         )

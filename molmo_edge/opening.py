@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 from molmo_edge.engine.errors_map import mapped
 from molmo_edge.engine.loop import EngineLoop
@@ -15,28 +16,31 @@ from molmo_edge.engine.pool import RenderPool
 from molmo_edge.engine.seam import Turn
 from molmo_edge.engine.structured import check_schema
 from molmo_edge.engine.ticket import Ticket
-from molmo_edge.requests import Asked, Options, check_options
+from molmo_edge.families import Family
+from molmo_edge.images import ImageLimits, load_for
+from molmo_edge.requests import Asked, Loader, Options, check_options
 from molmo_edge.settings import EdgeSettings
 from molmo_edge.stream import Stream
+
+Turns: TypeAlias = Callable[[Loader], list[Turn]]
+"""Makes a request's turns with the loader it is given; called in the thread that renders."""
 
 
 class Opening:
     """Opens requests on the engine that `EdgeVLM` keeps."""
 
     settings: EdgeSettings
+    family: Family | None
+    _limits: ImageLimits
     _loop: EngineLoop
     _pool: RenderPool
     _ids: itertools.count[int]
 
-    def _open(
-        self, turns: Callable[[], list[Turn]], options: Options, *, wait: bool = False
-    ) -> Stream:
+    def _open(self, turns: Turns, options: Options, *, wait: bool = False) -> Stream:
         """Checks the options, then as `_submit`."""
         return self._submit(turns, check_options(options, self.settings.max_crops), wait=wait)
 
-    async def _aopen(
-        self, turns: Callable[[], list[Turn]], options: Options, *, wait: bool = False
-    ) -> Stream:
+    async def _aopen(self, turns: Turns, options: Options, *, wait: bool = False) -> Stream:
         """As `_open`; renders and waits without blocking the event loop."""
         asked, started = check_options(options, self.settings.max_crops), time.monotonic()
         loop = self._loop
@@ -50,7 +54,7 @@ class Opening:
 
     def _submit(
         self,
-        turns: Callable[[], list[Turn]],
+        turns: Turns,
         asked: Asked,
         *,
         answer: Sequence[int] = (),
@@ -68,10 +72,19 @@ class Opening:
             raise
         return stream
 
+    def _loader(self, max_crops: int | None) -> Loader:
+        """Loads pictures for a request with this `max_crops`, None for the engine's own."""
+        family, crops = self.family, max_crops or self.settings.max_crops
+        if family is None or self.settings.jpeg_scale == "full":
+            return lambda image: load_for(image, None, self._limits)
+        return lambda image: load_for(
+            image, lambda size: family.scaled_size(size, crops), self._limits
+        )
+
     def _render(
         self,
         loop: EngineLoop,
-        turns: Callable[[], list[Turn]],
+        turns: Turns,
         asked: Asked,
         answer: Sequence[int],
         started: float,
@@ -80,7 +93,10 @@ class Opening:
         if asked.sampling.json_schema is not None:
             check_schema(engine, asked.sampling.json_schema)
         with mapped("render"):
-            rendered = engine.render(turns(), {"max_crops": asked.max_crops, "answer": answer})
+            rendered = engine.render(
+                turns(self._loader(asked.max_crops)),
+                {"max_crops": asked.max_crops, "answer": answer},
+            )
         return Ticket(
             f"request-{next(self._ids)}",
             rendered,

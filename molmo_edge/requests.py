@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict, cast
+from typing import Any, TypeAlias, TypedDict, cast
 
 from molmo_edge.engine.seam import Turn
 from molmo_edge.errors import ImageError, PromptError, SamplingError
-from molmo_edge.images import ImageLike, ImageLimits, load
+from molmo_edge.images import ImageLike, Loaded
 from molmo_edge.sampling import DEFAULT_MAX_TOKENS, Sampling, check_timeout
 from molmo_edge.structured import JsonSchema, Reader, prepare
+
+Loader: TypeAlias = Callable[[ImageLike], Loaded]
+"""Loads a picture as one request wants it. Raises ImageError."""
 
 
 class Options(TypedDict, total=False):
@@ -112,13 +115,12 @@ def check_token_ids(answer: Sequence[int]) -> list[int]:
     return ids
 
 
-def single_turn(image: ImageLike | None, text: str, limits: ImageLimits) -> list[Turn]:
+def single_turn(image: ImageLike | None, text: str, load: Loader) -> list[Turn]:
     """One user turn. Raises ImageError for a picture that cannot be used."""
-    images = () if image is None else (load(image, limits),)
-    return [Turn("user", text, images)]
+    return [loaded_turn("user", text, [] if image is None else [load(image)])]
 
 
-def turns_of(messages: Sequence[Mapping[str, Any]], limits: ImageLimits) -> list[Turn]:
+def turns_of(messages: Sequence[Mapping[str, Any]], load: Loader) -> list[Turn]:
     """Chat messages to turns.
 
     Each message is ``{"role": "user" | "assistant", "content": …}``, its content a text or a list
@@ -129,10 +131,10 @@ def turns_of(messages: Sequence[Mapping[str, Any]], limits: ImageLimits) -> list
     """
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
         raise PromptError("messages must be a list of {'role': …, 'content': …}.")
-    return [_turn(i, message, limits) for i, message in enumerate(messages, start=1)]
+    return [_turn(i, message, load) for i, message in enumerate(messages, start=1)]
 
 
-def _turn(number: int, message: Mapping[str, Any], limits: ImageLimits) -> Turn:
+def _turn(number: int, message: Mapping[str, Any], load: Loader) -> Turn:
     if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
         raise PromptError(f"Message {number} must be a mapping with 'role' and 'content' alone.")
     role, content = message["role"], message["content"]
@@ -148,7 +150,7 @@ def _turn(number: int, message: Mapping[str, Any], limits: ImageLimits) -> Turn:
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
         elif kind == "image" and part.get("image") is not None:
-            images.append(load(part["image"], limits))
+            images.append(load(part["image"]))
         else:
             raise PromptError(
                 f"Message {number}: a part must be {{'type': 'text', 'text': …}} or "
@@ -156,4 +158,10 @@ def _turn(number: int, message: Mapping[str, Any], limits: ImageLimits) -> Turn:
             )
     if images and role == "assistant":
         raise ImageError(f"Message {number}: an assistant's message cannot hold an image.")
-    return Turn(role, "\n".join(texts), tuple(images))
+    return loaded_turn(role, "\n".join(texts), images)
+
+
+def loaded_turn(role: str, text: str, images: Sequence[Loaded]) -> Turn:
+    """A turn with pictures, and the sizes they had."""
+    pictures = tuple(one.picture for one in images)
+    return Turn(role, text, pictures, tuple(one.size for one in images))

@@ -61,6 +61,9 @@ class EdgeSettings(BaseSettings):
         max_crops: high-resolution crops of a picture, 1 to 32, beside the global view.
         resize: ``torch`` (float32, as the reference within 4.4e-4), ``tensorflow`` (the
             reference's own), ``fast`` (uint8, up to a grey level off).
+        jpeg_scale: ``reduced`` decodes JPEG files at 1/2, 1/4 or 1/8 where the crops need no more;
+            measured on 4000 x 3000, crops are 0.8 to 1.7 grey levels off on average, 15 at most.
+            Arrays and decoded PIL images stay as they are. Without meaning for Gemma 3.
         load_format: vLLM's name of the checkpoint's format; ``dummy`` gives random weights.
         seed: of the engine, 0 to 2**32 - 1.
         gpu_memory_utilization: share of the device's memory vLLM may take, above 0, at most 1.
@@ -71,6 +74,8 @@ class EdgeSettings(BaseSettings):
         enable_prefix_caching: reuse the KV cache of equal prompt beginnings.
         mm_processor_cache_gb: cache of preprocessed pictures in GiB, 0 for none.
         speculation: ``ngram`` drafts tokens from the prompt.
+        engine: ``thread`` runs in this process; ``process`` in a child, for applications whose own
+            Python code is busy (the main script must be importable, as with multiprocessing).
         max_queue: requests that may wait before new ones are refused.
         stall_s: seconds after which a single engine step is reported as a stall.
         cache_dir: root of every cache on disk; ``~`` is the home folder.
@@ -93,6 +98,7 @@ class EdgeSettings(BaseSettings):
     max_num_seqs: Annotated[int, Field(ge=1, le=1024)] = 8
     max_crops: Annotated[int, Field(ge=1, le=32)] = 12
     resize: Literal["torch", "tensorflow", "fast"] = "torch"
+    jpeg_scale: Literal["full", "reduced"] = "full"
     load_format: Line = "auto"
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0  # NumPy's range, which vLLM seeds too
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -103,6 +109,7 @@ class EdgeSettings(BaseSettings):
     enable_prefix_caching: bool = False
     mm_processor_cache_gb: Annotated[float, Field(ge=0)] = 0.0
     speculation: Literal["off", "ngram"] = "off"
+    engine: Literal["thread", "process"] = "thread"
     max_queue: Annotated[int, Field(ge=1)] = 256
     stall_s: Annotated[float, Field(gt=0)] = 120.0
     cache_dir: Folder | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from typing import Any, Literal, Unpack, overload
 
@@ -10,12 +9,10 @@ from molmo_edge.answers import CountResult, PointAnswer, counted
 from molmo_edge.asking import Asking
 from molmo_edge.cameras import Source
 from molmo_edge.capture import Watching
-from molmo_edge.engine.seam import Turn
 from molmo_edge.errors import ConfigError, PromptError
-from molmo_edge.families import Family
-from molmo_edge.images import ImageLike, load
+from molmo_edge.images import ImageLike, Loaded
 from molmo_edge.pointing import parse_points
-from molmo_edge.requests import Options
+from molmo_edge.requests import Loader, Options, loaded_turn
 from molmo_edge.results import Result
 from molmo_edge.stream import Stream
 from molmo_edge.watch import Seen, arun, run
@@ -32,8 +29,6 @@ COUNT = "How many {label} are there?"
 
 class Verbs(Asking):
     """Caption, point, count and watch."""
-
-    family: Family | None
 
     def supports(self, verb: str) -> bool:
         """Whether the model can do it: query, chat, caption, point, count."""
@@ -161,15 +156,23 @@ class Verbs(Asking):
     def _pointed(
         self, image: ImageLike, prompt: str, wanted: Sequence[str], options: Options
     ) -> list[PointAnswer]:
-        # Loaded once for all labels, and kept upright for `draw`.
-        picture = functools.cache(lambda: load(image, self._limits))
+        # Loaded once for all labels, and kept for `draw`.
+        loaded: list[Loaded] = []
+
+        def picture(load: Loader) -> Loaded:
+            if not loaded:
+                loaded.append(load(image))
+            return loaded[0]
+
         streams: list[Stream] = []
         try:
             for label in wanted:
                 text = prompt.format_map({"label": label})
                 streams.append(
                     self._open(
-                        lambda text=text: [Turn("user", text, (picture(),))],  # type: ignore[misc]
+                        lambda load, text=text: [  # type: ignore[misc]
+                            loaded_turn("user", text, [picture(load)])
+                        ],
                         options,
                         wait=len(wanted) > 1,
                     )
@@ -179,7 +182,7 @@ class Verbs(Asking):
             for stream in streams:
                 stream.cancel()
         return [
-            _answer(label, result, picture())
+            _answer(label, result, loaded[0].source)
             for label, result in zip(wanted, results, strict=True)
         ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -51,8 +52,9 @@ class EdgeVLM(Verbs):
             weights, no download).
         config: a TOML file of settings.
         profile: device profile by name; found out when not given.
-        engine: builds another engine than vLLM's, such as `molmo_edge.engine.fake.FakeEngine`;
-            called in the engine's thread. Model and device settings then mean nothing.
+        engine: ``"thread"`` (the default) or ``"process"``, the setting of that name; or what
+            builds another engine than vLLM's, such as `molmo_edge.engine.fake.FakeEngine`, called
+            in the engine's thread. Model and device settings then mean nothing.
         engine_args: further arguments of `vllm.LLM`, as given.
         settings: any field of `EdgeSettings`. Arguments beat the environment (`MOLMO_EDGE_*`),
             which beats `.env`, which beats the config file, which beats the profile.
@@ -79,9 +81,10 @@ class EdgeVLM(Verbs):
         load_format: str | None = None,
         seed: int | None = None,
         engine_args: Mapping[str, Any] | None = None,
-        engine: Callable[[], Engine] | None = None,
+        engine: str | Callable[[], Engine] | None = None,
         **settings: Any,
     ) -> None:
+        began = time.perf_counter()
         self.device: DeviceInfo = engine_device()
         self._shape: ModelShape | None = None
         resolved = resolve(
@@ -97,6 +100,7 @@ class EdgeVLM(Verbs):
                 "load_format": load_format,
                 "seed": seed,
                 "engine_args": None if engine_args is None else dict(engine_args),
+                "engine": None if callable(engine) else engine,
                 **settings,
             },
             config=config,
@@ -105,7 +109,7 @@ class EdgeVLM(Verbs):
         self.settings: EdgeSettings = resolved.settings
         self.family: Family | None = None
         self._limits = ImageLimits(self.settings.max_image_bytes, self.settings.max_image_pixels)
-        self._factory = self._vllm_factory(resolved) if engine is None else engine
+        self._factory = engine if callable(engine) else self._vllm_factory(resolved, began)
         self._ids = itertools.count()
         self._pool = RenderPool()
         self._closed = False
@@ -131,8 +135,8 @@ class EdgeVLM(Verbs):
         return self._loop.engine.info.environment
 
     @property
-    def startup(self) -> Mapping[str, float]:
-        """Seconds of each part of the start."""
+    def startup(self) -> Mapping[str, float | None]:
+        """Seconds of each part of the start, None for what is not known; see `EngineInfo`."""
         return self._loop.engine.info.startup_s
 
     def plan(self, **request: Any) -> Plan:
@@ -219,7 +223,7 @@ class EdgeVLM(Verbs):
         self._profile = select_profile(self.device)[0] if asked == "auto" else load_profile(asked)
         return self._profile.name, self._profile.as_settings()
 
-    def _vllm_factory(self, resolved: Resolved) -> Callable[[], Engine]:
+    def _vllm_factory(self, resolved: Resolved, began: float) -> Callable[[], Engine]:
         require_vllm()
         quiet()
         settings = self.settings
@@ -231,7 +235,9 @@ class EdgeVLM(Verbs):
         self.family.check(config, folder, settings.load_format)
         ready = plan_build(resolved, self.device, self.family, folder, config, self._profile)
         self._shape = ready.shape
-        return lambda: build(ready)
+        # A restart finds all of this done.
+        spent = iter([time.perf_counter() - began])
+        return lambda: build(ready, next(spent, 0.0))
 
     def _start(self) -> None:
         loop = self._loop = EngineLoop(

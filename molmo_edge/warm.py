@@ -60,14 +60,14 @@ class WarmupReport:
         decode_tps: successive decode speeds of one request, tokens per second.
         steady: whether the last two of them agree within `AGREEMENT`.
         seconds: the whole warm-up.
-        startup_s: seconds of each part of the engine's start before it.
+        startup_s: seconds of each part of the engine's start before it, as `EdgeVLM.startup`.
     """
 
     steps: tuple[WarmupStep, ...]
     decode_tps: tuple[float, ...]
     steady: bool
     seconds: float
-    startup_s: Mapping[str, float]
+    startup_s: Mapping[str, float | None]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

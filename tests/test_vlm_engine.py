@@ -12,6 +12,8 @@ import psutil
 import pytest
 
 from molmo_edge import EdgeVLM, Request
+from molmo_edge.engine.heap import trim
+from molmo_edge.engine.seam import Turn
 from molmo_edge.errors import (
     ConfigError,
     ImageError,
@@ -21,7 +23,9 @@ from molmo_edge.errors import (
     PromptTooLongError,
     SamplingError,
 )
+from molmo_edge.images import load
 from molmo_edge.molmo.stub import TEXT
+from molmo_edge.molmo.tiling import layout_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -40,6 +44,17 @@ def test_the_stub_says_what_it_is(stub_vlm: EdgeVLM, photo: np.ndarray) -> None:
         assert logprob <= 0
     assert stub_vlm.environment["random_weights"] is True
     assert {"vllm", "torch", "transformers"} <= set(result.environment or {})
+
+
+def test_the_parts_of_the_start_are_known_and_add_up(stub_vlm: EdgeVLM) -> None:
+    seconds = {name: value for name, value in stub_vlm.startup.items() if value is not None}
+    assert seconds.keys() == stub_vlm.startup.keys()
+    assert seconds["weights"] > 0 and seconds["profile"] > 0
+    assert seconds["compile"] == 0  # the CPU profile is eager
+    parts = sum(seconds[name] for name in ("weights", "compile", "profile", "warmup"))
+    assert parts < seconds["engine"]
+    whole = seconds["config"] + seconds["imports"] + seconds["engine"]
+    assert seconds["total"] == pytest.approx(whole)
 
 
 def test_metrics_add_up(stub_vlm: EdgeVLM, photo: np.ndarray) -> None:
@@ -76,6 +91,18 @@ def test_stop_texts_and_lengths_end_answers(stub_vlm: EdgeVLM) -> None:
     assert stub_vlm.query(None, "x", stop=" stub").text == "This is the molmo_edge"
     cut = stub_vlm.query(None, "x", max_tokens=3)
     assert (cut.text, cut.finish_reason) == ("This is the", "length")
+
+
+def test_a_picture_decoded_smaller_keeps_the_crops_of_the_whole(stub_vlm: EdgeVLM) -> None:
+    small = load(np.zeros((220, 300, 3), np.uint8))
+
+    def tokens(*sizes: tuple[int, int]) -> int | None:
+        turn = Turn("user", "x", (small,), sizes)
+        found: int | None = stub_vlm.in_engine_thread(lambda e: e.render([turn], {}).image_tokens)
+        return found
+
+    whole = layout_for(880, 1200, stub_vlm.settings.max_crops).n_tokens
+    assert tokens((1200, 880)) == whole != tokens()
 
 
 def test_max_crops_of_one_request_is_honoured(stub_vlm: EdgeVLM) -> None:
@@ -182,3 +209,18 @@ def test_rendering_leaves_no_thread_pool_behind(stub_vlm: EdgeVLM) -> None:
     thread.start()
     thread.join()
     assert counts[1] <= counts[0]
+
+
+def test_a_closed_engine_gives_its_memory_back(stub_vlm: EdgeVLM, cache_dir: Path) -> None:
+    def own() -> int:
+        memory = psutil.Process().memory_info()
+        return int(memory.rss - memory.shared)
+
+    stub_vlm.query(None, "x", max_tokens=1)  # the first engine also brings the libraries
+    trim()  # what other tests left would be taken first
+    before = own()
+    with EdgeVLM("stub", cache_dir=cache_dir, max_model_len=1024, kv_cache_memory_gb=0.1) as vlm:
+        vlm.query(None, "x", max_tokens=1)
+        taken = own() - before
+    assert taken > 500 << 20
+    assert own() - before < taken / 4

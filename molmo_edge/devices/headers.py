@@ -65,7 +65,7 @@ def read_headers(folder: Path) -> list[Tensor]:
         ModelError: a file or the index is broken, a shard is missing, or a name is there twice.
     """
     tensors: dict[str, Tensor] = {}
-    for path in _files(folder):
+    for path in weight_files(folder):
         for tensor in read_header(path):
             if tensor.name in tensors:
                 raise ModelError(f"{path.name}: tensor {tensor.name} is also in another file")
@@ -73,7 +73,12 @@ def read_headers(folder: Path) -> list[Tensor]:
     return list(tensors.values())
 
 
-def _files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those its index names, where it has one.
+
+    Raises:
+        ModelError: the index is broken, or a shard is missing.
+    """
     index = folder / _INDEX
     if not index.is_file():
         return sorted(folder.glob("*.safetensors"))

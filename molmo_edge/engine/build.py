@@ -7,15 +7,18 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from molmo_edge.devices.caches import CACHE_VARIABLES
 from molmo_edge.engine.arguments import BuildPlan, engine_environment, plan_build
 from molmo_edge.engine.errors_map import mapped
+from molmo_edge.engine.heap import trim
 from molmo_edge.engine.installed import engine_device, require_vllm, versions
+from molmo_edge.engine.placement import in_process, in_thread
+from molmo_edge.engine.process_engine import ProcessEngine
 from molmo_edge.engine.seam import EngineInfo
+from molmo_edge.engine.stages import watched
 from molmo_edge.engine.vllm_engine import PROCESS_LOCK, VllmEngine
 from molmo_edge.errors import ConfigError
 
@@ -33,39 +36,46 @@ __all__ = [
 
 logger = logging.getLogger("molmo_edge")
 
-_IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
-
 # Variables that this module set, and to what: those it may set again for another engine.
 _ours: dict[str, str] = {}
 
 
-def build(plan: BuildPlan) -> VllmEngine:
+def build(plan: BuildPlan, config_s: float = 0.0) -> VllmEngine:
     """Builds the engine in the calling thread, which must be the one that steps it.
+
+    `config_s` is what the caller has spent on settings, device and checkpoint.
 
     Raises ConfigError, ModelError, MissingDependencyError or EngineStartError, with vLLM's own
     exception chained.
     """
     began = time.perf_counter()
-    with mapped("build"), PROCESS_LOCK, _in_process():
+    apart = plan.settings.engine == "process"
+    placement = in_process(plan.family.name) if apart else in_thread()
+    with mapped("build"), PROCESS_LOCK, placement:
         from vllm import LLM
 
         imported = time.perf_counter()
         plan.family.prepare()
         _check_names(plan.settings.engine_args)
-        llm = LLM(**plan.llm_args)
+        with watched() as stages:
+            llm = LLM(**plan.llm_args)
         built = time.perf_counter()
         model = llm.llm_engine.model_config
         info = EngineInfo(
             max_model_len=int(model.max_model_len),
             environment={**plan.environment, "max_model_len": int(model.max_model_len)},
             startup_s={
+                "config": config_s,
                 "imports": imported - began,
+                **stages.seconds(),
                 "engine": built - imported,
-                "total": built - began,
+                "total": config_s + built - began,
             },
         )
         renderer = plan.family.renderer(llm, plan.settings.max_crops, plan.settings.resize)
-        return VllmEngine(llm, renderer, info)
+        # The start leaves behind as much again as small checkpoints weigh.
+        trim()
+        return (ProcessEngine if apart else VllmEngine)(llm, renderer, info)
 
 
 def quiet() -> None:
@@ -105,20 +115,6 @@ def _made(folder: Path) -> bool:
         )
         return False
     return True
-
-
-@contextmanager
-def _in_process() -> Iterator[None]:
-    """The engine core runs in the thread that builds it, whatever the user set for other vLLMs."""
-    before = os.environ.get(_IN_PROCESS)
-    os.environ[_IN_PROCESS] = "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_IN_PROCESS]
-        else:
-            os.environ[_IN_PROCESS] = before
 
 
 def _check_names(engine_args: Mapping[str, object]) -> None:

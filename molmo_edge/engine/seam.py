@@ -22,11 +22,14 @@ class Turn:
         role: ``"user"`` or ``"assistant"``.
         text: the turn's text, unchecked.
         images: checked RGB pictures that belong to the turn.
+        sizes: (width, height) of each before it was decoded at a fraction of its size; empty where
+            none was.
     """
 
     role: str
     text: str
     images: tuple[Image.Image, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,16 @@ class EngineInfo:
 
     Attributes:
         environment: versions, device and settings, for results and reports.
-        startup_s: seconds of each part of the start.
+        startup_s: seconds of each part of the start, None for what is not known: ``config``
+            (settings, device, checkpoint's headers), ``imports`` (of vLLM), ``engine`` (all that
+            vLLM does itself; ``weights``, ``compile``, ``profile`` and ``warmup`` are parts of it,
+            see `molmo_edge.engine.stages`), ``total``.
         max_model_len: longest sequence in tokens.
     """
 
     max_model_len: int
     environment: Mapping[str, Any] = field(default_factory=dict)
-    startup_s: Mapping[str, float] = field(default_factory=dict)
+    startup_s: Mapping[str, float | None] = field(default_factory=dict)
 
 
 class Engine(Protocol):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+from molmo_edge.engine.heap import trim
 from molmo_edge.engine.seam import EngineInfo, Rendered, Turn, Update
 from molmo_edge.families import Renderer
 from molmo_edge.sampling import Sampling
@@ -38,9 +38,7 @@ class VllmEngine:
         self._params = SamplingParams
         self._delta = RequestOutputKind.DELTA
         self._structured = StructuredOutputsParams
-        global _alive
-        with PROCESS_LOCK:
-            _alive += 1
+        self._settle()
 
     def render(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> Rendered:
         return self._renderer.render(turns, options)
@@ -59,7 +57,7 @@ class VllmEngine:
             structured_outputs=None if schema is None else self._structured(json=dict(schema)),
             output_kind=self._delta,
         )
-        with PROCESS_LOCK:
+        with self._turn():
             try:
                 self._engine.add_request(request_id, rendered.prompt, params)
             except BaseException:
@@ -68,17 +66,17 @@ class VllmEngine:
                 raise
 
     def step(self) -> list[Update]:
-        with PROCESS_LOCK:
+        with self._turn():
             outputs = self._engine.step()
         return [_update(output) for output in outputs]
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        with PROCESS_LOCK:
+        with self._turn():
             self._engine.abort_request(list(request_ids))
 
     def reset_caches(self) -> None:
         """Empties prefix, multimodal and encoder caches."""
-        with PROCESS_LOCK:
+        with self._turn():
             self._engine.reset_prefix_cache()
             self._engine.reset_mm_cache()
             self._engine.reset_encoder_cache()
@@ -86,14 +84,27 @@ class VllmEngine:
     def close(self) -> None:
         engine, self._engine, self.llm = self._engine, None, None
         self._renderer = _Closed()
-        global _alive
         with PROCESS_LOCK:
-            _alive -= 1
-            with _groups_kept() if _alive else nullcontext():
-                engine.engine_core.shutdown()
+            self._shut_down(engine)
             engine.renderer.shutdown()
             del engine
-            gc.collect()
+        trim()
+
+    # What an engine that shares this process must mind.
+
+    def _settle(self) -> None:
+        global _alive
+        with PROCESS_LOCK:
+            _alive += 1
+
+    def _turn(self) -> AbstractContextManager[object]:
+        return PROCESS_LOCK
+
+    def _shut_down(self, engine: Any) -> None:
+        global _alive
+        _alive -= 1
+        with _groups_kept() if _alive else nullcontext():
+            engine.engine_core.shutdown()
 
 
 @contextmanager

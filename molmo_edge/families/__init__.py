@@ -16,7 +16,7 @@ from molmo_edge.families.gemma3 import Gemma3, Gemma3Text
 from molmo_edge.families.molmo import Molmo
 from molmo_edge.molmo.layout import SUPPORTED
 
-__all__ = ["Family", "Renderer", "family_of"]
+__all__ = ["Family", "Renderer", "by_name", "family_of"]
 
 # By the `model_type` of config.json.
 _FAMILIES: Mapping[str, Family] = {
@@ -36,3 +36,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
             "gemma3_text) runs too."
         )
     return family
+
+
+def by_name(name: str) -> Family:
+    """The family of a `Family.name`, which must exist."""
+    return next(family for family in _FAMILIES.values() if family.name == name)

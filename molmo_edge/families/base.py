@@ -27,7 +27,7 @@ class Family(Protocol):
         name: as it stands in results and reports.
         verbs: the methods of `EdgeVLM` that make sense.
         max_images: most pictures of one request.
-        crops: whether `max_crops` and `resize` mean something.
+        crops: whether `max_crops`, `resize` and `jpeg_scale` mean something.
         unquantized: module patterns of the vision tower, which online quantisation leaves alone.
     """
 
@@ -43,6 +43,10 @@ class Family(Protocol):
 
     def engine_args(self, max_crops: int, resize: Resize) -> dict[str, Any]:
         """Arguments of `vllm.LLM` that the family needs."""
+        ...
+
+    def scaled_size(self, size: tuple[int, int], max_crops: int) -> tuple[int, int] | None:
+        """(width, height) that a picture of `size` is scaled to at most; None where unknown."""
         ...
 
     def prepare(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from molmo_edge.families.base import Renderer, Resize
 from molmo_edge.molmo.layout import check_layout, check_weights
+from molmo_edge.molmo.tiling import scaled_size
 
 
 class Molmo:
@@ -31,8 +32,13 @@ class Molmo:
             "limit_mm_per_prompt": {"image": self.max_images},
         }
 
+    def scaled_size(self, size: tuple[int, int], max_crops: int) -> tuple[int, int] | None:
+        return scaled_size(size, max_crops)
+
     def prepare(self) -> None:
-        """Nothing: vLLM calls `molmo_edge.molmo.plugin` by itself."""
+        from molmo_edge.molmo.plugin import prepare
+
+        prepare()
 
     def renderer(self, llm: Any, max_crops: int, resize: Resize) -> Renderer:
         from molmo_edge.molmo.image_processor import MolmoImageProcessor

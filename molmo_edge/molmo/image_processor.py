@@ -109,17 +109,26 @@ class MolmoImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         self.image_mean = list(image_mean or MEAN)
         self.image_std = list(image_std or STD)
 
-    def layout(self, image: Image.Image | npt.NDArray[np.uint8]) -> Layout:
-        """Where the features of a picture will go; costs no pixel work."""
-        width, height = (
+    def layout(
+        self, image: Image.Image | npt.NDArray[np.uint8], size: tuple[int, int] | None = None
+    ) -> Layout:
+        """Where the features of a picture will go; costs no pixel work. `size` as in `inputs`."""
+        width, height = size or (
             image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
         )
         return layout_for(height, width, self.max_crops)
 
-    def inputs(self, image: Image.Image | npt.NDArray[np.uint8]) -> ImageInputs:
-        """One RGB picture (PIL, or H×W×3 uint8) to patches. Raises ImageError for other arrays."""
+    def inputs(
+        self, image: Image.Image | npt.NDArray[np.uint8], size: tuple[int, int] | None = None
+    ) -> ImageInputs:
+        """One RGB picture (PIL, or H×W×3 uint8) to patches. Raises ImageError for other arrays.
+
+        Args:
+            size: (width, height) of the whole picture, when `image` is a smaller copy of it: crops
+                and placement are those of the whole one.
+        """
         pixels = _pixels(image)
-        height, width = pixels.shape[:2]
+        width, height = size or (pixels.shape[1], pixels.shape[0])
         layout = layout_for(height, width, self.max_crops)
         views = [
             View(rows, cols, *fit(height, width, canvas))

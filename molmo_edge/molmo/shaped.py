@@ -7,9 +7,13 @@ before its files are downloaded. The tokenizer has the real number of tokens, no
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from molmo_edge.devices.model_configs import KNOWN
-from molmo_edge.molmo.synthetic import Family, Shape, ensure_written, write_description
+from molmo_edge.molmo.written import ensure_written
+
+if TYPE_CHECKING:
+    from molmo_edge.molmo.synthetic import Family, Shape
 
 _VERSION = 1
 
@@ -21,6 +25,8 @@ def is_known(name: str) -> bool:
 
 def shape_of(name: str) -> tuple[Family, Shape]:
     """Kind and sizes of a model that `is_known`."""
+    from molmo_edge.molmo.synthetic import Shape
+
     sizes = KNOWN[name]
     heads = int(sizes["num_attention_heads"])
     family: Family = "molmo-o" if sizes["attention_layer_norm"] else "molmo-d"
@@ -39,8 +45,14 @@ def ensure_shaped(name: str, cache_dir: Path) -> Path:
 
     Raises ModelError when the cache folder cannot be written.
     """
+
+    def write(folder: Path) -> None:
+        from molmo_edge.molmo.synthetic import write_description
+
+        write_description(folder, *shape_of(name))
+
     return ensure_written(
         cache_dir / f"shaped-{_VERSION}" / name.rsplit("/", 1)[-1],
-        lambda folder: write_description(folder, *shape_of(name)),
+        write,
         f"The description of {name} (a few MB)",
     )

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from molmo_edge.errors import ModelError
 from molmo_edge.molmo.image_processor import MEAN, STD
 from molmo_edge.molmo.layout import ADDITIONAL_VOCAB_SIZE, IMAGE_TOKENS
 from molmo_edge.molmo.tiling import BASE, DEFAULT_MAX_CROPS, MARGIN, PATCH, POOLED
@@ -171,34 +168,6 @@ def hub_config(family: Family, shape: Shape) -> dict[str, Any]:
         "vocab_size": shape.embedding_size,
         "weight_tying": False,
     }
-
-
-def ensure_written(folder: Path, write: Callable[[Path], object], what: str) -> Path:
-    """`folder`, filled by `write` on first use.
-
-    Written aside and renamed: a killed or concurrent start leaves no half checkpoint. Raises
-    ModelError, with `what` was to be written, when the cache folder cannot take it.
-    """
-    if (folder / "config.json").is_file():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix="making-", dir=folder.parent))
-        try:
-            write(work)
-            try:
-                work.rename(folder)
-            except OSError:
-                if not (folder / "config.json").is_file():
-                    raise
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    except OSError as exc:
-        raise ModelError(
-            f"{what} cannot be written into '{folder.parent}'. Free space there, or name another "
-            "folder with cache_dir or MOLMO_EDGE_CACHE_DIR."
-        ) from exc
-    return folder
 
 
 def write_checkpoint(

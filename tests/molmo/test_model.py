@@ -52,6 +52,24 @@ def test_registering_twice_is_harmless_and_the_model_is_ours() -> None:
     plugin.use_model(stock=False)
 
 
+@pytest.mark.slow
+def test_an_engine_of_ours_gets_the_class_unless_vllms_own_was_chosen() -> None:
+    from vllm import ModelRegistry
+
+    from molmo_edge.molmo import plugin
+    from molmo_edge.molmo.model import MolmoForCausalLM
+
+    try:
+        plugin.prepare()
+        assert ModelRegistry.models[plugin.ARCHITECTURE].model_cls is MolmoForCausalLM
+        plugin.use_model(stock=True)
+        plugin.prepare()
+        plugin.register()
+        assert ModelRegistry.models[plugin.ARCHITECTURE].module_name.startswith("vllm.")
+    finally:
+        plugin.use_model(stock=False)
+
+
 def test_the_entry_point_is_in_vllms_group() -> None:
     from importlib.metadata import entry_points
 
