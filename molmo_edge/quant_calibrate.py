@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from molmo_edge.errors import QuantizeError
-from molmo_edge.molmo.reference_checkpoint import TextConfig
+from molmo_edge.molmo.reference_checkpoint import text_config
 from molmo_edge.quant_activations import Inputs, Streamed, read_pictures
 from molmo_edge.quant_fold import NORMS, Calibration, Heads, through_bfloat16
 from molmo_edge.quant_formats import Format, pack, unpack
@@ -29,27 +29,8 @@ _SEARCH = (1.0, 0.86)
 _QUIETEST = 1e-3
 
 
-def text_config(planned: Plan) -> TextConfig:
-    """The language model as the checkpoint's config.json states it."""
-    found = planned.config
-    heads = int(found["num_attention_heads"])
-    return TextConfig(
-        width=int(found["hidden_size"]),
-        ff=int(found["intermediate_size"]),
-        layers=int(found["num_hidden_layers"]),
-        heads=heads,
-        kv_heads=int(found.get("num_key_value_heads") or heads),
-        vocabulary=int(found.get("embedding_size") or found["vocab_size"]),
-        rope_theta=float(found["rope_theta"]),
-        eps=float(found["layer_norm_eps"]),
-        qkv_bias=bool(found.get("qkv_bias", False)),
-        qk_norm=bool(found.get("attention_layer_norm", False)),
-        norm_after=bool(found.get("norm_after", False)),
-    )
-
-
 def heads_of(planned: Plan) -> Heads:
-    config = text_config(planned)
+    config = text_config(planned.config)
     return Heads(config.heads, config.kv_heads, config.head)
 
 
@@ -66,7 +47,7 @@ def calibrate(
     or what they lead to that are no finite numbers.
     """
     prompts = read_pictures(source, files)
-    config, heads = text_config(planned), heads_of(planned)
+    config, heads = text_config(planned.config), heads_of(planned)
     names = {tensor.name: tensor.file for shard in planned.shards for tensor in shard}
     model = Streamed(source, config, names)
     states = model.states(prompts)

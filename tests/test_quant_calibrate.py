@@ -110,7 +110,6 @@ def test_streaming_gives_the_yardsticks_own_states(
 ) -> None:
     planned = quant_plan.plan(outliers, format_of("w4a16"))
     names = {tensor.name: tensor.file for shard in planned.shards for tensor in shard}
-    assert quant_calibrate.text_config(planned) == whole.config
     streamed = Streamed(outliers, whole.config, names)
     states = streamed.states(prompts)
     for state, expected in zip(states, entering, strict=True):

@@ -41,13 +41,8 @@ class Molmo:
         prepare()
 
     def renderer(self, llm: Any, max_crops: int, resize: Resize) -> Renderer:
-        from molmo_edge.molmo.image_processor import MolmoImageProcessor
+        from molmo_edge.molmo.image_processor import processor_of
         from molmo_edge.molmo.render import MolmoRenderer
 
-        config = {
-            key: value
-            for key, value in llm.llm_engine.model_config.hf_image_processor_config.items()
-            if key not in ("auto_map", "image_processor_type", "processor_class", "max_crops")
-        }
-        processor = MolmoImageProcessor(max_crops=max_crops, resize=resize, **config)
-        return MolmoRenderer(llm, processor)
+        config = llm.llm_engine.model_config.hf_image_processor_config
+        return MolmoRenderer(llm, processor_of(config, max_crops=max_crops, resize=resize))

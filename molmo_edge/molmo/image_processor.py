@@ -49,6 +49,7 @@ _FIXED: Mapping[str, object] = {
     "image_padding_mask": True,
     "do_normalize": True,
 }
+_NAMES_OF_CODE = frozenset({"auto_map", "image_processor_type", "processor_class"})
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,15 @@ class MolmoImageProcessor(BaseImageProcessor):  # type: ignore[misc]
             (STRIDE * line, STRIDE * 3, PATCH * line, PATCH * 3, line, 3, 1),
         )
         out.view(crops.shape).copy_(crops)
+
+
+def processor_of(config: Mapping[str, Any], **options: Any) -> MolmoImageProcessor:
+    """The processor that a `preprocessor_config.json` describes; options beat what it says.
+
+    What names code in it (`auto_map`) is not followed. Raises ConfigError.
+    """
+    described = {name: value for name, value in config.items() if name not in _NAMES_OF_CODE}
+    return MolmoImageProcessor(**{**described, **options})
 
 
 def _pixels(image: Image.Image | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -35,7 +35,7 @@ from vllm.multimodal.processing import (
 
 from molmo_edge.engine import compat
 from molmo_edge.errors import ConfigError
-from molmo_edge.molmo.image_processor import MolmoImageProcessor
+from molmo_edge.molmo.image_processor import MolmoImageProcessor, processor_of
 from molmo_edge.molmo.processor import MolmoProcessor
 from molmo_edge.molmo.tiling import Layout, largest_layout, layout_for
 
@@ -50,13 +50,8 @@ class MolmoInfo(stock.MolmoProcessingInfo):  # type: ignore[misc]
 
     @cached_property
     def _processor(self) -> MolmoProcessor:
-        # Built from the checkpoint's JSON; `auto_map` in it is never followed.
-        config = {
-            key: value
-            for key, value in self.ctx.get_hf_image_processor_config().items()
-            if key not in ("auto_map", "image_processor_type", "processor_class")
-        }
-        return MolmoProcessor(MolmoImageProcessor(**config), self.get_tokenizer())
+        processor = processor_of(self.ctx.get_hf_image_processor_config())
+        return MolmoProcessor(processor, self.get_tokenizer())
 
     def options(self, kwargs: Mapping[str, object]) -> dict[str, Any]:
         """Engine-wide and request `mm_processor_kwargs` merged; unknown names are refused."""

@@ -71,7 +71,7 @@ def read_checkpoint(folder: Path) -> tuple[TextConfig, dict[str, torch.Tensor]]:
     Raises ModelError when a file or tensor is missing, broken, of another shape, or of a layout
     that the yardstick does not compute.
     """
-    config = _text_config(_read_json(folder / "config.json"))
+    config = text_config(_read_json(folder / "config.json"))
     weights: dict[str, torch.Tensor] = {}
     for file in _weight_files(folder):
         weights.update(_read_tensors(file))
@@ -110,7 +110,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _text_config(found: Mapping[str, Any]) -> TextConfig:
+def text_config(found: Mapping[str, Any]) -> TextConfig:
+    """The language model that a `config.json` describes. Raises ModelError."""
     for key, wanted in FIXED.items():
         value = found.get(key, None if key == "model_type" else wanted)
         if value != wanted:

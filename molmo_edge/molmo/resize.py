@@ -226,7 +226,7 @@ def _compiled() -> Callable[..., None] | None:
 
 def _compile() -> Callable[..., None] | None:
     try:
-        import numba  # type: ignore[import-untyped]
+        import numba  # type: ignore[import-untyped, unused-ignore]
     except (ImportError, SystemError) as exc:  # not there, or for another numpy
         logger.warning("Pictures are resized by torch, several times slower: no numba (%s).", exc)
         return None
