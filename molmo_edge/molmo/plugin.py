@@ -14,11 +14,12 @@ def register() -> None:
     from molmo_edge.engine.placement import prepare_child
     from molmo_edge.engine.vllm_mends import mend_kernel_scan
 
-    prepare_child()
     # Our processor resizes with numba before vLLM's CPU worker starts.
     mend_kernel_scan()
     register_with_transformers()
     _register_model()
+    # In an engine's own process, the rest of what its parent did.
+    prepare_child()
 
 
 def register_with_transformers() -> None:
