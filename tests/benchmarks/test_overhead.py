@@ -92,6 +92,12 @@ def test_two_pairs_have_a_ratio_and_no_interval() -> None:
     assert [found[name] for name in ("low", "high", "mean_ratio")] == [None] * 3
 
 
+def test_a_one_token_answer_that_was_held_up_makes_no_long_one_look_fast() -> None:
+    done = Machine({"ours": 0.01, "bare": 0.01}).rounds()
+    done[2]["text_first"]["bare"]["seconds"] += 0.3
+    assert overhead.series_of(done, "bare")["decode_tps"] == pytest.approx([100.0] * 6)
+
+
 def test_series_of_unequal_length_are_no_pairs() -> None:
     with pytest.raises(ValueError, match="equal length"):
         _pairs.compare([1.0], [1.0, 2.0])
