@@ -122,6 +122,7 @@ def main() -> None:
         for name, way in document["ways"].items():
             print(f"{name}: off / on = {way['off_over_on']:.2f}")
     from molmo_edge.bench.environment import device_of, versions
+    from molmo_edge.bench.store import write_text
     from molmo_edge.devices.detect import detect
 
     document["environment"] = {
@@ -129,8 +130,7 @@ def main() -> None:
         "device": device_of(detect()).model_dump(),
     }
     if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_text(json.dumps(document, indent=1) + "\n", arguments.output)
 
 
 if __name__ == "__main__":

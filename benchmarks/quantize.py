@@ -311,6 +311,7 @@ def main() -> None:
             document["engines"] = found
     print(table(document))
     from molmo_edge.bench.environment import device_of, versions
+    from molmo_edge.bench.store import write_text
     from molmo_edge.devices.detect import detect
 
     document["environment"] = {
@@ -318,8 +319,7 @@ def main() -> None:
         "device": device_of(detect()).model_dump(),
     }
     if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_text(json.dumps(document, indent=1) + "\n", options.output)
 
 
 def _command() -> list[str]:

@@ -109,9 +109,9 @@ def main() -> None:
         "rows": rows,
     }
     if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(document, indent=1, default=str)
-        arguments.output.write_text(text + "\n", encoding="utf-8")
+        from molmo_edge.bench.store import write_text
+
+        write_text(json.dumps(document, indent=1, default=str) + "\n", arguments.output)
 
 
 if __name__ == "__main__":

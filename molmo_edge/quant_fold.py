@@ -82,15 +82,10 @@ class Calibration:
         scale = self.scales.get(layer)
         return moments if scale is None else moments / scale.square()
 
-    def save(self, path: Path) -> None:
-        from safetensors.torch import save_file
-
-        tensors = {f"moments {name}": value for name, value in self.moments.items()}
-        tensors |= {f"scales {name}": value for name, value in self.scales.items()}
-        # Aside and renamed: a file under its name is whole.
-        part = path.with_suffix(".part")
-        save_file({name: value.contiguous() for name, value in tensors.items()}, part)
-        part.replace(path)
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """By name, as `load` reads them from a file."""
+        moments = {f"moments {name}": value for name, value in self.moments.items()}
+        return moments | {f"scales {name}": value for name, value in self.scales.items()}
 
     @classmethod
     def load(cls, path: Path, heads: Heads) -> Calibration:

@@ -176,7 +176,7 @@ def _calibration(
         source, planned, form, pictures,
         lambda done, count: tell(ahead * done // count, f"Calibrated block {done} of {count}"),
     )  # fmt: skip
-    made.save(work / CALIBRATION)
+    save(work / CALIBRATION, made.tensors())
     return made
 
 
