@@ -111,4 +111,4 @@ def test_damaged_libraries_neither_crash_nor_hang(
     path.write_bytes(content[: data.draw(st.integers(1, len(content)))])
     began = time.perf_counter()
     scan(path)
-    assert time.perf_counter() - began < 2
+    assert time.perf_counter() - began < 20
