@@ -27,15 +27,15 @@ class Gate:
     def __init__(self) -> None:
         # Reentrant: a finalizer may run anywhere, and cancel what this thread is busy with.
         self.lock = threading.RLock()
-        self._waiting: dict[Wake, bool] = {}
+        self._for_small: dict[Wake, None] = {}
+        self._for_big: dict[Wake, None] = {}
 
     def wake(self, *, big: bool = True) -> None:
         """Says that something changed; called with the lock held."""
-        if not self._waiting:
-            return
-        for wake, small in list(self._waiting.items()):
-            if (big or small) and self._waiting.pop(wake, None) is not None:
-                wake()
+        while self._for_small:
+            self._for_small.popitem()[0]()
+        while big and self._for_big:
+            self._for_big.popitem()[0]()
 
     def wait_for(
         self, ready: Callable[[], bool], timeout: float | None = None, *, small: bool = False
@@ -88,12 +88,13 @@ class Gate:
         with self.lock:
             if ready():
                 return False
-            self._waiting[wake] = small
+            (self._for_small if small else self._for_big)[wake] = None
             return True
 
     def _leave(self, wake: Wake) -> None:
         with self.lock:
-            self._waiting.pop(wake, None)
+            self._for_small.pop(wake, None)
+            self._for_big.pop(wake, None)
 
 
 class Answer(Generic[T]):

@@ -24,6 +24,8 @@ _LAST_S = 5.0
 class ProcessEngine(VllmEngine):
     """A `vllm.LLM` whose core runs in a child process, which ends with this one."""
 
+    _turn: AbstractContextManager[object] = nullcontext()  # nothing of the core is in this process
+
     def __init__(self, llm: Any, renderer: Renderer, info: EngineInfo) -> None:
         super().__init__(llm, renderer, info)
         client = llm.llm_engine.engine_core
@@ -38,13 +40,8 @@ class ProcessEngine(VllmEngine):
             # The end of the engine, not of one request: the next step says so.
             pass
 
-    # Nothing of the core is in this process.
-
     def _settle(self) -> None:
         pass
-
-    def _turn(self) -> AbstractContextManager[object]:
-        return nullcontext()
 
     def _shut_down(self, engine: Any) -> None:
         client = engine.engine_core

@@ -5,7 +5,6 @@ Everything here runs in that thread. It knows nothing of states, threads or clos
 
 from __future__ import annotations
 
-import dataclasses
 import queue
 import time
 from collections.abc import Callable
@@ -48,16 +47,22 @@ class Runner:
         self._active: dict[str, Ticket] = {}
 
     def serve(self, leaving: Callable[[bool], bool]) -> None:
-        """Steps until `leaving(busy)`; sleeps in the inbox when there is nothing to do."""
-        assert self.engine is not None
+        """Steps until `leaving(busy)`; sleeps in the inbox when there is nothing to do.
+
+        Whoever wants it to leave puts a command behind the wish. So between two steps of work
+        without a command there is nothing to ask: what stands there, every token pays.
+        """
+        engine = self.engine
+        assert engine is not None
         while True:
             if not self._active and not leaving(False):
                 self._inbox.get()(self)
-            self._obey()
-            if leaving(bool(self._active)):
-                return
+            if not self._active or not self._inbox.empty():
+                self._obey()
+                if leaving(bool(self._active)):
+                    return
             if self._active:
-                self._step(self.engine)
+                self._step(engine)
 
     def end(self, last_word: Callable[[], MolmoEdgeError]) -> Engine | None:
         """Ends every request, those still in the inbox too, and hands the engine back."""
@@ -107,20 +112,24 @@ class Runner:
         self._watchdog.step_began = time.monotonic()
         updates = engine.step()
         self._watchdog.step_began = None
+        now = time.monotonic()
         for update in updates:
             ticket = self._active.get(update.request_id)
             if ticket is None:
                 continue
             if update.finish_reason in _FINISHED:
-                ticket.feed(update)
+                ticket.feed(update, now)
             else:
-                ticket.feed(dataclasses.replace(update, finish_reason=None))
+                ticket.feed(update._replace(finish_reason=None), now)
                 ticket.fail(GenerationError("The engine gave the request up before its end."))
             if update.finish_reason is not None:
                 self._retire(ticket)
-        now = time.monotonic()
-        # Those ended by their consumer have a command on its way too, unless Ctrl-C came first.
-        for ticket in [t for t in self._active.values() if t.done or self._late(t, now)]:
+        over = []
+        for ticket in self._active.values():
+            # Those ended by their consumer have a command on its way too, unless Ctrl-C came first.
+            if ticket.done or (ticket.deadline is not None and self._late(ticket, now)):
+                over.append(ticket)
+        for ticket in over:
             self.abort(ticket)
 
     def _late(self, ticket: Ticket, now: float) -> bool:

@@ -24,6 +24,9 @@ class Ticket:
 
     Unread text is one growing string, so a consumer that never reads costs no more memory than
     the answer itself, which `max_tokens` bounds.
+
+    Attributes:
+        done: whether the request has ended, well or not.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Ticket:
         self.prompt_token_ids = rendered.token_ids
         self._finish_reason: str | None = None
         self._error: MolmoEdgeError | None = None
+        self.done = False
         self._gate = Gate()
 
     # The engine thread's side.
@@ -65,9 +69,8 @@ class Ticket:
         self._taken = time.monotonic()
         self.rendered = None
 
-    def feed(self, update: Update) -> bool:
-        """Adds what a step brought; False when the request had ended before."""
-        now = time.monotonic()
+    def feed(self, update: Update, now: float) -> bool:
+        """Adds what a step brought at `now`; False when the request had ended before."""
         with self._gate.lock:
             if self.done:
                 return False
@@ -76,17 +79,19 @@ class Ticket:
                 # Molmo's answers start with the space behind "Assistant:".
                 text = text.lstrip()
             self._text += text
-            self._token_ids.extend(update.token_ids)
-            self._token_times.extend([now] * len(update.token_ids))
+            self._token_ids += update.token_ids
+            self._token_times += [now] * len(update.token_ids)
             if update.logprobs is not None:
                 self._logprobs.extend(update.logprobs)
             if update.top_logprobs is not None:
                 self._top_logprobs.extend(update.top_logprobs)
             if update.cached_tokens is not None:
                 self._cached_tokens = update.cached_tokens
-            # Last: readers look at `done` without the lock, and then find everything there.
-            self._finish_reason = update.finish_reason
             ended = update.finish_reason is not None
+            if ended:
+                self._finish_reason = update.finish_reason
+                # Last: readers look at `done` without the lock, and then find everything there.
+                self.done = True
             if ended or text:
                 self._gate.wake(big=ended)
             return True
@@ -100,15 +105,11 @@ class Ticket:
                 error.partial = self._text
             self._error = error
             self.rendered = None
+            self.done = True
             self._gate.wake()
             return True
 
     # The consumer's side.
-
-    @property
-    def done(self) -> bool:
-        """Whether the request has ended, well or not."""
-        return self._finish_reason is not None or self._error is not None
 
     @property
     def text(self) -> str:

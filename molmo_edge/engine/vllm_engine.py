@@ -27,9 +27,13 @@ class VllmEngine:
         info: what to tell about it.
     """
 
+    _turn: AbstractContextManager[object] = PROCESS_LOCK
+
     def __init__(self, llm: Any, renderer: Renderer, info: EngineInfo) -> None:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+        from molmo_edge.engine.updates import report
 
         self.llm = llm
         self.info = info
@@ -38,6 +42,7 @@ class VllmEngine:
         self._params = SamplingParams
         self._delta = RequestOutputKind.DELTA
         self._structured = StructuredOutputsParams
+        self._report = report
         self._settle()
 
     def render(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> Rendered:
@@ -57,26 +62,27 @@ class VllmEngine:
             structured_outputs=None if schema is None else self._structured(json=dict(schema)),
             output_kind=self._delta,
         )
-        with self._turn():
+        with self._turn:
             try:
-                self._engine.add_request(request_id, rendered.prompt, params)
+                internal_id = self._engine.add_request(request_id, rendered.prompt, params)
+                self._report(self._engine, internal_id)
             except BaseException:
                 # The half that turns tokens into text may know it already.
                 self._engine.abort_request([request_id])
                 raise
 
     def step(self) -> list[Update]:
-        with self._turn():
-            outputs = self._engine.step()
-        return [_update(output) for output in outputs]
+        with self._turn:
+            updates: list[Update] = self._engine.step()
+        return updates
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        with self._turn():
+        with self._turn:
             self._engine.abort_request(list(request_ids))
 
     def reset_caches(self) -> None:
         """Empties prefix, multimodal and encoder caches."""
-        with self._turn():
+        with self._turn:
             self._engine.reset_prefix_cache()
             self._engine.reset_mm_cache()
             self._engine.reset_encoder_cache()
@@ -96,9 +102,6 @@ class VllmEngine:
         global _alive
         with PROCESS_LOCK:
             _alive += 1
-
-    def _turn(self) -> AbstractContextManager[object]:
-        return PROCESS_LOCK
 
     def _shut_down(self, engine: Any) -> None:
         global _alive
@@ -125,23 +128,3 @@ class _Closed:
         from molmo_edge.errors import EngineClosedError
 
         raise EngineClosedError("The engine is closed; an engine cannot be reopened.")
-
-
-def _update(output: Any) -> Update:
-    one = output.outputs[0]
-    logprobs = top = None
-    if one.logprobs is not None:
-        # vLLM puts the chosen token first, then the most likely ones.
-        logprobs = [
-            entry[token].logprob for token, entry in zip(one.token_ids, one.logprobs, strict=True)
-        ]
-        top = [{token: lp.logprob for token, lp in entry.items()} for entry in one.logprobs]
-    return Update(
-        request_id=output.request_id,
-        text=one.text,
-        token_ids=one.token_ids,
-        logprobs=logprobs,
-        top_logprobs=top,
-        finish_reason=one.finish_reason,
-        cached_tokens=output.num_cached_tokens,
-    )
