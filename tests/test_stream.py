@@ -79,7 +79,7 @@ def test_text_that_came_with_the_end_is_not_lost() -> None:
             self.looks += 1
             seen = super().text
             if self.looks == 1:
-                self.feed(Update(self.request_id, "the end", (1,), finish_reason="stop"))
+                self.feed(Update(self.request_id, "the end", (1,), finish_reason="stop"), 0.0)
             return seen
 
     with EdgeVLM(engine=FakeEngine.factory()) as vlm:

@@ -158,12 +158,7 @@ def test_an_endless_time_out_is_none(vlm: EdgeVLM) -> None:
 def test_an_engine_that_gives_a_request_up_says_so() -> None:
     class GivesUp(FakeEngine):
         def step(self) -> Any:
-            import dataclasses
-
-            return [
-                dataclasses.replace(u, finish_reason=u.finish_reason and "error")
-                for u in super().step()
-            ]
+            return [u._replace(finish_reason=u.finish_reason and "error") for u in super().step()]
 
     with EdgeVLM(engine=lambda: GivesUp("one two")) as vlm:
         with pytest.raises(GenerationError) as caught:

@@ -30,6 +30,11 @@ class Gate:
         self._for_small: dict[Wake, None] = {}
         self._for_big: dict[Wake, None] = {}
 
+    @property
+    def waiting(self) -> int:
+        """How many wait now."""
+        return len(self._for_small) + len(self._for_big)
+
     def wake(self, *, big: bool = True) -> None:
         """Says that something changed; called with the lock held."""
         while self._for_small:

@@ -154,11 +154,11 @@ def test_a_task_cancelled_while_it_waits_for_room() -> None:
     async def body(vlm: EdgeVLM) -> None:
         first = vlm.stream(None, "first")
         task = asyncio.create_task(vlm.aquery(None, "q", timeout=20))
-        await asyncio.to_thread(eventually, lambda: vlm._loop._status.gate._waiting)
+        await asyncio.to_thread(eventually, lambda: vlm._loop._status.gate.waiting)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert not vlm._loop._status.gate._waiting
+        assert not vlm._loop._status.gate.waiting
         with pytest.raises(QueueFull):
             await vlm.aquery(None, "q")
         step.set()

@@ -46,7 +46,7 @@ def test_a_time_out_longer_than_the_platform_can_wait_is_no_error() -> None:
 
     thread = threading.Thread(target=wait)
     thread.start()
-    eventually(lambda: gate._waiting)
+    eventually(lambda: gate.waiting)
     with gate.lock:
         seen.append(True)
         gate.wake()
@@ -57,7 +57,8 @@ def test_a_time_out_longer_than_the_platform_can_wait_is_no_error() -> None:
 def test_small_changes_wake_only_those_who_asked_for_them() -> None:
     gate, woken = Gate(), []
     with gate.lock:
-        gate._waiting = {lambda: woken.append("all"): True, lambda: woken.append("end"): False}
+        gate._for_small = {lambda: woken.append("all"): None}
+        gate._for_big = {lambda: woken.append("end"): None}
         gate.wake(big=False)
         assert woken == ["all"]
         gate.wake()
@@ -83,7 +84,7 @@ def test_no_wake_up_is_lost_between_many_threads_and_tasks() -> None:
 
     waiters = [lambda n=n: reach(n) for n in range(1, 101, 5)]
     in_threads([*waiters, lambda: asyncio.run(reach_all()), step])
-    assert gate._waiting == {}
+    assert not gate.waiting
 
 
 def test_an_interrupted_wait_leaves_nothing_behind() -> None:
@@ -92,13 +93,13 @@ def test_an_interrupted_wait_leaves_nothing_behind() -> None:
     async def go() -> None:
         task = asyncio.create_task(gate.async_wait_for(lambda: False))
         await asyncio.sleep(0)
-        assert gate._waiting
+        assert gate.waiting
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
 
     asyncio.run(go())
-    assert gate._waiting == {}
+    assert not gate.waiting
 
 
 def test_a_closed_event_loop_is_not_woken() -> None:
@@ -125,7 +126,7 @@ def test_a_finalizer_may_change_what_its_thread_is_busy_changing() -> None:
         woken.append(1)
 
     with gate.lock:
-        gate._waiting = {finalizer: True, lambda: woken.append(2): True}
+        gate._for_small = {lambda: woken.append(2): None, finalizer: None}
         gate.wake()
     assert sorted(woken) == [1, 2]
 

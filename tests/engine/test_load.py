@@ -184,7 +184,7 @@ def test_a_full_queue_refuses_at_once_or_waits_for_room_until_the_deadline() -> 
             target=lambda: answers.append(vlm.query(None, "d", timeout=20).text)
         )
         waiting.start()
-        eventually(lambda: vlm._loop._status.gate._waiting)
+        eventually(lambda: vlm._loop._status.gate.waiting)
         step.set()
         waiting.join()
         assert answers == [f"d {WORDS}"]
@@ -212,7 +212,7 @@ def test_waiting_for_room_ends_with_the_engine() -> None:
 
         thread = threading.Thread(target=caller)
         thread.start()
-        eventually(lambda: vlm._loop._status.gate._waiting)
+        eventually(lambda: vlm._loop._status.gate.waiting)
         step.set()
         thread.join()
     assert [type(end) for end in ends] == [EngineDeadError] * 3

@@ -121,3 +121,37 @@ def test_neighbours_that_fail_or_leave_are_not_noticed(
     finally:
         over.set()
         thread.join()
+
+
+@pytest.mark.parametrize("ending", ["length", "stop", "top logprobs"])
+def test_answers_are_what_vllm_itself_makes_of_the_same_prompt(
+    random_vlm: EdgeVLM, alone: list[Result], ending: str
+) -> None:
+    """We read a request's progress from vLLM's state of it; vLLM's own output is the measure."""
+    stop = alone[0].text.split()[2] if ending == "stop" else None
+    count = 3 if ending == "top logprobs" else 1
+    options: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True, "logprobs": count}
+    stream = random_vlm.stream(
+        None, ASKED[0][1], **options, **({} if stop is None else {"stop": [stop]})
+    )
+    ours = stream.result()
+    prompt = {"prompt_token_ids": list(stream.prompt_token_ids or ())}
+
+    def bare(engine: Any) -> Any:
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0.0, stop=stop, **options)
+        return engine.llm.generate(prompt, params, use_tqdm=False)[0]
+
+    theirs = random_vlm.in_engine_thread(bare)
+    one = theirs.outputs[0]
+    assert ours.token_ids == tuple(one.token_ids)
+    assert ours.text == one.text.lstrip()
+    assert ours.finish_reason == one.finish_reason == ("stop" if stop else "length")
+    assert ours.metrics.cached_tokens is not None
+    pairs = zip(one.token_ids, one.logprobs, strict=True)
+    chosen = [entry[token].logprob for token, entry in pairs]
+    assert ours.logprobs == pytest.approx(chosen, abs=1e-4)
+    if count > 1:
+        assert ours.top_logprobs is not None
+        assert [set(entry) for entry in ours.top_logprobs] == [set(e) for e in one.logprobs]
