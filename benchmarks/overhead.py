@@ -11,6 +11,9 @@ clock around the call: a request of one token is the time to first token, and de
 long answer takes beyond one-token answers to the same prompt. Those count by the median of the
 side's rounds: one that the machine held up would make the long answer beside it look fast.
 
+Two processes that do the same differ by a few percent for as long as they live, by where their
+memory came to lie. So every side is started anew, several times, and the pairs of all are counted.
+
     python benchmarks/overhead.py --http --output benchmarks/results/overhead-cpu.json
 """
 
@@ -23,8 +26,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -49,6 +52,7 @@ KINDS = {
 CACHES_OFF = {"enable_prefix_caching": False, "mm_processor_cache_gb": 0.0}
 
 Ask = Callable[[int | None, int], dict[str, Any]]
+Round = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
 def rounds(
@@ -94,7 +98,7 @@ def rounds(
     return done
 
 
-def series_of(done: Sequence[Mapping[str, Mapping[str, Any]]], side: str) -> dict[str, list[float]]:
+def series_of(done: Sequence[Round], side: str) -> dict[str, list[float]]:
     """A side's TTFT, request time (seconds) and decode speed (tokens a second) by round."""
     out: dict[str, list[float]] = {"ttft_s": [], "decode_tps": [], "request_s": [], "cpu_ms": []}
     first_s, first_cpu_s = (
@@ -111,16 +115,26 @@ def series_of(done: Sequence[Mapping[str, Mapping[str, Any]]], side: str) -> dic
     return out
 
 
-def evaluate(done: Sequence[Mapping[str, Mapping[str, Any]]], other: str) -> dict[str, Any]:
-    """Ours against one other side, over the steady rounds."""
-    mine, theirs = series_of(done, "ours"), series_of(done, other)
-    first, settled = steady_from([mine["decode_tps"], theirs["decode_tps"]])
-    out: dict[str, Any] = {"steady_from_round": first, "settled": settled}
+def evaluate(starts: Sequence[Sequence[Round]], other: str) -> dict[str, Any]:
+    """Ours against one other side, over the steady rounds of every start."""
+    mine: dict[str, list[float]] = {}
+    theirs: dict[str, list[float]] = {}
+    each = []
+    for done in starts:
+        here, there = series_of(done, "ours"), series_of(done, other)
+        first, settled = steady_from([here["decode_tps"], there["decode_tps"]])
+        for name in here:
+            mine.setdefault(name, []).extend(here[name][first:])
+            theirs.setdefault(name, []).extend(there[name][first:])
+        ratio = compare(here["decode_tps"][first:], there["decode_tps"][first:])["median"]
+        each.append({"steady_from_round": first, "settled": settled, "decode_tps": ratio})
+    out: dict[str, Any] = {"starts": each}
     for name in ("ttft_s", "decode_tps", "request_s"):
-        out[name] = compare(mine[name][first:], theirs[name][first:])
+        out[name] = compare(mine[name], theirs[name])
     if other != "http":  # its engine is another process than the one that is asked
-        out["cpu_ms_per_token"] = compare(mine["cpu_ms"][first:], theirs["cpu_ms"][first:])
-    pairs = [(one[kind]["ours"], one[kind][other]) for one in done for kind in KINDS]
+        out["cpu_ms_per_token"] = compare(mine["cpu_ms"], theirs["cpu_ms"])
+    rounds_of_all = [one for done in starts for one in done]
+    pairs = [(one[kind]["ours"], one[kind][other]) for one in rounds_of_all for kind in KINDS]
     same = [a["text"] == b["text"] for a, b in pairs]
     out["equal_answers"] = sum(same) / len(same)
     out["equal_prompt_lengths"] = all(a["prompt_tokens"] == b["prompt_tokens"] for a, b in pairs)
@@ -134,7 +148,8 @@ def evaluate(done: Sequence[Mapping[str, Mapping[str, Any]]], other: str) -> dic
 def run(
     options: Mapping[str, Any],
     *,
-    pairs: int = 20,
+    starts: int = 3,
+    pairs: int = 36,
     warm_up: int = 2,
     http: bool = False,
     decode_tokens: int = 513,
@@ -148,48 +163,54 @@ def run(
 
     Args:
         options: keyword arguments of `EdgeVLM`.
-        warm_up: rounds that are not counted, beside those the change-point rule leaves out.
+        starts: how often every side is started.
+        pairs: rounds in all, shared out among the starts.
+        warm_up: rounds of each start that are not counted, beside those the change-point rule
+            leaves out.
         rest_s: seconds between two requests.
-        time_limit_s: no round begins later than this after the sides are up.
+        time_limit_s: no round begins later than this after the first sides are up.
         threads: of each CPU engine; None leaves them to vLLM. One, where other programs compute.
     """
-    if pairs < 1 or min(decode_tokens, request_tokens) < 2:
-        raise MolmoEdgeError("overhead needs at least one pair and two tokens.")
+    if not 1 <= starts <= pairs or min(decode_tokens, request_tokens) < 2:
+        raise MolmoEdgeError("overhead needs two tokens, one start, and one pair for each start.")
     names = ["ours", "bare", *(["http"] if http else [])]
     asked = {**options, **CACHES_OFF}
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="overhead-")))
-        sides: dict[str, Process] = {}
-        told = {}
-        for name in names:  # one after another: two starts at once would disturb each other
-            progress(f"starting {name}")
-            environ = threads_environment(threads)
-            sides[name] = Process(name, asked, folder / f"{name}.log", environ)
-            stack.callback(sides[name].close)
-            told[name] = sides[name].ready()
-        load = os.getloadavg()
-        plan: dict[str, Any] = {
-            "decode_tokens": decode_tokens,
-            "request_tokens": request_tokens,
-            "rest_s": rest_s,
-        }
-        asks = {name: side.ask for name, side in sides.items()}
-        rounds(asks, count=warm_up, **plan)
-        done = rounds(
-            asks,
-            count=pairs,
-            **plan,
-            deadline=time.monotonic() + time_limit_s,
-            progress=progress,
-            first_number=1 + len(KINDS) * warm_up,
-        )
+    plan: dict[str, Any] = {
+        "decode_tokens": decode_tokens,
+        "request_tokens": request_tokens,
+        "rest_s": rest_s,
+    }
+    load = os.getloadavg()
+    deadline: float | None = None
+    done: list[list[dict[str, dict[str, Any]]]] = []
+    for start in range(starts):
+        with _sides_up(names, asked, threads, progress) as (asks, told):
+            if deadline is None:
+                deadline = time.monotonic() + time_limit_s
+            rounds(asks, count=warm_up, **plan)
+            found = rounds(
+                asks,
+                count=pairs // starts + (start < pairs % starts),
+                **plan,
+                deadline=deadline,
+                progress=lambda text, start=start: progress(f"start {start + 1}, {text}"),  # type: ignore[misc]
+                first_number=1 + len(KINDS) * warm_up,
+            )
+        if found:
+            done.append(found)
     if not done:
         raise MolmoEdgeError("the time limit passed before a single round was measured.")
-    texts = {name: _without_texts(done, name) for name in names}
+    texts = {name: [_without_texts(found, name) for found in done] for name in names}
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "kinds": KINDS,
-        "settings": {"pairs": pairs, "warm_up": warm_up, "threads": threads, **plan},
+        "settings": {
+            "starts": starts,
+            "pairs": pairs,
+            "warm_up": warm_up,
+            "threads": threads,
+            **plan,
+        },
         "promised": {"decode_tps": f">= {DECODE_RATIO}", "ttft_s": f"<= {TTFT_RATIO}"},
         "software": versions().model_dump(),
         "device": device_of(engine_device()).model_dump(),
@@ -205,6 +226,27 @@ def run(
         "against": {other: evaluate(done, other) for other in names[1:]},
         "rounds": texts,
     }
+
+
+@contextmanager
+def _sides_up(
+    names: Sequence[str],
+    options: Mapping[str, Any],
+    threads: int | None,
+    progress: Callable[[str], None],
+) -> Iterator[tuple[dict[str, Ask], dict[str, Any]]]:
+    """A fresh process for each side: how to ask it, and what it says of itself."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="overhead-")))
+        asks: dict[str, Ask] = {}
+        told = {}
+        for name in names:  # one after another: two starts at once would disturb each other
+            progress(f"starting {name}")
+            side = Process(name, options, folder / f"{name}.log", threads_environment(threads))
+            stack.callback(side.close)
+            told[name] = side.ready()
+            asks[name] = side.ask
+        yield asks, told
 
 
 def _without_texts(done: Sequence[Mapping[str, Any]], side: str) -> list[dict[str, Any]]:
@@ -242,7 +284,8 @@ def main() -> None:
     parser.add_argument("--config", help="a deployment, like configs/thor.toml")
     parser.add_argument("--options", type=json.loads, default={}, help="more of EdgeVLM, as JSON")
     parser.add_argument("--http", action="store_true", help="vLLM's server too (loopback only)")
-    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--starts", type=int, default=3, help="of every side's process")
+    parser.add_argument("--pairs", type=int, default=36, help="rounds, shared out among the starts")
     parser.add_argument("--decode-tokens", type=int, default=513)
     parser.add_argument("--request-tokens", type=int, default=128)
     parser.add_argument("--warm-up", type=int, default=2, help="rounds that are not counted")
@@ -255,6 +298,7 @@ def main() -> None:
     try:
         document = run(
             {name: value for name, value in options.items() if value is not None},
+            starts=asked.starts,
             pairs=asked.pairs,
             http=asked.http,
             decode_tokens=asked.decode_tokens,

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from molmo_edge.bench.cases import Case
+from molmo_edge.errors import MolmoEdgeError
 
 
 class Machine:
@@ -63,16 +64,34 @@ def test_both_sides_get_the_same_picture_and_no_picture_comes_twice() -> None:
 
 
 def test_decode_speed_is_what_the_long_answer_takes_beyond_the_short_one() -> None:
-    found = overhead.evaluate(Machine({"ours": 0.0100, "bare": 0.0098}).rounds(), "bare")
+    found = overhead.evaluate([Machine({"ours": 0.0100, "bare": 0.0098}).rounds()], "bare")
     assert found["decode_tps"]["median"] == pytest.approx(0.98)
     assert found["ttft_s"]["median"] == pytest.approx(1.0)
     assert found["passed"] and found["equal_answers"] == 1.0
 
 
 def test_a_slower_decode_than_promised_does_not_pass() -> None:
-    found = overhead.evaluate(Machine({"ours": 0.0100, "bare": 0.0090}).rounds(), "bare")
+    found = overhead.evaluate([Machine({"ours": 0.0100, "bare": 0.0090}).rounds()], "bare")
     assert found["decode_tps"]["median"] == pytest.approx(0.9)
     assert not found["passed"]
+
+
+def test_every_start_counts_and_is_told_apart() -> None:
+    """A start whose memory lies badly for one side says little of the sides."""
+    lucky, unlucky = ({"ours": 0.0100, "bare": bare} for bare in (0.0100, 0.0098))
+    found = overhead.evaluate(
+        [Machine(unlucky).rounds(6), Machine(lucky).rounds(6), Machine(lucky).rounds(6)], "bare"
+    )
+    ratios = [start["decode_tps"] for start in found["starts"]]
+    assert ratios == pytest.approx([0.98, 1.0, 1.0])
+    assert found["decode_tps"]["median"] == pytest.approx(1.0)
+    assert found["decode_tps"]["pairs"] == 18
+    assert found["decode_tps"]["mean_ratio"] == pytest.approx((0.98 + 2) / 3, abs=1e-4)
+
+
+def test_a_start_without_a_pair_is_refused() -> None:
+    with pytest.raises(MolmoEdgeError, match="one pair for each start"):
+        overhead.run({}, starts=3, pairs=2)
 
 
 def test_no_round_begins_behind_the_deadline() -> None:
