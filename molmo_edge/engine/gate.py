@@ -27,8 +27,8 @@ class Gate:
     def __init__(self) -> None:
         # Reentrant: a finalizer may run anywhere, and cancel what this thread is busy with.
         self.lock = threading.RLock()
-        self._for_small: dict[Wake, None] = {}
-        self._for_big: dict[Wake, None] = {}
+        self._for_small: dict[Wake, bool] = {}
+        self._for_big: dict[Wake, bool] = {}
 
     @property
     def waiting(self) -> int:
@@ -37,10 +37,10 @@ class Gate:
 
     def wake(self, *, big: bool = True) -> None:
         """Says that something changed; called with the lock held."""
-        while self._for_small:
-            self._for_small.popitem()[0]()
-        while big and self._for_big:
-            self._for_big.popitem()[0]()
+        if self._for_small:
+            _wake(self._for_small)
+        if big and self._for_big:
+            _wake(self._for_big)
 
     def wait_for(
         self, ready: Callable[[], bool], timeout: float | None = None, *, small: bool = False
@@ -93,13 +93,20 @@ class Gate:
         with self.lock:
             if ready():
                 return False
-            (self._for_small if small else self._for_big)[wake] = None
+            (self._for_small if small else self._for_big)[wake] = True
             return True
 
     def _leave(self, wake: Wake) -> None:
         with self.lock:
             self._for_small.pop(wake, None)
             self._for_big.pop(wake, None)
+
+
+def _wake(waiting: dict[Wake, bool]) -> None:
+    # A finalizer may run at any of these lines, and wake some of them itself.
+    for wake in list(waiting):
+        if waiting.pop(wake, False):
+            wake()
 
 
 class Answer(Generic[T]):

@@ -57,8 +57,8 @@ def test_a_time_out_longer_than_the_platform_can_wait_is_no_error() -> None:
 def test_small_changes_wake_only_those_who_asked_for_them() -> None:
     gate, woken = Gate(), []
     with gate.lock:
-        gate._for_small = {lambda: woken.append("all"): None}
-        gate._for_big = {lambda: woken.append("end"): None}
+        gate._for_small = {lambda: woken.append("all"): True}
+        gate._for_big = {lambda: woken.append("end"): True}
         gate.wake(big=False)
         assert woken == ["all"]
         gate.wake()
@@ -126,7 +126,7 @@ def test_a_finalizer_may_change_what_its_thread_is_busy_changing() -> None:
         woken.append(1)
 
     with gate.lock:
-        gate._for_small = {lambda: woken.append(2): None, finalizer: None}
+        gate._for_small = {finalizer: True, lambda: woken.append(2): True}
         gate.wake()
     assert sorted(woken) == [1, 2]
 
