@@ -181,11 +181,13 @@ def run(
         "rest_s": rest_s,
     }
     load = os.getloadavg()
-    deadline: float | None = None
+    deadline = float("inf")
     done: list[list[dict[str, dict[str, Any]]]] = []
     for start in range(starts):
+        if time.monotonic() >= deadline:
+            break
         with _sides_up(names, asked, threads, progress) as (asks, told):
-            if deadline is None:
+            if start == 0:
                 deadline = time.monotonic() + time_limit_s
             rounds(asks, count=warm_up, **plan)
             found = rounds(

@@ -109,6 +109,6 @@ def test_damaged_libraries_neither_crash_nor_hang(
         position = data.draw(st.integers(0, len(content) - 1))
         content[position] = data.draw(st.integers(0, 255))
     path.write_bytes(content[: data.draw(st.integers(1, len(content)))])
-    began = time.perf_counter()
+    began = time.process_time()
     scan(path)
-    assert time.perf_counter() - began < 20
+    assert time.process_time() - began < 2

@@ -26,10 +26,15 @@ def wait_for(sampler: Sampler, samples: int) -> None:
     eventually(lambda: sampler.summary().samples >= samples)
 
 
-def sampled(sources: Sources) -> Summary:
-    with Sampler(0.01, sources) as sampler:
+def finished(sources: Sources, interval_s: float = 0.01) -> Sampler:
+    """A sampler that took some samples and is closed."""
+    with Sampler(interval_s, sources) as sampler:
         wait_for(sampler, 5)
-    return sampler.summary()
+    return sampler
+
+
+def sampled(sources: Sources) -> Summary:
+    return finished(sources).summary()
 
 
 def integrated(watts: float, sampler: Sampler) -> float:
@@ -38,8 +43,7 @@ def integrated(watts: float, sampler: Sampler) -> float:
 
 
 def test_thor_reports_the_boards_input_power() -> None:
-    with Sampler(0.01, machine("thor")) as sampler:
-        wait_for(sampler, 5)
+    sampler = finished(machine("thor"))
     thor = sampler.summary()
     assert thor.power_scope == "board input"
     assert thor.power_w is not None and thor.power_w.mean == pytest.approx(36.487)
@@ -97,8 +101,7 @@ def test_a_counter_that_goes_backwards_is_not_believed() -> None:
     sources = machine("rtx5080")
     counts = iter([5_000_000, 5_000_000, *[10] * 10_000])
     sources.nvml.nvmlDeviceGetTotalEnergyConsumption = lambda handle: next(counts)
-    with Sampler(0.01, sources) as sampler:
-        wait_for(sampler, 5)
+    sampler = finished(sources)
     card = sampler.summary()
     assert card.energy_method == "integrated"
     assert card.energy_j == pytest.approx(integrated(41.25, sampler))
@@ -134,10 +137,12 @@ def test_a_sensor_that_fails_on_the_way_leaves_a_gap() -> None:
         return 40_000
 
     sources.nvml.nvmlDeviceGetPowerUsage = flaky
-    summary = sampled(sources)
+    sampler = finished(sources)
+    summary = sampler.summary()
     assert summary.power_w is not None
     assert 0 < summary.power_w.count < summary.samples
     assert summary.power_w.minimum == 40.0
+    assert None in {sample.power_w for sample in sampler.samples}
 
 
 def test_samples_come_before_and_after_the_work() -> None:
@@ -215,9 +220,15 @@ def test_a_sample_reads_each_sensor_once_and_looks_for_nothing(
     assert len(reads) == len(set(reads))
 
 
-def test_what_sampling_cost_is_told() -> None:
-    share = sampled(machine("thor")).cpu_share
-    assert share is not None and 0 < share < 1
+def test_sampling_costs_less_than_one_percent_of_a_core() -> None:
+    """Processor time, not the clock's, and the least of some tries: a busy machine adds to it."""
+
+    def share() -> float:
+        told = finished(machine("thor"), 0.2).summary().cpu_share  # the most sensors
+        assert told is not None and told > 0
+        return told
+
+    assert any(share() < 0.01 for _ in range(5))
 
 
 def test_this_machine_can_be_sampled() -> None:
