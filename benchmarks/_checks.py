@@ -30,9 +30,9 @@ def picture(seed: int, size: tuple[int, int]) -> Any:
 
 
 def verify(tell: Tell, options: Options) -> None:
-    """Verdicts of `molmo_edge.verify` for one combination of dtype, backends, KV and weights."""
-    from molmo_edge.verify import default_pictures
-    from molmo_edge.verify import verify as prove
+    """Verdicts of `reference.verify` for one combination of dtype, backends, KV and weights."""
+    from molmo_edge.reference.verify import default_pictures
+    from molmo_edge.reference.verify import verify as prove
 
     given = dict(options)
     small = given.pop("small", False)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from molmo_edge.bench.cases import Case, fresh, standard
-from molmo_edge.engine.arguments import BuildPlan
+from molmo_edge.engine.vllm_args import BuildPlan
 from molmo_edge.errors import BenchmarkError
 
 TEXT = "Write a short story about a robot in a garden."
@@ -46,7 +46,6 @@ class Side(Protocol):
 
 def plan_of(options: Mapping[str, Any]) -> BuildPlan:
     """The engine arguments that `EdgeVLM(**options)` builds with; sets the environment too."""
-    from molmo_edge.checkpoints import default_cache_dir, locate
     from molmo_edge.devices.profiles import load_profile, select_profile
     from molmo_edge.engine.build import (
         engine_device,
@@ -55,8 +54,9 @@ def plan_of(options: Mapping[str, Any]) -> BuildPlan:
         quiet,
         set_environment,
     )
-    from molmo_edge.families import family_of
-    from molmo_edge.molmo.layout import read_config
+    from molmo_edge.models.hub import default_cache_dir, locate
+    from molmo_edge.models.molmo.layout import read_config
+    from molmo_edge.models.registry import family_of
     from molmo_edge.settings import resolve
 
     given = dict(options)

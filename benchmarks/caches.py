@@ -37,7 +37,7 @@ def frame(seed: int, height: int = 480, width: int = 640) -> Image.Image:
 
 def hashing(repeats: int) -> list[dict[str, Any]]:
     """Milliseconds of the hash, of the array it is taken over, and of preprocessing."""
-    from molmo_edge.molmo.image_processor import MolmoImageProcessor
+    from molmo_edge.models.molmo.image_processor import MolmoImageProcessor
 
     processor, rows = MolmoImageProcessor(), []
     for height, width in HASHED:

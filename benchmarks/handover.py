@@ -25,7 +25,7 @@ from molmo_edge import EdgeVLM
 from molmo_edge.bench.environment import device_of, versions
 from molmo_edge.bench.store import write_text
 from molmo_edge.devices.detect import detect
-from molmo_edge.engine.seam import EngineInfo, Rendered, Turn, Update
+from molmo_edge.interface import EngineInfo, Rendered, Turn, Update
 from molmo_edge.sampling import Sampling
 
 STEP_S = 0.002

@@ -45,7 +45,7 @@ QUALITY = 90
 MEMORY = """
 import pathlib, sys
 import numpy as np, torch
-from molmo_edge.molmo.image_processor import MolmoImageProcessor
+from molmo_edge.models.molmo.image_processor import MolmoImageProcessor
 torch.set_num_threads(int(sys.argv[3]))
 def kib(name):
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
@@ -72,8 +72,9 @@ def picture(height: int, width: int) -> np.ndarray:
 
 def ways() -> dict[str, Callable[[Any], Any]]:
     """Name → a function from a picture to patches."""
-    from molmo_edge.molmo import reference, resize
-    from molmo_edge.molmo.image_processor import MolmoImageProcessor
+    from molmo_edge.models.molmo import resize
+    from molmo_edge.models.molmo.image_processor import MolmoImageProcessor
+    from molmo_edge.reference import molmo as reference
 
     ours = MolmoImageProcessor(CROPS)
     special = reference.SpecialTokens(1, 2, 3, 4)
@@ -167,8 +168,8 @@ def measure_jpeg(
     from PIL import Image
 
     from molmo_edge.images import load_for
-    from molmo_edge.molmo.image_processor import STD, MolmoImageProcessor
-    from molmo_edge.molmo.tiling import scaled_size
+    from molmo_edge.models.molmo.image_processor import STD, MolmoImageProcessor
+    from molmo_edge.models.molmo.tiling import scaled_size
 
     stream = io.BytesIO()
     Image.fromarray(photograph(height, width)).save(stream, "JPEG", quality=QUALITY, **options)
@@ -210,7 +211,7 @@ def measure_jpeg(
 
 
 def _padding() -> np.ndarray:
-    from molmo_edge.molmo.image_processor import MEAN, STD
+    from molmo_edge.models.molmo.image_processor import MEAN, STD
 
     return (-np.asarray(MEAN) / np.asarray(STD)).astype(np.float32)
 

@@ -53,7 +53,7 @@ def write_made_up(folder: Path, *, layers: int, vit_blocks: int, dtype: str) -> 
     """A checkpoint of width 1024 with loud channels; 61 MB a layer in float32."""
     import torch
 
-    from molmo_edge.molmo.synthetic import Shape, random_weights, write_checkpoint
+    from molmo_edge.models.molmo.synthetic import Shape, random_weights, write_checkpoint
 
     plain = random_weights(0)
 
@@ -72,7 +72,7 @@ def write_pictures(folder: Path) -> Path:
     """Six seeded pictures of different shapes."""
     from PIL import Image
 
-    from molmo_edge.verify import picture
+    from molmo_edge.reference.verify import picture
 
     folder.mkdir()
     sizes = ((90, 120), (240, 320), (320, 240), (336, 336), (200, 600), (480, 640))
@@ -85,8 +85,9 @@ def child(settings: dict[str, Any]) -> None:
     """Quantises once and prints what it took, a line of JSON."""
     import torch
 
-    from molmo_edge import quant_formats, quant_plan
-    from molmo_edge.quantize import quantize
+    from molmo_edge.quantize import formats as quant_formats
+    from molmo_edge.quantize import plan as quant_plan
+    from molmo_edge.quantize.run import quantize
 
     scheme, _, mode = settings["way"].partition(" ")
     more: dict[str, Any] = {}
@@ -302,7 +303,7 @@ def main() -> None:
             fast = [label for label in labels if label != EMULATED]
             found = {"width 1024": in_engine(model, folders, fast, options.tokens, True)}
             if EMULATED in labels:
-                from molmo_edge.molmo.synthetic import write_checkpoint
+                from molmo_edge.models.molmo.synthetic import write_checkpoint
 
                 tiny = write_checkpoint(root / "tiny")
                 folders = {EMULATED: root / "tiny fp8"}

@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     if arguments.image is None:
-        from molmo_edge.verify import picture
+        from molmo_edge.reference.verify import picture
 
         image = Image.fromarray(picture(300, 300, 0))
     else:

@@ -22,10 +22,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from molmo_edge.checkpoints import STUB, default_cache_dir, locate
+from molmo_edge.checkpoint_files import weight_files
 from molmo_edge.devices.caches import CACHE_VARIABLES
-from molmo_edge.devices.headers import weight_files
 from molmo_edge.errors import BenchmarkError
+from molmo_edge.models.hub import STUB, default_cache_dir, locate
 
 PARTS = ("weights", "compile", "profile", "warmup")
 """Of `vllm.LLM`, as `EdgeVLM.startup` has them; unknown where vLLM does not show them."""

@@ -20,7 +20,7 @@ import numpy as np
 
 from molmo_edge import EdgeVLM
 from molmo_edge.engine.fake import FakeEngine
-from molmo_edge.pointing import parse_points
+from molmo_edge.points import parse_points
 
 PERIOD_S = 1 / 50
 

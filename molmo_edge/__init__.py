@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from molmo_edge._version import __version__ as __version__
 
 _WHERE = {
     "EdgeVLM": "molmo_edge.vlm",
@@ -22,10 +22,10 @@ _WHERE = {
     "Result": "molmo_edge.results",
     "Metrics": "molmo_edge.results",
     "Score": "molmo_edge.results",
-    "Point": "molmo_edge.pointing",
-    "PointResult": "molmo_edge.pointing",
-    "PointStream": "molmo_edge.pointing",
-    "parse_points": "molmo_edge.pointing",
+    "Point": "molmo_edge.points",
+    "PointResult": "molmo_edge.points",
+    "PointStream": "molmo_edge.points",
+    "parse_points": "molmo_edge.points",
     "PointAnswer": "molmo_edge.answers",
     "CountResult": "molmo_edge.answers",
     "Seen": "molmo_edge.watch",
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
     from molmo_edge.answers import PointAnswer as PointAnswer
     from molmo_edge.engine.loop import State as State
     from molmo_edge.errors import MolmoEdgeError as MolmoEdgeError
-    from molmo_edge.pointing import Point as Point
-    from molmo_edge.pointing import PointResult as PointResult
-    from molmo_edge.pointing import PointStream as PointStream
-    from molmo_edge.pointing import parse_points as parse_points
+    from molmo_edge.points import Point as Point
+    from molmo_edge.points import PointResult as PointResult
+    from molmo_edge.points import PointStream as PointStream
+    from molmo_edge.points import parse_points as parse_points
     from molmo_edge.requests import Request as Request
     from molmo_edge.results import Metrics as Metrics
     from molmo_edge.results import Result as Result

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from molmo_edge.pointing import PointResult
+from molmo_edge.points import PointResult
 from molmo_edge.results import Result
 
 How = Literal["points", "stated", "none", "unread"]

@@ -10,14 +10,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-from molmo_edge.engine.errors_map import mapped
 from molmo_edge.engine.loop import EngineLoop
+from molmo_edge.engine.pending import Ticket
 from molmo_edge.engine.pool import RenderPool
-from molmo_edge.engine.seam import Turn
-from molmo_edge.engine.structured import check_schema
-from molmo_edge.engine.ticket import Ticket
-from molmo_edge.families import Family
+from molmo_edge.engine.vllm_errors import mapped
 from molmo_edge.images import ImageLimits, load_for
+from molmo_edge.interface import ModelFamily, Turn
 from molmo_edge.requests import Asked, Loader, Options, check_options
 from molmo_edge.settings import EdgeSettings
 from molmo_edge.stream import Stream
@@ -30,7 +28,7 @@ class Opening:
     """Opens requests on the engine that `EdgeVLM` keeps."""
 
     settings: EdgeSettings
-    family: Family | None
+    family: ModelFamily | None
     _limits: ImageLimits
     _loop: EngineLoop
     _pool: RenderPool
@@ -91,7 +89,7 @@ class Opening:
     ) -> Ticket:
         engine = loop.engine
         if asked.sampling.json_schema is not None:
-            check_schema(engine, asked.sampling.json_schema)
+            engine.check_schema(asked.sampling.json_schema)
         with mapped("render"):
             rendered = engine.render(
                 turns(self._loader(asked.max_crops)),

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypedDict, cast
 
-from molmo_edge.engine.seam import Turn
 from molmo_edge.errors import ImageError, PromptError, SamplingError
 from molmo_edge.images import ImageLike, Loaded
+from molmo_edge.interface import Turn
 from molmo_edge.sampling import DEFAULT_MAX_TOKENS, Sampling, check_timeout
 from molmo_edge.structured import JsonSchema, Reader, prepare
 

@@ -9,8 +9,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from molmo_edge.engine.loop import EngineLoop
+from molmo_edge.engine.pending import Ticket
 from molmo_edge.engine.runner import timed_out
-from molmo_edge.engine.ticket import Ticket
 from molmo_edge.results import Result
 
 

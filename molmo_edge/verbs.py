@@ -11,7 +11,7 @@ from molmo_edge.cameras import Source
 from molmo_edge.capture import Watching
 from molmo_edge.errors import ConfigError, PromptError
 from molmo_edge.images import ImageLike, Loaded
-from molmo_edge.pointing import parse_points
+from molmo_edge.points import parse_points
 from molmo_edge.requests import Loader, Options, loaded_turn
 from molmo_edge.results import Result
 from molmo_edge.stream import Stream

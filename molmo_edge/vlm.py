@@ -11,7 +11,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from molmo_edge.checkpoints import default_cache_dir, locate
 from molmo_edge.devices.detect import DeviceInfo
 from molmo_edge.devices.plan import Plan, plan
 from molmo_edge.devices.profiles import load_profile, select_profile
@@ -27,15 +26,16 @@ from molmo_edge.engine.build import (
 )
 from molmo_edge.engine.loop import EngineLoop, State
 from molmo_edge.engine.pool import RenderPool
-from molmo_edge.engine.seam import Engine
 from molmo_edge.errors import ConfigError, EngineClosedError
-from molmo_edge.families import Family, family_of
 from molmo_edge.images import ImageLimits
-from molmo_edge.molmo.layout import read_config
+from molmo_edge.interface import Engine, ModelFamily
+from molmo_edge.models.hub import default_cache_dir, locate
+from molmo_edge.models.molmo.layout import read_config
+from molmo_edge.models.registry import family_of
 from molmo_edge.requests import Request
 from molmo_edge.settings import EdgeSettings, Resolved, resolve
 from molmo_edge.verbs import Verbs
-from molmo_edge.warm import WarmupReport, warm
+from molmo_edge.warmup import WarmupReport, warm
 
 __all__ = ["EdgeVLM", "Request"]
 
@@ -107,7 +107,7 @@ class EdgeVLM(Verbs):
             profile_settings=self._load_profile,
         )
         self.settings: EdgeSettings = resolved.settings
-        self.family: Family | None = None
+        self.family: ModelFamily | None = None
         self._limits = ImageLimits(self.settings.max_image_bytes, self.settings.max_image_pixels)
         self._factory = engine if callable(engine) else self._vllm_factory(resolved, began)
         self._ids = itertools.count()

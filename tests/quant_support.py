@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from molmo_edge.molmo.synthetic import Shape, write_checkpoint
-from molmo_edge.quant_formats import FORMATS, format_of, unpack
+from molmo_edge.models.molmo.synthetic import Shape, write_checkpoint
+from molmo_edge.quantize.formats import FORMATS, format_of, unpack
 
 # Relative error of round-to-nearest on normal weights, with some room.
 TYPICAL = {"fp8": 0.03, "w4a16": 0.11, "nvfp4": 0.095}

@@ -18,11 +18,12 @@ from molmo_edge import EdgeVLM
 from molmo_edge.devices.detect import DeviceInfo, detect, known_device
 from molmo_edge.devices.model_configs import KNOWN
 from molmo_edge.devices.profiles import load_profile, select_profile
-from molmo_edge.engine import arguments, build
-from molmo_edge.engine.arguments import BuildPlan, engine_environment, plan_build
+from molmo_edge.engine import build
+from molmo_edge.engine import vllm_args as arguments
 from molmo_edge.engine.installed import only_for_cpu
+from molmo_edge.engine.vllm_args import BuildPlan, engine_environment, plan_build
 from molmo_edge.errors import ConfigError
-from molmo_edge.families import family_of
+from molmo_edge.models.registry import family_of
 from molmo_edge.settings import EdgeSettings, Resolved, resolve
 from tests.devices.recorded import machine
 
@@ -358,8 +359,8 @@ def test_plans_are_made_without_vllm_or_torch(folder: Path) -> None:
         "import json, sys; from pathlib import Path\n"
         "from molmo_edge.devices.detect import known_device\n"
         "from molmo_edge.devices.profiles import load_profile\n"
-        "from molmo_edge.engine.arguments import plan_build\n"
-        "from molmo_edge.families import family_of\n"
+        "from molmo_edge.engine.vllm_args import plan_build\n"
+        "from molmo_edge.models.registry import family_of\n"
         "from molmo_edge.settings import resolve\n"
         "folder = Path(sys.argv[1]); config = json.loads((folder / 'config.json').read_text())\n"
         "profile = load_profile('thor')\n"

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from molmo_edge.checkpoints import STUB, locate
 from molmo_edge.errors import ModelError
-from molmo_edge.molmo import stub, stub_weights
+from molmo_edge.models.hub import STUB, locate
+from molmo_edge.models.molmo import stub, stub_weights
 
 HEAVY = "print(sorted({'torch', 'transformers', 'vllm'} & set(sys.modules)))"
 
@@ -36,7 +36,7 @@ def test_a_stub_that_is_there_is_found_without_torch(tmp_path: Path) -> None:
     folder = there(tmp_path)
     code = (
         "from pathlib import Path\n"
-        "from molmo_edge.checkpoints import locate\n"
+        "from molmo_edge.models.hub import locate\n"
         f"print(locate('stub', Path({str(tmp_path)!r})))"
     )
     assert printed(code).split() == [str(folder), "[]"]
@@ -49,7 +49,7 @@ def test_a_description_that_is_there_is_found_without_torch(tmp_path: Path) -> N
     (folder / "config.json").write_text("{}")
     code = (
         "from pathlib import Path\n"
-        "from molmo_edge import checkpoints\n"
+        "from molmo_edge.models import hub as checkpoints\n"
         "checkpoints._cached = lambda name: None\n"
         f"print(checkpoints.locate({name!r}, Path({str(tmp_path)!r}), 'dummy'))"
     )

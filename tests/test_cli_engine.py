@@ -18,7 +18,7 @@ from PIL import Image
 from molmo_edge import EdgeVLM
 from molmo_edge.cli import common
 from molmo_edge.cli.app import main
-from molmo_edge.molmo.stub import NOTICE, TEXT
+from molmo_edge.models.molmo.stub import NOTICE, TEXT
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -103,7 +103,7 @@ def test_the_control_loop_keeps_its_rate_beside_the_fake_engine() -> None:
 @pytest.mark.timeout(600)
 def test_the_examples_run_on_the_stub(frames: Path, cache_dir: Path) -> None:
     where = {"MOLMO_EDGE_CACHE_DIR": str(cache_dir)}
-    from molmo_edge.molmo.stub import TEXT
+    from molmo_edge.models.molmo.stub import TEXT
 
     said = run("camera_loop", frames, "What?", timeout=300, **where)
     assert said.startswith(f"frame 0: {TEXT}")

@@ -20,8 +20,8 @@ from molmo_edge.errors import (
     PromptTooLongError,
     SamplingError,
 )
-from molmo_edge.families import family_of
-from molmo_edge.families.gemma3 import control_tokens
+from molmo_edge.models.gemma3 import control_tokens
+from molmo_edge.models.registry import family_of
 from tests import gemma3_checkpoint as tiny
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]

@@ -14,12 +14,12 @@ from PIL import Image
 
 from molmo_edge import EdgeVLM
 from molmo_edge.engine.fake import FakeEngine
-from molmo_edge.engine.seam import Turn
 from molmo_edge.errors import ImageError
-from molmo_edge.families.molmo import Molmo
 from molmo_edge.images import DEFAULT_LIMITS, ImageLimits, Loaded, load, load_for, to_array
-from molmo_edge.molmo.image_processor import STD, MolmoImageProcessor
-from molmo_edge.molmo.tiling import BASE, fit, layout_for, scaled_size
+from molmo_edge.interface import Turn
+from molmo_edge.models.molmo.family import Molmo
+from molmo_edge.models.molmo.image_processor import STD, MolmoImageProcessor
+from molmo_edge.models.molmo.tiling import BASE, fit, layout_for, scaled_size
 from tests.data.images import make
 from tests.picture_files import ACCEPTED, REFUSED, files
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from molmo_edge import EdgeVLM
-from molmo_edge.molmo.synthetic import write_checkpoint
-from molmo_edge.verify import picture
+from molmo_edge.models.molmo.synthetic import write_checkpoint
+from molmo_edge.reference.verify import picture
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 

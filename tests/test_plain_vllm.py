@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from molmo_edge import EdgeVLM
-from molmo_edge.molmo.stub import TEXT
-from molmo_edge.molmo.synthetic import Shape, vocabulary
-from molmo_edge.molmo.tiling import layout_for
+from molmo_edge.models.molmo.stub import TEXT
+from molmo_edge.models.molmo.synthetic import Shape, vocabulary
+from molmo_edge.models.molmo.tiling import layout_for
 
 SCRIPT = """
 import json, sys
@@ -65,7 +65,7 @@ def test_plain_vllm_answers_right_with_its_engine_in_another_process(
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout.strip().splitlines()[-1])
     assert said["texts"] == [TEXT] * 3
-    assert said["model"] == ["molmo_edge.molmo.model"]
+    assert said["model"] == ["molmo_edge.models.molmo.vllm_model"]
     # One BOS, then the image; max_crops reaches pixels and tokens alike.
     big, few, again = said["lengths"]
     assert big == again

@@ -20,7 +20,7 @@ from PIL import Image, ImageChops, ImageOps
 from molmo_edge import drawing
 from molmo_edge.errors import ImageError, InputError
 from molmo_edge.images import ImageLimits
-from molmo_edge.pointing import Point, PointResult, PointStream, parse_points
+from molmo_edge.points import Point, PointResult, PointStream, parse_points
 
 CORPUS: dict[str, dict[str, Any]] = {
     f"{path.stem}: {case['name']}": case
@@ -112,7 +112,7 @@ def test_the_picture_is_no_part_of_equality_or_repr() -> None:
 
 def test_pointing_needs_neither_torch_nor_vllm() -> None:
     code = (
-        "import sys, molmo_edge.pointing as p; from PIL import Image;"
+        "import sys, molmo_edge.points as p; from PIL import Image;"
         f"p.parse_points({MUG!r}).draw(Image.new('RGB', (64, 48)));"
         "sys.exit(bool({'torch', 'vllm'} & set(sys.modules)))"
     )

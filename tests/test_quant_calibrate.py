@@ -12,15 +12,18 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from molmo_edge import quant_activations, quant_calibrate, quant_plan, quantize
 from molmo_edge.errors import QuantizeError
-from molmo_edge.molmo.reference import ReferenceInputs, ReferenceMolmo
-from molmo_edge.molmo.reference_checkpoint import BLOCKS
-from molmo_edge.molmo.synthetic import Family, Shape, random_weights, write_checkpoint
-from molmo_edge.quant_activations import Streamed, picture_files, read_pictures
-from molmo_edge.quant_fold import LAYERS, Calibration
-from molmo_edge.quant_formats import format_of
-from molmo_edge.verify import picture
+from molmo_edge.models.molmo.synthetic import Family, Shape, random_weights, write_checkpoint
+from molmo_edge.quantize import activations as quant_activations
+from molmo_edge.quantize import calibrate as quant_calibrate
+from molmo_edge.quantize import plan as quant_plan
+from molmo_edge.quantize import run as quantize
+from molmo_edge.quantize.activations import Streamed, picture_files, read_pictures
+from molmo_edge.quantize.fold import LAYERS, Calibration
+from molmo_edge.quantize.formats import format_of
+from molmo_edge.reference.molmo import ReferenceInputs, ReferenceMolmo
+from molmo_edge.reference.molmo_checkpoint import BLOCKS
+from molmo_edge.reference.verify import picture
 from tests.quant_support import Killed, plain_tensors, tensors_of, threads
 
 SHAPE = Shape(vit_blocks=9, heads=4, kv_heads=2)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from molmo_edge import EdgeVLM, quantize
-from molmo_edge.molmo.synthetic import write_checkpoint
-from molmo_edge.quant_formats import format_of, unpack
-from molmo_edge.verify import QUESTION, _reference, picture
+from molmo_edge import EdgeVLM
+from molmo_edge.models.molmo.synthetic import write_checkpoint
+from molmo_edge.quantize import run as quantize
+from molmo_edge.quantize.formats import format_of, unpack
+from molmo_edge.reference.verify import QUESTION, _reference, picture
 from tests.quant_support import dequantised, layer_of, tensors_of, threads
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from molmo_edge import quant_formats
 from molmo_edge.errors import QuantizeError
-from molmo_edge.quant_formats import format_of, pack, unpack
+from molmo_edge.quantize import formats as quant_formats
+from molmo_edge.quantize.formats import format_of, pack, unpack
 from tests.quant_support import SCHEMES, TYPICAL, threads
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from molmo_edge import quantize
 from molmo_edge.errors import ModelError, QuantizeError
+from molmo_edge.quantize import run as quantize
 from tests.quant_support import threads, write_small
 
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from molmo_edge import quant_plan, quantize
 from molmo_edge.errors import QuantizeError
-from molmo_edge.quant_formats import format_of, unpack
+from molmo_edge.quantize import plan as quant_plan
+from molmo_edge.quantize import run as quantize
+from molmo_edge.quantize.formats import format_of, unpack
 from tests.quant_support import (
     SCHEMES,
     TYPICAL,

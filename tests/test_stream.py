@@ -10,9 +10,9 @@ import pytest
 
 from molmo_edge import EdgeVLM
 from molmo_edge.engine.fake import FakeEngine, FakeFactory, Fault
-from molmo_edge.engine.seam import Rendered, Update
-from molmo_edge.engine.ticket import Ticket
+from molmo_edge.engine.pending import Ticket
 from molmo_edge.errors import EngineDeadError, RequestCancelled, RequestTimeout
+from molmo_edge.interface import Rendered, Update
 from molmo_edge.sampling import Sampling
 from molmo_edge.stream import Stream
 from tests.engine.support import (

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 
 from molmo_edge import EdgeVLM
 from molmo_edge.errors import GenerationError, SamplingError
-from molmo_edge.molmo.stub import TEXT
+from molmo_edge.models.molmo.stub import TEXT
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from molmo_edge import verify
 from molmo_edge.errors import ConfigError, ModelError
-from molmo_edge.verify import Report, _Answer, _case, _Expected, picture
+from molmo_edge.reference import verify
+from molmo_edge.reference.verify import Report, _Answer, _case, _Expected, picture
 
 PICTURES = {"small": picture(90, 120, 0), "wide": picture(224, 460, 1), "text only": None}
 WANT = _Expected(prompt=[1, 2], token_ids=[5, 6, 7], logprobs=[-0.1, -0.2, -0.3])

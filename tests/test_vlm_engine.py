@@ -13,7 +13,6 @@ import pytest
 
 from molmo_edge import EdgeVLM, Request
 from molmo_edge.engine.heap import trim
-from molmo_edge.engine.seam import Turn
 from molmo_edge.errors import (
     ConfigError,
     ImageError,
@@ -24,8 +23,9 @@ from molmo_edge.errors import (
     SamplingError,
 )
 from molmo_edge.images import load
-from molmo_edge.molmo.stub import TEXT
-from molmo_edge.molmo.tiling import layout_for
+from molmo_edge.interface import Turn
+from molmo_edge.models.molmo.stub import TEXT
+from molmo_edge.models.molmo.tiling import layout_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 

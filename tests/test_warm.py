@@ -13,11 +13,11 @@ import pytest
 from molmo_edge import EdgeVLM
 from molmo_edge.engine.fake import FakeEngine
 from molmo_edge.errors import ConfigError, EngineDeadError
-from molmo_edge.families.gemma3 import Gemma3, Gemma3Text
+from molmo_edge.models.gemma3 import Gemma3, Gemma3Text
 from molmo_edge.requests import Request
 from molmo_edge.results import Metrics, Result
 from molmo_edge.settings import EdgeSettings
-from molmo_edge.warm import AGREEMENT, batch_sizes, warm
+from molmo_edge.warmup import AGREEMENT, batch_sizes, warm
 
 
 class Scripted:

@@ -13,9 +13,9 @@ from typing import Any
 from molmo_edge.bench import document
 from molmo_edge.bench.document import Ceiling, Environment, Row, Sample
 from molmo_edge.bench.tables import part
-from molmo_edge.checkpoints import default_cache_dir, locate
 from molmo_edge.devices import checkpoint, shapes, telemetry
 from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.models.hub import default_cache_dir, locate
 
 READINGS = 5
 """Fewer power readings than this within decode say nothing about decode."""

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from molmo_edge.bench.cases import Case, standard
 from molmo_edge.bench.document import Environment
-from molmo_edge.pointing import Point, parse_points
+from molmo_edge.points import Point, parse_points
 from molmo_edge.results import Score
 
 TOP = 20

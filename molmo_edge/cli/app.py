@@ -12,7 +12,12 @@ from typing import Annotated
 
 import typer
 
-from molmo_edge.cli import asking, machine, pointing, proof, quantize, speed, watching
+from molmo_edge.cli import ask as asking
+from molmo_edge.cli import bench as speed
+from molmo_edge.cli import machine, quantize
+from molmo_edge.cli import point as pointing
+from molmo_edge.cli import verify as proof
+from molmo_edge.cli import watch as watching
 from molmo_edge.cli.common import complain, environment_line
 from molmo_edge.errors import MolmoEdgeError
 

@@ -65,7 +65,7 @@ def notice(vlm: EdgeVLM) -> str | None:
     """What has to stand beside every answer of the stub; None for other models."""
     if vlm.environment.get("model") != "stub":
         return None
-    from molmo_edge.molmo.stub import NOTICE
+    from molmo_edge.models.molmo.stub import NOTICE
 
     return NOTICE
 

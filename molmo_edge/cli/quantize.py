@@ -35,7 +35,7 @@ def quantize(
 
     Needs no GPU. The same command goes on where an interrupted one stopped.
     """
-    from molmo_edge.quantize import quantize as run
+    from molmo_edge.quantize.run import quantize as run
 
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
     with Progress(*columns, console=complaints, transient=True) as bar:

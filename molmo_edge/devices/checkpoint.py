@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from molmo_edge.devices.headers import Tensor, read_headers, read_json
+from molmo_edge.checkpoint_files import Tensor, read_headers, read_json
 from molmo_edge.devices.model_configs import KNOWN, from_config
 from molmo_edge.devices.shapes import ModelShape
 from molmo_edge.errors import ModelError

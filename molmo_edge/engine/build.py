@@ -11,16 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from molmo_edge.devices.caches import CACHE_VARIABLES
-from molmo_edge.engine.arguments import BuildPlan, engine_environment, plan_build
-from molmo_edge.engine.errors_map import mapped
+from molmo_edge.engine.async_engine import ProcessEngine
 from molmo_edge.engine.heap import trim
 from molmo_edge.engine.installed import engine_device, require_vllm, versions
 from molmo_edge.engine.placement import in_process, in_thread
-from molmo_edge.engine.process_engine import ProcessEngine
-from molmo_edge.engine.seam import EngineInfo
 from molmo_edge.engine.stages import watched
+from molmo_edge.engine.vllm_args import BuildPlan, engine_environment, plan_build
 from molmo_edge.engine.vllm_engine import PROCESS_LOCK, VllmEngine
+from molmo_edge.engine.vllm_errors import mapped
 from molmo_edge.errors import ConfigError
+from molmo_edge.interface import EngineInfo
 
 __all__ = [
     "BuildPlan",

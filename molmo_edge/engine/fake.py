@@ -27,10 +27,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from molmo_edge.engine.fake_hooks import Fault, Hooks
-from molmo_edge.engine.seam import EngineInfo, Rendered, Turn, Update
 from molmo_edge.errors import ImageError, PromptError, PromptTooLongError
-from molmo_edge.molmo.layout import IMAGE_TOKENS
-from molmo_edge.molmo.prompts import check_turns
+from molmo_edge.interface import EngineInfo, Rendered, Turn, Update
+from molmo_edge.models.molmo.layout import IMAGE_TOKENS
+from molmo_edge.models.molmo.prompts import check_turns
 from molmo_edge.sampling import Sampling
 
 __all__ = ["FakeEngine", "FakeFactory", "Fault"]
@@ -121,7 +121,9 @@ class FakeEngine:
                 f"{self.info.max_model_len}."
             )
         script = _Script(turns[-1].text, self._answer(turns), total)
-        return Rendered(script, total, image_tokens, None if images else ids)
+        return Rendered(
+            script, total, image_tokens, None if images else ids, answer_prefix=" "
+        )
 
     def add(self, request_id: str, rendered: Rendered, sampling: Sampling) -> None:
         self._call("add")
@@ -150,6 +152,9 @@ class FakeEngine:
         self.aborted.extend(request_ids)
         for request_id in request_ids:
             self._requests.pop(request_id, None)
+
+    def check_schema(self, schema: Mapping[str, Any]) -> None:
+        """Every schema is accepted; answers are scripted."""
 
     def reset_caches(self) -> None:
         """There are none."""

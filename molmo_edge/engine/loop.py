@@ -14,12 +14,11 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from molmo_edge.engine.errors_map import drop_frames
 from molmo_edge.engine.gate import Answer
+from molmo_edge.engine.pending import Ticket
 from molmo_edge.engine.runner import Command, Runner, timed_out
-from molmo_edge.engine.seam import Engine
 from molmo_edge.engine.status import State, Status
-from molmo_edge.engine.ticket import Ticket
+from molmo_edge.engine.vllm_errors import drop_frames
 from molmo_edge.engine.watchdog import Watchdog
 from molmo_edge.errors import (
     EngineClosedError,
@@ -29,6 +28,7 @@ from molmo_edge.errors import (
     QueueFull,
     RequestCancelled,
 )
+from molmo_edge.interface import Engine
 
 __all__ = ["EngineLoop", "State"]
 

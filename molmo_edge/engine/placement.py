@@ -53,7 +53,7 @@ def prepare_child() -> None:
     if not family or int(pid) == os.getpid():
         return
     from molmo_edge.engine.build import quiet
-    from molmo_edge.families import by_name
+    from molmo_edge.models.registry import by_name
 
     quiet()
     # Ctrl-C reaches every process of the terminal; what it ends, the parent decides.

@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable
 from typing import TypeAlias
 
-from molmo_edge.engine.errors_map import mapped
-from molmo_edge.engine.seam import Engine
-from molmo_edge.engine.ticket import Ticket
+from molmo_edge.engine.pending import Ticket
+from molmo_edge.engine.vllm_errors import mapped
 from molmo_edge.engine.watchdog import Watchdog
 from molmo_edge.errors import GenerationError, MolmoEdgeError, RequestTimeout
+from molmo_edge.interface import Engine
 
 Command: TypeAlias = "Callable[[Runner], None]"
 # Ways to end that make a `Result`; None: not ended.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from enum import StrEnum
 
-from molmo_edge.engine.errors_map import advice
 from molmo_edge.engine.gate import Gate
+from molmo_edge.engine.vllm_errors import advice
 from molmo_edge.errors import (
     EngineClosedError,
     EngineDeadError,

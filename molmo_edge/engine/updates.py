@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm.v1.engine.output_processor import RequestState
 
-from molmo_edge.engine.seam import Update
+from molmo_edge.interface import Update
 
 
 class ReportingState(RequestState):  # type: ignore[misc]

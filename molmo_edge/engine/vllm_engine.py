@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from molmo_edge.engine.heap import trim
-from molmo_edge.engine.seam import EngineInfo, Rendered, Turn, Update
-from molmo_edge.families import Renderer
+from molmo_edge.engine.structured import check_schema
+from molmo_edge.interface import EngineInfo, Rendered, Renderer, Turn, Update
 from molmo_edge.sampling import Sampling
 
 # vLLM keeps the forward context, the parallel groups and more in globals of the process, so engines
@@ -47,6 +47,9 @@ class VllmEngine:
 
     def render(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> Rendered:
         return self._renderer.render(turns, options)
+
+    def check_schema(self, schema: Mapping[str, Any]) -> None:
+        check_schema(self, schema)
 
     def add(self, request_id: str, rendered: Rendered, sampling: Sampling) -> None:
         schema = sampling.json_schema

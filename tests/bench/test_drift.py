@@ -22,7 +22,7 @@ from molmo_edge.bench import command, drift, drift_run
 from molmo_edge.bench.cases import Case
 from molmo_edge.bench.command import Target
 from molmo_edge.errors import BenchmarkError
-from molmo_edge.pointing import Point
+from molmo_edge.points import Point
 from molmo_edge.results import Result, Score
 from tests.bench.double import ENVIRONMENT
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from molmo_edge.checkpoint_files import read_header
 from molmo_edge.devices.checkpoint import model_shape, part_of
-from molmo_edge.devices.headers import read_header
 from molmo_edge.devices.model_configs import KNOWN
 from molmo_edge.devices.quantized import stored_precision
 from molmo_edge.errors import ModelError

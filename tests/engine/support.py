@@ -13,7 +13,7 @@ from typing import Any
 
 from molmo_edge import EdgeVLM
 from molmo_edge.engine.fake import FakeEngine, FakeFactory
-from molmo_edge.engine.seam import Turn
+from molmo_edge.interface import Turn
 
 # Options of a request that only its consumer ends.
 FOREVER: dict[str, Any] = {"ignore_eos": True, "max_tokens": 10**6}

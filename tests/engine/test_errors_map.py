@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from molmo_edge.engine.errors_map import FOREIGN, Stage, advice, drop_frames, mapped
+from molmo_edge.engine.vllm_errors import FOREIGN, Stage, advice, drop_frames, mapped
 from molmo_edge.errors import (
     ConfigError,
     EngineStartError,

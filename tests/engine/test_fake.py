@@ -11,8 +11,8 @@ import pytest
 
 from molmo_edge import EdgeVLM, Request
 from molmo_edge.engine.fake import FakeEngine, Fault
-from molmo_edge.engine.seam import Turn, Update
 from molmo_edge.errors import GenerationError, ImageError, PromptError, PromptTooLongError
+from molmo_edge.interface import Turn, Update
 from molmo_edge.sampling import Sampling
 from tests.engine.support import opened
 

@@ -32,7 +32,7 @@ ASKED: list[tuple[np.ndarray[Any, Any] | None, str, dict[str, Any]]] = [
 @pytest.fixture(scope="module")
 def random_vlm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EdgeVLM]:
     """Random weights: any mix-up of caches or positions changes the tokens."""
-    from molmo_edge.molmo.synthetic import write_checkpoint
+    from molmo_edge.models.molmo.synthetic import write_checkpoint
 
     folder = write_checkpoint(tmp_path_factory.mktemp("random") / "molmo", seed=3)
     with EdgeVLM(

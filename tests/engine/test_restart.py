@@ -10,7 +10,6 @@ import pytest
 
 from molmo_edge import EdgeVLM
 from molmo_edge.engine.fake import FakeEngine, Fault
-from molmo_edge.engine.seam import Update
 from molmo_edge.errors import (
     EngineClosedError,
     EngineDeadError,
@@ -18,6 +17,7 @@ from molmo_edge.errors import (
     EngineStartError,
     RequestCancelled,
 )
+from molmo_edge.interface import Update
 from tests.engine.support import (
     WORDS,
     assert_each_ended_once,

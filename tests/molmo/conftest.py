@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from molmo_edge.molmo.plugin import register_with_transformers
-from molmo_edge.molmo.synthetic import Shape, write_checkpoint
+from molmo_edge.models.molmo.synthetic import Shape, write_checkpoint
+from molmo_edge.vllm_plugin import register_with_transformers
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from molmo_edge.molmo.reference import ReferenceInputs
+from molmo_edge.reference.molmo import ReferenceInputs
 from tests.molmo import tiny_reference as tiny
 
 

@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from molmo_edge.errors import ConfigError, ImageError
-from molmo_edge.molmo import reference, resize
-from molmo_edge.molmo.image_processor import MolmoImageProcessor
-from molmo_edge.molmo.layout import ImageTokenIds
-from molmo_edge.molmo.tiling import layout_of
+from molmo_edge.models.molmo import resize
+from molmo_edge.models.molmo.image_processor import MolmoImageProcessor
+from molmo_edge.models.molmo.layout import ImageTokenIds
+from molmo_edge.models.molmo.tiling import layout_of
+from molmo_edge.reference import molmo as reference
 
 IDS = ImageTokenIds(start=1, end=2, patch=3, col=4)
 SPECIAL = reference.SpecialTokens(1, 2, 3, 4)
@@ -212,7 +213,7 @@ def test_memory_is_the_output_and_two_resized_pictures_at_most() -> None:
         pytest.skip("needs Linux's /proc")
     script = textwrap.dedent("""
         import numpy as np, pathlib
-        from molmo_edge.molmo.image_processor import MolmoImageProcessor
+        from molmo_edge.models.molmo.image_processor import MolmoImageProcessor
         def kb(name):
             lines = pathlib.Path("/proc/self/status").read_text().splitlines()
             return int(next(l for l in lines if l.startswith(name)).split()[1])

@@ -23,7 +23,7 @@ def naive_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: in
 
 @pytest.mark.slow
 def test_pooling_attends_one_query_to_four_keys() -> None:
-    from molmo_edge.molmo.model import PoolingAttention
+    from molmo_edge.models.molmo.vllm_model import PoolingAttention
 
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(6, 1, 64, generator=generator)
@@ -41,12 +41,12 @@ def test_pooling_attends_one_query_to_four_keys() -> None:
 def test_registering_twice_is_harmless_and_the_model_is_ours() -> None:
     from vllm import ModelRegistry
 
-    from molmo_edge.molmo import plugin
+    from molmo_edge import vllm_plugin as plugin
 
     plugin.register()
     plugin.register()
     entry = ModelRegistry.models[plugin.ARCHITECTURE]
-    assert entry.module_name == "molmo_edge.molmo.model"
+    assert entry.module_name == "molmo_edge.models.molmo.vllm_model"
     plugin.use_model(stock=True)
     assert ModelRegistry.models[plugin.ARCHITECTURE].module_name.startswith("vllm.")
     plugin.use_model(stock=False)
@@ -56,8 +56,8 @@ def test_registering_twice_is_harmless_and_the_model_is_ours() -> None:
 def test_an_engine_of_ours_gets_the_class_unless_vllms_own_was_chosen() -> None:
     from vllm import ModelRegistry
 
-    from molmo_edge.molmo import plugin
-    from molmo_edge.molmo.model import MolmoForCausalLM
+    from molmo_edge import vllm_plugin as plugin
+    from molmo_edge.models.molmo.vllm_model import MolmoForCausalLM
 
     try:
         plugin.prepare()
@@ -74,12 +74,12 @@ def test_the_entry_point_is_in_vllms_group() -> None:
     from importlib.metadata import entry_points
 
     found = [e for e in entry_points(group="vllm.general_plugins") if e.name == "molmo_edge"]
-    assert [e.value for e in found] == ["molmo_edge.molmo.plugin:register"]
+    assert [e.value for e in found] == ["molmo_edge.vllm_plugin:register"]
 
 
 @pytest.mark.slow
 def test_unknown_processor_options_are_refused() -> None:
-    from molmo_edge.molmo.model import MolmoInfo
+    from molmo_edge.models.molmo.vllm_model import MolmoInfo
 
     class Context:
         def get_merged_mm_kwargs(self, kwargs: dict[str, object]) -> dict[str, object]:

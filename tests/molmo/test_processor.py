@@ -13,11 +13,11 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from molmo_edge.errors import ImageError, ModelError
-from molmo_edge.molmo import reference
-from molmo_edge.molmo.config import MolmoConfig
-from molmo_edge.molmo.image_processor import MolmoImageProcessor
-from molmo_edge.molmo.layout import ImageTokenIds
-from molmo_edge.molmo.processor import MolmoProcessor
+from molmo_edge.models.molmo.config import MolmoConfig
+from molmo_edge.models.molmo.image_processor import MolmoImageProcessor
+from molmo_edge.models.molmo.layout import ImageTokenIds
+from molmo_edge.models.molmo.processor import MolmoProcessor
+from molmo_edge.reference import molmo as reference
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (150, 400, 3), dtype=np.uint8)
 

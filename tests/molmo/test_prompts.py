@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from molmo_edge.engine.seam import Turn
 from molmo_edge.errors import PromptError, PromptTooLongError
-from molmo_edge.molmo.prompts import PromptEncoder
+from molmo_edge.interface import Turn
+from molmo_edge.models.molmo.prompts import PromptEncoder
 
 EXAMPLES = int(os.environ.get("MOLMO_EDGE_FUZZ_EXAMPLES", "150"))
 

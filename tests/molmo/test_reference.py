@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from molmo_edge.errors import InputError, SamplingError
-from molmo_edge.molmo.reference import ReferenceInputs, ReferenceMolmo, preprocess, sequence
+from molmo_edge.reference.molmo import ReferenceInputs, ReferenceMolmo, preprocess, sequence
 from tests.molmo import tiny_reference as tiny
 from tests.molmo.second_writing import by_hand, features_by_library
 

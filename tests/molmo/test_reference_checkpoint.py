@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from molmo_edge.errors import ModelError
-from molmo_edge.molmo.reference import ReferenceMolmo
+from molmo_edge.reference.molmo import ReferenceMolmo
 from tests.molmo import tiny_reference as tiny
 
 IDS = [tiny.BOS, 5, 6, 7]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from molmo_edge.errors import ImageError, InputError
-from molmo_edge.molmo.reference_inputs import (
+from molmo_edge.reference.molmo_inputs import (
     MEAN,
     STD,
     ReferenceInputs,

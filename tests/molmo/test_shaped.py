@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from molmo_edge.checkpoints import locate
 from molmo_edge.devices.checkpoint import model_shape
 from molmo_edge.errors import ModelError
-from molmo_edge.molmo.layout import check_layout, read_config
-from molmo_edge.molmo.shaped import ensure_shaped, is_known, shape_of
+from molmo_edge.models.hub import locate
+from molmo_edge.models.molmo.layout import check_layout, read_config
+from molmo_edge.models.molmo.shaped import ensure_shaped, is_known, shape_of
 
 MOLMOS = ("allenai/Molmo-7B-D-0924", "allenai/Molmo-7B-O-0924", "allenai/Molmo-72B-0924")
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from molmo_edge.molmo.layout import ImageTokenIds
-from molmo_edge.molmo.reference_inputs import select_tiling as slow_tiling
-from molmo_edge.molmo.tiling import fit, largest_layout, layout_of, select_tiling
+from molmo_edge.models.molmo.layout import ImageTokenIds
+from molmo_edge.models.molmo.tiling import fit, largest_layout, layout_of, select_tiling
+from molmo_edge.reference.molmo_inputs import select_tiling as slow_tiling
 
 IDS = ImageTokenIds(start=1, end=2, patch=3, col=4)
 

@@ -1,0 +1,90 @@
+"""`bench` and `warmup`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from molmo_edge.cli.common import (
+    ConfigOption,
+    CropsOption,
+    JsonOption,
+    ModelOption,
+    complaints,
+    console,
+    examples,
+    notice,
+    open_vlm,
+    print_json,
+    tell_notice,
+)
+
+if TYPE_CHECKING:
+    from molmo_edge.warmup import WarmupReport
+
+app = typer.Typer()
+
+
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    },
+    help="Measure speed, steadiness and ceilings; compare and report results. See bench --help.",
+)
+def bench(context: typer.Context) -> None:
+    """Hands everything on: its imports would slow the start of the other commands."""
+    from molmo_edge.bench.__main__ import app as bench_app
+
+    bench_app(context.args, prog_name="molmo-edge bench")
+
+
+@app.command(
+    epilog=examples(
+        "molmo-edge warmup --config configs/thor.toml", "molmo-edge warmup --tokens 16 --json"
+    )
+)
+def warmup(
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each request.")] = 32,
+    rounds: Annotated[int, typer.Option(min=2, help="Most decode speeds to measure.")] = 10,
+    model: ModelOption = None,
+    config: ConfigOption = None,
+    max_crops: CropsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Start and run every kind of request once; fills the compile caches that later starts read."""
+    with open_vlm(model, config, max_crops) as vlm:
+        with complaints.status("Warming up …"):
+            report = vlm.warmup(tokens=tokens, max_rounds=rounds)
+        if as_json:
+            told = {"notice": notice(vlm), "environment": vlm.environment}
+            print_json({**report.as_dict(), **told})
+            return
+        tell_notice(vlm)
+        _show(report)
+
+
+def _show(report: WarmupReport) -> None:
+    table = Table("request", "together", "seconds", "ttft")
+    for step in report.steps:
+        seconds = step.skipped or _seconds(step.seconds)
+        table.add_row(Text(step.name), str(step.requests), Text(seconds), _seconds(step.ttft_s))
+    console.print(table)
+    speeds = ", ".join(f"{tps:.1f}" for tps in report.decode_tps)
+    steady = "steady" if report.steady else "not steady yet"
+    start = report.startup_s.get("total")
+    console.print(
+        Text(
+            f"decode, tok/s: {speeds} ({steady}); warm-up {report.seconds:.1f} s, "
+            f"start {_seconds(start)}"
+        ),
+        soft_wrap=True,
+    )
+
+
+def _seconds(value: float | None) -> str:
+    return "?" if value is None else f"{value:.2f} s"

@@ -1,0 +1,293 @@
+"""Settings, device, profile and checkpoint to the arguments of `vllm.LLM`.
+
+Decides everything that can be decided before anything is loaded, and needs no vLLM to do it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from molmo_edge.devices.caches import cache_environment
+from molmo_edge.devices.checkpoint import model_shape
+from molmo_edge.devices.detect import DeviceInfo
+from molmo_edge.devices.kv_cache import (
+    check_kv_cache_dtype,
+    check_kv_room,
+    kv_cache_warning,
+    request_bytes,
+)
+from molmo_edge.devices.precision import Choice, check_quantization, choose_precision
+from molmo_edge.devices.profiles import Profile, profile_warning
+from molmo_edge.devices.shapes import ModelShape
+from molmo_edge.engine.installed import versions
+from molmo_edge.errors import ConfigError
+from molmo_edge.interface import ModelFamily
+from molmo_edge.models.hub import default_cache_dir
+from molmo_edge.settings import EdgeSettings, Resolved
+
+logger = logging.getLogger("molmo_edge")
+
+# The engine's one thread and one device; vLLM's other ways of running do not fit it.
+_FORBIDDEN: Mapping[str, tuple[object, str]] = {
+    "trust_remote_code": (False, "molmo_edge runs no code from checkpoints"),
+    "tensor_parallel_size": (1, "molmo_edge drives one device"),
+    "pipeline_parallel_size": (1, "molmo_edge drives one device"),
+    "data_parallel_size": (1, "molmo_edge drives one device"),
+}
+_DRAFT_TOKENS = 3
+
+_said: set[str] = set()
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """Everything that `build` needs, decided beforehand.
+
+    Attributes:
+        llm_args: keyword arguments of `vllm.LLM`.
+        environment: what results will say of where they come from.
+        shape: sizes of the checkpoint.
+    """
+
+    family: ModelFamily
+    settings: EdgeSettings
+    llm_args: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    shape: ModelShape
+
+
+def plan_build(
+    resolved: Resolved,
+    device: DeviceInfo,
+    family: ModelFamily,
+    folder: Path,
+    config: Mapping[str, Any],
+    profile: Profile,
+) -> BuildPlan:
+    """Arguments for one engine.
+
+    What a profile wishes for may give way to what the device and the checkpoint allow, with a line
+    in the log; what the user asked for may not.
+
+    Raises:
+        ConfigError: what was asked for cannot work, or does not fit the device's memory.
+        ModelError: the checkpoint's files cannot be read.
+    """
+    settings = resolved.settings
+    asked = {
+        name
+        for name, origin in resolved.origin.items()
+        if origin != "default" and not origin.startswith("profile ")
+    }
+    _check_profile(profile, device)
+    engine_args = _checked(settings.engine_args)
+    shape = model_shape(folder)
+    kv, backend = _kv_cache(settings, device, shape, profile, asked="kv_cache_dtype" in asked)
+    choice = _precision(settings, device, shape, profile, asked="precision" in asked)
+    _check_kernels(shape, settings, device)
+    dtype = "bfloat16" if settings.dtype == "auto" else settings.dtype
+    args: dict[str, Any] = {
+        "model": str(folder),
+        "dtype": dtype,
+        "kv_cache_dtype": kv,
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_num_seqs,
+        "load_format": settings.load_format,
+        "seed": settings.seed,
+        "enable_prefix_caching": settings.enable_prefix_caching,
+        # Pictures are preprocessed in the caller's thread; vLLM's cache would never be asked.
+        "mm_processor_cache_gb": settings.mm_processor_cache_gb,
+        "trust_remote_code": False,
+        "tensor_parallel_size": 1,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        # Greedy decoding would fill free white space until max_tokens; the other backends leave
+        # out parts of a schema without a word.
+        "structured_outputs_config": {
+            "backend": "guidance",
+            "disable_any_whitespace": True,
+            "disable_additional_properties": True,
+        },
+        **family.engine_args(settings.max_crops, settings.resize),
+    }
+    if choice.precision == "fp8" and shape.stored is None:
+        args["quantization"] = "fp8_per_channel"
+        # The tower is small and sensitive; the head is left alone by vLLM itself.
+        args["quantization_config"] = {"ignore": list(family.unquantized)}
+    optional = {
+        "attention_backend": backend,
+        "mm_encoder_attn_backend": settings.mm_encoder_attn_backend,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "enforce_eager": settings.enforce_eager,
+        "kv_cache_memory_bytes": _kv_bytes(settings),
+    }
+    args |= {key: value for key, value in optional.items() if value is not None}
+    drafts = _drafts(device) if settings.speculation == "ngram" else {}
+    args |= drafts | engine_args
+    if drafts and "engine_args.compilation_config" not in asked:
+        args |= _graph_sizes(args.get("compilation_config"))
+    environment = {
+        "model": settings.model,
+        "family": family.name,
+        "random_weights": settings.model == "stub" or args["load_format"] == "dummy",
+        "device": device.name,
+        "profile": profile.name,
+        "precision": _label(choice, settings),
+        "dtype": str(args["dtype"]),
+        "kv_cache_dtype": str(args["kv_cache_dtype"]),
+        "max_crops": settings.max_crops if family.crops else None,
+        "resize": settings.resize if family.crops else None,
+        "jpeg_scale": settings.jpeg_scale if family.crops else None,
+        "prefix_caching": bool(args["enable_prefix_caching"]),
+        "speculation": settings.speculation,
+        "engine": settings.engine,
+        "eager": bool(args.get("enforce_eager", False)),
+        **versions(),
+    }
+    return BuildPlan(family, settings, args, environment, shape)
+
+
+def engine_environment(
+    settings: EdgeSettings, device: DeviceInfo, profile: Profile
+) -> dict[str, str]:
+    """Environment variables of an engine, to be set before torch, CUDA and vLLM look at them."""
+    return {
+        **cache_environment(settings.cache_dir or default_cache_dir(), device, versions()),
+        **profile.env,
+        # Nothing leaves the machine.
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+
+
+def _check_profile(profile: Profile, device: DeviceInfo) -> None:
+    warning = profile_warning(profile, device)
+    if warning is None:
+        return
+    if profile.match.get("kind") == "cuda" and device.kind == "cpu":
+        raise ConfigError(
+            f"{warning[0].upper()}{warning[1:]}. Use profile auto, or see what molmo-edge doctor "
+            "says about the GPU."
+        )
+    _say(warning)
+
+
+def _kv_cache(
+    settings: EdgeSettings,
+    device: DeviceInfo,
+    shape: ModelShape,
+    profile: Profile,
+    *,
+    asked: bool,
+) -> tuple[str, str | None]:
+    """KV cache dtype and the attention backend that goes with it."""
+    wanted, backend = settings.kv_cache_dtype, settings.attention_backend
+    if not asked and settings.dtype == "float32":
+        # Who asks for float32 wants the reference's numbers, not eight bits in between.
+        return "auto", backend
+    if not asked and wanted == "auto":
+        _say(
+            f"The KV cache keeps the model's dtype instead of FP8: profile {profile.name} must run "
+            "on devices without it. Set kv_cache_dtype=fp8 where there is AVX-512 or sm_89."
+        )
+    check_kv_cache_dtype(wanted, device, backend)
+    check_kv_room(_longest(settings, shape), _kv_bytes(settings))
+    warning = kv_cache_warning(wanted, qwen2=shape.qwen2)
+    if warning is not None:
+        _say(warning)
+    # No other backend has scales for each token and head.
+    return wanted, "TRITON_ATTN" if wanted.endswith("per_token_head") else backend
+
+
+def _precision(
+    settings: EdgeSettings, device: DeviceInfo, shape: ModelShape, profile: Profile, *, asked: bool
+) -> Choice:
+    float32 = settings.dtype == "float32"
+    sizes = shape.bytes_by_precision(float32=float32)
+    given = _kv_bytes(settings)
+    choice = choose_precision(
+        settings.precision if asked else "auto",
+        device,
+        sizes,
+        profile=profile,
+        kv_bytes=_longest(settings, shape) if given is None else given,
+        utilization=settings.gpu_memory_utilization,
+        plain="FP32" if float32 else "BF16",
+    )
+    if choice.fallback:
+        _say(choice.reason)
+    return choice
+
+
+def _check_kernels(shape: ModelShape, settings: EdgeSettings, device: DeviceInfo) -> None:
+    """Refuses what vLLM's CPU backend loads, and then has no kernel for."""
+    if device.kind != "cpu":
+        return
+    if shape.stored == "nvfp4":
+        raise ConfigError("vLLM's CPU backend has no kernel for nvfp4 checkpoints; it needs a GPU.")
+    if shape.stored == "w4a16" and settings.dtype == "float32":
+        raise ConfigError(
+            "vLLM's CPU kernel for w4a16 checkpoints has no float32; use dtype=bfloat16."
+        )
+
+
+def _label(choice: Choice, settings: EdgeSettings) -> str:
+    if choice.precision != "bf16":
+        return choice.precision
+    return {"float32": "fp32", "float16": "fp16"}.get(settings.dtype, "bf16")
+
+
+def _longest(settings: EdgeSettings, shape: ModelShape) -> int:
+    """Bytes of the KV cache of the longest request."""
+    tokens = settings.max_model_len or shape.max_model_len
+    return request_bytes(
+        shape, tokens, settings.kv_cache_dtype, float32=settings.dtype == "float32"
+    )
+
+
+def _kv_bytes(settings: EdgeSettings) -> int | None:
+    size = settings.kv_cache_memory_gb
+    return None if size is None else int(size * 2**30)
+
+
+def _drafts(device: DeviceInfo) -> dict[str, Any]:
+    """Drafts from the prompt; the GPU's own drafter keeps scheduling asynchronous."""
+    return {
+        "speculative_config": {
+            "method": "ngram_gpu" if device.kind == "cuda" else "ngram",
+            "num_speculative_tokens": _DRAFT_TOKENS,
+            "prompt_lookup_min": 2,
+            "prompt_lookup_max": 4,
+        }
+    }
+
+
+def _graph_sizes(compilation: object) -> dict[str, Any]:
+    """The profile's graph sizes for drafted steps: a request is its token and all its drafts."""
+    sizes = compilation.get("cudagraph_capture_sizes") if isinstance(compilation, Mapping) else None
+    if not isinstance(compilation, Mapping) or not sizes:
+        return {}
+    step = [size * (1 + _DRAFT_TOKENS) for size in sizes]
+    return {"compilation_config": {**compilation, "cudagraph_capture_sizes": step}}
+
+
+def _checked(engine_args: Mapping[str, Any]) -> dict[str, Any]:
+    for name, (allowed, reason) in _FORBIDDEN.items():
+        if name in engine_args and engine_args[name] != allowed:
+            raise ConfigError(f"engine_args: {name} must be {allowed}: {reason}.")
+    if "model" in engine_args:
+        raise ConfigError("engine_args: give the model as EdgeVLM's first argument.")
+    quantization = engine_args.get("quantization")
+    if isinstance(quantization, str):
+        check_quantization(quantization)
+    return dict(engine_args)
+
+
+def _say(line: str) -> None:
+    """Warns once a process, however many engines it builds."""
+    if line not in _said:
+        _said.add(line)
+        logger.warning("%s", line)

@@ -1,0 +1,176 @@
+"""Types that the engine and the model families share; neither room imports the other for them.
+
+An engine is owned by one thread. `render` and `check_schema` alone may be called from any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+from PIL import Image
+
+from molmo_edge.sampling import Sampling
+
+# As in `EdgeSettings.resize`.
+Resize = Literal["torch", "tensorflow", "fast"]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation.
+
+    Attributes:
+        role: ``"user"`` or ``"assistant"``.
+        text: the turn's text, unchecked.
+        images: checked upright RGB images that belong to the turn.
+        sizes: (width, height) of each before it was decoded at a fraction of its size; empty where
+            none was.
+    """
+
+    role: str
+    text: str
+    images: tuple[Image.Image, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A request ready for the engine.
+
+    Attributes:
+        prompt: what the engine's `add` takes; nobody else looks inside.
+        prompt_tokens, image_tokens: counts, None when the engine does not know them.
+        token_ids: the prompt's tokens, None when the engine does not know them.
+        answer_prefix: what the family's answers start with and is no part of the answer, such as
+            Molmo's space after "Assistant:"; removed once if the answer starts with it.
+    """
+
+    prompt: Any
+    prompt_tokens: int | None = None
+    image_tokens: int | None = None
+    token_ids: Sequence[int] | None = None
+    answer_prefix: str = ""
+
+
+class Update(NamedTuple):
+    """What one step produced for one request.
+
+    Attributes:
+        text: new text; whole characters only, may be empty.
+        token_ids: new tokens.
+        logprobs, top_logprobs: aligned with `token_ids`, when requested.
+        finish_reason: None while the request is running.
+        cached_tokens: prompt tokens found in the prefix cache, when known.
+    """
+
+    request_id: str
+    text: str = ""
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[float] | None = None
+    top_logprobs: Sequence[Mapping[int, float]] | None = None
+    finish_reason: str | None = None
+    cached_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What an engine reports about itself once it is running.
+
+    Attributes:
+        max_model_len: longest sequence in tokens.
+        environment: versions, device and settings, for results and reports.
+        startup_s: seconds of each part of the start, None for what is not known: ``config``
+            (settings, device, checkpoint headers), ``imports`` (of vLLM), ``compile``
+            (torch.compile, part of ``engine``), ``engine`` (all that vLLM does), ``total``.
+    """
+
+    max_model_len: int
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    startup_s: Mapping[str, float | None] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """One engine; built, stepped and closed in one thread."""
+
+    info: EngineInfo
+
+    def render(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> Rendered:
+        """Convert turns to engine input, in any thread. Raises InputError for unusable input.
+
+        Options: ``max_crops`` (None: the engine's) and ``answer``, token ids that follow the
+            prompt as if they had been generated.
+        """
+        ...
+
+    def check_schema(self, schema: Mapping[str, Any]) -> None:
+        """Raise SamplingError if answers cannot be held to this JSON Schema; in any thread."""
+        ...
+
+    def add(self, request_id: str, rendered: Rendered, sampling: Sampling) -> None:
+        """Accept a request. An exception here is that request's alone."""
+        ...
+
+    def step(self) -> Sequence[Update]:
+        """Run one step of all requests. An exception here is the end of the engine."""
+        ...
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Drop requests; unknown ids are ignored."""
+        ...
+
+    def reset_caches(self) -> None:
+        """Empty prefix, multimodal and encoder caches, where there are any."""
+        ...
+
+    def close(self) -> None:
+        """Free memory and processes; called once, also after a failed step."""
+        ...
+
+
+class Renderer(Protocol):
+    """Converts turns to engine input, in any thread."""
+
+    def render(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> Rendered:
+        """See `Engine.render`."""
+        ...
+
+
+class ModelFamily(Protocol):
+    """One model family; stateless.
+
+    Attributes:
+        name: as it appears in results and reports.
+        verbs: the methods of `EdgeVLM` that it supports.
+        max_images: most images of one request.
+        crops: whether `max_crops` and `resize` mean something.
+        unquantized: module patterns of the vision tower, which online quantisation leaves alone.
+    """
+
+    name: str
+    verbs: frozenset[str]
+    max_images: int
+    crops: bool
+    unquantized: tuple[str, ...]
+
+    def check(self, config: Mapping[str, Any], folder: Path, load_format: str) -> None:
+        """Raise ModelError for a checkpoint that this family cannot run."""
+        ...
+
+    def engine_args(self, max_crops: int, resize: Resize) -> dict[str, Any]:
+        """Return the arguments of `vllm.LLM` that the family needs."""
+        ...
+
+    def scaled_size(self, size: tuple[int, int], max_crops: int) -> tuple[int, int] | None:
+        """(width, height) that an image of `size` is scaled to at most; None where unknown."""
+        ...
+
+    def prepare(self) -> None:
+        """Register with vLLM before it reads the checkpoint; once per engine, may repeat."""
+        ...
+
+    def renderer(self, llm: Any, max_crops: int, resize: Resize) -> Renderer:
+        """Build the renderer in the engine's thread; it is used in every other."""
+        ...

@@ -1,0 +1,290 @@
+"""Small Molmo 1 checkpoints with made-up weights, in the hub's file layout.
+
+Every weight is a pure function of its tensor's name and a seed, so that two machines write the same
+checkpoint. The vision tower has its real size (0.29 billion parameters) unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from molmo_edge.models.molmo.image_processor import MEAN, STD
+from molmo_edge.models.molmo.layout import ADDITIONAL_VOCAB_SIZE, IMAGE_TOKENS
+from molmo_edge.models.molmo.tiling import BASE, DEFAULT_MAX_CROPS, MARGIN, PATCH, POOLED
+
+Family = Literal["molmo-d", "molmo-o"]
+END_OF_TEXT = "<|endoftext|>"
+# Whole-word tokens of the synthetic tokenizer; everything else falls apart into bytes.
+_WORDS = (
+    "User Assistant This is the a of in and what how many point to there are image describe on "
+    "molmo edge stub real architecture made up weights picture table red mug"
+).split()
+
+# Added tokens are looked for one by one; the hub's tokenizers have some 400 fillers.
+_MOST_ADDED = 1024
+
+VIT_WIDTH, VIT_MLP, VIT_BLOCKS, VIT_POSITIONS = 1024, 4096, 23, 577
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a synthetic language model; the defaults load in seconds on a CPU."""
+
+    hidden_size: int = 256
+    layers: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    mlp: int = 512
+    embedding_size: int = 512
+    max_position_embeddings: int = 4096
+    vit_blocks: int = VIT_BLOCKS
+
+
+Weights = Callable[[str, tuple[int, ...]], torch.Tensor]
+
+
+def random_tensor(name: str, shape: tuple[int, ...], seed: int, scale: float) -> torch.Tensor:
+    """Normal float32 values that depend on `name` and `seed` alone."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = np.random.Generator(np.random.Philox(int.from_bytes(digest[:8], "little")))
+    return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)).mul_(scale)
+
+
+def random_weights(seed: int) -> Weights:
+    """Weights that keep activations of order one, so that every part of the model is heard."""
+
+    def weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if name.endswith(("norm.weight", "ln.weight", "ln_f.weight")):
+            return 1.0 + random_tensor(name, shape, seed, 0.1)
+        if name.endswith(".bias"):
+            return random_tensor(name, shape, seed, 0.1)
+        if len(shape) == 2 and name.endswith(".weight"):
+            return random_tensor(name, shape, seed, 1.0 / math.sqrt(shape[1]))
+        scale = 0.5 if "positional" in name else 1.0
+        return random_tensor(name, shape, seed, scale)
+
+    return weight
+
+
+def tensor_shapes(family: Family, shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors, as on the hub."""
+    d, head = shape.hidden_size, shape.hidden_size // shape.heads
+    qkv = d + 2 * shape.kv_heads * head
+    out: dict[str, tuple[int, ...]] = {
+        "model.transformer.wte.embedding": (shape.embedding_size, d),
+        "model.transformer.wte.new_embedding": (ADDITIONAL_VOCAB_SIZE, d),
+        "model.transformer.ln_f.weight": (d,),
+        "model.transformer.ff_out.weight": (shape.embedding_size, d),
+    }
+    for i in range(shape.layers):
+        block = f"model.transformer.blocks.{i}."
+        out |= {
+            f"{block}att_proj.weight": (qkv, d),
+            f"{block}attn_out.weight": (d, d),
+            f"{block}ff_proj.weight": (2 * shape.mlp, d),
+            f"{block}ff_out.weight": (d, shape.mlp),
+            f"{block}attn_norm.weight": (d,),
+            f"{block}ff_norm.weight": (d,),
+        }
+        if family == "molmo-d":
+            out[f"{block}att_proj.bias"] = (qkv,)
+        else:
+            out[f"{block}q_norm.weight"] = (d,)
+            out[f"{block}k_norm.weight"] = (shape.kv_heads * head,)
+    return out | _vision_shapes(shape)
+
+
+def _vision_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
+    top = "model.vision_backbone."
+    vit = f"{top}image_vit."
+    w, mlp = VIT_WIDTH, VIT_MLP
+
+    def linear(name: str, rows: int, cols: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (rows, cols), f"{name}.bias": (rows,)}
+
+    out: dict[str, tuple[int, ...]] = {
+        f"{vit}class_embedding": (w,),
+        f"{vit}positional_embedding": (VIT_POSITIONS, w),
+        f"{vit}patch_embedding.weight": (w, PATCH * PATCH * 3),
+        f"{vit}pre_ln.weight": (w,),
+        f"{vit}pre_ln.bias": (w,),
+        f"{top}pad_embed": (2, 2 * w),
+        f"{top}image_projector.w1.weight": (shape.mlp, w),
+        f"{top}image_projector.w2.weight": (shape.hidden_size, shape.mlp),
+        f"{top}image_projector.w3.weight": (shape.mlp, w),
+    }
+    for i in range(shape.vit_blocks):
+        block = f"{vit}transformer.resblocks.{i}."
+        for name in ("wq", "wk", "wv", "wo"):
+            out |= linear(f"{block}attention.{name}", w, w)
+        out |= linear(f"{block}feed_forward.w1", mlp, w)
+        out |= linear(f"{block}feed_forward.w2", w, mlp)
+        for name in ("attention_norm", "ffn_norm"):
+            out |= {f"{block}{name}.weight": (w,), f"{block}{name}.bias": (w,)}
+    for name in ("wq", "wk", "wv"):
+        out |= linear(f"{top}image_pooling_2d.{name}", w, 2 * w)
+    return out | linear(f"{top}image_pooling_2d.wo", w, w)
+
+
+def hub_config(family: Family, shape: Shape) -> dict[str, Any]:
+    """`config.json` with the hub's fields, `auto_map` included."""
+    d_like = family == "molmo-d"
+    return {
+        "architectures": ["MolmoForCausalLM"],
+        "attention_layer_norm": not d_like,
+        "auto_map": {
+            "AutoConfig": "config_molmo.MolmoConfig",
+            "AutoModelForCausalLM": "modeling_molmo.MolmoForCausalLM",
+        },
+        "clip_qkv": None,
+        "embedding_size": shape.embedding_size,
+        "hidden_size": shape.hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": 2 * shape.mlp,
+        "layer_norm_eps": 1e-6,
+        "layer_norm_type": "rms",
+        "max_position_embeddings": shape.max_position_embeddings,
+        "model_type": "molmo",
+        "norm_after": not d_like,
+        "num_attention_heads": shape.heads,
+        "num_hidden_layers": shape.layers,
+        "num_key_value_heads": shape.kv_heads,
+        "qkv_bias": d_like,
+        "rope_theta": 1_000_000.0 if d_like else 500_000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "transformers_version": "4.43.3",
+        "use_cache": True,
+        "use_position_ids": True,
+        "vocab_size": shape.embedding_size,
+        "weight_tying": False,
+    }
+
+
+def write_checkpoint(
+    folder: Path,
+    family: Family = "molmo-d",
+    *,
+    seed: int = 0,
+    shape: Shape | None = None,
+    weights: Weights | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Path:
+    """Writes a whole checkpoint into `folder` (made when missing) and returns it.
+
+    `dtype` is how weights lie on disk; bfloat16 halves the tower's 1.2 GB and loads as the same
+    values in float32.
+    """
+    from safetensors.torch import save_file
+
+    shape = shape or Shape()
+    make = weights or random_weights(seed)
+    write_description(folder, family, shape)
+    tensors = {
+        name: make(name, size).to(dtype) for name, size in tensor_shapes(family, shape).items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def write_description(folder: Path, family: Family, shape: Shape) -> Path:
+    """Writes a checkpoint without its weights: configuration, processor and tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "config.json", hub_config(family, shape))
+    auto_map = {
+        "AutoImageProcessor": "image_preprocessing_molmo.MolmoImageProcessor",
+        "AutoProcessor": "preprocessing_molmo.MolmoProcessor",
+    }
+    _write_json(
+        folder / "preprocessor_config.json",
+        {
+            "auto_map": auto_map,
+            "base_image_input_size": [BASE, BASE],
+            "do_normalize": True,
+            "image_mean": list(MEAN),
+            "image_padding_mask": True,
+            "image_patch_size": PATCH,
+            "image_processor_type": "MolmoImageProcessor",
+            "image_std": list(STD),
+            "image_token_length_h": POOLED,
+            "image_token_length_w": POOLED,
+            "max_crops": DEFAULT_MAX_CROPS,
+            "overlap_margins": [MARGIN, MARGIN],
+            "processor_class": "MolmoProcessor",
+        },
+    )
+    _write_json(
+        folder / "processor_config.json",
+        {"auto_map": auto_map, "processor_class": "MolmoProcessor"},
+    )
+    _write_json(
+        folder / "generation_config.json", {"eos_token_id": _end_of_text_id(), "do_sample": False}
+    )
+    _write_tokenizer(folder, family, shape)
+    return folder
+
+
+def vocabulary() -> dict[str, int]:
+    """Byte and word tokens of the synthetic tokenizer; ``Ġ`` stands for a leading space."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    pieces = sorted(ByteLevel.alphabet())
+    pieces += [f"{space}{word}" for word in _WORDS for space in ("", "Ġ") if len(space + word) > 1]
+    return {piece: i for i, piece in enumerate(pieces)}
+
+
+def _end_of_text_id() -> int:
+    return len(vocabulary())
+
+
+def _write_tokenizer(folder: Path, family: Family, shape: Shape) -> None:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    vocab = vocabulary()
+    fillers = [f"|<EXTRA_TOKENS_{i}>|" for i in range(shape.embedding_size - len(vocab) - 1)]
+    if len(fillers) > _MOST_ADDED:
+        # Their ids are what counts, and as plain tokens they cost no search in every text.
+        vocab |= {token: i for i, token in enumerate([END_OF_TEXT, *fillers], len(vocab))}
+        fillers = []
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    added = [END_OF_TEXT, *fillers, *IMAGE_TOKENS]
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in added])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "add_prefix_space": False,
+            "additional_special_tokens": added[1:],
+            "bos_token": None if family == "molmo-d" else END_OF_TEXT,
+            "chat_template": CHAT_TEMPLATE,
+            "clean_up_tokenization_spaces": False,
+            "eos_token": END_OF_TEXT,
+            "model_max_length": shape.max_position_embeddings,
+            "pad_token": END_OF_TEXT,
+            "processor_class": "MolmoProcessor",
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        },
+    )
+
+
+# Same turns as Molmo's own template.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'].capitalize() + ': ' + m['content'] }}"
+    "{% if not loop.last %}{{ ' ' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' Assistant:' }}{% endif %}"
+)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

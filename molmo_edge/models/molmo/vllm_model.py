@@ -1,0 +1,192 @@
+"""vLLM's Molmo, corrected; registered by the plugin under the same architecture name.
+
+What stock vLLM computes differently from AllenAI's reference, and where it is put right here:
+
+1. image features *replace* the `<im_patch>` embedding instead of being added to it
+   (`_process_image_input`);
+2. the 2×2 pooling is cross-attention with one query and four keys, which vLLM's CUDA vision
+   backends cut by the query's length (`PoolingAttention`);
+3. a prompt that is already token ids is decoded, re-encoded and given a second BOS
+   (`_postprocess_prompt`);
+4. `max_crops` reaches the pixels but not the token count (`MolmoInfo`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import BatchFeature
+from vllm.config import VllmConfig
+from vllm.model_executor.models import molmo as stock
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalKwargsItems
+from vllm.multimodal.parse import ImageProcessorItems, ImageSize, MultiModalDataItems
+from vllm.multimodal.processing import (
+    PromptIndexTargets,
+    PromptInsertion,
+    PromptUpdate,
+    PromptUpdateDetails,
+)
+
+from molmo_edge.engine import vllm_026 as compat
+from molmo_edge.errors import ConfigError
+from molmo_edge.models.molmo.image_processor import MolmoImageProcessor, processor_of
+from molmo_edge.models.molmo.processor import MolmoProcessor
+from molmo_edge.models.molmo.tiling import Layout, largest_layout, layout_for
+
+# What a request or the engine may set through `mm_processor_kwargs`.
+_OPTIONS = frozenset({"max_crops", "resize"})
+# Put there by vLLM itself; they have no meaning for Molmo's processor.
+_FROM_VLLM = frozenset({"truncation", "tokenizer", "device", "text_kwargs", "images_kwargs"})
+
+
+class MolmoInfo(stock.MolmoProcessingInfo):  # type: ignore[misc]
+    """Answers vLLM's questions about tokens and sizes with our processor's own geometry."""
+
+    @cached_property
+    def _processor(self) -> MolmoProcessor:
+        processor = processor_of(self.ctx.get_hf_image_processor_config())
+        return MolmoProcessor(processor, self.get_tokenizer())
+
+    def options(self, kwargs: Mapping[str, object]) -> dict[str, Any]:
+        """Engine-wide and request `mm_processor_kwargs` merged; unknown names are refused."""
+        merged = dict(self.ctx.get_merged_mm_kwargs(kwargs))
+        nested = merged.get("images_kwargs")
+        if isinstance(nested, Mapping):
+            merged = {**merged, **nested}
+        if unknown := sorted(set(merged) - _OPTIONS - _FROM_VLLM):
+            raise ConfigError(
+                f"mm_processor_kwargs: unknown {', '.join(unknown)}; Molmo 1 takes "
+                f"{', '.join(sorted(_OPTIONS))}."
+            )
+        return {key: value for key, value in merged.items() if key in _OPTIONS}
+
+    def image_processor(self, kwargs: Mapping[str, object]) -> MolmoImageProcessor:
+        """The image processor with the options of one request."""
+        processor: MolmoImageProcessor = self._processor.image_processor
+        return processor.with_options(**self.options(kwargs))
+
+    def get_hf_processor(self, **kwargs: object) -> MolmoProcessor:
+        image_processor = self.image_processor(kwargs)
+        if image_processor is self._processor.image_processor:
+            return self._processor
+        return MolmoProcessor(image_processor, self.get_tokenizer())
+
+    def get_supported_mm_processor_kwargs(self) -> dict[str, set[str]]:
+        return {"text_kwargs": set(), "images_kwargs": set(_OPTIONS)}
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        return {"image": 1}
+
+    def get_num_image_tokens(
+        self, *, image_width: int, image_height: int, image_processor: MolmoImageProcessor
+    ) -> int:
+        return layout_for(image_height, image_width, image_processor.max_crops).n_tokens
+
+    def get_image_size_with_most_features(self) -> ImageSize:
+        height, width = largest_layout(self.image_processor({}).max_crops).pixel_shape
+        return ImageSize(width=width, height=height)
+
+
+class MolmoInputs(stock.MolmoMultiModalProcessor):  # type: ignore[misc]
+    """Turns a request's picture into tensors and its prompt into token ids."""
+
+    def _postprocess_prompt(self, prompt: list[int]) -> list[int]:
+        processor = self.info.get_hf_processor()
+        bos = processor.bos_token_id
+        if prompt[:1] == [bos]:
+            return prompt
+        # A raw string that vLLM tokenised: the reference starts it with BOS and a space.
+        text = self.info.get_tokenizer().decode(prompt)
+        return [bos, *processor.get_tokens_input(text, message_format="none")]
+
+    def _call_hf_processor(
+        self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]
+    ) -> BatchFeature:
+        processor = self.info.get_hf_processor(**hf_kwargs)
+        return self.info.ctx.call_hf_processor(
+            processor.process, {"images": hf_data["images"], "tokens": []}
+        )
+
+    def _postprocess_hf_mm_data(
+        self,
+        hf_data: Mapping[str, object],
+        hf_kwargs: Mapping[str, object],
+        processed_data: BatchFeature,
+    ) -> BatchFeature:
+        if "images" not in processed_data:
+            return processed_data
+        processed_data.pop("input_ids")
+        processed_data["num_crops"] = torch.tensor([len(processed_data["images"])])
+        processed_data["img_patch_id"] = self.info.get_hf_processor().image_token_ids.patch
+        return processed_data
+
+    def _get_prompt_updates(
+        self,
+        mm_items: MultiModalDataItems,
+        hf_processor_mm_kwargs: Mapping[str, object],
+        out_mm_kwargs: MultiModalKwargsItems,
+    ) -> Sequence[PromptUpdate]:
+        processor = self.info.get_hf_processor(**hf_processor_mm_kwargs)
+        ids = processor.image_token_ids
+        max_crops = processor.image_processor.max_crops
+
+        def image_tokens(item_idx: int) -> PromptUpdateDetails:
+            size = mm_items.get_items("image", ImageProcessorItems).get_image_size(item_idx)
+            layout: Layout = layout_for(size.height, size.width, max_crops)
+            return PromptUpdateDetails.select_token_id(
+                layout.tokens(ids).tolist(), embed_token_id=ids.patch
+            )
+
+        return [
+            PromptInsertion(
+                modality="image",
+                target=PromptIndexTargets.prefix([processor.bos_token_id]),
+                insertion=image_tokens,
+            )
+        ]
+
+
+class PoolingAttention(nn.Module):  # type: ignore[misc]
+    """Attention of a few queries over a few keys, in float32 as the reference does it.
+
+    Small enough that no fused kernel is missed, and right whatever the vision backend assumes
+    about equal lengths.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """query (b, q, heads * head_dim), key and value (b, k, heads * head_dim) → like query."""
+
+        def heads(x: torch.Tensor) -> torch.Tensor:
+            return x.float().view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
+
+        out = F.scaled_dot_product_attention(heads(query), heads(key), heads(value))
+        return out.transpose(1, 2).reshape(query.shape).to(query.dtype)
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    compat.adapted(MolmoInputs), info=MolmoInfo, dummy_inputs=stock.MolmoDummyInputsBuilder
+)
+class MolmoForCausalLM(stock.MolmoForCausalLM):  # type: ignore[misc]
+    """vLLM's Molmo with the reference's merge and pooling."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        pooling = self.vision_backbone.image_pooling_2d
+        pooling.attn = PoolingAttention(pooling.num_heads, pooling.head_dim)
+
+    def _process_image_input(self, image_input: stock.MolmoImageInputs) -> list[torch.Tensor]:
+        features = super()._process_image_input(image_input)
+        patch = torch.tensor([self.img_patch_id], device=features[0].device)
+        embedding = self.model.embed_tokens(patch)
+        return [one + embedding for one in features]

@@ -1,0 +1,1 @@
+"""Write quantised checkpoints that vLLM loads as they are."""

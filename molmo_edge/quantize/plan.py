@@ -1,0 +1,159 @@
+"""What quantising a checkpoint will do, decided from headers alone: which tensors, which files.
+
+Reads no weights and writes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from molmo_edge.errors import ModelError, QuantizeError
+from molmo_edge.models.molmo.layout import check_layout, check_weights, read_config
+from molmo_edge.quantize.formats import Format
+
+# Linear layers of the language model. Every MLP ends in `.ff_out` and so does the LM head.
+_QUANTIZED = re.compile(
+    r"model\.transformer\.blocks\.\d+\.(att_proj|attn_out|ff_proj|ff_out)\.weight"
+)
+# By the names of the checkpoint and of vLLM: the tower and the LM head stay as they are.
+IGNORED = ("re:.*vision_backbone.*", r"re:^model\.transformer\.ff_out$", "lm_head")
+_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# A file of the output is held in memory while it is made.
+SHARD_BYTES = 1 << 29
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of the original and what it will take; `packed` when it gets fewer bits."""
+
+    name: str
+    file: str
+    shape: tuple[int, ...]
+    packed: bool
+    in_bytes: int
+    out_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tensors by output file, in order.
+
+    Attributes:
+        fingerprint: tells whether a half-finished output was made from the same files.
+    """
+
+    config: Mapping[str, Any]
+    shards: tuple[tuple[Tensor, ...], ...]
+    fingerprint: str
+
+    @property
+    def in_bytes(self) -> int:
+        return sum(t.in_bytes for shard in self.shards for t in shard)
+
+    @property
+    def out_bytes(self) -> int:
+        return sum(t.out_bytes for shard in self.shards for t in shard)
+
+    def file(self, index: int) -> str:
+        """Name of an output file."""
+        return f"model-{index + 1:05d}-of-{len(self.shards):05d}.safetensors"
+
+
+def plan(folder: Path, form: Format) -> Plan:
+    """Checks a checkpoint folder and plans its output.
+
+    Raises:
+        ModelError: no Molmo 1 checkpoint, or its download is not finished.
+        QuantizeError: quantised already, lacking tensors, or of shapes the format cannot hold.
+    """
+    config = read_config(folder)
+    if config.get("quantization_config") is not None:
+        raise QuantizeError(
+            f"'{folder}' is quantised already (its config.json has a quantization_config). Give "
+            "the original checkpoint."
+        )
+    family = check_layout(config)
+    check_weights(folder)
+    found: dict[str, Tensor] = {}
+    files = _files(folder)
+    for file in files:
+        for name, dtype, shape in _header(folder / file):
+            if dtype not in _FLOATS:
+                raise QuantizeError(
+                    f"'{name}' is stored as {dtype}; the checkpoint is quantised already, or no "
+                    "original. Weights are expected as float32, float16 or bfloat16."
+                )
+            packed = _QUANTIZED.fullmatch(name) is not None
+            if packed:
+                form.check(name, shape)
+            count = math.prod(shape)
+            out = form.stored_bytes(shape) if packed else count * 2
+            found[name] = Tensor(name, file, shape, packed, count * _FLOATS[dtype], out)
+    _check_names(config, family, found)
+    stats = [(file, (folder / file).stat()) for file in files]
+    mark = [(file, s.st_size, s.st_mtime_ns) for file, s in stats]
+    return Plan(config, _shards(list(found.values())), json.dumps([form.scheme, mark]))
+
+
+def _files(folder: Path) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return sorted(set(names))
+    return sorted(path.name for path in folder.glob("*.safetensors"))
+
+
+def _header(path: Path) -> list[tuple[str, str, tuple[int, ...]]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as opened:
+            slices = [(name, opened.get_slice(name)) for name in opened.keys()]
+            return [(name, s.get_dtype(), tuple(s.get_shape())) for name, s in slices]
+    except (OSError, SafetensorError) as exc:
+        raise ModelError(f"'{path}' is no readable safetensors file. Download it again.") from exc
+
+
+def _check_names(config: Mapping[str, Any], family: Any, found: Mapping[str, Tensor]) -> None:
+    from molmo_edge.models.molmo.synthetic import Shape, tensor_shapes
+
+    heads = int(config["num_attention_heads"])
+    blocks = re.compile(r".*\.resblocks\.(\d+)\.")
+    tower = [int(m[1]) for name in found if (m := blocks.match(name))]
+    expected = tensor_shapes(
+        family,
+        Shape(
+            hidden_size=int(config["hidden_size"]),
+            layers=int(config["num_hidden_layers"]),
+            heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            mlp=int(config["intermediate_size"]) // 2,
+            embedding_size=int(config.get("embedding_size") or config["vocab_size"]),
+            vit_blocks=max(tower, default=0) + 1,
+        ),
+    )
+    if missing := sorted(expected.keys() - found.keys()):
+        raise QuantizeError(
+            f"The checkpoint lacks {len(missing)} tensors, first '{missing[0]}'. Finish the "
+            "download, or give another one."
+        )
+    for name, shape in expected.items():
+        if found[name].shape != shape:
+            raise QuantizeError(
+                f"'{name}' has shape {found[name].shape}, but config.json asks for {shape}."
+            )
+
+
+def _shards(tensors: list[Tensor]) -> tuple[tuple[Tensor, ...], ...]:
+    shards: list[list[Tensor]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(t.out_bytes for t in shards[-1]) + tensor.out_bytes > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(tensor)
+    return tuple(map(tuple, shards))
