@@ -6,10 +6,6 @@ The ways take turns on every repetition, so that whatever else the machine does 
 them. A way's ratio is the median over repetitions of (its time / our time in the same repetition).
 Also measured: CPU time of all threads, which other work on the machine disturbs less, the largest
 difference of pixels, and what a fresh process's memory grows by.
-
-Then JPEG files, from their bytes to patches: decoded whole, and with `jpeg_scale="reduced"`. The
-difference of the two is told in grey levels of the scaled picture, padding left out. `--only jpeg`
-does that alone.
 """
 
 from __future__ import annotations
@@ -18,7 +14,6 @@ import argparse
 import datetime
 import importlib.metadata
 import importlib.util
-import io
 import json
 import os
 import statistics
@@ -34,13 +29,6 @@ import numpy as np
 SIZES = ((480, 640), (1080, 1920), (3000, 4000))
 CROPS = 12
 OURS = "molmo_edge"
-# Height, width, max_crops and how the file is written.
-JPEGS = (
-    (1080, 1920, 12, {}), (1080, 1920, 1, {}),
-    (3000, 4000, 12, {}), (3000, 4000, 12, {"progressive": True}),
-    (3000, 4000, 6, {}), (3000, 4000, 1, {}), (3001, 4001, 1, {}),
-)  # fmt: skip
-QUALITY = 90
 
 MEMORY = """
 import pathlib, sys
@@ -94,7 +82,6 @@ def ways() -> dict[str, Callable[[Any], Any]]:
         OURS: processor("torch"),
         "molmo_edge, from PIL": processor("torch"),
         "molmo_edge, by torch": by_torch,
-        "molmo_edge, fast (uint8)": processor("fast"),
         "yardstick": lambda image: reference.preprocess(image, special, CROPS).images,
     }
     if importlib.util.find_spec("tensorflow") is not None:
@@ -136,97 +123,6 @@ def measure(height: int, width: int, repeats: int, threads: int) -> dict[str, An
     }
     grown = memory(height, width, threads)
     return {"height": height, "width": width, "ways": rows, "memory": grown}
-
-
-def photograph(height: int, width: int) -> np.ndarray:
-    """Amplitudes falling with frequency as in photographs, and edges; (height, width, 3) uint8."""
-    rng = np.random.default_rng(0)
-    y, x = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
-    falloff = np.maximum(np.hypot(y, x), 1 / max(height, width))
-
-    def field(power: float) -> np.ndarray:
-        noise = np.fft.rfft2(rng.normal(size=(height, width)))
-        values = np.fft.irfft2(noise / falloff**power, (height, width))
-        return values / values.std()
-
-    light, warm, green = field(1.0), field(1.5), field(1.5)
-    levels = 120 + np.stack(
-        [40 * light + 20 * warm, 40 * light - 10 * warm + 10 * green, 40 * light - 20 * green],
-        axis=-1,
-    )
-    for _ in range(60):
-        top, left = rng.integers(0, height), rng.integers(0, width)
-        down, across = rng.integers(20, height // 4), rng.integers(20, width // 4)
-        levels[top : top + down, left : left + across] += rng.normal(0, 50, 3)
-    return np.clip(levels, 0, 255).astype(np.uint8)
-
-
-def measure_jpeg(
-    height: int, width: int, crops: int, options: dict[str, Any], repeats: int
-) -> dict[str, Any]:
-    """One file: milliseconds to decode and to preprocess it, whole and reduced; how both differ."""
-    from PIL import Image
-
-    from molmo_edge.images import load_for
-    from molmo_edge.models.molmo.image_processor import STD, MolmoImageProcessor
-    from molmo_edge.models.molmo.tiling import scaled_size
-
-    stream = io.BytesIO()
-    Image.fromarray(photograph(height, width)).save(stream, "JPEG", quality=QUALITY, **options)
-    data = stream.getvalue()
-    processor = MolmoImageProcessor(crops)
-    needs = {"full": None, "reduced": lambda size: scaled_size(size, crops)}
-    samples: dict[str, list[float]] = {name: [] for name in needs}
-    decoding: dict[str, list[float]] = {name: [] for name in needs}
-    decoded, made = {}, {}
-    for _ in range(repeats + 1):
-        for name, needed in needs.items():
-            began = time.perf_counter()
-            loaded = load_for(data, needed)
-            middle = time.perf_counter()
-            made[name] = processor.inputs(loaded.picture, loaded.size)
-            samples[name].append((time.perf_counter() - began) * 1e3)
-            decoding[name].append((middle - began) * 1e3)
-            decoded[name] = loaded.picture.size
-    apart = (made["reduced"].images - made["full"].images).numpy().reshape(-1, 3)
-    levels = np.abs(apart[np.any(made["full"].images.numpy().reshape(-1, 3) != _padding(), -1)])
-    levels = levels * np.float32(255) * np.asarray(STD, np.float32)
-    return {
-        "height": height,
-        "width": width,
-        "max_crops": crops,
-        "options": {"quality": QUALITY, **options},
-        "bytes": len(data),
-        "needed": list(scaled_size((width, height), crops)),
-        "decoded": {name: list(size) for name, size in decoded.items()},
-        # The first of each is left out: it warms up.
-        "ms": {name: spread(times[1:]) for name, times in samples.items()},
-        "decode_ms": {name: statistics.median(times[1:]) for name, times in decoding.items()},
-        "times_as_fast": statistics.median(
-            a / b for a, b in zip(samples["full"][1:], samples["reduced"][1:], strict=True)
-        ),
-        "grey_levels_off": {"mean": float(levels.mean()), "max": float(levels.max())},
-        "samples_ms": {name: [round(t, 3) for t in times[1:]] for name, times in samples.items()},
-    }
-
-
-def _padding() -> np.ndarray:
-    from molmo_edge.models.molmo.image_processor import MEAN, STD
-
-    return (-np.asarray(MEAN) / np.asarray(STD)).astype(np.float32)
-
-
-def show_jpeg(row: dict[str, Any]) -> None:
-    """Two lines about one file."""
-    ms, off, decode = row["ms"], row["grey_levels_off"], row["decode_ms"]
-    decoded, needed = row["decoded"]["reduced"], row["needed"]
-    print(
-        f"JPEG {row['width']} × {row['height']}, {row['max_crops']} crops, {row['options']}: "
-        f"decoded as {decoded[0]} × {decoded[1]}, needed {needed[0]} × {needed[1]}\n"
-        f"  full {ms['full']['median']:.1f} ms ({decode['full']:.1f} decoding), reduced "
-        f"{ms['reduced']['median']:.1f} ms ({decode['reduced']:.1f}): {row['times_as_fast']:.1f} × "
-        f"as fast; grey levels off: mean {off['mean']:.2f}, max {off['max']:.1f}"
-    )
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -273,7 +169,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", choices=("arrays", "jpeg"), help="one of the two parts")
     parser.add_argument("--note", help="what else is to be known, such as a shared machine")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -285,8 +180,8 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(arguments.threads)
-    results, jpegs = [], []
-    for height, width in SIZES if arguments.only != "jpeg" else ():
+    results = []
+    for height, width in SIZES:
         results.append(measure(height, width, arguments.repeats, arguments.threads))
         print(f"{width} × {height}")
         for name, row in results[-1]["ways"].items():
@@ -303,9 +198,6 @@ def main() -> None:
                 f"{found['output_bytes'] / 1e6:.1f} of it output; allowed "
                 f"{found['allowed_bytes'] / 1e6:.1f}"
             )
-    for height, width, crops, how in JPEGS if arguments.only != "arrays" else ():
-        jpegs.append(measure_jpeg(height, width, crops, how, arguments.repeats))
-        show_jpeg(jpegs[-1])
     document = {
         "benchmark": "preprocess",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -314,7 +206,6 @@ def main() -> None:
         "note": arguments.note,
         "environment": environment(arguments.threads),
         "results": results,
-        "jpeg": jpegs,
     }
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -91,7 +91,7 @@ class Asking(Opening):
         if len(others) != len(ids):
             raise PromptError("Give candidates for each token of the answer, or none at all.")
         crops = check_options({"max_crops": max_crops}, self.settings.max_crops).max_crops
-        turns = single_turn(image, text, self._loader(crops))
+        turns = single_turn(image, text, self._load)
 
         def ask(i: int) -> Stream:
             wanted = tuple(dict.fromkeys([ids[i], *others[i]]))

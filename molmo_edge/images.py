@@ -12,9 +12,6 @@ What is done to a picture, in this order:
 - 16-bit grey is scaled to 8 bits, ``round(value / 257)``; 16-bit colour keeps its high byte.
 - CMYK, YCbCr, HSV and palette are converted to RGB by PIL.
 - The EXIF orientation is applied; malformed EXIF counts as upright.
-
-`load_for` may decode a JPEG picture at a fraction of its size, where the caller says what it will
-be scaled to; see `images_scale`.
 """
 
 from __future__ import annotations
@@ -37,8 +34,7 @@ from PIL import BmpImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugi
 
 from molmo_edge import images_formats
 from molmo_edge.errors import ConfigError, ImageError
-from molmo_edge.images_pixels import upright_rgb, upright_size
-from molmo_edge.images_scale import Needed, Size, choose, trim
+from molmo_edge.images_pixels import upright_rgb
 
 ImageLike: TypeAlias = (
     bytes | bytearray | memoryview | Path | str | Image.Image | npt.NDArray[np.uint8]
@@ -92,22 +88,6 @@ class ImageLimits:
 DEFAULT_LIMITS: Final = ImageLimits()
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A picture ready for use, perhaps smaller than what it was loaded from.
-
-    Attributes:
-        picture: upright, 8-bit RGB.
-        size: (width, height) of the whole upright picture, which points refer to.
-        source: the whole picture, for whoever wants to show it: `picture` itself, or the bytes of
-            its file where `picture` was decoded at a fraction of its size.
-    """
-
-    picture: Image.Image
-    size: Size
-    source: ImageLike
-
-
 def load(image: ImageLike, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     """Turns anything picture-like into a new, upright, 8-bit RGB picture.
 
@@ -136,36 +116,18 @@ def load(image: ImageLike, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     which is all that changes. EXIF is read from ``info["exif"]``, which PIL keeps through
     ``rotate`` and ``resize``: after turning a picture by hand, delete that entry.
     """
-    return load_for(image, None, limits).picture
-
-
-def load_for(
-    image: ImageLike, needed: Needed | None, limits: ImageLimits = DEFAULT_LIMITS
-) -> Loaded:
-    """As `load`, but a JPEG file may be decoded at 1/2, 1/4 or 1/8 of its width and height.
-
-    Args:
-        image: as in `load`. Arrays and decoded PIL images are taken as they are.
-        needed: from the upright (width, height) to the size the picture will be scaled to. The
-            smallest fraction that is not below it on either side is decoded, so that all that is
-            left to do is scaling down; None decodes everything.
-        limits: caps; they hold for the whole picture.
-
-    Raises:
-        ImageError: as `load`.
-    """
     if isinstance(image, Image.Image):
-        return _from_pil(image, needed, limits)
+        return _from_pil(image, limits)
     if isinstance(image, np.ndarray):
-        return _whole(_from_array(image, limits))
+        return _from_array(image, limits)
     if isinstance(image, (bytes, bytearray, memoryview)):
         with _foreign("read the bytes of the picture"):
             _check_bytes(memoryview(image).nbytes, limits)
             data = bytes(image)
-        return _decode(data, _open(data, limits), needed)
+        return _decode(*_open(data, limits))
     if isinstance(image, (str, Path)):
         data = _read_file(image, limits)
-        return _decode(data, _open(data, limits), needed)
+        return _decode(*_open(data, limits))
     raise ImageError(
         f"a picture cannot be of type {type(image).__name__}; pass the bytes of a file, a path, a "
         "PIL image or a uint8 array of shape (height, width, 3)"
@@ -259,29 +221,14 @@ def _open(data: bytes, limits: ImageLimits) -> tuple[ImageFile.ImageFile, bytes 
     return picture, exif
 
 
-def _decode(
-    data: bytes, opened: tuple[ImageFile.ImageFile, bytes | None], needed: Needed | None
-) -> Loaded:
-    picture, exif = opened
-    exif = exif or picture.info.get("exif")
-    size = upright_size(picture.size, exif)
-    wanted = None if needed is None else needed(size)
-    reduced = None if wanted is None else choose(picture, upright_size(wanted, exif))
-    decoded: Image.Image = picture
+def _decode(picture: ImageFile.ImageFile, exif: bytes | None) -> Image.Image:
     with _foreign(f"decode the {picture.format} data, which is damaged or cut short"):
         picture.load()
         if picture.format == "BMP" and picture.mode == "RGBA":
             # Many writers leave the fourth byte zero; none means a picture that shows nothing.
             if picture.getchannel("A").getextrema() == (0, 0):
                 picture.putalpha(255)
-        if reduced is not None:
-            decoded = trim(picture, reduced)
-    rgb = _convert(decoded, exif)
-    return _whole(rgb) if reduced is None else Loaded(rgb, size, data)
-
-
-def _whole(picture: Image.Image) -> Loaded:
-    return Loaded(picture, picture.size, picture)
+    return _convert(picture, exif or picture.info.get("exif"))
 
 
 def _convert(picture: Image.Image, exif: Any) -> Image.Image:
@@ -304,7 +251,7 @@ def _from_array(array: npt.NDArray[Any], limits: ImageLimits) -> Image.Image:
         return Image.frombytes("RGB", (width, height), np.ascontiguousarray(array))
 
 
-def _from_pil(image: Image.Image, needed: Needed | None, limits: ImageLimits) -> Loaded:
+def _from_pil(image: Image.Image, limits: ImageLimits) -> Image.Image:
     _check_size(image.size, limits)
     if isinstance(image, ImageFile.ImageFile) and _is_lazy(image):
         if image.format not in _LAZY_FORMATS:
@@ -314,12 +261,12 @@ def _from_pil(image: Image.Image, needed: Needed | None, limits: ImageLimits) ->
             )
         again = _reopen(image, limits)
         if again is not None:
-            return _decode(*again, needed)
+            return _decode(*again)
     with _foreign("read the PIL image, which may be closed or damaged"):
         image.load()
         # Converting a palette picture writes its alpha into it.
         ours = image.copy() if image.mode == "P" else image
-    return _whole(_convert(ours, image.info.get("exif")))
+    return _convert(ours, image.info.get("exif"))
 
 
 def _is_lazy(image: ImageFile.ImageFile) -> bool:
@@ -329,7 +276,7 @@ def _is_lazy(image: ImageFile.ImageFile) -> bool:
 
 def _reopen(
     image: ImageFile.ImageFile, limits: ImageLimits
-) -> tuple[bytes, tuple[ImageFile.ImageFile, bytes | None]] | None:
+) -> tuple[ImageFile.ImageFile, bytes | None] | None:
     """A second view of the file of a lazy `image`; None where it would show something else."""
     with _foreign("read the file of the PIL image, which may be closed"):
         if image.tell() != 0:
@@ -347,4 +294,4 @@ def _reopen(
             image.fp.seek(position)
     opened = _open(data, limits)
     same = (opened[0].size, opened[0].mode) == (image.size, image.mode)
-    return (data, opened) if same else None
+    return opened if same else None

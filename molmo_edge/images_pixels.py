@@ -27,12 +27,6 @@ _TURN: Final = {
 }
 
 
-def upright_size(size: tuple[int, int], exif: Any) -> tuple[int, int]:
-    """Width and height behind `upright_rgb`; of an upright size, what they are before it."""
-    sideways = isinstance(exif, bytes) and orientation(exif) >= 5
-    return (size[1], size[0]) if sideways else size
-
-
 def upright_rgb(picture: Image.Image, exif: Any) -> Image.Image:
     """A new RGB picture without any metadata, turned as the EXIF block `exif` says.
 

@@ -15,7 +15,7 @@ from PIL import Image
 from molmo_edge.sampling import Sampling
 
 # As in `EdgeSettings.resize`.
-Resize = Literal["torch", "tensorflow", "fast"]
+Resize = Literal["torch", "tensorflow"]
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,11 @@ class Turn:
         role: ``"user"`` or ``"assistant"``.
         text: the turn's text, unchecked.
         images: checked upright RGB images that belong to the turn.
-        sizes: (width, height) of each before it was decoded at a fraction of its size; empty where
-            none was.
     """
 
     role: str
     text: str
     images: tuple[Image.Image, ...] = ()
-    sizes: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -161,10 +158,6 @@ class ModelFamily(Protocol):
 
     def engine_args(self, max_crops: int, resize: Resize) -> dict[str, Any]:
         """Return the arguments of `vllm.LLM` that the family needs."""
-        ...
-
-    def scaled_size(self, size: tuple[int, int], max_crops: int) -> tuple[int, int] | None:
-        """(width, height) that an image of `size` is scaled to at most; None where unknown."""
         ...
 
     def prepare(self) -> None:

@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
+from PIL import Image
+
 from molmo_edge.engine.loop import EngineLoop
 from molmo_edge.engine.pending import Ticket
 from molmo_edge.engine.pool import RenderPool
 from molmo_edge.engine.vllm_errors import mapped
-from molmo_edge.images import ImageLimits, load_for
+from molmo_edge.images import ImageLike, ImageLimits, load
 from molmo_edge.interface import ModelFamily, Turn
 from molmo_edge.requests import Asked, Loader, Options, check_options
 from molmo_edge.settings import EdgeSettings
@@ -70,14 +72,8 @@ class Opening:
             raise
         return stream
 
-    def _loader(self, max_crops: int | None) -> Loader:
-        """Loads pictures for a request with this `max_crops`, None for the engine's own."""
-        family, crops = self.family, max_crops or self.settings.max_crops
-        if family is None or self.settings.jpeg_scale == "full":
-            return lambda image: load_for(image, None, self._limits)
-        return lambda image: load_for(
-            image, lambda size: family.scaled_size(size, crops), self._limits
-        )
+    def _load(self, image: ImageLike) -> Image.Image:
+        return load(image, self._limits)
 
     def _render(
         self,
@@ -92,7 +88,7 @@ class Opening:
             engine.check_schema(asked.sampling.json_schema)
         with mapped("render"):
             rendered = engine.render(
-                turns(self._loader(asked.max_crops)),
+                turns(self._load),
                 {"max_crops": asked.max_crops, "answer": answer},
             )
         return Ticket(

@@ -8,14 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypedDict, cast
 
+from PIL import Image
+
 from molmo_edge.errors import ImageError, PromptError, SamplingError
-from molmo_edge.images import ImageLike, Loaded
+from molmo_edge.images import ImageLike
 from molmo_edge.interface import Turn
 from molmo_edge.sampling import DEFAULT_MAX_TOKENS, Sampling, check_timeout
 from molmo_edge.structured import JsonSchema, Reader, prepare
 
-Loader: TypeAlias = Callable[[ImageLike], Loaded]
-"""Loads a picture as one request wants it. Raises ImageError."""
+Loader: TypeAlias = Callable[[ImageLike], Image.Image]
+"""Loads an image within the engine's limits. Raises ImageError."""
 
 
 class Options(TypedDict, total=False):
@@ -117,7 +119,7 @@ def check_token_ids(answer: Sequence[int]) -> list[int]:
 
 def single_turn(image: ImageLike | None, text: str, load: Loader) -> list[Turn]:
     """One user turn. Raises ImageError for a picture that cannot be used."""
-    return [loaded_turn("user", text, [] if image is None else [load(image)])]
+    return [Turn("user", text, () if image is None else (load(image),))]
 
 
 def turns_of(messages: Sequence[Mapping[str, Any]], load: Loader) -> list[Turn]:
@@ -158,10 +160,4 @@ def _turn(number: int, message: Mapping[str, Any], load: Loader) -> Turn:
             )
     if images and role == "assistant":
         raise ImageError(f"Message {number}: an assistant's message cannot hold an image.")
-    return loaded_turn(role, "\n".join(texts), images)
-
-
-def loaded_turn(role: str, text: str, images: Sequence[Loaded]) -> Turn:
-    """A turn with pictures, and the sizes they had."""
-    pictures = tuple(one.picture for one in images)
-    return Turn(role, text, pictures, tuple(one.size for one in images))
+    return Turn(role, "\n".join(texts), tuple(images))

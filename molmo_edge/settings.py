@@ -59,11 +59,8 @@ class EdgeSettings(BaseSettings):
         max_model_len: tokens of prompt (image included) and answer together, 64 or more.
         max_num_seqs: requests decoded together, 1 to 1024.
         max_crops: high-resolution crops of a picture, 1 to 32, beside the global view.
-        resize: ``torch`` (float32, as the reference within 4.4e-4), ``tensorflow`` (the
-            reference's own), ``fast`` (uint8, up to a grey level off).
-        jpeg_scale: ``reduced`` decodes JPEG files at 1/2, 1/4 or 1/8 where the crops need no more;
-            measured on 4000 x 3000, crops are 0.8 to 1.7 grey levels off on average, 15 at most.
-            Arrays and decoded PIL images stay as they are. Without meaning for Gemma 3.
+        resize: ``torch`` (float32, as the reference within 4.4e-4) or ``tensorflow`` (the
+            reference's own).
         load_format: vLLM's name of the checkpoint's format; ``dummy`` gives random weights.
         seed: of the engine, 0 to 2**32 - 1.
         gpu_memory_utilization: share of the device's memory vLLM may take, above 0, at most 1.
@@ -97,8 +94,7 @@ class EdgeSettings(BaseSettings):
     max_model_len: Annotated[int, Field(ge=64)] | None = None
     max_num_seqs: Annotated[int, Field(ge=1, le=1024)] = 8
     max_crops: Annotated[int, Field(ge=1, le=32)] = 12
-    resize: Literal["torch", "tensorflow", "fast"] = "torch"
-    jpeg_scale: Literal["full", "reduced"] = "full"
+    resize: Literal["torch", "tensorflow"] = "torch"
     load_format: Line = "auto"
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0  # NumPy's range, which vLLM seeds too
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None

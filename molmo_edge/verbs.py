@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from typing import Any, Literal, Unpack, overload
 
+from PIL import Image
+
 from molmo_edge.answers import CountResult, PointAnswer, counted
 from molmo_edge.asking import Asking
 from molmo_edge.cameras import Source
 from molmo_edge.capture import Watching
 from molmo_edge.errors import ConfigError, PromptError
-from molmo_edge.images import ImageLike, Loaded
+from molmo_edge.images import ImageLike
+from molmo_edge.interface import Turn
 from molmo_edge.points import parse_points
-from molmo_edge.requests import Loader, Options, loaded_turn
+from molmo_edge.requests import Loader, Options
 from molmo_edge.results import Result
 from molmo_edge.stream import Stream
 from molmo_edge.watch import Seen, arun, run
@@ -157,9 +160,9 @@ class Verbs(Asking):
         self, image: ImageLike, prompt: str, wanted: Sequence[str], options: Options
     ) -> list[PointAnswer]:
         # Loaded once for all labels, and kept for `draw`.
-        loaded: list[Loaded] = []
+        loaded: list[Image.Image] = []
 
-        def picture(load: Loader) -> Loaded:
+        def picture(load: Loader) -> Image.Image:
             if not loaded:
                 loaded.append(load(image))
             return loaded[0]
@@ -171,7 +174,7 @@ class Verbs(Asking):
                 streams.append(
                     self._open(
                         lambda load, text=text: [  # type: ignore[misc]
-                            loaded_turn("user", text, [picture(load)])
+                            Turn("user", text, (picture(load),))
                         ],
                         options,
                         wait=len(wanted) > 1,
@@ -182,7 +185,7 @@ class Verbs(Asking):
             for stream in streams:
                 stream.cancel()
         return [
-            _answer(label, result, loaded[0].source)
+            _answer(label, result, loaded[0])
             for label, result in zip(wanted, results, strict=True)
         ]
 

@@ -38,7 +38,7 @@ INTEGERS = [
     "max_image_pixels",
 ]
 FLOATS = ["gpu_memory_utilization", "kv_cache_memory_gb", "mm_processor_cache_gb", "stall_s"]
-WORDS = ["precision", "dtype", "kv_cache_dtype", "resize", "jpeg_scale", "speculation"]
+WORDS = ["precision", "dtype", "kv_cache_dtype", "resize", "speculation"]
 SWITCHES = ["enforce_eager", "enable_prefix_caching"]
 
 

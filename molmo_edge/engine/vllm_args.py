@@ -141,7 +141,6 @@ def plan_build(
         "kv_cache_dtype": str(args["kv_cache_dtype"]),
         "max_crops": settings.max_crops if family.crops else None,
         "resize": settings.resize if family.crops else None,
-        "jpeg_scale": settings.jpeg_scale if family.crops else None,
         "prefix_caching": bool(args["enable_prefix_caching"]),
         "speculation": settings.speculation,
         "engine": settings.engine,

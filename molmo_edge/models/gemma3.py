@@ -64,9 +64,6 @@ class Gemma3:
             "mm_processor_cache_gb": 0,
         }
 
-    def scaled_size(self, size: tuple[int, int], max_crops: int) -> tuple[int, int] | None:
-        return None  # the checkpoint's own processor decides
-
     def prepare(self) -> None:
         _register("vllm.model_executor.models.gemma3_mm", "Gemma3ForConditionalGeneration")
         from vllm.platforms import current_platform
@@ -95,9 +92,6 @@ class Gemma3Text:
 
     def engine_args(self, max_crops: int, resize: Resize) -> dict[str, Any]:
         return {}
-
-    def scaled_size(self, size: tuple[int, int], max_crops: int) -> tuple[int, int] | None:
-        return None  # the checkpoint's own processor decides
 
     def prepare(self) -> None:
         _register("vllm.model_executor.models.gemma3", "Gemma3ForCausalLM")

@@ -94,13 +94,6 @@ def test_torch_resizes_as_tensorflow_does(size: tuple[int, int]) -> None:
     assert bool((ours.image_masks == trained.image_masks).all())
 
 
-def test_fast_resize_is_off_by_at_most_a_grey_level() -> None:
-    image = picture(700, 900)
-    ours = MolmoImageProcessor().inputs(image).images
-    fast = MolmoImageProcessor(resize="fast").inputs(image).images
-    assert 0 < float((ours - fast).abs().max()) <= 1.01 / 255 / 0.26
-
-
 def test_pil_and_array_give_the_same() -> None:
     image = picture(120, 80)
     a = MolmoImageProcessor().inputs(image)

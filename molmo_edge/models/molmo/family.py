@@ -8,7 +8,6 @@ from typing import Any
 
 from molmo_edge.interface import Renderer, Resize
 from molmo_edge.models.molmo.layout import check_layout, check_weights
-from molmo_edge.models.molmo.tiling import scaled_size
 
 
 class Molmo:
@@ -31,9 +30,6 @@ class Molmo:
             "mm_processor_kwargs": {"max_crops": max_crops, "resize": resize},
             "limit_mm_per_prompt": {"image": self.max_images},
         }
-
-    def scaled_size(self, size: tuple[int, int], max_crops: int) -> tuple[int, int] | None:
-        return scaled_size(size, max_crops)
 
     def prepare(self) -> None:
         from molmo_edge.vllm_plugin import prepare

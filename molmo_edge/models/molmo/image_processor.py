@@ -32,8 +32,8 @@ from molmo_edge.models.molmo.tiling import (
     layout_of,
 )
 
-Resize = Literal["torch", "tensorflow", "fast"]
-RESIZES: tuple[Resize, ...] = ("torch", "tensorflow", "fast")
+Resize = Literal["torch", "tensorflow"]
+RESIZES: tuple[Resize, ...] = ("torch", "tensorflow")
 
 # CLIP's, from the OpenAI checkpoint that Molmo's tower was started from.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -75,9 +75,8 @@ class MolmoImageProcessor(BaseImageProcessor):  # type: ignore[misc]
     Args:
         max_crops: most crops of the grid, 12 in the released checkpoints.
         resize: ``"torch"`` (float32, within 5e-4 of TensorFlow's in normalised units; compiled for
-            this CPU where numba is, torch's own kernel elsewhere), ``"tensorflow"`` (what the
-            model was trained with; needs the extra ``tf``) or ``"fast"`` (torch's kernel on 8-bit
-            values, off by up to one grey level, 0.0153 normalised; worth it without numba only).
+            this CPU where numba is, torch's own kernel elsewhere) or ``"tensorflow"`` (what the
+            model was trained with; needs the extra ``tf``).
     """
 
     model_input_names = ["images", "image_masks", "image_input_idx"]  # noqa: RUF012
@@ -110,26 +109,17 @@ class MolmoImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         self.image_mean = list(image_mean or MEAN)
         self.image_std = list(image_std or STD)
 
-    def layout(
-        self, image: Image.Image | npt.NDArray[np.uint8], size: tuple[int, int] | None = None
-    ) -> Layout:
-        """Where the features of a picture will go; costs no pixel work. `size` as in `inputs`."""
-        width, height = size or (
-            image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
+    def layout(self, image: Image.Image | npt.NDArray[np.uint8]) -> Layout:
+        """Where the features of an image will go; costs no pixel work."""
+        height, width = (
+            image.size[::-1] if isinstance(image, Image.Image) else image.shape[:2]
         )
         return layout_for(height, width, self.max_crops)
 
-    def inputs(
-        self, image: Image.Image | npt.NDArray[np.uint8], size: tuple[int, int] | None = None
-    ) -> ImageInputs:
-        """One RGB picture (PIL, or H×W×3 uint8) to patches. Raises ImageError for other arrays.
-
-        Args:
-            size: (width, height) of the whole picture, when `image` is a smaller copy of it: crops
-                and placement are those of the whole one.
-        """
+    def inputs(self, image: Image.Image | npt.NDArray[np.uint8]) -> ImageInputs:
+        """One RGB image (PIL, or H×W×3 uint8) to patches. Raises ImageError for other arrays."""
         pixels = _pixels(image)
-        width, height = size or (pixels.shape[1], pixels.shape[0])
+        height, width = pixels.shape[:2]
         layout = layout_for(height, width, self.max_crops)
         views = [
             View(rows, cols, *fit(height, width, canvas))
@@ -238,8 +228,7 @@ def _resized(pixels: npt.NDArray[np.uint8], view: View, how: Resize) -> torch.Te
     owned = pixels.flags.writeable and pixels.flags.c_contiguous
     source = torch.from_numpy(pixels if owned else pixels.copy())
     source = source.permute(2, 0, 1).unsqueeze(0)
-    if how == "torch":
-        source = source.to(torch.float32, memory_format=torch.channels_last)
+    source = source.to(torch.float32, memory_format=torch.channels_last)
     # torch 2.13's kernel repeats the first row when the output is one column wide: lay it down.
     narrow = size[1] == 1
     if narrow:
@@ -247,7 +236,7 @@ def _resized(pixels: npt.NDArray[np.uint8], view: View, how: Resize) -> torch.Te
     done = F.interpolate(source, size=size, mode="bilinear", antialias=True, align_corners=False)
     if narrow:
         done = done.transpose(2, 3)
-    return done.squeeze(0).permute(1, 2, 0).to(torch.float32).div_(255.0).clamp_(0.0, 1.0)
+    return done.squeeze(0).permute(1, 2, 0).div_(255.0).clamp_(0.0, 1.0)
 
 
 def _resized_by_tensorflow(pixels: npt.NDArray[np.uint8], size: tuple[int, int]) -> torch.Tensor:

@@ -77,17 +77,16 @@ class MolmoRenderer:
         processor = self._image_processor.with_options(max_crops=options.get("max_crops"))
         # Once: Pillow copies all pixels each time it is asked for an array.
         pixels = np.asarray(images[0])
-        size = (turns[0].sizes or (images[0].size,))[0]
-        layout = processor.layout(pixels, size)
+        layout = processor.layout(pixels)
         # Before the pixels are touched: a prompt that does not fit costs nothing.
         total = 1 + layout.n_tokens + len(text_ids)
         self._check_length(total, layout.n_tokens)
-        inputs = processor.inputs(pixels, size)
+        inputs = processor.inputs(pixels)
         ids = [self._encoder.bos, *layout.tokens(self._ids).tolist(), *text_ids]
         prompt = mm_input(
             prompt_token_ids=ids,
             mm_kwargs=self._tensors(inputs),
-            mm_hashes={"image": [self._hash(pixels, size, processor)]},
+            mm_hashes={"image": [self._hash(pixels, processor)]},
             mm_placeholders={"image": [self._place(inputs)]},
         )
         return Rendered(prompt, total, layout.n_tokens, ids, answer_prefix=" ")
@@ -129,16 +128,11 @@ class MolmoRenderer:
             offset=1, length=len(tokens), is_embed=tokens == self._ids.patch
         )
 
-    def _hash(
-        self,
-        pixels: npt.NDArray[np.uint8],
-        size: tuple[int, int],
-        processor: MolmoImageProcessor,
-    ) -> str:
+    def _hash(self, pixels: npt.NDArray[np.uint8], processor: MolmoImageProcessor) -> str:
         if not self._hashing:
             return f"image-{next(self._number)}"
         # Pixels are RGB here, so mode and palette cannot make two pictures collide.
         # Cryptographic, as another's picture must not be found by design; BLAKE2b takes 6 × longer.
         digest = blake3(pixels.data)
-        digest.update(repr((pixels.shape, size, processor.max_crops, processor.resize)).encode())
+        digest.update(repr((pixels.shape, processor.max_crops, processor.resize)).encode())
         return digest.hexdigest()

@@ -150,17 +150,6 @@ def largest_layout(max_crops: int) -> Layout:
     )
 
 
-def scaled_size(size: tuple[int, int], max_crops: int = DEFAULT_MAX_CROPS) -> tuple[int, int]:
-    """(width, height) at which the crops show a picture of (width, height) `size`.
-
-    The global view, which fits into one crop, is never larger.
-    """
-    width, height = size
-    canvas = layout_for(height, width, max_crops).pixel_shape
-    _, _, new_height, new_width = fit(height, width, canvas)
-    return new_width, new_height
-
-
 def fit(height: int, width: int, into: tuple[int, int]) -> tuple[int, int, int, int]:
     """Top, left, height, width of a picture scaled to fit into a canvas, centred.
 
