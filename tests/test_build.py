@@ -89,7 +89,7 @@ def resolved_for(device: DeviceInfo, asked: Mapping[str, Any]) -> tuple[Resolved
     named = asked.get("profile")
     profile = load_profile(named) if named else select_profile(device)[0]
     source = lambda name: (profile.name, profile.as_settings())  # noqa: E731
-    return resolve(asked, profile_settings=source, environ={}, dotenv=None), profile
+    return resolve(asked, profile_settings=source), profile
 
 
 def planned(device: DeviceInfo, folder: Path, **asked: Any) -> BuildPlan:
@@ -185,8 +185,6 @@ def test_four_bits_need_a_checkpoint_made_for_them(folder: Path, precision: str)
         (LAPTOP, {"profile": "thor"}, "profile auto"),
         (THOR, {"engine_args": {"trust_remote_code": True}}, "no code"),
         (THOR, {"engine_args": {"tensor_parallel_size": 2}}, "one device"),
-        (THOR, {"engine_args": {"model": "x"}}, "first argument"),
-        (THOR, {"engine_args": {"quantization": "nvfp4_per_token"}}, "silently leave"),
     ],
 )
 def test_what_cannot_work_is_refused_before_loading(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 import typer
@@ -131,7 +132,7 @@ def show(
 ) -> None:
     """Print every setting, its value and the source it comes from."""
     from molmo_edge.devices.detect import detect
-    from molmo_edge.settings import resolve, settings_table
+    from molmo_edge.settings import resolve
 
     def of_profile(asked: str) -> tuple[str, dict[str, Any]]:
         chosen = select_profile(detect())[0] if asked == "auto" else load_profile(asked)
@@ -141,6 +142,11 @@ def show(
         {"model": model, "profile": profile}, config=config, profile_settings=of_profile
     )
     if as_json:
-        print_json(resolved.as_dict())
-    else:
-        console.print(settings_table(resolved))
+        rows = {name: {"value": value, "origin": label} for name, value, label in resolved.rows()}
+        print_json({"profile": resolved.profile_name, "settings": rows})
+        return
+    table = Table("setting", "value", "from", title=f"Settings (profile {resolved.profile_name})")
+    for name, value, label in resolved.rows():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        table.add_row(Text(name), Text("not set" if value is None else text), Text(label))
+    console.print(table)

@@ -20,7 +20,7 @@ from molmo_edge.devices.kv_cache import (
     kv_cache_warning,
     request_bytes,
 )
-from molmo_edge.devices.precision import Choice, check_quantization, choose_precision
+from molmo_edge.devices.precision import Choice, choose_precision
 from molmo_edge.devices.profiles import Profile, profile_warning
 from molmo_edge.devices.shapes import ModelShape
 from molmo_edge.engine.installed import versions
@@ -78,11 +78,7 @@ def plan_build(
         ModelError: the checkpoint's files cannot be read.
     """
     settings = resolved.settings
-    asked = {
-        name
-        for name, origin in resolved.origin.items()
-        if origin != "default" and not origin.startswith("profile ")
-    }
+    asked = {name for name in resolved.origin if resolved.chosen(name)}
     _check_profile(profile, device)
     engine_args = _checked(settings.engine_args)
     shape = model_shape(folder)
@@ -277,11 +273,6 @@ def _checked(engine_args: Mapping[str, Any]) -> dict[str, Any]:
     for name, (allowed, reason) in _FORBIDDEN.items():
         if name in engine_args and engine_args[name] != allowed:
             raise ConfigError(f"engine_args: {name} must be {allowed}: {reason}.")
-    if "model" in engine_args:
-        raise ConfigError("engine_args: give the model as EdgeVLM's first argument.")
-    quantization = engine_args.get("quantization")
-    if isinstance(quantization, str):
-        check_quantization(quantization)
     return dict(engine_args)
 
 
