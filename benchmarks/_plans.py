@@ -90,10 +90,7 @@ def _cuda(gpu_bytes: int | None) -> Iterator[Case]:
     yield _verify(
         "bfloat16 weights fp8_per_channel",
         dtype="bfloat16",
-        engine_args={
-            "quantization": "fp8_per_channel",
-            "quantization_config": {"ignore": ["vision_backbone.*"]},
-        },
+        engine_args={"precision": "fp8"},
     )
     yield Case("decode", "copy", {"device": "cuda", "bytes": 4 << 30}, "copy")
     seven = {"model": SEVEN_B, "load_format": "dummy", "max_model_len": 4096}

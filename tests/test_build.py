@@ -271,7 +271,7 @@ def test_sizes_and_drafts_that_the_user_gave_stay(folder: Path) -> None:
 
 
 def test_arguments_of_the_user_beat_everything_that_is_ours(folder: Path) -> None:
-    args = planned(THOR, folder, engine_args={"max_num_seqs": 3, "linear_backend": "auto"}).llm_args
+    args = planned(THOR, folder, max_num_seqs=3, engine_args={"linear_backend": "auto"}).llm_args
     assert (args["max_num_seqs"], args["linear_backend"]) == (3, "auto")
 
 

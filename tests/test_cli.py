@@ -146,7 +146,7 @@ def test_the_stub_says_what_it_is(
     run: Callable[..., Ended], picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(common, "notice", lambda vlm: "This is the stub.")
-    for module in ("asking", "pointing"):
+    for module in ("ask", "point"):
         monkeypatch.setattr(f"molmo_edge.cli.{module}.notice", lambda vlm: "This is the stub.")
     ended = run("ask", picture, "What is it?")
     assert (ended.out, ended.err) == ("A cup.\n", "This is the stub.\n")

@@ -80,7 +80,8 @@ def vlm(folder: Path) -> Iterator[EdgeVLM]:
         max_model_len=512,
         max_num_seqs=4,
         kv_cache_memory_gb=0.1,
-        engine_args={"enforce_eager": True, "limit_mm_per_prompt": {"image": 3}},
+        enforce_eager=True,
+        engine_args={"limit_mm_per_prompt": {"image": 3}},
     ) as vlm:
         yield vlm
 
@@ -277,7 +278,7 @@ def test_checkpoints_without_vision_read_text_alone(tmp_path: Path) -> None:
         dtype="float32",
         max_model_len=256,
         kv_cache_memory_gb=0.1,
-        engine_args={"enforce_eager": True},
+        enforce_eager=True,
     ) as vlm:
         result = vlm.query(None, QUESTION, max_tokens=MAX_TOKENS, logprobs=1)
         prompt = vlm.score(None, QUESTION, result.token_ids[:1]).prompt_token_ids
@@ -303,7 +304,8 @@ def test_short_steps_and_the_prefix_cache_change_nothing(
         kv_cache_memory_gb=0.1,
         enable_prefix_caching=True,
         # Pictures fit a step of 64 tokens, most conversations do not; blocks end inside pictures.
-        engine_args={"enforce_eager": True, "max_num_batched_tokens": 64, "block_size": 32},
+        enforce_eager=True,
+        engine_args={"max_num_batched_tokens": 64, "block_size": 32},
     ) as vlm:
         for _ in range(2):
             for name, (_, ids, logprobs) in expected.items():

@@ -71,7 +71,7 @@ def test_a_killed_child_is_a_dead_engine_and_leaves_nothing(tmp_path: Path) -> N
         "dtype": "float32",
         "max_model_len": 512,
         "kv_cache_memory_gb": 0.1,
-        "engine_args": {"enforce_eager": True},
+        "enforce_eager": True,
     }
     asked = {"max_tokens": 8, "ignore_eos": True, "logprobs": 1}
     with EdgeVLM(folder, **options) as thread:

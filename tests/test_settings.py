@@ -73,9 +73,7 @@ def sources(monkeypatch: pytest.MonkeyPatch) -> Sources:
 # The order of sources
 
 
-def test_each_source_beats_all_below_it(
-    sources: Sources, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_source_beats_all_below_it(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
     def check(value: int, origin: Origin, label: str, **arguments: int) -> None:
         resolved = sources.resolve(**arguments)
         assert resolved.settings.max_num_seqs == value
@@ -137,9 +135,7 @@ def test_engine_args_merge_key_by_key_and_each_key_has_its_source(sources: Sourc
         ("kv_cache_memory_bytes", "kv_cache_memory_gb"),
     ],
 )
-def test_engine_args_cannot_contradict_a_setting(
-    sources: Sources, key: str, setting: str
-) -> None:
+def test_engine_args_cannot_contradict_a_setting(sources: Sources, key: str, setting: str) -> None:
     assert f"set {setting} itself" in sources.refusal(engine_args={key: "fp8"})
     sources.toml(f'[engine_args]\n{key} = "auto"\n')
     assert f"config robot.toml: engine_args must not contain {key}" in sources.refusal()

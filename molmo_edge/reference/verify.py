@@ -229,10 +229,10 @@ def _compare(
     answers, environment = _answers(
         folder, pictures, expected, stock, dtype, kv_cache_dtype, engine_args
     )
-    exact = dtype == "float32" and kv_cache_dtype == "auto" and "quantization" not in engine_args
+    exact = dtype == "float32" and kv_cache_dtype == "auto" and "precision" not in engine_args
     bound = EXACT_BOUND if exact else max(
         DRIFT_BOUND.get(dtype, 0.0),
-        DRIFT_BOUND["fp8"] if kv_cache_dtype != "auto" or "quantization" in engine_args else 0.0,
+        DRIFT_BOUND["fp8"] if kv_cache_dtype != "auto" or "precision" in engine_args else 0.0,
     )
     cases = tuple(
         _case(name, expected[name], answers[name], exact, bound) for name in pictures
@@ -282,13 +282,12 @@ def _answers(
             folder,
             dtype=dtype,
             kv_cache_dtype=kv_cache_dtype,
-            precision="auto" if "quantization" in engine_args else "bf16",
             # One request at a time, and room for vLLM's own worst-case picture.
             max_model_len=max(2048, longest + 1),
             max_num_seqs=1,
             # The forced tokens share their prompt, and its picture runs through the tower once.
             enable_prefix_caching=not stock,
-            engine_args=engine_args,
+            **{"precision": "bf16", **engine_args},
         ) as vlm:
             environment = vlm.environment
             ask = _ask_stock if stock else _ask_ours
