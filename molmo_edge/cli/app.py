@@ -1,7 +1,7 @@
-"""The commands joined into one, and what its exit statuses mean.
+"""The `molmo-edge` command.
 
-0: done. 1: a negative answer (nothing found, a check that failed). 2: an error of ours or wrong
-usage, in one line on standard error. 130: Ctrl-C.
+Exit status 0: done. 1: a negative answer (nothing found, a check that failed). 2: an error of
+molmo_edge or wrong usage, in one line on standard error. 130: Ctrl-C.
 """
 
 from __future__ import annotations
@@ -12,13 +12,8 @@ from typing import Annotated
 
 import typer
 
-from molmo_edge.cli import ask as asking
-from molmo_edge.cli import bench as speed
-from molmo_edge.cli import machine, quantize
-from molmo_edge.cli import point as pointing
-from molmo_edge.cli import verify as proof
-from molmo_edge.cli import watch as watching
-from molmo_edge.cli.common import complain, environment_line
+from molmo_edge.cli import ask, bench, machine, point, quantize, verify, watch
+from molmo_edge.cli.common import environment_line, warn
 from molmo_edge.errors import MolmoEdgeError
 
 app = typer.Typer(
@@ -29,12 +24,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _part in (asking, pointing, watching, proof, speed, quantize, machine):
+for _part in (ask, point, watch, verify, bench, quantize, machine):
     app.add_typer(_part.app)
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _print_version(given: bool) -> None:
+    if given:
         from molmo_edge.engine.build import versions
 
         typer.echo(environment_line(versions()))
@@ -44,22 +39,28 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print versions.")
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions."),
     ] = False,
 ) -> None:
     pass
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command and ends the process with its exit status."""
+    """Run a command and end the process with its exit status."""
+    run(app, arguments, "molmo-edge")
+
+
+def run(commands: typer.Typer, arguments: Sequence[str] | None, name: str) -> None:
+    """Run one of `commands`; errors of molmo_edge become one line on standard error."""
     try:
-        app(None if arguments is None else list(arguments), prog_name="molmo-edge")
+        commands(None if arguments is None else list(arguments), prog_name=name)
     except MolmoEdgeError as exc:
-        complain(f"{type(exc).__name__}: {exc}", "red")
+        warn(f"{type(exc).__name__}: {exc}", "red")
         cause = exc.__cause__
         if cause is not None:
             first = (str(cause).strip().splitlines() or [""])[0]
-            complain(f"caused by {type(cause).__name__}: {first}", "dim")
+            warn(f"caused by {type(cause).__name__}: {first}", "dim")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -9,17 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from molmo_edge.cli.common import (
-    ConfigOption,
-    CropsOption,
+    EngineOptions,
     JsonOption,
-    ModelOption,
-    complaints,
-    console,
     examples,
-    notice,
-    open_vlm,
-    print_json,
-    tell_notice,
+    messages,
+    output,
+    with_options,
 )
 
 if TYPE_CHECKING:
@@ -48,42 +43,30 @@ def bench(context: typer.Context) -> None:
         "molmo-edge warmup --config configs/thor.toml", "molmo-edge warmup --tokens 16 --json"
     )
 )
+@with_options
 def warmup(
+    engine: EngineOptions,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of each request.")] = 32,
-    rounds: Annotated[int, typer.Option(min=2, help="Most decode speeds to measure.")] = 10,
-    model: ModelOption = None,
-    config: ConfigOption = None,
-    max_crops: CropsOption = None,
+    rounds: Annotated[int, typer.Option(min=2, help="Maximum decode speeds to measure.")] = 10,
     as_json: JsonOption = False,
 ) -> None:
-    """Start and run every kind of request once; fills the compile caches that later starts read."""
-    with open_vlm(model, config, max_crops) as vlm:
-        with complaints.status("Warming up …"):
+    """Run every kind of request once; fills the compile caches that later starts read."""
+    with engine.open() as vlm:
+        with messages.status("Warming up …"):
             report = vlm.warmup(tokens=tokens, max_rounds=rounds)
-        if as_json:
-            told = {"notice": notice(vlm), "environment": vlm.environment}
-            print_json({**report.as_dict(), **told})
-            return
-        tell_notice(vlm)
-        _show(report)
+        output(report.as_dict(), *_warmup_lines(report), as_json=as_json, vlm=vlm)
 
 
-def _show(report: WarmupReport) -> None:
-    table = Table("request", "together", "seconds", "ttft")
+def _warmup_lines(report: WarmupReport) -> tuple[Table, Text]:
+    table = Table("request", "concurrent", "seconds", "ttft")
     for step in report.steps:
         seconds = step.skipped or _seconds(step.seconds)
         table.add_row(Text(step.name), str(step.requests), Text(seconds), _seconds(step.ttft_s))
-    console.print(table)
     speeds = ", ".join(f"{tps:.1f}" for tps in report.decode_tps)
     steady = "steady" if report.steady else "not steady yet"
-    start = report.startup_s.get("total")
-    console.print(
-        Text(
-            f"decode, tok/s: {speeds} ({steady}); warm-up {report.seconds:.1f} s, "
-            f"start {_seconds(start)}"
-        ),
-        soft_wrap=True,
-    )
+    start = _seconds(report.startup_s.get("total"))
+    line = f"decode, tok/s: {speeds} ({steady}); warm-up {report.seconds:.1f} s, start {start}"
+    return table, Text(line)
 
 
 def _seconds(value: float | None) -> str:

@@ -1,17 +1,19 @@
-"""What the commands share: options, consoles, pictures from files and stdin, JSON."""
+"""Options, output and the engine that the commands share."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.text import Text
 
 from molmo_edge.errors import ImageError
@@ -24,45 +26,110 @@ if TYPE_CHECKING:
     from molmo_edge.vlm import EdgeVLM
 
 console = Console()
-complaints = Console(stderr=True)
+messages = Console(stderr=True)
 
 ImageArgument = Annotated[
-    str, typer.Argument(help="Picture file, or - to read one from standard input.")
+    str, typer.Argument(help="Image file, or - to read one from standard input.")
 ]
 ModelOption = Annotated[
     str | None,
-    typer.Option(help="Checkpoint folder or hub name; left out, settings decide, then the stub."),
+    typer.Option(help="Checkpoint directory or hub name; by default from the settings: the stub."),
 ]
-ConfigOption = Annotated[Path | None, typer.Option(help="A TOML file, like configs/thor.toml.")]
-CropsOption = Annotated[
-    int | None, typer.Option(help="High-resolution crops of a picture; fewer answer sooner.")
-]
-TokensOption = Annotated[int | None, typer.Option(help="Most tokens of an answer.")]
-TemperatureOption = Annotated[float | None, typer.Option(help="0 is greedy.")]
-TimeoutOption = Annotated[float | None, typer.Option(help="Seconds for one answer.")]
+ConfigOption = Annotated[Path | None, typer.Option(help="A TOML file such as configs/thor.toml.")]
+ProfileOption = Annotated[str | None, typer.Option(help="Device profile; see profiles.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """Options of every command that starts an engine."""
+
+    model: ModelOption = None
+    config: ConfigOption = None
+    max_crops: Annotated[
+        int | None, typer.Option(help="High-resolution crops of an image; fewer answer sooner.")
+    ] = None
+
+    @contextmanager
+    def open(self) -> Iterator[EdgeVLM]:
+        """The engine for one command."""
+        with messages.status("Starting the engine …"):
+            vlm = make_vlm(self.model, self.config, max_crops=self.max_crops)
+        with vlm:
+            yield vlm
+
+    def load_image(self, name: str) -> Image.Image:
+        """Load an image, before the engine starts so that a wrong name is reported at once.
+
+        Raises:
+            ImageError, ConfigError.
+        """
+        from molmo_edge.settings import resolve
+
+        settings = resolve({}, config=self.config).settings
+        limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
+        if name != "-":
+            return load(name, limits)
+        data = sys.stdin.buffer.read(limits.max_bytes + 1)
+        if not data:
+            raise ImageError("standard input has no image; pipe a JPEG, PNG, WebP or BMP file in")
+        return load(data, limits)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """Options of every request."""
+
+    max_tokens: Annotated[int | None, typer.Option(help="Maximum tokens of an answer.")] = None
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None
+    timeout: Annotated[float | None, typer.Option(help="Seconds for one answer.")] = None
+
+    def given(self) -> dict[str, Any]:
+        """What the user gave; the library chooses the rest."""
+        return {name: v for name, v in vars(self).items() if v is not None}
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace each parameter whose type is an options dataclass by that class's own options."""
+    parameters = inspect.signature(command, eval_str=True).parameters.values()
+    groups: dict[str, Any] = {
+        p.name: p.annotation for p in parameters if dataclasses.is_dataclass(p.annotation)
+    }
+    hints = {name: get_type_hints(kind, include_extras=True) for name, kind in groups.items()}
+
+    @functools.wraps(command)
+    def wrapper(**given: Any) -> None:
+        built = {
+            name: kind(**{option: given.pop(option) for option in hints[name]})
+            for name, kind in groups.items()
+        }
+        command(**given, **built)
+
+    options = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters if p.name not in groups]
+    for name, kind in groups.items():
+        for field in dataclasses.fields(kind):
+            options.append(
+                inspect.Parameter(
+                    field.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=field.default,
+                    annotation=hints[name][field.name],
+                )
+            )
+    wrapper.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {option.name: option.annotation for option in options}
+    return wrapper
+
+
 def make_vlm(model: str | None, config: Path | None, **settings: Any) -> EdgeVLM:
-    """Builds the engine; tests put another one in its place."""
+    """Build the engine; tests substitute another one."""
     from molmo_edge.vlm import EdgeVLM
 
     return EdgeVLM(model, config=config, **settings)
 
 
-@contextmanager
-def open_vlm(
-    model: str | None, config: Path | None, max_crops: int | None = None
-) -> Iterator[EdgeVLM]:
-    """The engine for one command."""
-    with complaints.status("Starting the engine …"):
-        vlm = make_vlm(model, config, max_crops=max_crops)
-    with vlm:
-        yield vlm
-
-
 def notice(vlm: EdgeVLM) -> str | None:
-    """What has to stand beside every answer of the stub; None for other models."""
+    """What must accompany every answer of the stub; None for other models."""
     if vlm.environment.get("model") != "stub":
         return None
     from molmo_edge.models.molmo.stub import NOTICE
@@ -70,44 +137,51 @@ def notice(vlm: EdgeVLM) -> str | None:
     return NOTICE
 
 
-def tell_notice(vlm: EdgeVLM) -> None:
-    """Says on standard error that it is the stub that answers."""
-    told = notice(vlm)
-    if told is not None:
-        complain(told)
+def output(
+    data: Mapping[str, Any] | list[Any],
+    *shown: RenderableType,
+    as_json: bool,
+    vlm: EdgeVLM | None = None,
+    line: bool = False,
+) -> None:
+    """Print a result: `data` as JSON, or what is `shown` in a terminal.
 
-
-def read_picture(name: str, config: Path | None) -> Image.Image:
-    """A checked picture; before the engine starts, so that a wrong name is told at once.
-
-    Raises:
-        ImageError, ConfigError.
+    The notice of a `vlm` that is the stub goes to standard error, or into the JSON object together
+    with the environment. `line` prints one line of JSON without the environment.
     """
-    from molmo_edge.settings import resolve
+    stub = None if vlm is None else notice(vlm)
+    if as_json:
+        if vlm is not None:
+            more = {"notice": stub} if line else {"notice": stub, "environment": vlm.environment}
+            data = {**data, **more} if isinstance(data, Mapping) else data
+        text = json.dumps(data, indent=None if line else 2, default=str, ensure_ascii=False)
+        write(text + "\n")
+        return
+    if stub is not None and not line:
+        warn(stub)
+    for one in shown:
+        console.print(one, soft_wrap=isinstance(one, Text))
 
-    settings = resolve({}, config=config).settings
-    limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
-    if name != "-":
-        return load(name, limits)
-    data = sys.stdin.buffer.read(limits.max_bytes + 1)
-    if not data:
-        raise ImageError("standard input holds no picture; pipe a JPEG, PNG, WebP or BMP file in")
-    return load(data, limits)
+
+def write(text: str) -> None:
+    """Write text to standard output unchanged, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
-def sampling(
-    max_tokens: int | None = None,
-    temperature: float | None = None,
-    timeout: float | None = None,
-    **more: Any,
-) -> dict[str, Any]:
-    """Options of a request; those not given are the library's to choose."""
-    given = {"max_tokens": max_tokens, "temperature": temperature, "timeout": timeout, **more}
-    return {name: value for name, value in given.items() if value is not None}
+def warn(text: str, style: str = "yellow") -> None:
+    """Print one line on standard error, without interpreting markup."""
+    messages.print(Text(text, style), soft_wrap=True)
+
+
+def warn_truncated(result: Result) -> None:
+    """Say on standard error that an answer was cut off."""
+    if result.finish_reason == "length":
+        warn("The answer was cut off; raise --max-tokens for more.")
 
 
 def result_dict(result: Result) -> dict[str, Any]:
-    """A result's plain values for JSON; a pydantic instance is never among them here."""
+    """A result as plain values for JSON."""
     return {
         "text": result.text,
         "finish_reason": result.finish_reason,
@@ -116,32 +190,8 @@ def result_dict(result: Result) -> dict[str, Any]:
     }
 
 
-def print_json(value: Mapping[str, Any] | list[Any], *, line: bool = False) -> None:
-    """One JSON document on standard output, or one line of JSON."""
-    text = json.dumps(value, indent=None if line else 2, default=str, ensure_ascii=False)
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
-
-
-def write(text: str) -> None:
-    """Text of a model on standard output, at once and without markup."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def say_cut(result: Result) -> None:
-    """Says on standard error that an answer was cut off."""
-    if result.finish_reason == "length":
-        complain("The answer was cut off; raise --max-tokens for more.")
-
-
-def complain(text: str, style: str = "yellow") -> None:
-    """One line on standard error, whatever is in it."""
-    complaints.print(Text(text, style), soft_wrap=True)
-
-
 def environment_line(environment: Mapping[str, Any]) -> str:
-    """One line that says what produced a result."""
+    """The versions and device that a result comes from, in one line."""
     names = ("molmo_edge", "vllm", "torch", "transformers", "python", "device", "dtype")
     return ", ".join(f"{name} {environment[name]}" for name in names if name in environment)
 

@@ -1,4 +1,4 @@
-"""`doctor`, `plan`, `profiles` and `config show`: what the machine is, fits and is set to."""
+"""`doctor`, `plan`, `profiles` and `config show`: the machine, what fits it and its settings."""
 
 from __future__ import annotations
 
@@ -13,39 +13,36 @@ from molmo_edge.cli.common import (
     ConfigOption,
     JsonOption,
     ModelOption,
-    console,
+    ProfileOption,
     examples,
-    print_json,
+    output,
 )
 from molmo_edge.devices.profiles import load_profile, profile_names, select_profile
 
 app = typer.Typer()
-config_app = typer.Typer(help="The settings and where each of them comes from.")
+config_app = typer.Typer(help="The settings and the source of each.")
 app.add_typer(config_app, name="config")
-
-ProfileOption = Annotated[str | None, typer.Option(help="Device profile; see profiles.")]
+_STYLES = {"PROBLEM": "red", "warn": "yellow"}
 
 
 @app.command(epilog=examples("molmo-edge doctor", "molmo-edge doctor --profile thor --json"))
 def doctor(
     profile: ProfileOption = None,
     running: Annotated[
-        bool, typer.Option("--running", help="An engine runs already: leave free memory out.")
+        bool, typer.Option("--running", help="An engine is running: skip the free memory check.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Look at this machine and installation. Exit status 1 when something will not work."""
+    """Check this machine and installation. Exit status 1 when something will not work."""
     from molmo_edge.devices.doctor import diagnose, diagnosis_lines
 
-    found = diagnose(profile=None if profile is None else load_profile(profile), running=running)
-    if as_json:
-        print_json(found.as_dict())
-    else:
-        colours = {"PROBLEM": "red", "warn": "yellow"}
-        for line in diagnosis_lines(found):
-            style = colours.get(line.split(" ", 1)[0], "")
-            console.print(Text(line, style), soft_wrap=True)
-    if not found.healthy:
+    diagnosis = diagnose(
+        profile=None if profile is None else load_profile(profile), running=running
+    )
+    lines = diagnosis_lines(diagnosis)
+    shown = (Text(line, _STYLES.get(line.split(" ", 1)[0], "")) for line in lines)
+    output(diagnosis.as_dict(), *shown, as_json=as_json)
+    if not diagnosis.healthy:
         raise typer.Exit(1)
 
 
@@ -57,25 +54,25 @@ def doctor(
 )
 def plan(
     model: Annotated[
-        str, typer.Option(help="Checkpoint folder, or a hub name that is known.")
+        str, typer.Option(help="Checkpoint directory, or a hub name that is known.")
     ] = "allenai/Molmo-7B-D-0924",
     device: Annotated[
-        str | None, typer.Option(help="thor, rtx5080, …; left out, this machine.")
+        str | None, typer.Option(help="thor, rtx5080, …; by default this machine.")
     ] = None,
     profile: ProfileOption = None,
     kv_cache_dtype: Annotated[str | None, typer.Option(help="auto, fp8, …")] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt, image included.")] = 1210,
     output_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 190,
-    batch: Annotated[int | None, typer.Option(help="Requests at once.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Concurrent requests.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What fits a device, in which precision, and how fast it can be at best."""
+    """What fits a device, in which precision, and the upper bound of its speed."""
+    from molmo_edge.devices import plan as planning
     from molmo_edge.devices.checkpoint import model_shape
     from molmo_edge.devices.detect import detect, known_device
-    from molmo_edge.devices.plan import plan as work_out
     from molmo_edge.devices.plan_view import plan_table
 
-    made = work_out(
+    made = planning.plan(
         model_shape(model),
         detect() if device is None else known_device(device),
         profile=None if profile is None else load_profile(profile),
@@ -84,10 +81,7 @@ def plan(
         output_tokens=output_tokens,
         batch=batch,
     )
-    if as_json:
-        print_json(made.as_dict())
-    else:
-        console.print(plan_table(made))
+    output(made.as_dict(), plan_table(made), as_json=as_json)
 
 
 @app.command(epilog=examples("molmo-edge profiles", "molmo-edge profiles --json"))
@@ -95,27 +89,23 @@ def profiles(as_json: JsonOption = False) -> None:
     """The device profiles, and the one that fits this machine."""
     from molmo_edge.devices.detect import detect
 
-    fitting, why = select_profile(detect())
-    every = [load_profile(name) for name in profile_names()]
-    if as_json:
-        rows = [
+    chosen, reason = select_profile(detect())
+    table = Table("profile", "for", "fits")
+    rows = []
+    for profile in map(load_profile, profile_names()):
+        fits = profile.name == chosen.name
+        table.add_row(Text(profile.name), Text(profile.description), "*" if fits else "")
+        rows.append(
             {
-                "name": one.name,
-                "description": one.description,
-                "fits": one.name == fitting.name,
-                "settings": one.as_settings(),
-                "env": dict(one.env),
+                "name": profile.name,
+                "description": profile.description,
+                "fits": fits,
+                "settings": profile.as_settings(),
+                "env": dict(profile.env),
             }
-            for one in every
-        ]
-        print_json({"profiles": rows, "chosen": fitting.name, "reason": why})
-        return
-    table = Table("profile", "for", "here")
-    for one in every:
-        mark = "*" if one.name == fitting.name else ""
-        table.add_row(Text(one.name), Text(one.description), mark)
-    console.print(table)
-    console.print(f"* {why}", markup=False, highlight=False)
+        )
+    data = {"profiles": rows, "chosen": chosen.name, "reason": reason}
+    output(data, table, Text(f"* {reason}"), as_json=as_json)
 
 
 @config_app.command(
@@ -134,19 +124,17 @@ def show(
     from molmo_edge.devices.detect import detect
     from molmo_edge.settings import resolve
 
-    def of_profile(asked: str) -> tuple[str, dict[str, Any]]:
-        chosen = select_profile(detect())[0] if asked == "auto" else load_profile(asked)
+    def profile_settings(name: str) -> tuple[str, dict[str, Any]]:
+        chosen = select_profile(detect())[0] if name == "auto" else load_profile(name)
         return chosen.name, chosen.as_settings()
 
     resolved = resolve(
-        {"model": model, "profile": profile}, config=config, profile_settings=of_profile
+        {"model": model, "profile": profile}, config=config, profile_settings=profile_settings
     )
-    if as_json:
-        rows = {name: {"value": value, "origin": label} for name, value, label in resolved.rows()}
-        print_json({"profile": resolved.profile_name, "settings": rows})
-        return
     table = Table("setting", "value", "from", title=f"Settings (profile {resolved.profile_name})")
+    rows = {}
     for name, value, label in resolved.rows():
+        rows[name] = {"value": value, "origin": label}
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         table.add_row(Text(name), Text("not set" if value is None else text), Text(label))
-    console.print(table)
+    output({"profile": resolved.profile_name, "settings": rows}, table, as_json=as_json)

@@ -3,43 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from molmo_edge.cli.common import (
-    ConfigOption,
-    CropsOption,
+    EngineOptions,
     ImageArgument,
     JsonOption,
-    ModelOption,
-    TemperatureOption,
-    TimeoutOption,
-    TokensOption,
-    complain,
-    console,
+    SamplingOptions,
     examples,
-    notice,
-    open_vlm,
-    print_json,
-    read_picture,
-    sampling,
-    tell_notice,
+    output,
+    warn,
+    with_options,
 )
 from molmo_edge.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from PIL import Image
 
-    from molmo_edge.answers import PointAnswer
-
 app = typer.Typer()
-_DRAWN = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_HOW = {
+    "points": "by its points",
+    "stated": "stated, not pointed at",
+    "none": "there are none",
+    "unread": "the answer has no number",
+}
 
 DrawOption = Annotated[
-    Path | None, typer.Option(help="Write the picture with numbered markers here.")
+    Path | None, typer.Option(help="Write the image with numbered markers to this file.")
 ]
 
 
@@ -50,137 +47,115 @@ DrawOption = Annotated[
         "molmo-edge point photo.jpg mug --json | jq '.labels[0].points[0].px'",
     )
 )
+@with_options
 def point(
     image: ImageArgument,
     label: Annotated[list[str], typer.Argument(help="What to point to; several are a batch.")],
+    engine: EngineOptions,
+    sampling: SamplingOptions,
     draw: DrawOption = None,
-    model: ModelOption = None,
-    config: ConfigOption = None,
-    max_crops: CropsOption = None,
-    max_tokens: TokensOption = None,
-    temperature: TemperatureOption = None,
-    timeout: TimeoutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Point to things in a picture. Exit status 1 when nothing was found.
+    """Point to things in an image. Exit status 1 when nothing was found.
 
     x and y are from 0 to 1 from the top left corner; pixels are column and row of the upright
-    picture.
+    image.
     """
     _check_target(draw)
-    picture = read_picture(image, config)
-    with open_vlm(model, config, max_crops) as vlm:
-        answers = vlm.point(picture, label, **sampling(max_tokens, temperature, timeout))
-        _draw(answers, picture, draw)
-        if as_json:
-            print_json(
-                {
-                    "size": picture.size,
-                    "labels": [_with_pixels(one, picture) for one in answers],
-                    "drawn": None if draw is None else str(draw),
-                    "notice": notice(vlm),
-                    "environment": vlm.environment,
-                }
-            )
-        else:
-            tell_notice(vlm)
-            _show(answers, picture)
-    if not any(one.points for one in answers):
+    loaded = engine.load_image(image)
+    with engine.open() as vlm:
+        answers = vlm.point(loaded, label, **sampling.given())
+        _draw(answers, loaded, draw)
+        data = {
+            "size": loaded.size,
+            "labels": [_with_pixels(answer, loaded) for answer in answers],
+            "drawn": None if draw is None else str(draw),
+        }
+        output(data, *_shown(answers, loaded), as_json=as_json, vlm=vlm)
+        if not as_json:
+            _warn_flaws(answers)
+    if not any(answer.points for answer in answers):
         raise typer.Exit(1)
 
 
 @app.command(
     epilog=examples("molmo-edge count photo.jpg chairs", "molmo-edge count photo.jpg cups --json")
 )
+@with_options
 def count(
     image: ImageArgument,
     label: Annotated[str, typer.Argument(help="What to count, in the plural.")],
+    engine: EngineOptions,
+    sampling: SamplingOptions,
     draw: DrawOption = None,
-    model: ModelOption = None,
-    config: ConfigOption = None,
-    max_crops: CropsOption = None,
-    max_tokens: TokensOption = None,
-    temperature: TemperatureOption = None,
-    timeout: TimeoutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Count things in a picture. Exit status 1 when the answer names no number."""
+    """Count things in an image. Exit status 1 when the answer has no number."""
     _check_target(draw)
-    picture = read_picture(image, config)
-    with open_vlm(model, config, max_crops) as vlm:
-        found = vlm.count(picture, label, **sampling(max_tokens, temperature, timeout))
-        _draw([found.points], picture, draw)
-        if as_json:
-            points = _with_pixels(found.points, picture)
-            told = {"notice": notice(vlm), "environment": vlm.environment}
-            print_json({**found.as_dict(), "points": points, **told})
-        else:
-            tell_notice(vlm)
-            how = {
-                "points": "by its points",
-                "stated": "stated, not pointed at",
-                "none": "there are none",
-                "unread": "the answer names no number",
-            }[found.how]
-            console.print("unknown" if found.number is None else str(found.number), f"({how})")
-            if found.consistent is False:
-                stated, pointed = found.points.stated_count, found.points.count
-                complain(f"The text states {stated}, its points are {pointed}.")
-            _tell_flaws(found.points)
-    if found.number is None:
+    loaded = engine.load_image(image)
+    with engine.open() as vlm:
+        counted = vlm.count(loaded, label, **sampling.given())
+        _draw([counted.points], loaded, draw)
+        data = {**counted.as_dict(), "points": _with_pixels(counted.points, loaded)}
+        number = "unknown" if counted.number is None else str(counted.number)
+        output(data, Text(f"{number} ({_HOW[counted.how]})"), as_json=as_json, vlm=vlm)
+        if not as_json:
+            if counted.consistent is False:
+                stated, pointed = counted.points.stated_count, counted.points.count
+                warn(f"The text states {stated}, but has {pointed} points.")
+            _warn_flaws([counted.points])
+    if counted.number is None:
         raise typer.Exit(1)
 
 
-def _with_pixels(answer: PointAnswer, picture: Image.Image) -> dict[str, object]:
-    plain = answer.as_dict()
-    for shown, one in zip(plain["points"], answer.points, strict=True):
-        shown["px"] = one.px(picture.size)
-    return plain
+def _with_pixels(answer: Any, image: Image.Image) -> dict[str, Any]:
+    data: dict[str, Any] = answer.as_dict()
+    for shown, one in zip(data["points"], answer.points, strict=True):
+        shown["px"] = one.px(image.size)
+    return data
 
 
-def _show(answers: list[PointAnswer], picture: Image.Image) -> None:
+def _shown(answers: Sequence[Any], image: Image.Image) -> list[Table | Text]:
     table = Table("label", "point", "x", "y", "pixel")
-    number = 0
+    missing = []
     for answer in answers:
         for one in answer.points:
-            number += 1
-            column, row = one.px(picture.size)
+            column, row = one.px(image.size)
             table.add_row(
-                Text(answer.label), str(number), f"{one.x:.3f}", f"{one.y:.3f}", f"{column}, {row}"
-            )
-    if number:
-        console.print(table)
-    for answer in answers:
+                Text(answer.label), str(table.row_count + 1), f"{one.x:.3f}", f"{one.y:.3f}",
+                f"{column}, {row}",
+            )  # fmt: skip
         if not answer.points:
             why = "none found" if answer.none_found else "the answer has no point"
-            console.print(Text(f"{answer.label}: {why}"))
-        _tell_flaws(answer)
+            missing.append(Text(f"{answer.label}: {why}"))
+    return [table, *missing] if table.row_count else [*missing]
 
 
-def _tell_flaws(answer: PointAnswer) -> None:
-    if answer.truncated:
-        complain(f"{answer.label}: the answer was cut off; raise --max-tokens.")
-    if answer.malformed:
-        complain(f"{answer.label}: {answer.malformed} points could not be read.")
+def _warn_flaws(answers: Sequence[Any]) -> None:
+    for answer in answers:
+        if answer.truncated:
+            warn(f"{answer.label}: the answer was cut off; raise --max-tokens.")
+        if answer.malformed:
+            warn(f"{answer.label}: {answer.malformed} points could not be read.")
 
 
 def _check_target(path: Path | None) -> None:
-    """Raises ConfigError, before the engine starts, for a picture that could not be written."""
+    """Refuse an image that cannot be written, before the engine starts."""
     if path is None:
         return
-    if path.suffix.lower() not in _DRAWN:
-        raise ConfigError(f"--draw: the name must end in one of {', '.join(_DRAWN)}.")
+    if path.suffix.lower() not in _SUFFIXES:
+        raise ConfigError(f"--draw: the name must end in one of {', '.join(_SUFFIXES)}.")
     if not path.parent.is_dir():
-        raise ConfigError(f"--draw: there is no folder '{path.parent}'.")
+        raise ConfigError(f"--draw: directory '{path.parent}' does not exist.")
 
 
-def _draw(answers: list[PointAnswer], picture: Image.Image, path: Path | None) -> None:
+def _draw(answers: Sequence[Any], image: Image.Image, path: Path | None) -> None:
     if path is None:
         return
     from molmo_edge.points import PointResult
 
-    every = PointResult("", tuple(one for answer in answers for one in answer.points))
+    points = PointResult("", tuple(one for answer in answers for one in answer.points))
     try:
-        every.draw(picture).save(path)
+        points.draw(image).save(path)
     except (OSError, ValueError) as exc:
         raise ConfigError(f"--draw: '{path}' cannot be written.") from exc

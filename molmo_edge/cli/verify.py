@@ -1,21 +1,22 @@
-"""`verify`: proof that answers are right here."""
+"""`verify`: the engine against the reference implementation, on this device."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from molmo_edge.cli.common import (
     JsonOption,
-    complaints,
     console,
     environment_line,
     examples,
-    print_json,
+    messages,
+    output,
 )
 
 if TYPE_CHECKING:
@@ -34,32 +35,30 @@ app = typer.Typer()
 def verify(
     model: Annotated[
         Path | None,
-        typer.Option(help="Checkpoint folder; left out, a small seeded one is written."),
+        typer.Option(help="Checkpoint directory; by default a small one with random weights."),
     ] = None,
-    layout: Annotated[str, typer.Option(help="Layout of the seeded one: 7b-d or 7b-o.")] = "7b-d",
-    dtype: Annotated[str, typer.Option(help="float32 asks for equality.")] = "float32",
-    kv_cache_dtype: Annotated[str, typer.Option(help="auto, fp8, …; others than auto drift.")] = (
-        "auto"
-    ),
-    stock: Annotated[bool, typer.Option("--stock", help="Show vLLM's own model beside it.")] = (
-        False
-    ),
+    layout: Annotated[
+        Literal["7b-d", "7b-o"], typer.Option(help="Layout of the small one.")
+    ] = "7b-d",
+    dtype: Annotated[str, typer.Option(help="float32 requires equality.")] = "float32",
+    kv_cache_dtype: Annotated[
+        str, typer.Option(help="auto, fp8, …; all but auto are compared with a tolerance.")
+    ] = "auto",
+    stock: Annotated[bool, typer.Option("--stock", help="Compare vLLM's own model too.")] = False,
     max_tokens: Annotated[int, typer.Option(help="Tokens to compare in each case.")] = 12,
     as_json: JsonOption = False,
 ) -> None:
-    """Prove that answers are right here: yardstick against engine, token for token.
+    """Compare the engine's answers with the reference implementation, token for token.
 
-    Exit status 1 when molmo_edge's own model is off; vLLM's own never fails the command.
+    Exit status 1 when molmo_edge's own model differs; vLLM's own never fails the command.
     """
     from molmo_edge.reference.verify import verify as run
 
-    if layout not in ("7b-d", "7b-o"):
-        raise typer.BadParameter("layout must be 7b-d or 7b-o.")
     reports: list[Report] = []
-    with complaints.status("Running the float32 yardstick, then the engine …"):
+    with messages.status("Running the float32 reference implementation, then the engine …"):
         for report in run(
             model,
-            layout=layout,  # type: ignore[arg-type]
+            layout=layout,
             dtype=dtype,
             kv_cache_dtype=kv_cache_dtype,
             stock=stock,
@@ -68,22 +67,19 @@ def verify(
             reports.append(report)
             if not as_json:
                 console.print(_table(report))
-    if as_json:
-        print_json([{**dataclasses.asdict(r), "ok": r.ok} for r in reports])
-    else:
-        console.print(f"[dim]{environment_line(reports[0].environment)}[/dim]")
+    data = [{**dataclasses.asdict(report), "ok": report.ok} for report in reports]
+    output(data, Text(environment_line(reports[0].environment), "dim"), as_json=as_json)
     if not reports[0].ok:
         raise typer.Exit(1)
 
 
 def _table(report: Report) -> Table:
-    asked = (
-        f"equality, |Δlogprob| ≤ {report.bound:g}"
-        if report.exact
-        else f"forced-token drift, |Δlogprob| ≤ {report.bound:g}"
-    )
+    kind = "equality" if report.exact else "drift of forced tokens"
     name = "vLLM's own Molmo" if report.stock else "molmo_edge"
-    table = Table(title=f"{name} against the float32 yardstick ({asked})", title_justify="left")
+    table = Table(
+        title=f"{name} against the float32 reference ({kind}, |Δlogprob| ≤ {report.bound:g})",
+        title_justify="left",
+    )
     for column in ("case", "prompt tokens", "tokens", "max |Δlogprob|", "verdict"):
         table.add_column(column)
     for case in report.cases:

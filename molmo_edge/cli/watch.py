@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from molmo_edge.cli.common import (
-    ConfigOption,
-    CropsOption,
+    EngineOptions,
     JsonOption,
-    ModelOption,
-    TemperatureOption,
-    TimeoutOption,
-    TokensOption,
-    complain,
+    SamplingOptions,
     examples,
-    notice,
-    open_vlm,
-    print_json,
-    sampling,
-    tell_notice,
+    output,
+    warn,
+    with_options,
     write,
 )
 from molmo_edge.errors import ConfigError
@@ -34,108 +26,92 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-class Stall(StrEnum):
-    """What to do about a camera that stalls."""
-
-    error = "raise"
-    reconnect = "reconnect"
-
-
-class Drop(StrEnum):
-    """Which frames to leave out."""
-
-    oldest = "oldest"
-    none = "none"
-
-
 @app.command(
     epilog=examples(
         'molmo-edge watch 0 "Is somebody at the door?" --max-fps 1 --max-crops 1',
-        'molmo-edge watch pictures/ "What is in the picture?" --json',
+        'molmo-edge watch images/ "What is in the image?" --json',
         'molmo-edge watch "v4l2src ! videoconvert ! appsink" "What moves?" --on-stall reconnect',
     )
 )
+@with_options
 def watch(
     source: Annotated[
         str,
-        typer.Argument(help="Camera index, device, video file, folder or GStreamer pipeline."),
+        typer.Argument(help="Camera index, device, video file, directory or GStreamer pipeline."),
     ],
-    question: Annotated[str, typer.Argument(help="What to ask about each frame.")] = (
+    engine: EngineOptions,
+    sampling: SamplingOptions,
+    question: Annotated[str, typer.Argument(help="Question about each frame.")] = (
         "Describe this image in one sentence."
     ),
-    frames: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
-    max_fps: Annotated[float | None, typer.Option(help="Most frames to ask about a second.")] = (
-        None
-    ),
+    frames: Annotated[int | None, typer.Option(min=1, help="Stop after this many frames.")] = None,
+    max_fps: Annotated[float | None, typer.Option(help="Maximum frames per second.")] = None,
     drop: Annotated[
-        Drop, typer.Option(help="oldest: always the newest frame; none: every frame.")
-    ] = Drop.oldest,
+        Literal["oldest", "none"],
+        typer.Option(help="oldest: always the newest frame; none: every frame."),
+    ] = "oldest",
     frame_timeout: Annotated[
-        float, typer.Option(help="Seconds without a frame that are a stall; 0: wait for ever.")
+        float, typer.Option(help="Seconds without a frame that are a stall; 0: wait forever.")
     ] = 10.0,
-    on_stall: Annotated[Stall, typer.Option(help="Give up, or open it again.")] = Stall.error,
-    model: ModelOption = None,
-    config: ConfigOption = None,
-    max_crops: CropsOption = None,
-    max_tokens: TokensOption = None,
-    temperature: TemperatureOption = None,
-    timeout: TimeoutOption = None,
+    on_stall: Annotated[
+        Literal["raise", "reconnect"], typer.Option(help="Stop, or open the source again.")
+    ] = "raise",
     as_json: JsonOption = False,
 ) -> None:
-    """Ask the same about a camera's newest frame, again and again; Ctrl-C ends it.
+    """Ask the same question about a camera's newest frame until Ctrl-C.
 
     With --json, each frame is one line of JSON.
     """
     from molmo_edge.capture import Watching
 
-    how: dict[str, Any] = {
-        "drop": drop.value,
+    options: dict[str, Any] = {
+        "drop": drop,
         "max_fps": max_fps,
         "frame_timeout": frame_timeout or None,
-        "on_stall": on_stall.value,
+        "on_stall": on_stall,
     }
-    # Before the engine starts, so that a wrong source or option is told at once.
-    Watching.checked(source, **how)
+    # Before the engine starts, so that a wrong source or option is reported at once.
+    Watching.checked(source, **options)
     if not source.strip():
         raise ConfigError("The source is empty.")
     # OpenCV writes its own lines about cameras that are not there.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
-    options = sampling(max_tokens, temperature, timeout)
-    with open_vlm(model, config, max_crops) as vlm:
+    with engine.open() as vlm:
         if not as_json:
-            tell_notice(vlm)
-        seen = vlm.watch(source, question, **how, **options)
+            output({}, as_json=False, vlm=vlm)
+        watched = vlm.watch(source, question, **options, **sampling.given())
         try:
-            for number, one in enumerate(seen, start=1):
+            for number, seen in enumerate(watched, start=1):
                 if as_json:
-                    print_json({**_plain(one), "notice": notice(vlm)}, line=True)
+                    output(_as_dict(seen), as_json=True, vlm=vlm, line=True)
                 else:
-                    _show(one)
+                    _show(seen)
                 if number == frames:
                     break
         finally:
-            seen.close()
+            watched.close()
 
 
-def _plain(one: Seen) -> dict[str, Any]:
+def _as_dict(seen: Seen) -> dict[str, Any]:
+    result = seen.result
     return {
-        "index": one.index,
-        "captured_at": one.captured_at,
-        "latency_s": one.latency_s,
-        "dropped": one.dropped,
-        "reconnects": one.reconnects,
-        "text": None if one.result is None else one.result.text,
-        "finish_reason": None if one.result is None else one.result.finish_reason,
-        "metrics": None if one.result is None else dataclasses.asdict(one.result.metrics),
-        "error": None if one.error is None else f"{type(one.error).__name__}: {one.error}",
+        "index": seen.index,
+        "captured_at": seen.captured_at,
+        "latency_s": seen.latency_s,
+        "dropped": seen.dropped,
+        "reconnects": seen.reconnects,
+        "text": None if result is None else result.text,
+        "finish_reason": None if result is None else result.finish_reason,
+        "metrics": None if result is None else dataclasses.asdict(result.metrics),
+        "error": None if seen.error is None else f"{type(seen.error).__name__}: {seen.error}",
     }
 
 
-def _show(one: Seen) -> None:
-    head = f"[{one.index}] {one.latency_s:.2f} s"
-    if one.dropped:
-        head += f", {one.dropped} dropped"
-    if one.result is None:
-        complain(f"{head}: {type(one.error).__name__}: {one.error}")
+def _show(seen: Seen) -> None:
+    head = f"[{seen.index}] {seen.latency_s:.2f} s"
+    if seen.dropped:
+        head += f", {seen.dropped} dropped"
+    if seen.result is None:
+        warn(f"{head}: {type(seen.error).__name__}: {seen.error}")
     else:
-        write(f"{head}: {one.result.text}\n")
+        write(f"{head}: {seen.result.text}\n")
