@@ -122,7 +122,6 @@ def main() -> None:
         for name, way in document["ways"].items():
             print(f"{name}: off / on = {way['off_over_on']:.2f}")
     from molmo_edge.bench.environment import device_of, versions
-    from molmo_edge.bench.store import write_text
     from molmo_edge.devices.detect import detect
 
     document["environment"] = {

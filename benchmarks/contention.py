@@ -29,8 +29,8 @@ from typing import Any
 
 from _sides import threads_environment
 
+from molmo_edge.bench.document import write_bytes
 from molmo_edge.bench.environment import device_of, versions
-from molmo_edge.bench.store import write_text
 from molmo_edge.engine.build import engine_device
 from molmo_edge.errors import BenchmarkError, MolmoEdgeError
 
@@ -212,7 +212,7 @@ def main() -> None:
     print(table(document))
     if asked.output is not None:
         document["command"] = " ".join(["python", "benchmarks/contention.py", *sys.argv[1:]])
-        write_text(json.dumps(document, indent=1) + "\n", asked.output)
+        write_bytes(f"{json.dumps(document, indent=1)}\n".encode(), asked.output)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ from _checks import run_case
 from _plans import LIMITS_S, STAGES, Case, cases, with_backends
 from _summary import markdown
 
+from molmo_edge.bench.document import write_bytes
 from molmo_edge.bench.environment import device_of, versions
-from molmo_edge.bench.store import write_text
 from molmo_edge.devices.detect import DeviceInfo
 from molmo_edge.engine.build import engine_device
 from molmo_edge.errors import BenchmarkError, EngineStartError, MolmoEdgeError
@@ -99,8 +99,8 @@ def run(
             kept[case.name] = in_process(case, left)
             print(f"{kept[case.name]['status']}, {kept[case.name]['seconds']:.0f} s",
                   file=sys.stderr)  # fmt: skip
-            write_text(json.dumps(document, indent=1) + "\n", output)
-    write_text(json.dumps(document, indent=1) + "\n", output)
+            write_bytes(f"{json.dumps(document, indent=1)}\n".encode(), output)
+    write_bytes(f"{json.dumps(document, indent=1)}\n".encode(), output)
     return document
 
 

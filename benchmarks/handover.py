@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from molmo_edge import EdgeVLM
+from molmo_edge.bench.document import write_bytes
 from molmo_edge.bench.environment import device_of, versions
-from molmo_edge.bench.store import write_text
 from molmo_edge.devices.detect import detect
 from molmo_edge.interface import EngineInfo, Rendered, Turn, Update
 from molmo_edge.sampling import Sampling
@@ -142,7 +142,7 @@ def main() -> None:
             "device": device_of(detect()).model_dump(),
             "us_a_token": found,
         }
-        write_text(json.dumps(document, indent=1) + "\n", asked.output)
+        write_bytes(f"{json.dumps(document, indent=1)}\n".encode(), asked.output)
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ from typing import Any
 from _pairs import compare, steady_from
 from _sides import Process, threads_environment
 
+from molmo_edge.bench.document import write_bytes
 from molmo_edge.bench.environment import device_of, versions
-from molmo_edge.bench.store import write_text
 from molmo_edge.engine.build import engine_device
 from molmo_edge.errors import MolmoEdgeError
 
@@ -314,7 +314,7 @@ def main() -> None:
         print(table(document))
         if asked.output is not None:
             document["command"] = " ".join(["python", "benchmarks/overhead.py", *sys.argv[1:]])
-            write_text(json.dumps(document, indent=1) + "\n", asked.output)
+            write_bytes(f"{json.dumps(document, indent=1)}\n".encode(), asked.output)
     except MolmoEdgeError as exc:
         sys.exit(f"error: {exc}")
     sys.exit(0 if document["against"]["bare"]["passed"] else 1)

@@ -161,9 +161,10 @@ def in_engine(
     original: Path, folders: dict[str, Path], labels: list[str], tokens: int, pictures: bool
 ) -> dict[str, Any]:
     """Decode speed and drift of each against the original, in bfloat16."""
+    from molmo_edge.bench.command import Target
+
     from molmo_edge.bench import drift, drift_run
     from molmo_edge.bench.cases import Case
-    from molmo_edge.bench.command import Target
 
     options = {"dtype": "bfloat16", "max_model_len": 2048, "max_num_seqs": 1,
                "kv_cache_memory_gb": 0.25}  # fmt: skip
@@ -312,7 +313,6 @@ def main() -> None:
             document["engines"] = found
     print(table(document))
     from molmo_edge.bench.environment import device_of, versions
-    from molmo_edge.bench.store import write_text
     from molmo_edge.devices.detect import detect
 
     document["environment"] = {

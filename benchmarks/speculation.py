@@ -109,7 +109,6 @@ def main() -> None:
         "rows": rows,
     }
     if arguments.output is not None:
-        from molmo_edge.bench.store import write_text
 
         write_text(json.dumps(document, indent=1, default=str) + "\n", arguments.output)
 

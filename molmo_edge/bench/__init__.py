@@ -1,8 +1,12 @@
-"""``python -m molmo_edge.bench``: measurements that can be repeated, compared and believed.
+"""Measurements that can be repeated and compared: ``molmo-edge bench``.
 
-``cases`` says what is asked, ``measure`` times it, ``stats`` tells warm-up from steady state,
-``scenarios``, ``load`` and ``coldstart`` are the kinds of measurement, ``suite`` runs them and
-``record`` keeps the growing ``document``; ``ceilings`` adds memory and power. ``tables``,
-``terminal``, ``forms``, ``plots``, ``report`` and ``compare`` show what a document says, and
-``drift`` what a cheaper configuration does to the answers.
+A sample's way: ``scenarios`` send requests, ``measure`` records them, ``stats`` separates warm-up
+from steady state, ``document`` keeps the result, ``report`` and ``compare`` show it. ``suite``
+runs scenarios by name on a ``target``; ``ceilings`` adds memory bandwidth and power; ``drift``
+compares answers instead of speeds.
+
+    target = Target.choose("stub", None, {})
+    bench = Bench(cases.standard(), RunOptions.choose(target.random_weights))
+    document = suite.run(bench, target.open, ["report"])
+    report.write(document, result_path(Path("bench-results"), target.name))
 """

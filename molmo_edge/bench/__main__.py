@@ -1,4 +1,4 @@
-"""``python -m molmo_edge.bench``: how fast, how steady, how near the limit.
+"""``python -m molmo_edge.bench``, also ``molmo-edge bench``.
 
 Without arguments it measures the three standard cases on the stub (random weights, any machine).
 """
@@ -6,6 +6,8 @@ Without arguments it measures the three standard cases on the stub (random weigh
 from __future__ import annotations
 
 import functools
+import json
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from enum import StrEnum
@@ -15,10 +17,18 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 
-from molmo_edge.bench import ceilings, command, forms, terminal
-from molmo_edge.bench.scenarios import Load
-from molmo_edge.bench.suite import SCENARIOS, Suite, known
+from molmo_edge.bench import cases as case_set
+from molmo_edge.bench import document as documents
+from molmo_edge.bench import drift as drifts
+from molmo_edge.bench import report, suite, tables
+from molmo_edge.bench.measure import Bench, Load, RunOptions
+from molmo_edge.bench.progress import TerminalProgress
+from molmo_edge.bench.target import Target
 from molmo_edge.errors import BenchmarkError, MolmoEdgeError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+N = TypeVar("N", int, float)
 
 app = typer.Typer(
     name="bench",
@@ -28,10 +38,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class DriftForm(StrEnum):
@@ -52,13 +58,13 @@ class Form(StrEnum):
     jsonl = "jsonl"
 
 
-def told(work: Callable[P, R]) -> Callable[P, R]:
+def exit_on_error(command: Callable[P, R]) -> Callable[P, R]:
     """Turn molmo_edge's errors into one line on standard error and exit status 2."""
 
-    @functools.wraps(work)
+    @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return work(*args, **kwargs)
+            return command(*args, **kwargs)
         except MolmoEdgeError as exc:
             Console(stderr=True).print(f"error: {exc}", style="red", markup=False, soft_wrap=True)
             raise typer.Exit(2) from exc
@@ -66,28 +72,59 @@ def told(work: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
+def parse_sizes(text: str | None) -> tuple[tuple[int, int], ...]:
+    """``640x480,1280x960`` as (width, height) pairs in pixels."""
+    sizes = []
+    for part in filter(None, (text or "").split(",")):
+        match = re.fullmatch(r"\s*([1-9]\d{0,4})\s*x\s*([1-9]\d{0,4})\s*", part)
+        if match is None:
+            raise BenchmarkError("--sizes must look like 640x480,1280x960 (width x height)")
+        sizes.append((int(match[1]), int(match[2])))
+    return tuple(sizes)
+
+
+def parse_numbers(text: str | None, option: str, kind: Callable[[str], N]) -> tuple[N, ...]:
+    """``1,2,4`` as numbers."""
+    try:
+        return tuple(kind(part) for part in (text or "").split(",") if part.strip())
+    except ValueError as exc:
+        raise BenchmarkError(f"{option} must be numbers separated by commas, like 1,2,4") from exc
+
+
+ModelOption = Annotated[
+    str | None, typer.Option(help="Model directory or hub name; default: stub.")
+]
+ConfigOption = Annotated[Path | None, typer.Option(help="A TOML file, like configs/thor.toml.")]
+ImageOption = Annotated[list[Path] | None, typer.Option(help="Your image; repeatable.")]
+QuestionOption = Annotated[str | None, typer.Option(help="What to ask about --image.")]
+OutputOption = Annotated[Path, typer.Option(help="Directory, or .json file, of the result.")]
+Results = Annotated[list[Path], typer.Argument(help="Result documents (JSON).")]
+DEFAULT_OUTPUT = Path("bench-results")
+
+
 @app.callback()
-@told
+@exit_on_error
 def bench(
     ctx: typer.Context,
-    model: Annotated[str | None, typer.Option(help="Model folder or name; default: stub.")] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="A deployment, like configs/thor.toml.")
-    ] = None,
-    image: Annotated[list[Path] | None, typer.Option(help="Your picture; repeatable.")] = None,
-    question: Annotated[str | None, typer.Option(help="What to ask about --image.")] = None,
+    model: ModelOption = None,
+    config: ConfigOption = None,
+    image: ImageOption = None,
+    question: QuestionOption = None,
     scenario: Annotated[
         list[str] | None,
-        typer.Option(help=f"{', '.join(SCENARIOS)} or all; repeatable; default: report."),
+        typer.Option(help=f"{', '.join(suite.SCENARIOS)} or all; repeatable; default: report."),
     ] = None,
     iterations: Annotated[
-        int | None, typer.Option(help="Least iterations of a row; default: 10.")
+        int | None, typer.Option(help="Minimum iterations of a row; default: 10.")
     ] = None,
-    max_iterations: Annotated[int | None, typer.Option(help="Most; default: twice.")] = None,
+    max_iterations: Annotated[int | None, typer.Option(help="Maximum; default: twice.")] = None,
     time_limit: Annotated[
-        float | None, typer.Option(help="Seconds after which no row goes past its least number.")
+        float | None,
+        typer.Option(help="Stop adding iterations beyond the minimum after this many seconds."),
     ] = None,
-    width: Annotated[float, typer.Option(help="Stop when the interval is ± this share.")] = 0.02,
+    width: Annotated[
+        float, typer.Option(help="Stop when the interval is ± this fraction of the mean.")
+    ] = 0.02,
     max_tokens: Annotated[int | None, typer.Option(help="Output tokens of a request.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     ignore_eos: Annotated[
@@ -95,19 +132,17 @@ def bench(
         typer.Option("--ignore-eos/--stop-at-eos", help="Default: only random weights ignore it."),
     ] = None,
     seed: Annotated[int, typer.Option()] = 0,
-    sizes: Annotated[
-        str | None, typer.Option(help="Sweep picture sizes: 640x480,1280x960.")
-    ] = None,
+    sizes: Annotated[str | None, typer.Option(help="Sweep image sizes: 640x480,1280x960.")] = None,
     sweep_crops: Annotated[str | None, typer.Option(help="Sweep max_crops: 1,4,12.")] = None,
     batches: Annotated[str, typer.Option(help="Batch sizes of throughput.")] = "1,2,4,8",
     users: Annotated[str, typer.Option(help="Users of concurrency.")] = "1,2,4,8",
-    rates: Annotated[str | None, typer.Option(help="Open-loop requests a second.")] = None,
-    fps: Annotated[float, typer.Option(help="Frames a second of camera.")] = 10.0,
+    rates: Annotated[str | None, typer.Option(help="Open-loop requests per second.")] = None,
+    fps: Annotated[float, typer.Option(help="Frames per second of camera.")] = 10.0,
     starts: Annotated[int, typer.Option(help="Cold starts with disk caches present.")] = 2,
     load_format: Annotated[
         str | None, typer.Option(help="dummy: random weights of the model's shape.")
     ] = None,
-    max_crops: Annotated[int | None, typer.Option(help="Crops of a picture, engine-wide.")] = None,
+    max_crops: Annotated[int | None, typer.Option(help="Crops of an image, engine-wide.")] = None,
     precision: Annotated[str | None, typer.Option()] = None,
     kv_cache_dtype: Annotated[str | None, typer.Option()] = None,
     dtype: Annotated[str | None, typer.Option()] = None,
@@ -115,34 +150,28 @@ def bench(
     max_num_seqs: Annotated[int | None, typer.Option()] = None,
     profile: Annotated[str | None, typer.Option(help="Device profile.")] = None,
     label: Annotated[str | None, typer.Option(help="Heading of this run in comparisons.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder, or .json file, of the result.")] = Path(
-        "bench-results"
-    ),
+    output: OutputOption = DEFAULT_OUTPUT,
     form: Annotated[Form, typer.Option("-o", "--format", help="On standard output.")] = Form.table,
 ) -> None:
     """Run scenarios and write a JSON document and a Markdown page."""
     if ctx.invoked_subcommand is not None:
         return
-    names = tuple(scenario or ["report"])
-    names = tuple(SCENARIOS) if "all" in names else names
-    known(names)
-    target = command.Target.chosen(
-        model,
-        config,
-        {
-            "load_format": load_format,
-            "max_crops": max_crops,
-            "precision": precision,
-            "kv_cache_dtype": kv_cache_dtype,
-            "dtype": dtype,
-            "max_model_len": max_model_len,
-            "max_num_seqs": max_num_seqs,
-            "profile": profile,
-            "seed": seed,
-        },
-    )
-    plan = command.plan_of(
-        target,
+    names = scenario or ["report"]
+    suite.choose(names)
+    settings = {
+        "load_format": load_format,
+        "max_crops": max_crops,
+        "precision": precision,
+        "kv_cache_dtype": kv_cache_dtype,
+        "dtype": dtype,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "profile": profile,
+        "seed": seed,
+    }
+    target = Target.choose(model, config, settings)
+    options = RunOptions.choose(
+        target.random_weights,
         iterations=iterations,
         max_iterations=max_iterations,
         time_limit_s=time_limit,
@@ -153,139 +182,136 @@ def bench(
         seed=seed,
     )
     load = Load(
-        batches=command.numbers_of(batches, "--batches", int),
-        users=command.numbers_of(users, "--users", int),
-        rates=command.numbers_of(rates, "--rates", float),
+        batches=parse_numbers(batches, "--batches", int),
+        users=parse_numbers(users, "--users", int),
+        rates=parse_numbers(rates, "--rates", float),
         fps=fps,
         starts=starts,
     )
-    cases = command.cases_of(image or [], question, sizes, sweep_crops)
-    name = label or target.model or (config.stem if config else "default")
-    files = command.Files.at(output, name.rstrip("/").rsplit("/", 1)[-1])
-    progress = Console(stderr=True)
-    with terminal.Watcher(progress) as watcher:
+    chosen = case_set.own(image, question) if image else case_set.standard()
+    crops = parse_numbers(sweep_crops, "--sweep-crops", int)
+    chosen = case_set.sweep(chosen, parse_sizes(sizes), crops)
+    name = label or target.name
+    path = documents.result_path(output, name.rstrip("/").rsplit("/", 1)[-1])
+    complaints = Console(stderr=True)
+    with TerminalProgress(complaints) as progress:
 
-        def opened(caches: bool) -> AbstractContextManager[Any]:
-            watcher.starting(f"starting {name}")
+        def open_engine(caches: bool) -> AbstractContextManager[Any]:
+            progress.starting(f"starting {name}")
             return target.open(caches)
 
-        document = Suite(
-            open=opened,
-            cases=cases,
-            plan=plan,
-            names=names,
+        run = Bench(
+            cases=chosen,
+            options=options,
             load=load,
-            save=files.save,
-            observer=watcher,
-            start_command=target.start_command(image[0] if image else None),
-            meter=ceilings.Meter.of,
             label=label,
-        ).run()
+            save=lambda document: report.write(document, path),
+            progress=progress,
+            sensors=True,
+            start_command=target.start_command(image[0] if image else None),
+        )
+        document = suite.run(run, open_engine, names)
     if form is Form.table:
-        terminal.show(document, Console())
+        report.show(document, Console())
     else:
-        typer.echo(forms.render(document, form.value), nl=False)
-    progress.print(f"written: {files.json} and {files.markdown.name}", soft_wrap=True)
+        typer.echo(report.render(document, form.value), nl=False)
+    complaints.print(f"written: {path} and {path.with_suffix('.md').name}", soft_wrap=True)
     if any("interrupted" in note for note in document.notes):
         raise typer.Exit(130)
     if not document.complete:
         raise typer.Exit(1)
 
 
-Results = Annotated[list[Path], typer.Argument(help="Result documents (JSON).")]
-
-
 @app.command(name="compare")
-@told
+@exit_on_error
 def compare_results(
     results: Results,
     form: Annotated[Form, typer.Option("-o", "--format", help="table or md.")] = Form.table,
-    strict: Annotated[bool, typer.Option(help="Exit status 1 if the results are unlike.")] = False,
+    strict: Annotated[
+        bool, typer.Option(help="Exit status 1 if the results are not comparable.")
+    ] = False,
 ) -> None:
-    """Put results side by side and say what makes them unlike."""
-    from molmo_edge.bench import store
+    """Put results side by side and say what makes them not comparable."""
     from molmo_edge.bench.compare import compare
 
-    found = compare([store.load(path) for path in results])
-    if form is Form.md:
-        typer.echo(found.markdown(), nl=False)
-    elif form is Form.table:
-        terminal.show_comparison(found, Console())
-    else:
+    if form not in (Form.table, Form.md):
         raise BenchmarkError("compare prints table or md")
-    if strict and found.flags:
+    comparison = compare([documents.load(path) for path in results])
+    if form is Form.md:
+        typer.echo(comparison.markdown(), nl=False)
+    else:
+        tables.show(comparison.blocks(), Console())
+    if strict and comparison.flags:
         raise typer.Exit(1)
 
 
-@app.command()
-@told
-def report(
+@app.command(name="report")
+@exit_on_error
+def report_results(
     results: Results,
     output: Annotated[Path, typer.Option(help="The HTML page.")] = Path("bench-report.html"),
-    png: Annotated[Path | None, typer.Option(help="Folder for the plots as PNG.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Directory for the plots as PNG.")] = None,
 ) -> None:
     """Make one self-contained HTML page, with plots (extra `plot`)."""
-    from molmo_edge.bench import plots, store
-    from molmo_edge.bench.report import html
+    from molmo_edge.bench import plots
 
-    documents = [store.load(path) for path in results]
-    store.write_text(html(documents), output)
+    loaded = [documents.load(path) for path in results]
+    documents.write_bytes(report.html(loaded).encode(), output)
     typer.echo(f"written: {output}")
     if png is not None:
-        for name, figure in plots.figures(documents).items():
+        for name, figure in plots.figures(loaded).items():
             plots.png(figure, png / f"{name}.png")
             typer.echo(f"written: {png / name}.png")
 
 
 @app.command(name="drift")
-@told
+@exit_on_error
 def drift_command(
-    model: Annotated[str | None, typer.Option(help="Model folder or name; default: stub.")] = None,
-    config: Annotated[Path | None, typer.Option(help="A deployment to start from.")] = None,
+    model: ModelOption = None,
+    config: ConfigOption = None,
     kv_cache_dtype: Annotated[
         str | None, typer.Option(help="Reference first: auto,fp8,fp8_per_token_head.")
     ] = None,
     precision: Annotated[str | None, typer.Option(help="Reference first: bf16,fp8.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Reference first: float32,bfloat16.")] = None,
-    image: Annotated[list[Path] | None, typer.Option(help="Your picture; repeatable.")] = None,
-    question: Annotated[str | None, typer.Option(help="What to ask about --image.")] = None,
+    image: ImageOption = None,
+    question: QuestionOption = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each reference answer.")] = 64,
-    min_equal: Annotated[float, typer.Option(help="Least share of equal greedy tokens.")] = 0.95,
-    max_kl: Annotated[float, typer.Option(help="Largest mean KL in nats.")] = 0.05,
-    output: Annotated[Path, typer.Option(help="Folder, or .json file.")] = Path("bench-results"),
+    min_equal: Annotated[
+        float, typer.Option(help="Minimum fraction of equal greedy tokens.")
+    ] = 0.95,
+    max_kl: Annotated[float, typer.Option(help="Maximum mean KL in nats.")] = 0.05,
+    output: OutputOption = DEFAULT_OUTPUT,
     form: Annotated[DriftForm, typer.Option("-o", "--format")] = DriftForm.table,
 ) -> None:
     """Same prompts under several configurations; exit status 1 if one drifts too far."""
-    from molmo_edge.bench import cases as case_set
-    from molmo_edge.bench import drift, drift_run, store
+    target = Target.choose(model, config, {})
+    choices = {"kv_cache_dtype": kv_cache_dtype, "precision": precision, "dtype": dtype}
+    chosen = drifts.variants(target, choices)
+    path = documents.result_path(output, f"drift-{target.name.rsplit('/', 1)[-1]}")
+    complaints = Console(stderr=True)
 
-    target = command.Target.chosen(model, config, {})
-    chosen = drift_run.variants(
-        target, {"kv_cache_dtype": kv_cache_dtype, "precision": precision, "dtype": dtype}
-    )
-    files = command.Files.at(output, f"drift-{(target.model or 'default').rsplit('/', 1)[-1]}")
-    progress = Console(stderr=True)
+    def save(document: drifts.DriftDocument) -> None:
+        documents.write(document, path)
+        documents.write_bytes(drifts.markdown(document).encode(), path.with_suffix(".md"))
 
-    def save(found: drift.DriftDocument) -> None:
-        store.write_text(found.model_dump_json(indent=1) + "\n", files.json)
-        store.write_text(drift_run.markdown(found), files.markdown)
-
-    found = drift_run.run(
+    document = drifts.run(
         chosen,
-        case_set.own(image, question) if image else drift.prompts(),
+        case_set.own(image, question) if image else drifts.prompts(),
         max_tokens=max_tokens,
-        bounds=drift.Bounds(min_equal, max_kl),
-        progress=lambda text: progress.print(f"answering with {text}", markup=False),
+        min_equal=min_equal,
+        max_kl=max_kl,
+        progress=lambda text: complaints.print(f"answering with {text}", markup=False),
         save=save,
     )
     if form is DriftForm.json:
-        typer.echo(found.model_dump_json(indent=1))
+        typer.echo(documents.dumps(document))
     elif form is DriftForm.md:
-        typer.echo(drift_run.markdown(found), nl=False)
+        typer.echo(drifts.markdown(document), nl=False)
     else:
-        terminal.show_drift(found, Console())
-    progress.print(f"written: {files.json} and {files.markdown.name}", soft_wrap=True)
-    if not all(one.passed for one in found.drifts):
+        tables.show(drifts.blocks(document), Console())
+    complaints.print(f"written: {path} and {path.with_suffix('.md').name}", soft_wrap=True)
+    if not all(one.passed for one in document.drifts):
         raise typer.Exit(1)
 
 
@@ -294,12 +320,8 @@ def schema(
     drift: Annotated[bool, typer.Option("--drift", help="Of drift results instead.")] = False,
 ) -> None:
     """Print the JSON Schema of a result document."""
-    import json
-
-    from molmo_edge.bench import document
-    from molmo_edge.bench import drift as drifts
-
-    typer.echo(json.dumps(drifts.schema() if drift else document.schema(), indent=1))
+    kind = drifts.DriftDocument if drift else documents.Document
+    typer.echo(json.dumps(documents.schema(kind), indent=1))
 
 
 def main() -> None:

@@ -1,15 +1,14 @@
-"""What is asked: the three standard cases, pictures of the user's own, and fresh copies of them.
+"""What a benchmark asks: the three standard cases, images of the user's own, and fresh copies.
 
-The standard cases follow the 2025 report, whose own pictures were never published: a dense
-caption of a nature scene, a multi-panel plot, and values read off a line chart, for which the
-right answers are known. The pictures are drawn by ``benchmarks/make_cases.py``.
-
-This module knows nothing about engines or timing.
+The standard cases follow the 2025 report, whose own images were never published: a dense caption
+of a nature scene, a multi-panel plot, and values read off a line chart, for which the right answers
+are known.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from molmo_edge.bench.document import Picture
+from molmo_edge import images
+from molmo_edge.bench.document import ImageInfo
 from molmo_edge.errors import BenchmarkError, MolmoEdgeError
 
 DEFAULT_QUESTION = "Describe this image in detail."
@@ -27,7 +27,7 @@ DEFAULT_QUESTION = "Describe this image in detail."
 
 @dataclass(frozen=True)
 class Case:
-    """One question, with or without a picture, and the values a right answer holds, in order."""
+    """One question, with or without an image, and the values a right answer holds, in order."""
 
     name: str
     title: str
@@ -36,34 +36,27 @@ class Case:
     expected: tuple[str, ...] = ()
     max_crops: int | None = None
 
-    def picture(self) -> Picture | None:
-        """The picture's description for the result document."""
+    def image_info(self) -> ImageInfo | None:
+        """The image's description for the result document."""
         if self.image is None:
             return None
         digest = hashlib.sha256(self.image.tobytes()).hexdigest()
-        width, height = self.image.size
-        return Picture(name=self.name, width=width, height=height, sha256=digest)
+        return ImageInfo(
+            name=self.name, width=self.image.width, height=self.image.height, sha256=digest
+        )
 
 
 def standard() -> tuple[Case, ...]:
-    """The report's three cases, with the pictures shipped in the package."""
+    """The report's three cases, with the images shipped in the package."""
+    panels = "Explain this figure: what does each of the panels show, and what is to be learned?"
+    chart = "What is the value of the solar line in each year, from 2018 to 2024?"
     return (
-        Case(
-            "boardwalk",
-            "Boardwalk Photo",
-            "Describe this image in detail.",
-            _shipped("boardwalk.jpg"),
-        ),
-        Case(
-            "panels",
-            "Complex Plot",
-            "Explain this figure: what does each of the panels show, and what is to be learned?",
-            _shipped("panels.png"),
-        ),
+        Case("boardwalk", "Boardwalk Photo", DEFAULT_QUESTION, _shipped("boardwalk.jpg")),
+        Case("panels", "Complex Plot", panels, _shipped("panels.png")),
         Case(
             "linechart",
             "Data Interpretation",
-            "What is the value of the solar line in each year, from 2018 to 2024?",
+            chart,
             _shipped("linechart.png"),
             ("10", "15", "25", "40", "55", "70", "85"),
         ),
@@ -71,97 +64,85 @@ def standard() -> tuple[Case, ...]:
 
 
 def text_only() -> tuple[Case, ...]:
-    """Questions without a picture, a short and a long one."""
-    story = " ".join(
+    """Questions without an image, a short and a long one."""
+    shelves = " ".join(
         f"Shelf {n} holds {n * 3 % 17 + 1} boxes of bolts and {n * 7 % 11 + 1} of nuts."
         for n in range(1, 41)
     )
     return (
         Case("text-short", "Short text", "Write a short story about a robot in a garden."),
-        Case("text-long", "Long text", f"{story} Summarise this list in a few sentences."),
+        Case("text-long", "Long text", f"{shelves} Summarise this list in a few sentences."),
     )
 
 
 def own(paths: Sequence[Path], question: str | None = None) -> tuple[Case, ...]:
-    """A case for each picture file of the user's.
+    """A case for each image file of the user's.
 
     Raises:
-        BenchmarkError: a file is missing or is no picture that molmo_edge takes.
+        BenchmarkError: a file is missing or is not an image that molmo_edge loads.
     """
     cases = []
-    for path in paths:
-        cases.append(Case(path.stem, path.name, question or DEFAULT_QUESTION, _opened(path)))
-    names = [case.name for case in cases]
-    return tuple(
-        replace(case, name=f"{case.name}-{i + 1}") if names.count(case.name) > 1 else case
-        for i, case in enumerate(cases)
-    )
+    for number, path in enumerate(paths, 1):
+        try:
+            image = images.load(path)
+        except MolmoEdgeError as exc:
+            raise BenchmarkError(f"cannot use the image {path}: {exc}") from exc
+        same = sum(other.stem == path.stem for other in paths) > 1
+        name = f"{path.stem}-{number}" if same else path.stem
+        cases.append(Case(name, path.name, question or DEFAULT_QUESTION, image))
+    return tuple(cases)
 
 
-def swept(
-    cases: Sequence[Case],
-    sizes: Sequence[tuple[int, int]] = (),
-    crops: Sequence[int] = (),
+def sweep(
+    cases: Sequence[Case], sizes: Sequence[tuple[int, int]] = (), crops: Sequence[int] = ()
 ) -> tuple[Case, ...]:
-    """Every case at every (width, height) in pixels and every ``max_crops``; empty: as it is."""
+    """Every case at every (width, height) in pixels and every ``max_crops``; empty: unchanged."""
     out = []
-    for case in cases:
-        for size in sizes or (None,):
-            for limit in crops or (None,):
-                if case.image is None or (size is None and limit is None):
-                    out.append(case)
-                    continue
-                name, title, image = case.name, case.title, case.image
-                if size is not None:
-                    image = image.resize(size, Image.Resampling.LANCZOS)
-                    name, title = f"{name}-{size[0]}x{size[1]}", f"{title} {size[0]}x{size[1]}"
-                if limit is not None:
-                    name, title = f"{name}-crops{limit}", f"{title}, {limit} crops"
-                changed = replace(case, name=name, title=title, image=image, max_crops=limit)
-                out.append(changed)
+    for case, size, limit in itertools.product(cases, sizes or (None,), crops or (None,)):
+        changed = case
+        if case.image is not None and size is not None:
+            changed = replace(
+                changed,
+                name=f"{changed.name}-{size[0]}x{size[1]}",
+                title=f"{changed.title} {size[0]}x{size[1]}",
+                image=case.image.resize(size, Image.Resampling.LANCZOS),
+            )
+        if case.image is not None and limit is not None:
+            changed = replace(
+                changed,
+                name=f"{changed.name}-crops{limit}",
+                title=f"{changed.title}, {limit} crops",
+                max_crops=limit,
+            )
+        out.append(changed)
     return tuple(dict.fromkeys(out))
 
 
 def fresh(image: Image.Image, number: int) -> Image.Image:
-    """A copy that no cache can have seen: ``number`` is written into one corner's pixels.
-
-    Copies differ for every number below 2**24; size and content stay what they were.
-    """
-    copy = image.convert("RGB")
-    if copy is image:
-        copy = image.copy()
+    """A copy that no cache has seen: ``number``, below 2**24, is written into a corner pixel."""
+    copy = image.convert("RGB") if image.mode != "RGB" else image.copy()
     corner = (copy.width - 1, copy.height - 1)
     copy.putpixel(corner, (number >> 16 & 255, number >> 8 & 255, number & 255))
     return copy
 
 
-def matched(expected: Sequence[str], answer: str) -> int:
+def count_matches(expected: Sequence[str], answer: str) -> int:
     """How many of the expected numbers the answer holds in the expected order.
 
-    Longest common subsequence over the numbers of the text, so that years or a slip in
-    between neither help nor spoil the rest.
+    Longest common subsequence over the numbers of the text, so that years or an error in between
+    neither help nor spoil the rest.
     """
-    said = re.findall(r"\d+(?:\.\d+)?", answer)
-    best = [0] * (len(said) + 1)
+    numbers = [float(word) for word in re.findall(r"\d+(?:\.\d+)?", answer)]
+    best = [0] * (len(numbers) + 1)
     for value in expected:
         row = [0]
-        for j, word in enumerate(said):
-            same = float(word) == float(value)
-            row.append(best[j] + 1 if same else max(best[j + 1], row[j]))
+        for j, number in enumerate(numbers):
+            row.append(best[j] + 1 if number == float(value) else max(best[j + 1], row[j]))
         best = row
     return best[-1]
 
 
 def _shipped(name: str) -> Image.Image:
     data = resources.files("molmo_edge.bench").joinpath("data", name).read_bytes()
-    with Image.open(BytesIO(data)) as picture:
-        return picture.convert("RGB")
-
-
-def _opened(path: Path) -> Image.Image:
-    from molmo_edge import images
-
-    try:
-        return images.load(path)
-    except MolmoEdgeError as exc:
-        raise BenchmarkError(f"cannot use the picture {path}: {exc}") from exc
+    with Image.open(BytesIO(data)) as image:
+        return image.convert("RGB")

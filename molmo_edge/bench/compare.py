@@ -1,7 +1,7 @@
-"""Results side by side: the 2025 report's table, then what it could not say, and what is unlike.
+"""Results side by side: the 2025 report's table, further figures, and what is not comparable.
 
 The first lines are the report's own: "tok/s" there is output tokens over the whole request, all
-iterations counted, cold ones too. This module knows nothing about measuring or terminals.
+iterations included, cold ones too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,16 @@ import numpy as np
 
 from molmo_edge.bench import measure, stats
 from molmo_edge.bench.document import Document, Row, Summary
-from molmo_edge.bench.tables import UNKNOWN, interval, markdown_table, number
+from molmo_edge.bench.tables import (
+    UNKNOWN,
+    Block,
+    Items,
+    Table,
+    interval,
+    markdown,
+    number,
+    percent,
+)
 
 OVERALL = "overall"
 CASES = {
@@ -25,27 +34,29 @@ CASES = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """A table with one column a result, and sentences about what makes columns unlike."""
+    """A table with one column per result, and what makes the columns not comparable."""
 
-    heads: tuple[str, ...]
-    lines: tuple[tuple[str, ...], ...]
+    table: Table
     flags: tuple[str, ...]
 
+    def blocks(self) -> list[Block]:
+        """The table with the flags below it."""
+        return [self.table, Items([f"not comparable: {flag}" for flag in self.flags], "warning")]
+
     def markdown(self) -> str:
-        """As a Markdown table with the flags below it."""
-        table = markdown_table(["", *self.heads], self.lines)
-        return table + "".join(f"\n- not alike: {flag}" for flag in self.flags) + "\n"
+        """The same as Markdown."""
+        return markdown(self.blocks())
 
 
 def compare(documents: Sequence[Document]) -> Comparison:
     """Compare results; the first is the one that ratios refer to."""
     heads = head_names(documents)
-    lines = []
-    for title, cell in _lines(documents):
-        cells = [cell(document) for document in documents]
-        if any(text != UNKNOWN for text in cells):
-            lines.append((title, *cells))
-    return Comparison(heads, tuple(lines), tuple(unlike(documents, heads)))
+    lines = [
+        [title, *cells]
+        for title, cells in _lines(documents).items()
+        if any(cell != UNKNOWN for cell in cells)
+    ]
+    return Comparison(Table(["", *heads], lines), tuple(differences(documents, heads)))
 
 
 def head_names(documents: Sequence[Document]) -> tuple[str, ...]:
@@ -54,87 +65,87 @@ def head_names(documents: Sequence[Document]) -> tuple[str, ...]:
     for document in documents:
         environment = document.environment
         name = document.label or environment.device.name or environment.model.name or "result"
-        taken = sum(head == name or head.startswith(f"{name} (") for head in heads)
-        heads.append(f"{name} ({taken + 1})" if taken else name)
+        same = sum(head == name or head.startswith(f"{name} (") for head in heads)
+        heads.append(f"{name} ({same + 1})" if same else name)
     return tuple(heads)
 
 
-def _lines(documents: Sequence[Document]) -> list[tuple[str, Callable[[Document], str]]]:
-    def named(name: str, field: str) -> Callable[[Document], str]:
-        def cell(document: Document) -> str:
-            row = _row(document, name)
-            summary = row.all.get("request_tps") if row else None
-            return number(getattr(summary, field) if summary else None)
+def _lines(documents: Sequence[Document]) -> dict[str, list[str]]:
+    """Line titles to one cell per document."""
 
-        return cell
+    def each(cell: Callable[[Document], str]) -> list[str]:
+        return [cell(document) for document in documents]
 
-    lines: list[tuple[str, Callable[[Document], str]]] = [
-        ("mean tok/s (std)", _mean_std),
-        ("max tok/s", lambda d: number(overall_speed(d).max)),
-    ]
-    for name in _names(documents):
-        lines.append((f"{_title(documents, name)}: mean", named(name, "mean")))
-        lines.append((f"{_title(documents, name)}: max", named(name, "max")))
-    lines += [
-        ("succeeded", _succeeded),
-        ("warm-up mean tok/s", lambda d: number(_phase(d, "cold"))),
-        ("steady mean tok/s", lambda d: number(_phase(d, "steady"))),
-        ("decode tok/s, steady", lambda d: interval(_pooled(d, "output_tps"))),
-        ("decode against first", lambda d: _ratio(documents[0], d)),
-        ("TTFT ms, median", lambda d: number(_median(d, "ttft_s"), 0, 1000)),
-        ("share of bandwidth", lambda d: _percent(_ceiling(d, "bandwidth_share"))),
-        ("watts", lambda d: number(_ceiling(d, "watts"))),
-        ("joules a token", lambda d: number(_ceiling(d, "joules_per_token"), 3)),
-        ("tok/s a watt", lambda d: number(_ceiling(d, "tps_per_watt"), 2)),
-        ("precision", lambda d: d.environment.model.precision or UNKNOWN),
-        ("KV cache", lambda d: d.environment.model.kv_cache_dtype or UNKNOWN),
-        ("vLLM", lambda d: d.environment.software.vllm or UNKNOWN),
-        ("torch", lambda d: d.environment.software.torch or UNKNOWN),
-        ("transformers", lambda d: d.environment.software.transformers or UNKNOWN),
-        ("power mode", lambda d: d.environment.device.power_mode or UNKNOWN),
-        ("caches", _caches),
-        ("measured", lambda d: d.created + ("" if d.complete else ", INCOMPLETE")),
-    ]
+    def ceiling(name: str, digits: int = 1) -> list[str]:
+        return [number(_ceiling(document, name), digits) for document in documents]
+
+    overall = [overall_speed(document) for document in documents]
+    lines = {
+        "mean tok/s (std)": [
+            UNKNOWN if s.mean is None else f"{number(s.mean)} ({number(s.std)})" for s in overall
+        ],
+        "max tok/s": [number(s.max) for s in overall],
+    }
+    rows = [row for document in documents for row in case_rows(document)]
+    titles = CASES | {row.name: row.title for row in rows if row.name not in CASES}
+    for name, title in titles.items():
+        found = [_row(document, name) for document in documents]
+        speeds = [row.all.get("request_tps", Summary()) if row else Summary() for row in found]
+        lines[f"{title}: mean"] = [number(s.mean) for s in speeds]
+        lines[f"{title}: max"] = [number(s.max) for s in speeds]
+    lines |= {
+        "succeeded": each(_succeeded),
+        "warm-up mean tok/s": [number(_phase(d, steady=False)) for d in documents],
+        "steady mean tok/s": [number(_phase(d, steady=True)) for d in documents],
+        "decode tok/s, steady": [
+            interval(stats.summarize(_values(d, "output_tps")) or Summary()) for d in documents
+        ],
+        "decode against first": [_ratio(documents[0], d) for d in documents],
+        "TTFT ms, median": [_median_ms(d, "ttft_s") for d in documents],
+        "fraction of bandwidth": [percent(_ceiling(d, "bandwidth_share")) for d in documents],
+        "watts": ceiling("watts"),
+        "joules per token": ceiling("joules_per_token", 3),
+        "tok/s per watt": ceiling("tps_per_watt", 2),
+        "precision": each(lambda d: d.environment.model.precision or UNKNOWN),
+        "KV cache": each(lambda d: d.environment.model.kv_cache_dtype or UNKNOWN),
+        "vLLM": each(lambda d: d.environment.software.vllm or UNKNOWN),
+        "torch": each(lambda d: d.environment.software.torch or UNKNOWN),
+        "transformers": each(lambda d: d.environment.software.transformers or UNKNOWN),
+        "power mode": each(lambda d: d.environment.device.power_mode or UNKNOWN),
+        "caches": each(lambda d: _caches(d) or UNKNOWN),
+        "measured": each(lambda d: d.created + ("" if d.complete else ", INCOMPLETE")),
+    }
     return lines
 
 
-def _report(document: Document) -> list[Row]:
-    """Rows at batch 1 with a new picture each time: the report's kind."""
-    for wanted in ("report", "latency", "text"):
+def _report_rows(document: Document) -> list[Row]:
+    """Rows at batch 1 with a new image each time: the report's kind."""
+    for name in ("report", "latency", "text"):
         for scenario in document.scenarios:
-            if scenario.name == wanted and scenario.rows:
+            if scenario.name == name and scenario.rows:
                 return scenario.rows
     return []
 
 
 def _row(document: Document, name: str) -> Row | None:
-    return next((row for row in _report(document) if row.name == name), None)
+    return next((row for row in _report_rows(document) if row.name == name), None)
 
 
-def _cases(document: Document) -> list[Row]:
-    return [row for row in _report(document) if row.name != OVERALL]
+def case_rows(document: Document) -> list[Row]:
+    """The report's rows, one per case."""
+    return [row for row in _report_rows(document) if row.name != OVERALL]
 
 
-def _names(documents: Sequence[Document]) -> list[str]:
-    names = list(CASES)
-    for document in documents:
-        names += [row.name for row in _cases(document) if row.name not in names]
-    return names
-
-
-def _title(documents: Sequence[Document], name: str) -> str:
-    rows = [row for document in documents for row in _cases(document) if row.name == name]
-    return CASES.get(name) or rows[0].title
-
-
-def _values(document: Document, name: str, *, steady: bool) -> list[float]:
+def _values(document: Document, metric: str, *, steady: bool | None = True) -> list[float]:
+    """A metric's values of all cases: of the steady state, the warm-up, or (None) all of them."""
     values = []
-    for row in _cases(document):
-        start = row.warmup.start if row.warmup else None
-        for sample in row.samples:
-            value = getattr(sample, name)
-            settled = start is not None and sample.iteration >= start
-            if value is not None and sample.error is None and (settled or not steady):
+    for row in case_rows(document):
+        for sample in row.succeeded:
+            settled = None
+            if row.steady_from is not None:
+                settled = sample.iteration >= row.steady_from
+            value = getattr(sample, metric)
+            if value is not None and (steady is None or settled is steady):
                 values.append(value)
     return values
 
@@ -144,127 +155,94 @@ def overall_speed(document: Document) -> Summary:
     row = _row(document, OVERALL)
     if row is not None:
         return row.all.get("request_tps", Summary())
-    values = _values(document, "request_tps", steady=False)
-    if not values:
-        return Summary()
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return Summary(n=len(values), mean=float(np.mean(values)), std=std, max=max(values))
+    return stats.summarize(_values(document, "request_tps", steady=None)) or Summary()
 
 
-def _mean_std(document: Document) -> str:
-    overall = overall_speed(document)
-    if overall.mean is None:
-        return UNKNOWN
-    return f"{number(overall.mean)} ({number(overall.std)})"
-
-
-def _phase(document: Document, phase: str) -> float | None:
+def _phase(document: Document, *, steady: bool) -> float | None:
     """Mean request speed before or in the steady state, all cases together."""
     row = _row(document, OVERALL)
     if row is not None:
-        summaries = row.cold if phase == "cold" else row.steady
-        return summaries.get("request_tps", Summary()).mean
-    values = []
-    for row in _cases(document):
-        start = row.warmup.start if row.warmup else None
-        for sample in row.samples if start is not None else []:
-            late = sample.iteration >= (start or 0)
-            if sample.request_tps is not None and late is (phase == "steady"):
-                values.append(sample.request_tps)
+        return (row.steady if steady else row.cold).get("request_tps", Summary()).mean
+    values = _values(document, "request_tps", steady=steady)
     return float(np.mean(values)) if values else None
-
-
-def _pooled(document: Document, name: str) -> Summary | None:
-    values = _values(document, name, steady=True)
-    summary = stats.summarize(values)
-    if summary is None:
-        return None
-    return Summary(mean=summary.mean, ci_low=summary.ci_low, ci_high=summary.ci_high)
 
 
 def _ratio(first: Document, other: Document) -> str:
     if first is other:
         return UNKNOWN
-    pair = [_values(document, "output_tps", steady=True) for document in (other, first)]
-    found = stats.ratio_interval(*pair)
-    return UNKNOWN if found is None else "x{:.2f} [{:.2f}, {:.2f}]".format(*found)
+    ratio = stats.ratio_interval(_values(other, "output_tps"), _values(first, "output_tps"))
+    return UNKNOWN if ratio is None else "x{:.2f} [{:.2f}, {:.2f}]".format(*ratio)
 
 
-def _median(document: Document, name: str) -> float | None:
-    values = _values(document, name, steady=True)
-    return float(np.median(values)) if values else None
+def _median_ms(document: Document, metric: str) -> str:
+    values = _values(document, metric)
+    return number(float(np.median(values)), 0, 1000) if values else UNKNOWN
 
 
 def _ceiling(document: Document, name: str) -> float | None:
-    known = [getattr(row.ceiling, name) for row in _cases(document) if row.ceiling]
+    known = [getattr(row.ceiling, name) for row in case_rows(document) if row.ceiling]
     values = [value for value in known if value is not None]
     return float(np.mean(values)) if values else None
 
 
-def _percent(share: float | None) -> str:
-    return UNKNOWN if share is None else f"{share:.0%}"
-
-
 def _succeeded(document: Document) -> str:
-    rows = _report(document)
+    rows = _report_rows(document)
     total = sum(len(row.samples) for row in rows)
-    failed = sum(row.counts.get("failed") or 0 for row in rows)
+    counts = [row.counts.get("failed") for row in rows]
+    failed = sum(count or 0 for count in counts)
     if total:
-        return f"{(total - failed) / total:.0%}"
-    known = any(row.counts.get("failed") is not None for row in rows)
-    return "100%" if known and failed == 0 else UNKNOWN
+        return percent((total - failed) / total)
+    return "100%" if failed == 0 and any(count is not None for count in counts) else UNKNOWN
 
 
-def _caches(document: Document) -> str:
-    modes = {row.caches.mode for row in _cases(document) if row.caches}
-    proved = all(row.caches.proved for row in _cases(document) if row.caches)
-    return UNKNOWN if not modes else "/".join(sorted(modes)) + ("" if proved else ", unproved")
+def _caches(document: Document) -> str | None:
+    proofs = [row.caches for row in case_rows(document) if row.caches]
+    modes = "/".join(sorted({proof.mode for proof in proofs}))
+    return (modes + ("" if all(p.proved for p in proofs) else ", unproved")) or None
 
 
-CONDITIONS: tuple[tuple[str, Callable[[Document], object]], ...] = (
-    ("power mode", lambda d: d.environment.device.power_mode),
-    ("vLLM", lambda d: d.environment.software.vllm),
-    ("torch", lambda d: d.environment.software.torch),
-    ("transformers", lambda d: d.environment.software.transformers),
-    ("model", lambda d: d.environment.model.name),
-    ("random weights", lambda d: d.environment.model.random_weights),
-    ("precision", lambda d: d.environment.model.precision),
-    ("KV cache", lambda d: d.environment.model.kv_cache_dtype),
-    ("caches", lambda d: None if _caches(d) == UNKNOWN else _caches(d)),
-    ("max_crops", lambda d: d.environment.model.max_crops),
-    ("max_tokens", lambda d: d.settings.max_tokens),
-    ("temperature", lambda d: d.settings.temperature),
-    ("load_format", lambda d: d.environment.model.load_format),
-)
-"""What must be alike before two speeds say something about two devices or versions."""
+CONDITIONS: dict[str, Callable[[Document], object]] = {
+    "power mode": lambda d: d.environment.device.power_mode,
+    "vLLM": lambda d: d.environment.software.vllm,
+    "torch": lambda d: d.environment.software.torch,
+    "transformers": lambda d: d.environment.software.transformers,
+    "model": lambda d: d.environment.model.name,
+    "random weights": lambda d: d.environment.model.random_weights,
+    "precision": lambda d: d.environment.model.precision,
+    "KV cache": lambda d: d.environment.model.kv_cache_dtype,
+    "caches": _caches,
+    "max_crops": lambda d: d.environment.model.max_crops,
+    "max_tokens": lambda d: d.settings.max_tokens,
+    "temperature": lambda d: d.settings.temperature,
+    "load_format": lambda d: d.environment.model.load_format,
+}
+"""What must be equal before two speeds say something about two devices or versions."""
 
 
-def unlike(documents: Sequence[Document], heads: Sequence[str]) -> list[str]:
+def differences(documents: Sequence[Document], heads: Sequence[str]) -> list[str]:
     """What differs between the results, and what is unknown in some of them."""
     flags = []
-    for name, read in CONDITIONS:
-        values = [read(document) for document in documents]
-        known = {str(value) for value in values if value is not None}
-        missing = [head for head, value in zip(heads, values, strict=True) if value is None]
+    for name, read in CONDITIONS.items():
+        values = dict(zip(heads, map(read, documents), strict=True))
+        missing = [head for head, value in values.items() if value is None]
+        known = {str(value) for value in values.values() if value is not None}
         if len(known) > 1:
-            told = "; ".join(
-                f"{head}: {_word(value)}" for head, value in zip(heads, values, strict=True)
-            )
-            flags.append(f"{name} differs ({told})")
+            listed = "; ".join(f"{head}: {_text(value)}" for head, value in values.items())
+            flags.append(f"{name} differs ({listed})")
         elif missing and (known or name == "power mode"):
             flags.append(f"{name} is unknown in {', '.join(missing)}")
     for head, document in zip(heads, documents, strict=True):
         if not document.complete:
             flags.append(f"{head} is incomplete")
-        for row in _cases(document):
-            if row.samples and (row.warmup is None or row.warmup.start is None):
-                flags.append(f"{head}: {row.title} never got steady")
+        for row in case_rows(document):
+            if row.samples and row.steady_from is None:
+                flags.append(f"{head}: {row.title} never became steady")
             if measure.speeds_of(row) and row.warmup is not None and row.warmup.slowed:
-                flags.append(f"{head}: {row.title} slowed down while it was measured")
+                flags.append(f"{head}: {row.title} slowed down during the measurement")
     return flags
 
 
-def _word(value: object) -> str:
+def _text(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "unknown" if value is None else str(value)

@@ -1,33 +1,40 @@
-"""The result of a benchmark: one JSON document, and its schema.
+"""The result of a benchmark: one JSON document, its schema, and its file.
 
-The published schema is ``molmo_edge/bench/data/result.schema.json`` (``python -m
-molmo_edge.bench schema`` prints it); it is generated from the models below. Times are seconds,
-sizes bytes, speeds tokens a second, energies joules, powers watts. ``null`` always means
+The published schema is ``data/result.schema.json``, generated from the models below. Times are
+seconds, sizes bytes, speeds tokens per second, energies joules, powers watts. ``null`` always means
 "unknown", never zero.
-
-This module knows nothing about how anything is measured, stored or shown.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import re
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from molmo_edge.errors import BenchmarkError
 
 FORMAT = "molmo-edge-bench"
 VERSION = 1
 
 Scalar = str | int | float | bool | None
 Stop = Literal["narrow", "cap", "time", "short", "fixed", "interrupted", "error"]
-"""Why a row ended; "short": the time limit came before the least number of iterations."""
+"""Why a row ended; "short": the time limit came before the minimum number of iterations."""
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
+    """Base of all parts of a document: no unknown keys, no NaN or infinity."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-class Software(_Part):
-    """What produced the numbers."""
+class Software(Part):
+    """Versions that produced the numbers."""
 
     molmo_edge: str | None = None
     vllm: str | None = None
@@ -36,7 +43,7 @@ class Software(_Part):
     python: str | None = None
 
 
-class Device(_Part):
+class Device(Part):
     """What the numbers were produced on. Bandwidth is the published peak; clocks are in MHz."""
 
     name: str | None = None
@@ -55,7 +62,7 @@ class Device(_Part):
     in_container: bool | None = None
 
 
-class Model(_Part):
+class Model(Part):
     """Which weights, in which form, under which engine settings."""
 
     name: str | None = None
@@ -70,7 +77,7 @@ class Model(_Part):
     profile: str | None = None
 
 
-class Environment(_Part):
+class Environment(Part):
     """Everything about the run that is not the measurement; ``other`` keeps what has no field."""
 
     software: Software = Field(default_factory=Software)
@@ -79,8 +86,8 @@ class Environment(_Part):
     other: dict[str, Scalar] = Field(default_factory=dict)
 
 
-class Settings(_Part):
-    """What was asked for."""
+class Settings(Part):
+    """Requested length and accuracy of the run."""
 
     iterations: int | None = None
     max_iterations: int | None = None
@@ -93,7 +100,7 @@ class Settings(_Part):
     interval_width: float | None = None
 
 
-class Sample(_Part):
+class Sample(Part):
     """One request. ``itl_s`` holds one latency per output token after the first."""
 
     iteration: int
@@ -113,13 +120,13 @@ class Sample(_Part):
     cached_tokens: int | None = None
     output_tps: float | None = None
     request_tps: float | None = None
-    energy_j: float | None = None
+    energy_j: float | None = None  # in documents of version 0.1; power is in the row's ceiling
     finish_reason: str | None = None
     error: str | None = None
 
 
-class Wave(_Part):
-    """One batch, or one stretch of concurrent load, as a whole."""
+class Wave(Part):
+    """One batch as a whole."""
 
     iteration: int
     wall_s: float
@@ -129,8 +136,8 @@ class Wave(_Part):
     total_tps: float
 
 
-class Summary(_Part):
-    """A series in numbers; see ``molmo_edge.bench.stats.Summary``."""
+class Summary(Part):
+    """A series in numbers; see ``molmo_edge.bench.stats.summarize``."""
 
     n: int | None = None
     mean: float | None = None
@@ -146,14 +153,14 @@ class Summary(_Part):
     confidence: float | None = None
 
 
-class Level(_Part):
+class Level(Part):
     """A stretch of iterations with one speed."""
 
     start: int
     median: float
 
 
-class Warmup(_Part):
+class Warmup(Part):
     """Where the steady state begins; ``start`` is null when the speed never settled."""
 
     start: int | None
@@ -161,12 +168,12 @@ class Warmup(_Part):
     slowed: bool
 
 
-class CacheProof(_Part):
+class CacheProof(Part):
     """Whether reuse could have flattered the row.
 
-    ``cached_tokens`` is the largest count of prompt tokens the engine took from its cache in
-    any request, ``fresh_images`` says that no picture was shown twice. ``proved`` is true if
-    both bear out what the row claims, and null if the engine did not count.
+    ``cached_tokens`` is the largest number of prompt tokens the engine took from its cache in
+    any request, ``fresh_images`` says that no image was used twice. ``proved`` is true if both
+    agree with what the row claims, and null if the engine did not count.
     """
 
     mode: Literal["on", "off"]
@@ -175,10 +182,10 @@ class CacheProof(_Part):
     proved: bool | None = None
 
 
-class Ceiling(_Part):
+class Ceiling(Part):
     """How near decode comes to what the memory allows, and what it costs.
 
-    Watts, joules and tokens a second a watt are of decode alone at batch 1, of the whole row
+    Watts, joules and tokens per second per watt are of decode alone at batch 1, of the whole row
     otherwise; ``row_joules_per_token`` is always of the whole row, prefill included.
     ``throttled``: power or heat held the clocks down at some time of the row.
     """
@@ -194,8 +201,8 @@ class Ceiling(_Part):
     throttled: bool | None = None
 
 
-class Picture(_Part):
-    """The picture asked about, before any per-iteration change. ``sha256`` is of its pixels."""
+class ImageInfo(Part):
+    """The row's image, before any per-iteration change. ``sha256`` is of its pixels."""
 
     name: str
     width: int
@@ -203,7 +210,7 @@ class Picture(_Part):
     sha256: str | None = None
 
 
-class Answer(_Part):
+class Answer(Part):
     """The last answer, and how many of the values known to be right it holds, in order."""
 
     text: str
@@ -211,14 +218,14 @@ class Answer(_Part):
     matched: int | None = None
 
 
-class Row(_Part):
+class Row(Part):
     """One series measured under one set of conditions."""
 
     name: str
     title: str
     conditions: dict[str, Scalar] = Field(default_factory=dict)
     prompt: str | None = None
-    image: Picture | None = None
+    image: ImageInfo | None = None
     stopped: Stop | None = None
     error: str | None = None
     samples: list[Sample] = Field(default_factory=list)
@@ -232,8 +239,22 @@ class Row(_Part):
     ceiling: Ceiling | None = None
     answer: Answer | None = None
 
+    def summary(self, metric: str) -> Summary:
+        """The steady state's summary, or that of all iterations where the row never settled."""
+        return (self.steady or self.all).get(metric, Summary())
 
-class Scenario(_Part):
+    @property
+    def succeeded(self) -> list[Sample]:
+        """The samples without an error."""
+        return [sample for sample in self.samples if sample.error is None]
+
+    @property
+    def steady_from(self) -> int | None:
+        """The first steady iteration."""
+        return self.warmup.start if self.warmup else None
+
+
+class Scenario(Part):
     """One kind of measurement."""
 
     name: str
@@ -243,14 +264,19 @@ class Scenario(_Part):
     rows: list[Row] = Field(default_factory=list)
 
 
-class Startup(_Part):
+class Startup(Part):
     """From nothing to the first answer; stages as the engine reports them."""
 
     stages: dict[str, float | None] = Field(default_factory=dict)
     first_request: Sample | None = None
 
 
-class Document(_Part):
+def now() -> str:
+    """The time as documents have it: ISO 8601, UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class Document(Part):
     """A whole benchmark result."""
 
     format: Literal["molmo-edge-bench"] = "molmo-edge-bench"
@@ -268,10 +294,96 @@ class Document(_Part):
     scenarios: list[Scenario] = Field(default_factory=list)
 
 
-def schema() -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of a result document."""
+def schema(model: type[Part] = Document) -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a document class."""
+    fields = model.model_fields
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": f"{FORMAT} result, version {VERSION}",
-        **{k: v for k, v in Document.model_json_schema().items() if k != "title"},
+        "title": f"{fields['format'].default} result, version {fields['version'].default}",
+        **{k: v for k, v in model.model_json_schema().items() if k != "title"},
     }
+
+
+def dumps(document: Part) -> str:
+    """The document as JSON text; numbers keep six decimal places."""
+    return json.dumps(_rounded(document.model_dump(mode="json")), indent=1, ensure_ascii=False)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 6)
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def write(document: Part, path: Path) -> None:
+    """Write a document to ``path`` atomically.
+
+    Raises:
+        BenchmarkError: the directory cannot be made or written.
+    """
+    write_bytes(f"{dumps(document)}\n".encode(), path)
+
+
+def write_bytes(data: bytes, path: Path) -> None:
+    """Replace one file atomically; same errors as :func:`write`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as exc:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise BenchmarkError(
+            f"cannot write {path}: {exc.strerror or 'input/output error'}; "
+            "choose a writable place with --output"
+        ) from exc
+
+
+def result_path(output: Path, label: str) -> Path:
+    """``output`` if it is a ``.json`` file, else a file in that directory named by time and label.
+
+    Raises:
+        BenchmarkError: the place cannot be written; better known before a long run than after.
+    """
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-.")[:60] or "result"
+    stamp = datetime.now(UTC).strftime("%Y-%m-%d-%H%M%S")
+    path = output if output.suffix == ".json" else output / f"{stamp}-{name}.json"
+    probe = path.with_name(f".{path.name}.probe")
+    write_bytes(b"", probe)
+    probe.unlink(missing_ok=True)
+    return path
+
+
+def load(path: Path) -> Document:
+    """Read and check a result document.
+
+    Raises:
+        BenchmarkError: the file is missing, not JSON, not a result of this package, of another
+            version of the format, or does not fit the schema.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise BenchmarkError(f"cannot read {path}: {exc.strerror or 'input/output error'}") from exc
+    except ValueError as exc:
+        raise BenchmarkError(f"{path} is not a JSON document; is it a benchmark result?") from exc
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise BenchmarkError(
+            f'{path} is not a benchmark result of molmo_edge: its "format" is not "{FORMAT}"'
+        )
+    if data.get("version") != VERSION:
+        raise BenchmarkError(
+            f"{path} has result format version {data.get('version')!r}, but this molmo_edge reads "
+            f"version {VERSION}; measure again, or read it with the molmo_edge that wrote it"
+        )
+    try:
+        return Document.model_validate(data)
+    except ValidationError as exc:
+        first = exc.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise BenchmarkError(
+            f"{path} does not fit the result schema at {where or 'the top'}: {first['msg']}"
+        ) from exc

@@ -1,24 +1,29 @@
-"""What a cheaper configuration does to the answers: the same prompts under two configurations.
+"""Effect of a cheaper configuration on the answers: the same prompts under two configurations.
 
-The reference answers greedily. Its answers are then scored token by token under both
-configurations, each token behind the reference's own tokens (teacher forcing), so that one early
-difference does not hide the rest; both are scored in the same way, so that the way of scoring
-cancels out. The other configuration also answers freely, for the first divergence and for where
-its points lie. This module knows nothing about speed.
+The reference configuration answers greedily. Its answers are then scored token by token under both
+configurations, each token after the reference's own tokens (teacher forcing), so that one early
+difference does not hide the rest. The other configuration also answers freely, for the first
+divergence and for the positions of its points.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from molmo_edge.bench import environment, tables
 from molmo_edge.bench.cases import Case, standard
-from molmo_edge.bench.document import Environment
+from molmo_edge.bench.document import Environment, Part, now
+from molmo_edge.bench.environment import software_line
+from molmo_edge.bench.tables import UNKNOWN, Block, Heading, Items, Table, number
+from molmo_edge.bench.target import Target
+from molmo_edge.errors import BenchmarkError
 from molmo_edge.points import Point, parse_points
 from molmo_edge.results import Score
 
@@ -26,18 +31,15 @@ TOP = 20
 """Candidates for each token, over which the divergence is taken."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+class CaseDrift(Part):
+    """One prompt. Log-probabilities are natural; distances are pixels of the image.
 
-
-class CaseDrift(_Part):
-    """One prompt. Log-probabilities are natural; distances are pixels of the picture.
-
-    ``equal_greedy`` is the share of places in the reference's answer at which both configurations
-    find the same token likeliest, of the whole vocabulary. ``kl`` is the divergence of the other
-    from the reference in nats, the 20 candidates and all the rest as one. ``first_divergence`` is
-    the index of the first token in which free answers differ, null where they do not. Point
-    distances pair nearest points first, and are null where one of the answers has none.
+    ``equal_greedy`` is the fraction of positions in the reference's answer at which both
+    configurations find the same token likeliest, of the whole vocabulary. ``kl`` is the divergence
+    of the other from the reference in nats, the 20 candidates and all the rest as one.
+    ``first_divergence`` is the index of the first token in which free answers differ, null where
+    they do not. Point distances pair nearest points first, and are null where one of the answers
+    has none.
     """
 
     name: str
@@ -59,8 +61,8 @@ class CaseDrift(_Part):
     text_other: str = ""
 
 
-class Drift(_Part):
-    """The other configuration against the reference, all prompts."""
+class Drift(Part):
+    """The other configuration against the reference, all prompts, every token counting the same."""
 
     reference: str
     other: str
@@ -73,7 +75,7 @@ class Drift(_Part):
     cases: list[CaseDrift]
 
 
-class DriftDocument(_Part):
+class DriftDocument(Part):
     """A whole drift result: one reference, and every other configuration against it."""
 
     format: Literal["molmo-edge-drift"] = "molmo-edge-drift"
@@ -87,90 +89,54 @@ class DriftDocument(_Part):
 
 
 @dataclass(frozen=True)
-class Answered:
-    """A reference answer and what the reference itself says about its tokens."""
+class Reference:
+    """A reference answer and the reference's own score of its tokens."""
 
     case: Case
     text: str
     token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    candidates: tuple[Mapping[int, float], ...]
-    greedy: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What still passes: least share of equal greedy tokens, largest mean divergence in nats."""
-
-    min_equal: float = 0.95
-    max_kl: float = 0.05
+    score: Score
 
 
 def prompts() -> tuple[Case, ...]:
-    """The standard cases, and pointing on two of their pictures."""
-    first, panels, chart = standard()
+    """The standard cases, and pointing on two of their images."""
+    cases = standard()
     return (
-        first,
-        panels,
-        chart,
-        Case("point-trees", "Point: trees", "Point to the trees.", first.image),
-        Case("point-dots", "Point: orange dots", "Point to the orange dots.", chart.image),
+        *cases,
+        Case("point-trees", "Point: trees", "Point to the trees.", cases[0].image),
+        Case("point-dots", "Point: orange dots", "Point to the orange dots.", cases[2].image),
     )
 
 
-def answers(vlm: Any, cases: Sequence[Case], *, max_tokens: int) -> list[Answered]:
+def answer_all(vlm: Any, cases: Sequence[Case], *, max_tokens: int) -> list[Reference]:
     """The reference's greedy answers, scored by the reference."""
     out = []
     for case in cases:
         result = vlm.query(case.image, case.question, max_tokens=max_tokens, logprobs=TOP)
         top = [list(entry)[:TOP] for entry in result.top_logprobs]
         score = vlm.score(case.image, case.question, result.token_ids, candidates=top)
-        out.append(
-            Answered(
-                case,
-                result.text,
-                result.token_ids,
-                score.logprobs,
-                score.candidates,
-                score.greedy_token_ids,
-            )
-        )
+        out.append(Reference(case, result.text, result.token_ids, score))
     return out
 
 
-def against(vlm: Any, references: Sequence[Answered], *, max_tokens: int) -> list[CaseDrift]:
-    """The other configuration on the reference's answers."""
-    out = []
-    for known in references:
-        case = known.case
-        free = vlm.query(case.image, case.question, max_tokens=max_tokens)
-        top = [list(entry) for entry in known.candidates]
-        score = vlm.score(case.image, case.question, known.token_ids, candidates=top)
-        size = (1, 1) if case.image is None else case.image.size
-        out.append(compare_case(known, free.text, free.token_ids, score, size=size))
-    return out
-
-
-def compare_case(
-    known: Answered,
-    text: str,
-    token_ids: Sequence[int],
-    score: Score,
-    *,
-    size: tuple[int, int],
-) -> CaseDrift:
-    """One prompt's drift: the reference's numbers, and the other's free answer and `score`."""
+def against(vlm: Any, reference: Reference, *, max_tokens: int) -> CaseDrift:
+    """The other configuration on one of the reference's answers."""
+    case, known = reference.case, reference.score
+    free = vlm.query(case.image, case.question, max_tokens=max_tokens)
+    top = [list(entry) for entry in known.candidates]
+    score = vlm.score(case.image, case.question, reference.token_ids, candidates=top)
     deltas = [b - a for a, b in zip(known.logprobs, score.logprobs, strict=True)]
     kls = [divergence(a, b) for a, b in zip(known.candidates, score.candidates, strict=True)]
-    equal = [a == b for a, b in zip(known.greedy, score.greedy_token_ids, strict=True)]
-    ours, theirs = parse_points(known.text).points, parse_points(text).points
-    distances = paired_distances(ours, theirs, size)
+    pairs = zip(known.greedy_token_ids, score.greedy_token_ids, strict=True)
+    equal = [a == b for a, b in pairs]
+    ours, theirs = parse_points(reference.text).points, parse_points(free.text).points
+    distances = paired_distances(ours, theirs, case.image.size if case.image else (1, 1))
     return CaseDrift(
-        name=known.case.name,
-        title=known.case.title,
+        name=case.name,
+        title=case.title,
         tokens=len(deltas),
         equal_greedy=sum(equal) / len(equal),
-        first_divergence=first_difference(known.token_ids, token_ids),
+        first_divergence=first_difference(reference.token_ids, free.token_ids),
         mean_abs_dlogprob=sum(map(abs, deltas)) / len(deltas),
         max_abs_dlogprob=max(map(abs, deltas)),
         mean_kl=sum(kls) / len(kls),
@@ -181,30 +147,8 @@ def compare_case(
         max_px=max(distances) if distances else None,
         dlogprobs=deltas,
         kls=kls,
-        text_reference=known.text,
-        text_other=text,
-    )
-
-
-def together(
-    reference: str, other: str, environment: Environment, cases: list[CaseDrift], bounds: Bounds
-) -> Drift:
-    """All prompts of one configuration, every token counting the same."""
-    tokens = sum(case.tokens for case in cases)
-    equal, mean, kl = (
-        sum(getattr(case, name) * case.tokens for case in cases) / tokens
-        for name in ("equal_greedy", "mean_abs_dlogprob", "mean_kl")
-    )
-    return Drift(
-        reference=reference,
-        other=other,
-        environment=environment,
-        equal_greedy=equal,
-        mean_abs_dlogprob=mean,
-        max_abs_dlogprob=max(case.max_abs_dlogprob for case in cases),
-        mean_kl=kl,
-        passed=equal >= bounds.min_equal and kl <= bounds.max_kl,
-        cases=cases,
+        text_reference=reference.text,
+        text_other=free.text,
     )
 
 
@@ -234,28 +178,157 @@ def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
 def paired_distances(
     ours: Sequence[Point], theirs: Sequence[Point], size: tuple[int, int]
 ) -> list[float]:
-    """Distances in pixels of a picture of ``size`` (width, height), nearest pairs first."""
-    width, height = size
+    """Distances in pixels of an image of ``size`` (width, height), nearest pairs first."""
     pairs = sorted(
-        (math.hypot((a.x - b.x) * width, (a.y - b.y) * height), i, j)
+        (math.hypot((a.x - b.x) * size[0], (a.y - b.y) * size[1]), i, j)
         for i, a in enumerate(ours)
         for j, b in enumerate(theirs)
     )
-    taken_a: set[int] = set()
-    taken_b: set[int] = set()
-    distances = []
+    used_a, used_b, distances = set[int](), set[int](), []
     for distance, i, j in pairs:
-        if i not in taken_a and j not in taken_b:
-            taken_a.add(i)
-            taken_b.add(j)
+        if i not in used_a and j not in used_b:
+            used_a.add(i)
+            used_b.add(j)
             distances.append(distance)
     return distances
 
 
-def schema() -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of a drift document."""
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "molmo-edge-drift result, version 1",
-        **{k: v for k, v in DriftDocument.model_json_schema().items() if k != "title"},
+def variants(target: Target, choices: Mapping[str, str | None]) -> dict[str, Target]:
+    """Label → target of the reference, first, and the others.
+
+    ``choices`` are options of ``EdgeVLM`` to comma-separated values; exactly one has several.
+
+    Raises:
+        BenchmarkError: none or more than one option has several values.
+    """
+    lists = {
+        name: [part.strip() for part in text.split(",") if part.strip()]
+        for name, text in choices.items()
+        if text is not None
     }
+    several = [name for name, values in lists.items() if len(values) > 1]
+    if len(several) != 1:
+        raise BenchmarkError(
+            "drift needs exactly one option with several values, the reference first, such as "
+            "--kv-cache-dtype auto,fp8"
+        )
+    fixed = {name: values[0] for name, values in lists.items() if len(values) == 1}
+    return {
+        f"{several[0]}={value}": replace(
+            target, options={**target.options, **fixed, several[0]: value}
+        )
+        for value in lists[several[0]]
+    }
+
+
+def _discard(document: DriftDocument) -> None:
+    """Save nothing."""
+
+
+def run(
+    chosen: Mapping[str, Target],
+    cases: Sequence[Case],
+    *,
+    max_tokens: int = 64,
+    min_equal: float = 0.95,
+    max_kl: float = 0.05,
+    open_engine: Callable[[Target], AbstractContextManager[Any]] | None = None,
+    progress: Callable[[str], object] = str,
+    save: Callable[[DriftDocument], None] = _discard,
+) -> DriftDocument:
+    """Drift of every later configuration against the first; saved after each.
+
+    A configuration passes with at least the fraction ``min_equal`` of equal greedy tokens and at
+    most ``max_kl`` nats of mean divergence. Engines have their prefix cache on: scoring an answer
+    is a request for each of its tokens.
+
+    Raises:
+        BenchmarkError: a number is out of range.
+        MolmoEdgeError: an engine could not be started, or a prompt failed.
+    """
+    if max_tokens < 1 or not 0 <= min_equal <= 1 or not max_kl >= 0:
+        raise BenchmarkError(
+            "drift needs --max-tokens of at least 1, --min-equal from 0 to 1, --max-kl from 0"
+        )
+    reference, *others = chosen
+    opener = open_engine or (lambda target: target.open(True))
+    progress(f"reference: {reference}")
+    with opener(chosen[reference]) as vlm:
+        known = answer_all(vlm, cases, max_tokens=max_tokens)
+        document = DriftDocument(
+            created=now(),
+            max_tokens=max_tokens,
+            min_equal=min_equal,
+            max_kl=max_kl,
+            environment=environment.of(vlm),
+        )
+    for other in others:
+        progress(other)
+        with opener(chosen[other]) as vlm:
+            found = [against(vlm, one, max_tokens=max_tokens) for one in known]
+            where = environment.of(vlm)
+        tokens = sum(case.tokens for case in found)
+        equal, mean, kl = (
+            sum(getattr(case, name) * case.tokens for case in found) / tokens
+            for name in ("equal_greedy", "mean_abs_dlogprob", "mean_kl")
+        )
+        drift = Drift(
+            reference=reference,
+            other=other,
+            environment=where,
+            equal_greedy=equal,
+            mean_abs_dlogprob=mean,
+            max_abs_dlogprob=max(case.max_abs_dlogprob for case in found),
+            mean_kl=kl,
+            passed=equal >= min_equal and kl <= max_kl,
+            cases=found,
+        )
+        document.drifts.append(drift)
+        save(document)
+    return document
+
+
+HEADS = ("case", "n", "equal", "differs", "|dlp|", "max |dlp|", "KL", "points", "px", "max px")
+LEGEND = (
+    "n: tokens scored; equal: fraction of equal greedy tokens; differs: first token in which free "
+    "answers differ; dlp: difference of log-probability; KL: over the 20 likeliest tokens, nats; "
+    "points: of the reference and the other; px: distance of the points in pixels"
+)
+
+
+def _line(case: CaseDrift) -> list[str]:
+    points = f"{case.points_reference}/{case.points_other}"
+    return [
+        case.title,
+        str(case.tokens),
+        f"{case.equal_greedy:.1%}",
+        number(case.first_divergence, 0),
+        f"{case.mean_abs_dlogprob:.2g}",
+        f"{case.max_abs_dlogprob:.2g}",
+        f"{case.mean_kl:.2g}",
+        UNKNOWN if points == "0/0" else points,
+        number(case.mean_px),
+        number(case.max_px),
+    ]
+
+
+def blocks(document: DriftDocument) -> list[Block]:
+    """The drift as a page: for each configuration a table and a verdict."""
+    model = document.environment.model
+    weights = " (random weights: says nothing about trained ones)" if model.random_weights else ""
+    software = software_line(document.environment)
+    out: list[Block] = [Heading(f"Drift of {model.name}{weights}", 1), Items([software])]
+    for drift in document.drifts:
+        verdict = (
+            f"{drift.other} against {drift.reference}: {drift.equal_greedy:.1%} equal greedy "
+            f"tokens (at least {document.min_equal:.0%}), mean KL {drift.mean_kl:.2g} (at most "
+            f"{document.max_kl:g}): {'passed' if drift.passed else 'FAILED'}"
+        )
+        table = Table(HEADS, [_line(case) for case in drift.cases]).known()
+        out += [Heading(drift.other), table, Items([verdict])]
+    return [*out, Items([LEGEND])]
+
+
+def markdown(document: DriftDocument) -> str:
+    """The drift as a Markdown page."""
+    return tables.markdown(blocks(document))

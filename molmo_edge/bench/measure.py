@@ -1,51 +1,60 @@
-"""One request measured, and a row of them until the numbers are steady and narrow.
+"""A benchmark run: requests are measured, rows open, fill and close, and nothing gets lost.
 
-This module knows nothing about printing, files or which scenario it serves. ``vlm`` is anything
-with ``EdgeVLM``'s ``query``: tests use a double.
+After every row, and every few seconds within one, the document is saved, marked incomplete, so that
+even a killed process leaves what it measured. ``vlm`` is anything with ``EdgeVLM``'s ``query``.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from PIL import Image
 
-from molmo_edge.bench import document, stats
-from molmo_edge.bench.cases import Case
-from molmo_edge.bench.document import Row, Sample, Stop, Wave
-from molmo_edge.errors import BenchmarkError, QueueFull, RequestError
-
-if TYPE_CHECKING:
-    from molmo_edge.results import Result
-
-Clock = Callable[[], float]
-
-TIMES = (
-    "queue_s",
-    "preprocess_s",
-    "prefill_s",
-    "ttft_s",
-    "itl_s",
-    "tpot_s",
-    "e2e_s",
-    "output_tps",
-    "request_tps",
-    "energy_j",
+from molmo_edge.bench import ceilings, stats
+from molmo_edge.bench.cases import Case, count_matches, fresh
+from molmo_edge.bench.document import (
+    Answer,
+    CacheProof,
+    Document,
+    Level,
+    Row,
+    Sample,
+    Scalar,
+    Scenario,
+    Settings,
+    Stop,
+    Summary,
+    Warmup,
+    Wave,
+    now,
 )
+from molmo_edge.devices.telemetry import Sampler
+from molmo_edge.errors import BenchmarkError, EngineError, MolmoEdgeError, QueueFull, RequestError
+from molmo_edge.results import Result
+
+logger = logging.getLogger("molmo_edge")
+
+TIMES = ("queue_s", "preprocess_s", "prefill_s", "ttft_s", "itl_s", "tpot_s", "e2e_s")
+METRICS = (*TIMES, "output_tps", "request_tps")
 """The metrics of a sample that are summarised."""
 
 FAILURES_IN_A_ROW = 3
+SAVE_EVERY_S = 5.0
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How long to measure. Times in seconds; ``width`` is relative to the mean.
+class RunOptions:
+    """How long to measure, and with which requests. ``width`` is relative to the mean.
 
     The time limit counts from when an engine is ready; with ``firm`` from the start of the whole
-    run, and it then also ends rows that have not got their least number yet.
+    run, and it then also ends rows that have not reached their minimum number of iterations.
 
     Raises:
         BenchmarkError: a number is out of range.
@@ -72,89 +81,306 @@ class Plan:
             ("interval width", 0 < self.width < 1, "between 0 and 1"),
             ("time limit", self.time_limit_s > 0, "above 0 seconds"),
         )
-        for name, good, wanted in checks:
-            if not good:
-                raise BenchmarkError(f"{name} of a benchmark must be {wanted}")
+        for name, valid, expected in checks:
+            if not valid:
+                raise BenchmarkError(f"{name} of a benchmark must be {expected}")
 
-    def settings(self) -> document.Settings:
+    @classmethod
+    def choose(cls, random_weights: bool, **given: Any) -> RunOptions:
+        """The given options that are not None; defaults depend on the weights.
+
+        Random weights never end an answer by themselves, so their answers have a fixed length; and
+        the stub is tried by people who wait, so its time limit is firm unless one is given.
+        """
+        known = {name: value for name, value in given.items() if value is not None}
+        defaults: dict[str, Any] = {"max_iterations": 2 * known.get("iterations", cls.iterations)}
+        if random_weights:
+            firm = not known.keys() & {"iterations", "time_limit_s"}
+            defaults |= {"max_tokens": 128, "time_limit_s": 210.0, "ignore_eos": True, "firm": firm}
+        return cls(**(defaults | known))
+
+    def settings(self) -> Settings:
         """The same for the result document."""
-        known = asdict(self)
-        known["interval_width"] = known.pop("width")
-        del known["firm"]
-        return document.Settings(**known)
+        values = asdict(self)
+        del values["firm"]
+        return Settings(interval_width=values.pop("width"), **values)
 
     def rules(self) -> dict[str, str]:
-        """The rules in words, with this plan's numbers."""
+        """The rules in words, with these numbers."""
         stop = stats.STOP_RULE.format(confidence=self.confidence, width=self.width)
         if self.firm:
-            stop += f" The time limit of {self.time_limit_s:.0f} s goes before the least number."
+            stop += f" The time limit of {self.time_limit_s:.0f} s ends a row before its minimum."
         return {"steady": stats.STEADY_RULE, "stop": stop}
 
 
-def ask(
-    vlm: Any,
-    case: Case,
-    image: Image.Image | None,
-    plan: Plan,
-    *,
-    iteration: int,
-    began: float = 0.0,
-    user: int | None = None,
-    clock: Clock = time.perf_counter,
-) -> tuple[Sample, str | None]:
-    """One request: its sample, and the answer's text (``None`` if it failed).
+@dataclass(frozen=True)
+class Load:
+    """Parameters of the scenarios beyond one request at a time.
 
-    A request that the engine refused or lost becomes a sample with ``error``; what would fail
-    again in the next iteration (a bad picture, a dead engine) is raised.
+    ``rates`` are requests per second of the Poisson open loop; empty: half and four fifths of the
+    best closed-loop rate of the same run. ``fps`` is the camera's frames per second, ``starts`` the
+    number of cold starts with disk caches present.
     """
-    options: dict[str, Any] = {
-        "max_tokens": plan.max_tokens,
-        "temperature": plan.temperature,
-        "ignore_eos": plan.ignore_eos,
-    }
-    if case.max_crops is not None:
-        options["max_crops"] = case.max_crops
-    start = clock()
-    try:
-        result = vlm.query(image, case.question, **options)
-    except (RequestError, QueueFull) as exc:
-        lost = Sample(
-            iteration=iteration,
-            started_s=start - began,
-            user=user,
-            wall_s=clock() - start,
-            error=f"{type(exc).__name__}: {exc}",
+
+    batches: tuple[int, ...] = (1, 2, 4, 8)
+    users: tuple[int, ...] = (1, 2, 4, 8)
+    rates: tuple[float, ...] = ()
+    fps: float = 10.0
+    starts: int = 2
+
+    def __post_init__(self) -> None:
+        counts = (*self.batches, *self.users, self.starts)
+        if min(counts) < 1 or not self.batches or not self.users:
+            raise BenchmarkError("batch sizes, users and cold starts must be 1 or more")
+        if any(not 0 < rate < 1e6 for rate in (*self.rates, self.fps)):
+            raise BenchmarkError("request rates and camera frames per second must be above 0")
+
+
+class Progress:
+    """Receives what a run does, in the thread that measures; this one ignores it."""
+
+    def starting(self, text: str) -> None: ...
+
+    def scenario(self, title: str, rows: int) -> None: ...
+
+    def row(self, title: str, minimum: int) -> None: ...
+
+    def iteration(self, row: Row, done: int) -> None: ...
+
+    def row_done(self, row: Row) -> None: ...
+
+
+def _discard(document: Document) -> None:
+    """Save nothing."""
+
+
+@dataclass
+class Bench:
+    """One run: what is measured, how long, and the document that grows.
+
+    ``suite.run`` sets ``vlm``, and ``ends``, when the time limit is spent by ``clock``. With
+    ``sensors`` every row gets its ceiling and, where the device has sensors, power.
+    """
+
+    cases: tuple[Case, ...]
+    options: RunOptions = field(default_factory=RunOptions)
+    load: Load = field(default_factory=Load)
+    label: str | None = None
+    save: Callable[[Document], None] = _discard
+    progress: Progress = field(default_factory=Progress)
+    sensors: bool = False
+    start_command: tuple[str, ...] = ()
+    clock: Callable[[], float] = time.perf_counter
+    sleep: Callable[[float], None] = time.sleep
+    vlm: Any = None
+    ends: float = float("inf")
+
+    def __post_init__(self) -> None:
+        self.document = Document(
+            created=now(),
+            label=self.label,
+            rules=self.options.rules(),
+            settings=self.options.settings(),
         )
-        return lost, None
-    sample = sample_of(
-        result, iteration=iteration, user=user, started_s=start - began, wall_s=clock() - start
-    )
-    return sample, result.text
+        self._saved_at = self.clock()
+        self._rows_left = 1
+        self._numbers = itertools.count(1)
+
+    def fresh(self, case: Case) -> Image.Image | None:
+        """The case's image as no cache has seen it in this run."""
+        return None if case.image is None else fresh(case.image, next(self._numbers))
+
+    def image_cases(self) -> tuple[Case, ...]:
+        """The cases that have an image.
+
+        Raises:
+            BenchmarkError: there are none.
+        """
+        cases = tuple(case for case in self.cases if case.image is not None)
+        if not cases:
+            raise BenchmarkError("this scenario needs at least one image; give --image")
+        return cases
+
+    def save_now(self) -> None:
+        """Save the document as it is."""
+        self.save(self.document)
+        self._saved_at = self.clock()
+
+    @contextmanager
+    def scenario(self, name: str, title: str, rows: int) -> Iterator[Scenario]:
+        """A scenario of ``rows`` rows. A failure inside is noted, and raised only if the engine
+        is gone; the rows measured before it stay."""
+        scenario = Scenario(name=name, title=title)
+        self.document.scenarios.append(scenario)
+        self._rows_left = max(rows, 1)
+        self.progress.scenario(title, rows)
+        try:
+            yield scenario
+            scenario.complete = all(row.stopped not in (None, "error") for row in scenario.rows)
+        except KeyboardInterrupt:
+            scenario.error = "interrupted"
+            raise
+        except Exception as exc:
+            scenario.error = f"{type(exc).__name__}: {exc}"
+            if isinstance(exc, EngineError):
+                raise
+            if not isinstance(exc, MolmoEdgeError):
+                logger.exception("scenario %s crashed; the others go on", name)
+        finally:
+            self.save_now()
+
+    @contextmanager
+    def row(
+        self,
+        case: Case,
+        *,
+        caches: bool | None = False,
+        title: str | None = None,
+        **conditions: Scalar,
+    ) -> Iterator[Row]:
+        """A row of the current scenario, summarised and saved however it ends.
+
+        An image or prompt that fails, or requests that keep failing, end this row only.
+        ``caches`` is what the row claims about reuse; ``None``: nothing.
+        """
+        row = Row(
+            name=case.name,
+            title=title or case.title,
+            conditions=dict(conditions),
+            prompt=case.question,
+            image=case.image_info(),
+        )
+        self.document.scenarios[-1].rows.append(row)
+        self.progress.row(row.title, self.options.iterations)
+        sampler, offset_s = Sampler() if self.sensors else None, 0.0
+        try:
+            with sampler or contextlib.nullcontext():
+                if sampler is not None:
+                    offset_s = sampler.summary().duration_s
+                yield row
+        except KeyboardInterrupt:
+            row.stopped = "interrupted"
+            raise
+        except Exception as exc:
+            row.stopped, row.error = "error", f"{type(exc).__name__}: {exc}"
+            expected = isinstance(exc, MolmoEdgeError)
+            if not expected or (isinstance(exc, EngineError) and not isinstance(exc, QueueFull)):
+                raise
+        finally:
+            self._rows_left = max(self._rows_left - 1, 1)
+            summarise(row, self.options)
+            row.counts.setdefault("failed", len(row.samples) - len(row.succeeded))
+            if caches is not None:
+                row.caches = cache_proof(row, caches)
+            if sampler is not None:
+                environment = self.document.environment
+                row.ceiling = ceilings.of(row, environment, self.vlm, sampler, offset_s)
+            self.progress.row_done(row)
+            self.save_now()
+
+    def request(
+        self,
+        row: Row | None,
+        case: Case,
+        image: Image.Image | None,
+        *,
+        iteration: int,
+        began: float = 0.0,
+        user: int | None = None,
+    ) -> Sample:
+        """Measure one request; its answer becomes the row's last.
+
+        A request that the engine refused or lost becomes a sample with ``error``; what would fail
+        again in the next iteration (a bad image, a dead engine) is raised.
+        """
+        start = self.clock()
+        try:
+            result = self.vlm.query(image, case.question, **self.sampling(case))
+        except (RequestError, QueueFull) as exc:
+            sample = failed_sample(exc, iteration, user)
+        else:
+            sample = sample_of(result, iteration, user)
+            if row is not None:
+                row.answer = self._answer(case, result.text)
+        sample.started_s, sample.wall_s = start - began, self.clock() - start
+        return sample
+
+    def sampling(self, case: Case) -> dict[str, Any]:
+        """The options of a request."""
+        crops = {} if case.max_crops is None else {"max_crops": case.max_crops}
+        return {
+            "max_tokens": self.options.max_tokens,
+            "temperature": self.options.temperature,
+            "ignore_eos": self.options.ignore_eos,
+            **crops,
+        }
+
+    def _answer(self, case: Case, text: str) -> Answer:
+        """The answer; where values are known and the weights are real, how many it holds."""
+        judged = case.expected and self.document.environment.model.random_weights is not True
+        matched = count_matches(case.expected, text) if judged else None
+        return Answer(text=text, expected=list(case.expected), matched=matched)
+
+    def add(self, row: Row, *samples: Sample, wave: Wave | None = None) -> None:
+        """Add one iteration's samples to a row, and save now and then."""
+        row.samples.extend(samples)
+        if wave is not None:
+            row.waves.append(wave)
+        self.progress.iteration(row, len(row.waves) or len(row.samples))
+        if self.clock() - self._saved_at > SAVE_EVERY_S:
+            self.save_now()
+
+    def repeat(self, row: Row, once: Callable[[int], None]) -> None:
+        """Call ``once(iteration)``, which adds to ``row``, until there is a reason to stop.
+
+        Rows share evenly what is left of the time limit.
+
+        Raises:
+            BenchmarkError: several iterations in a row failed altogether.
+        """
+        deadline = self.clock() + max(self.ends - self.clock(), 0.0) / self._rows_left
+        for iteration in itertools.count():
+            once(iteration)
+            recent = [s for s in row.samples if s.iteration > iteration - FAILURES_IN_A_ROW]
+            if iteration + 1 >= FAILURES_IN_A_ROW and recent and all(s.error for s in recent):
+                raise BenchmarkError(
+                    f"{FAILURES_IN_A_ROW} iterations in a row failed: {recent[-1].error}"
+                )
+            row.stopped = self._stop(row, iteration + 1, late=self.clock() >= deadline)
+            if row.stopped is not None:
+                return
+
+    def _stop(self, row: Row, done: int, *, late: bool) -> Stop | None:
+        options = self.options
+        if done < options.iterations:
+            return "short" if late and options.firm else None
+        speeds = [speed for _, speed in speeds_of(row)]
+        start = stats.steady_state(speeds).start
+        if start is not None and stats.narrow_enough(
+            speeds[start:], width=options.width, confidence=options.confidence, seed=options.seed
+        ):
+            return "narrow"
+        return "cap" if done >= options.max_iterations else "time" if late else None
 
 
-def sample_of(
-    result: Result,
-    *,
-    iteration: int,
-    user: int | None = None,
-    started_s: float | None = None,
-    wall_s: float | None = None,
-) -> Sample:
-    """A result's metrics as a sample. ``prefill_s`` is TTFT less queueing and preprocessing."""
+def failed_sample(exc: BaseException, iteration: int, user: int | None = None) -> Sample:
+    """A request without an answer."""
+    return Sample(iteration=iteration, user=user, error=f"{type(exc).__name__}: {exc}")
+
+
+def sample_of(result: Result, iteration: int, user: int | None = None) -> Sample:
+    """A result's metrics. ``prefill_s`` is TTFT less queueing and preprocessing."""
     m = result.metrics
-    parts = (m.ttft_s, m.queue_s, m.preprocess_s)
     prefill = None
     if m.ttft_s is not None and m.preprocess_s is not None:
         prefill = m.ttft_s - m.preprocess_s - (m.queue_s or 0.0)
     return Sample(
         iteration=iteration,
-        started_s=started_s,
         user=user,
-        wall_s=wall_s,
-        queue_s=parts[1],
-        preprocess_s=parts[2],
+        queue_s=m.queue_s,
+        preprocess_s=m.preprocess_s,
         prefill_s=prefill if prefill is not None and prefill >= 0 else None,
-        ttft_s=parts[0],
+        ttft_s=m.ttft_s,
         itl_s=list(m.itl_s or ()),
         tpot_s=m.tpot_s,
         e2e_s=m.e2e_s,
@@ -164,110 +390,64 @@ def sample_of(
         cached_tokens=m.cached_tokens,
         output_tps=m.output_tps,
         request_tps=m.request_tps,
-        energy_j=m.energy_j,
         finish_reason=result.finish_reason,
     )
-
-
-def repeat(
-    row: Row,
-    once: Callable[[int], None],
-    plan: Plan,
-    *,
-    deadline: float,
-    clock: Clock = time.perf_counter,
-) -> Stop:
-    """Call ``once(iteration)``, which adds to ``row``, until a reason to stop; return it.
-
-    Raises:
-        BenchmarkError: several iterations in a row failed altogether.
-    """
-    iteration = 0
-    while True:
-        once(iteration)
-        iteration += 1
-        if _hopeless(row, iteration):
-            reason = row.samples[-1].error
-            raise BenchmarkError(f"{FAILURES_IN_A_ROW} iterations in a row failed: {reason}")
-        late = clock() >= deadline
-        if iteration < plan.iterations:
-            if late and plan.firm:
-                return "short"
-            continue
-        start, speeds = steady_part(row)
-        narrow = start is not None and stats.narrow_enough(
-            speeds, width=plan.width, confidence=plan.confidence, seed=plan.seed
-        )
-        if narrow:
-            return "narrow"
-        if iteration >= plan.max_iterations:
-            return "cap"
-        if late:
-            return "time"
 
 
 def speeds_of(row: Row) -> list[tuple[int, float]]:
     """(iteration, speed) of what succeeded: waves' total, else decode, else request speed."""
     if row.waves:
         return [(w.iteration, w.total_tps) for w in row.waves if w.total_tps > 0]
-    done = [s for s in row.samples if s.error is None]
-    decode = [(s.iteration, s.output_tps) for s in done if s.output_tps]
-    return decode or [(s.iteration, s.request_tps) for s in done if s.request_tps]
+    decode = [(s.iteration, s.output_tps) for s in row.succeeded if s.output_tps]
+    return decode or [(s.iteration, s.request_tps) for s in row.succeeded if s.request_tps]
 
 
-def steady_part(row: Row) -> tuple[int | None, list[float]]:
-    """First steady iteration (``None``: not settled) and the speeds from there on."""
-    series = speeds_of(row)
-    found = stats.steady_state([speed for _, speed in series])
-    if found.start is None:
-        return None, []
-    return series[found.start][0], [speed for _, speed in series[found.start :]]
-
-
-def summarise(row: Row, plan: Plan) -> None:
+def summarise(row: Row, options: RunOptions) -> None:
     """Fill ``warmup``, ``all``, ``cold`` and ``steady`` of a row from its samples and waves."""
     series = speeds_of(row)
-    found = stats.steady_state([speed for _, speed in series])
-    start = None if found.start is None else series[found.start][0]
-    row.warmup = document.Warmup(
-        start=start,
-        levels=[document.Level(start=series[at][0], median=m) for at, m in found.levels],
-        slowed=found.slowed,
-    )
-    row.all = _summaries(row.samples, row.waves, plan)
+    steady = stats.steady_state([speed for _, speed in series])
+    start = None if steady.start is None else series[steady.start][0]
+    levels = [Level(start=series[one.start][0], median=one.median) for one in steady.levels]
+    row.warmup = Warmup(start=start, levels=levels, slowed=steady.slowed)
+    row.all = _summaries(row.succeeded, row.waves, options)
     if start is not None:
         row.cold, row.steady = (
             _summaries(
-                [s for s in row.samples if (s.iteration >= start) is late],
-                [w for w in row.waves if (w.iteration >= start) is late],
-                plan,
+                [s for s in row.succeeded if (s.iteration >= start) is steady_part],
+                [w for w in row.waves if (w.iteration >= start) is steady_part],
+                options,
             )
-            for late in (False, True)
+            for steady_part in (False, True)
         )
 
 
 def _summaries(
-    samples: Sequence[Sample], waves: Sequence[Wave], plan: Plan
-) -> dict[str, document.Summary]:
-    series: dict[str, list[float]] = {name: [] for name in TIMES}
-    for sample in samples:
-        for name in TIMES if sample.error is None else ():
-            value = getattr(sample, name)
-            if isinstance(value, list):
-                series[name].extend(value)
-            elif value is not None:
-                series[name].append(value)
-    series["total_tps"] = [wave.total_tps for wave in waves]
-    out = {}
-    for name, values in series.items():
-        summary = stats.summarize(values, confidence=plan.confidence, seed=plan.seed)
-        if summary is not None:
-            out[name] = document.Summary(**asdict(summary))
-    return out
+    samples: Sequence[Sample], waves: Sequence[Wave], options: RunOptions
+) -> dict[str, Summary]:
+    series: dict[str, list[float]] = {"total_tps": [wave.total_tps for wave in waves]}
+    for name in METRICS:
+        values = [getattr(sample, name) for sample in samples]
+        if name == "itl_s":
+            values = list(itertools.chain.from_iterable(values))
+        series[name] = [value for value in values if value is not None]
+    made = {
+        name: stats.summarize(values, confidence=options.confidence, seed=options.seed)
+        for name, values in series.items()
+    }
+    return {name: summary for name, summary in made.items() if summary is not None}
 
 
-def _hopeless(row: Row, iteration: int) -> bool:
-    if iteration < FAILURES_IN_A_ROW:
-        return False
-    late = [s for s in row.samples if s.iteration >= iteration - FAILURES_IN_A_ROW]
-    return bool(late) and all(s.error is not None for s in late)
+def cache_proof(row: Row, on: bool) -> CacheProof:
+    """Compare what the row claims about reuse with the engine's own counter."""
+    counts = [sample.cached_tokens for sample in row.succeeded]
+    known = [count for count in counts if count is not None]
+    fresh: bool | None = row.conditions.get("fresh_images") is not False if row.image else None
+    proved: bool | None = None
+    if known and len(known) == len(counts):
+        proved = max(known) > 0 if on else max(known) == 0 and fresh is not False
+    return CacheProof(
+        mode="on" if on else "off",
+        cached_tokens=max(known) if known else None,
+        fresh_images=fresh,
+        proved=proved,
+    )

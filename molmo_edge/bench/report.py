@@ -1,26 +1,290 @@
-"""One self-contained HTML page about one or more results: no scripts, nothing fetched.
+"""A result document as a table, a Markdown or HTML page, CSV, or JSON lines.
 
-Everything that comes from a document (answers, names, errors) is escaped: a model's answer may
-hold anything.
+Everything here reads the document and nothing else. The HTML page is self-contained: no scripts, no
+external resource.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from html import escape
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+from rich.console import Console
+
+from molmo_edge.bench import document as documents_io
 from molmo_edge.bench import plots, tables
 from molmo_edge.bench.compare import compare, head_names
-from molmo_edge.bench.document import Document, Scenario
+from molmo_edge.bench.document import Ceiling, Document, Row, Scenario
+from molmo_edge.bench.environment import software_line
+from molmo_edge.bench.tables import (
+    UNKNOWN,
+    Block,
+    Heading,
+    Items,
+    Quote,
+    Table,
+    interval,
+    number,
+    percent,
+)
 
-CAPTIONS = {
-    "speed": "Hollow points are warm-up by the rule below; the dotted line is where it ends.",
-    "latencies": "Time between two tokens; a long tail to the right is jitter.",
-    "waterfall": "Medians of the steady iterations; prefill holds the vision tower.",
-    "concurrency": "Total over all users, and what each user sees.",
-    "roofline": "The line is memory bandwidth over bytes a token: no decode is above it.",
-    "devices": "Output tokens over whole request time, all iterations, as in 2025.",
+STOPS = {
+    "narrow": "interval narrow enough",
+    "cap": "maximum number of iterations",
+    "time": "time limit",
+    "short": "time limit, before its minimum number of iterations",
+    "fixed": "its fixed number",
+    "interrupted": "an interruption",
+    "error": "a failure",
+    None: "nothing, it goes on",
 }
+WIDE = 120
+"""Columns of a terminal from which all columns of the table are shown."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """Heading and cell; ``wide`` ones are left out on a narrow terminal."""
+
+    head: str
+    cell: Callable[[Row], str]
+    wide: bool = False
+
+
+def _ms(metric: str, field: str, digits: int = 0) -> Callable[[Row], str]:
+    return lambda row: number(getattr(row.summary(metric), field), digits, 1000)
+
+
+def _speed(metric: str) -> Callable[[Row], str]:
+    return lambda row: interval(row.summary(metric))
+
+
+def _total(row: Row) -> str:
+    speed = interval(row.summary("total_tps"))
+    return number(row.counts.get("total_tps")) if speed == UNKNOWN else speed
+
+
+def steady_text(row: Row) -> str:
+    """From which iteration on the row was steady."""
+    if row.warmup is None or "disk_caches" in row.conditions:
+        return UNKNOWN
+    if row.warmup.start is None:
+        return "not steady"
+    return f"from {row.warmup.start + 1}{', slowed' if row.warmup.slowed else ''}"
+
+
+def caches_text(row: Row) -> str:
+    """What the row claims about caches, and whether the engine's counter agrees."""
+    if row.caches is None:
+        return UNKNOWN
+    verdict = {True: "", False: " (refuted)", None: " (unproved)"}[row.caches.proved]
+    return row.caches.mode + verdict
+
+
+def _ceiling(row: Row) -> Ceiling:
+    return row.ceiling or Ceiling()
+
+
+def _since_due(row: Row) -> str:
+    walls = [sample.wall_s for sample in row.succeeded if sample.wall_s is not None]
+    if not walls or not row.conditions.keys() & {"fps", "rate", "disk_caches"}:
+        return UNKNOWN
+    return number(float(np.median(walls)), 2)
+
+
+COLUMNS = (
+    Column("case", lambda row: row.title),
+    Column("n", lambda row: str(len(row.waves) or len(row.samples) or UNKNOWN)),
+    Column("steady", steady_text),
+    Column("since due s", _since_due),
+    Column("preproc ms", _ms("preprocess_s", "median"), wide=True),
+    Column("ttft ms", _ms("ttft_s", "median")),
+    Column("ttft p99", _ms("ttft_s", "p99"), wide=True),
+    Column("itl ms", _ms("itl_s", "p50", 2), wide=True),
+    Column("itl p99", _ms("itl_s", "p99", 2), wide=True),
+    Column("decode tok/s", _speed("output_tps")),
+    Column("request tok/s", _speed("request_tps")),
+    Column("total tok/s", _total),
+    Column("of bandwidth", lambda row: percent(_ceiling(row).bandwidth_share)),
+    Column("J/token", lambda row: number(_ceiling(row).joules_per_token, 3)),
+    Column("caches", caches_text),
+)
+"""The steady state's where there is one; latencies are medians, speeds means with interval.
+
+"since due" is from when a frame existed, a request was due, or a process was started.
+"""
+
+
+def grid(scenario: Scenario, *, narrow: bool = False) -> Table:
+    """The scenario's rows, without columns in which nothing is known."""
+    columns = [column for column in COLUMNS if not (narrow and column.wide)]
+    lines = [[column.cell(row) for column in columns] for row in scenario.rows]
+    return Table([column.head for column in columns], lines).known(keep=3)
+
+
+def phases(scenario: Scenario) -> Table:
+    """Cold and steady apart, in full, for the speeds and the time to first token."""
+    fields = ("mean", "median", "std", "min", "max", "p90", "p99")
+    heads = ["case", "phase", "metric", "n", *fields]
+    heads[heads.index("median")] = "median (p50)"
+    lines = []
+    for row in scenario.rows:
+        parts = {"warm-up": row.cold, "steady": row.steady} if row.steady else {"all": row.all}
+        for phase, summaries in parts.items():
+            for name in ("output_tps", "request_tps", "total_tps", "ttft_s"):
+                if (summary := summaries.get(name)) is not None:
+                    digits = 3 if name.endswith("_s") else 1
+                    values = [number(getattr(summary, field), digits) for field in fields]
+                    lines.append([row.title, phase, name, number(summary.n, 0), *values])
+    return Table(heads, lines, details="Warm-up and steady")
+
+
+def remarks(row: Row) -> list[str]:
+    """Sentences about one row that the table has no room for."""
+    out = [f"{row.title}: ended by {STOPS[row.stopped]}" + (f", {row.error}" if row.error else "")]
+    if failed := row.counts.get("failed"):
+        out.append(f"{row.title}: {failed:.0f} of {len(row.samples)} requests failed")
+    if (offered := row.counts.get("offered")) is not None:
+        dropped = row.counts.get("dropped") or 0
+        out.append(f"{row.title}: {dropped:.0f} of {offered:.0f} frames dropped")
+    if row.answer is not None and row.answer.matched is not None:
+        expected = len(row.answer.expected)
+        out.append(f"{row.title}: {row.answer.matched} of {expected} known values in the answer")
+    return out
+
+
+def head(document: Document) -> list[str]:
+    """Model, device, software and start, which every printed result begins with."""
+    model, device = document.environment.model, document.environment.device
+    weights = " (random weights: the answers mean nothing)" if model.random_weights else ""
+    lines = [
+        f"model: {model.name or UNKNOWN}{weights}",
+        f"device: {device.name or UNKNOWN}",
+        f"precision: {model.precision or UNKNOWN}, KV cache {model.kv_cache_dtype or UNKNOWN}",
+        f"software: {software_line(document.environment)}",
+        f"power mode: {device.power_mode or 'unknown'}",
+        f"measured: {document.created}{'' if document.complete else ', INCOMPLETE'}",
+    ]
+    if document.source:
+        lines.append(f"source: {document.source}")
+    if document.startup is not None:
+        stages = document.startup.stages.items()
+        cold = ", ".join(f"{name} {number(s)} s" for name, s in stages if s is not None)
+        lines.append(f"cold start: {cold or UNKNOWN}")
+        if (first := document.startup.first_request) is not None:
+            times = f"ttft {number(first.ttft_s, 2)} s, whole {number(first.e2e_s, 2)} s"
+            lines.append(f"first request: {first.error or times}")
+    return lines
+
+
+def blocks(document: Document, *, narrow: bool = False) -> list[Block]:
+    """The whole result."""
+    out: list[Block] = [Items(head(document)), Items(document.notes, "warning")]
+    if not document.complete:
+        out.append(Items(["This result is incomplete."], "warning"))
+    for scenario in document.scenarios:
+        out.append(Heading(scenario.title))
+        if scenario.error:
+            out.append(Items([f"Not complete: {scenario.error}"], "warning"))
+        if scenario.rows:
+            out.append(grid(scenario, narrow=narrow))
+            out.append(Items([line for row in scenario.rows for line in remarks(row)]))
+            out.append(phases(scenario))
+            out += [
+                Quote(f"{row.title}: last answer", row.answer.text)
+                for row in scenario.rows
+                if row.answer is not None
+            ]
+    if document.rules:
+        rules = [f"{name}: {rule}" for name, rule in document.rules.items()]
+        out += [Heading("Rules"), Items(rules)]
+    return out
+
+
+def show(document: Document, console: Console) -> None:
+    """Print a result on a terminal."""
+    tables.show(blocks(document, narrow=console.width < WIDE), console)
+
+
+def markdown(document: Document) -> str:
+    """A result as one Markdown page."""
+    name = document.label or document.environment.model.name or ""
+    return tables.markdown([Heading(f"Benchmark {name}".rstrip(), 1), *blocks(document)])
+
+
+def write(document: Document, path: Path) -> None:
+    """Write the JSON document and the Markdown page beside it, each atomically."""
+    documents_io.write(document, path)
+    documents_io.write_bytes(markdown(document).encode(), path.with_suffix(".md"))
+
+
+def flat(document: Document) -> list[dict[str, Any]]:
+    """One flat record per row, for CSV and JSON lines; the same keys in every record."""
+    environment = document.environment
+    shared = {
+        "created": document.created,
+        "complete": document.complete,
+        "device": environment.device.name,
+        "power_mode": environment.device.power_mode,
+        "model": environment.model.name,
+        "random_weights": environment.model.random_weights,
+        "precision": environment.model.precision,
+        "kv_cache_dtype": environment.model.kv_cache_dtype,
+        "vllm": environment.software.vllm,
+        "torch": environment.software.torch,
+        "transformers": environment.software.transformers,
+    }
+    records = []
+    for scenario in document.scenarios:
+        for row in scenario.rows:
+            record = shared | {
+                "scenario": scenario.name,
+                "case": row.name,
+                "title": row.title,
+                "iterations": len(row.waves) or len(row.samples),
+                "steady_from": row.steady_from,
+                "stopped": row.stopped,
+                "caches": row.caches and row.caches.mode,
+                "caches_proved": row.caches and row.caches.proved,
+            }
+            for fields, names in (
+                (("p50", "p90", "p99"), ("preprocess_s", "ttft_s", "tpot_s", "itl_s")),
+                (
+                    ("mean", "std", "min", "max", "ci_low", "ci_high"),
+                    ("output_tps", "request_tps", "total_tps"),
+                ),
+            ):
+                for name in names:
+                    summary = row.summary(name)
+                    record |= {f"{name}_{field}": getattr(summary, field) for field in fields}
+            for key in ("bytes_per_token", "bandwidth_share", "watts", "joules_per_token"):
+                record[key] = getattr(_ceiling(row), key)
+            records.append(record)
+    return records
+
+
+def render(document: Document, form: str) -> str:
+    """The document as ``md``, ``json``, ``jsonl`` or ``csv`` text."""
+    if form == "md":
+        return markdown(document)
+    if form == "json":
+        return documents_io.dumps(document) + "\n"
+    records = flat(document)
+    if form == "jsonl":
+        return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(records[0]) if records else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return buffer.getvalue()
+
 
 STYLE = """
 :root { color-scheme: light; }
@@ -28,11 +292,8 @@ STYLE = """
 body { margin: 0 auto; padding: 1rem; max-width: 76rem; color: #222; background: #fff;
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem .8rem; margin: 0; }
-dt { color: #666; } dd { margin: 0; overflow-wrap: anywhere; }
-.warn { background: #fff4d6; border-left: 4px solid #c77f00; padding: .5rem .8rem;
-  margin: 1rem 0; }
-.warn ul { margin: 0; padding-left: 1.2rem; } .warn li { color: #222; }
+ul { padding-left: 1.2rem; } li { color: #555; font-size: .9rem; overflow-wrap: anywhere; }
+ul.warning { background: #fff4d6; border-left: 4px solid #c77f00; padding: .5rem 2rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #ddd;
@@ -41,90 +302,33 @@ th:first-child, td:first-child { text-align: left; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr));
   gap: 1rem; }
 figure { margin: 0; } figure svg { width: 100%; height: auto; display: block; }
-figcaption, li { color: #555; font-size: .9rem; }
+figcaption { color: #555; font-size: .9rem; }
 blockquote { margin: .3rem 0; padding-left: .8rem; border-left: 3px solid #ccc;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
 
 def html(documents: Sequence[Document]) -> str:
-    """The page. With several documents the comparison comes first.
+    """One page about one or more results; with several, the comparison comes first.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
     names = head_names(documents)
     title = f"Benchmark: {', '.join(names)}"
-    body = [f"<h1>{escape(title)}</h1>"]
-    if len(documents) > 1:
-        found = compare(documents)
-        body.append(_table(["", *found.heads], found.lines))
-        flags = "".join(f"<li>{escape(flag)}</li>" for flag in found.flags)
-        body.append(f'<div class="warn">Not alike:<ul>{flags}</ul></div>' if flags else "")
-    body.append('<div class="plots">')
-    for name, figure in plots.figures(documents).items():
-        body.append(
-            f'<figure id="{name}">{plots.svg(figure)}'
-            f"<figcaption>{escape(CAPTIONS[name])}</figcaption></figure>"
-        )
-    body.append("</div>")
+    comparison = compare(documents).blocks() if len(documents) > 1 else []
+    figures = "".join(
+        f'<figure id="{name}">{plots.svg(figure)}'
+        f"<figcaption>{escape(plots.CAPTIONS[name])}</figcaption></figure>\n"
+        for name, figure in plots.figures(documents).items()
+    )
+    results: list[Block] = []
     for name, document in zip(names, documents, strict=True):
-        body += _one(name, document)
+        results += [Heading(name), *blocks(document)]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(body)
-        + "\n</body>\n</html>\n"
-    )
-
-
-def _one(name: str, document: Document) -> list[str]:
-    out = [f"<h2>{escape(name)}</h2>", "<dl>"]
-    out += [f"<dt>{escape(key)}</dt><dd>{escape(text)}</dd>" for key, text in tables.head(document)]
-    out.append("</dl>")
-    if not document.complete:
-        out.append('<p class="warn">This result is incomplete.</p>')
-    notes = "".join(f"<li>{escape(note)}</li>" for note in document.notes)
-    out.append(f'<div class="warn"><ul>{notes}</ul></div>' if notes else "")
-    for scenario in document.scenarios:
-        out += _scenario(scenario)
-    if document.rules:
-        out.append("<h2>Rules</h2><ul>")
-        out += [f"<li>{escape(key)}: {escape(rule)}</li>" for key, rule in document.rules.items()]
-        out.append("</ul>")
-    return out
-
-
-def _scenario(scenario: Scenario) -> list[str]:
-    out = [f"<h2>{escape(scenario.title)}</h2>"]
-    if scenario.error:
-        out.append(f'<p class="warn">{escape(scenario.error)}</p>')
-    if not scenario.rows:
-        return out
-    out.append(_table(*tables.grid(scenario)))
-    remarks = [remark for row in scenario.rows for remark in tables.remarks(row)]
-    out.append("<ul>" + "".join(f"<li>{escape(remark)}</li>" for remark in remarks) + "</ul>")
-    heads, lines = tables.phases(scenario)
-    if lines:
-        out.append(
-            f"<details><summary>Warm-up and steady</summary>{_table(heads, lines)}</details>"
-        )
-    for row in scenario.rows:
-        if row.answer is not None:
-            out.append(
-                f"<details><summary>{escape(row.title)}: last answer</summary>"
-                f"<blockquote>{escape(row.answer.text)}</blockquote></details>"
-            )
-    return out
-
-
-def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in heads)
-    rest = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>\n" for line in lines
-    )
-    return (
-        '<div class="scroll"><table>\n'
-        f"<thead><tr>{top}</tr></thead>\n<tbody>\n{rest}</tbody></table></div>"
+        f"{tables.html([Heading(title, 1), *comparison])}\n"
+        f'<div class="plots">{figures}</div>\n{tables.html(results)}\n</body>\n</html>\n'
     )

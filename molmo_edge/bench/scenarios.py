@@ -1,140 +1,215 @@
-"""Measurements with one request at a time, and what every scenario works with.
+"""The measurements: one request at a time, fixed batches, concurrent users, a camera.
 
-Scenarios with many requests in flight live in ``load``, the one that starts fresh processes in
-``coldstart``; ``suite`` lists them all by name.
+Every request gets an image of its own, so that nothing is shared, unless the scenario is about
+reuse. In the open loop ``wall_s`` counts from when a request was due, not from when a thread could
+send it. ``suite`` lists the scenarios by name; cold starts are in ``coldstart``.
 """
 
 from __future__ import annotations
 
-import itertools
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from PIL import Image
+from molmo_edge.bench.cases import Case, text_only
+from molmo_edge.bench.document import Row, Sample, Wave
+from molmo_edge.bench.measure import Bench, failed_sample, sample_of
+from molmo_edge.errors import RequestError
+from molmo_edge.requests import Request
 
-from molmo_edge.bench import cases as case_set
-from molmo_edge.bench import measure
-from molmo_edge.bench.cases import Case
-from molmo_edge.bench.document import Answer, Row
-from molmo_edge.bench.measure import Plan
-from molmo_edge.bench.record import Recorder
-from molmo_edge.errors import BenchmarkError
-
-
-@dataclass(frozen=True)
-class Load:
-    """What the scenarios beyond one request at a time are run with.
-
-    ``rates`` are requests a second of the Poisson open loop; empty: half and four fifths of the
-    best closed-loop rate of the same run. ``fps`` is the camera's frames a second.
-    """
-
-    batches: tuple[int, ...] = (1, 2, 4, 8)
-    users: tuple[int, ...] = (1, 2, 4, 8)
-    rates: tuple[float, ...] = ()
-    fps: float = 10.0
-    starts: int = 2
-
-    def __post_init__(self) -> None:
-        whole = (*self.batches, *self.users, self.starts)
-        if any(n < 1 for n in whole) or not self.batches or not self.users:
-            raise BenchmarkError("batch sizes, users and cold starts must be 1 or more")
-        if any(not 0 < rate < 1e6 for rate in (*self.rates, self.fps)):
-            raise BenchmarkError("request rates and camera frames a second must be above 0")
-
-
-@dataclass
-class Bench:
-    """What a scenario works with. ``ends`` is when the time limit is spent, by ``clock``."""
-
-    vlm: Any
-    cases: tuple[Case, ...]
-    plan: Plan
-    recorder: Recorder
-    ends: float
-    load: Load = field(default_factory=Load)
-    clock: measure.Clock = time.perf_counter
-    sleep: Callable[[float], None] = time.sleep
-    start_command: tuple[str, ...] = ()
-    _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
-
-    def fresh(self, case: Case) -> Image.Image | None:
-        """The case's picture as no cache has seen it in this run."""
-        return None if case.image is None else case_set.fresh(case.image, next(self._numbers))
-
-    def pictures(self) -> tuple[Case, ...]:
-        """The cases that have a picture.
-
-        Raises:
-            BenchmarkError: there are none.
-        """
-        found = tuple(case for case in self.cases if case.image is not None)
-        if not found:
-            raise BenchmarkError("this scenario needs at least one picture; give --image")
-        return found
-
-
-def alone(bench: Bench, case: Case, *, repeated: bool = False) -> Row:
-    """One row at batch 1: a new picture each time, or the very same one where ``repeated``."""
-    conditions: dict[str, Any] = {"batch": 1}
-    if case.max_crops is not None:
-        conditions["max_crops"] = case.max_crops
-    if repeated:
-        conditions["fresh_images"] = False
-    with bench.recorder.row(case, caches=repeated, **conditions) as row:
-        _forget(bench)
-        began = bench.clock()
-
-        def once(iteration: int) -> None:
-            image = case.image if repeated else bench.fresh(case)
-            sample, text = measure.ask(
-                bench.vlm,
-                case,
-                image,
-                bench.plan,
-                iteration=iteration,
-                began=began,
-                clock=bench.clock,
-            )
-            if text is not None:
-                row.answer = answer(bench, case, text)
-            bench.recorder.add(row, sample)
-
-        deadline = bench.recorder.deadline(bench.ends)
-        row.stopped = measure.repeat(row, once, bench.plan, deadline=deadline, clock=bench.clock)
-    return row
-
-
-def answer(bench: Bench, case: Case, text: str) -> Answer:
-    """The answer and, where right values are known and the weights are real, how many it has."""
-    made_up = bench.recorder.document.environment.model.random_weights
-    matched = None
-    if case.expected and made_up is not True:
-        matched = case_set.matched(case.expected, text)
-    return Answer(text=text, expected=list(case.expected), matched=matched)
-
-
-def _forget(bench: Bench) -> None:
-    reset = getattr(bench.vlm, "reset_caches", None)
-    if reset is not None:
-        reset()
+MAX_THREADS = 256
 
 
 def each_alone(bench: Bench) -> None:
-    """Every case in turn, a new picture each time."""
+    """Every case in turn, a new image each time."""
     for case in bench.cases:
         alone(bench, case)
 
 
 def text(bench: Bench) -> None:
-    """Prompts without a picture."""
-    for case in case_set.text_only():
+    """Prompts without an image."""
+    for case in text_only():
         alone(bench, case)
 
 
 def repeat_frame(bench: Bench) -> None:
-    """The very same picture and question each time: what the caches are worth."""
-    for case in bench.pictures():
+    """The same image and question each time: the effect of the caches."""
+    for case in bench.image_cases():
         alone(bench, case, repeated=True)
+
+
+def alone(bench: Bench, case: Case, *, repeated: bool = False) -> None:
+    """One row at batch 1: a new image each time, or the very same one where ``repeated``."""
+    conditions: dict[str, Any] = {"batch": 1}
+    if case.max_crops is not None:
+        conditions["max_crops"] = case.max_crops
+    if repeated:
+        conditions["fresh_images"] = False
+    with bench.row(case, caches=repeated, **conditions) as row:
+        bench.vlm.reset_caches()
+        began = bench.clock()
+
+        def once(iteration: int) -> None:
+            image = case.image if repeated else bench.fresh(case)
+            bench.add(row, bench.request(row, case, image, iteration=iteration, began=began))
+
+        bench.repeat(row, once)
+
+
+def throughput(bench: Bench) -> None:
+    """Batches of fixed size through ``vlm.batch``; one wave is one batch."""
+    for size in bench.load.batches:
+        with bench.row(bench.cases[0], title=f"batch of {size}", batch=size) as row:
+
+            def once(iteration: int, row: Row = row, size: int = size) -> None:
+                first = iteration * size
+                cases = [bench.cases[(first + i) % len(bench.cases)] for i in range(size)]
+                requests = [
+                    Request(bench.fresh(case), case.question, **bench.sampling(case))
+                    for case in cases
+                ]
+                start = bench.clock()
+                results = bench.vlm.batch(requests, return_exceptions=True)
+                wall_s = bench.clock() - start
+                samples = [_sample(one, iteration, user) for user, one in enumerate(results)]
+                bench.add(row, *samples, wave=_wave(samples, iteration, wall_s))
+
+            bench.repeat(row, once)
+
+
+def _sample(result: Any, iteration: int, user: int) -> Sample:
+    if isinstance(result, RequestError):
+        return failed_sample(result, iteration, user)
+    if isinstance(result, BaseException):
+        raise result
+    return sample_of(result, iteration, user)
+
+
+def _wave(samples: Sequence[Sample], iteration: int, wall_s: float) -> Wave:
+    tokens = sum(sample.output_tokens or 0 for sample in samples)
+    return Wave(
+        iteration=iteration,
+        wall_s=wall_s,
+        requests=len(samples),
+        failed=sum(sample.error is not None for sample in samples),
+        output_tokens=tokens,
+        total_tps=tokens / wall_s if wall_s > 0 else 0.0,
+    )
+
+
+def concurrency(bench: Bench) -> None:
+    """Closed loop at each number of users, then Poisson arrivals at each rate."""
+    best = 0.0
+    for users in bench.load.users:
+        best = max(best, closed_loop(bench, users).counts.get("requests_per_s") or 0.0)
+    for rate in bench.load.rates or ([best * 0.5, best * 0.8] if best > 0 else []):
+        open_loop(bench, rate)
+
+
+def closed_loop(bench: Bench, users: int) -> Row:
+    """Each user sends the next request once the answer is complete, ``iterations`` times."""
+    title = f"{users} user{'s' if users > 1 else ''}"
+    with bench.row(bench.cases[0], title=title, loop="closed", users=users) as row:
+        began = bench.clock()
+
+        def work(user: int, stop: threading.Event) -> Iterator[Sample]:
+            for iteration in range(bench.options.iterations):
+                if stop.is_set():
+                    return
+                case = bench.cases[(iteration + user) % len(bench.cases)]
+                image = bench.fresh(case)
+                yield bench.request(row, case, image, iteration=iteration, began=began, user=user)
+
+        _concurrently(bench, row, users, work, began)
+    return row
+
+
+def open_loop(bench: Bench, rate: float) -> None:
+    """Requests arrive at random (Poisson) whether or not earlier ones are answered."""
+    count = max(bench.options.iterations, 8)
+    rng = random.Random(bench.options.seed)
+    due = [0.0]
+    for _ in range(count):
+        due.append(due[-1] + rng.expovariate(rate))
+    title = f"{rate:.3g} req/s, random"
+    with bench.row(bench.cases[0], title=title, loop="open", rate=rate) as row:
+        began = bench.clock()
+
+        def work(number: int, stop: threading.Event) -> Iterator[Sample]:
+            case = bench.cases[number % len(bench.cases)]
+            image = bench.fresh(case)
+            arrival = began + due[number + 1]
+            while (delay := arrival - bench.clock()) > 0:
+                if stop.is_set():
+                    return
+                bench.sleep(min(delay, 0.1))  # short, so that Ctrl-C need not wait for arrivals
+            sample = bench.request(row, case, image, iteration=number, began=began)
+            sample.wall_s = bench.clock() - arrival
+            yield sample
+
+        row.counts["offered_per_s"] = rate
+        _concurrently(bench, row, count, work, began)
+
+
+def _concurrently(
+    bench: Bench,
+    row: Row,
+    count: int,
+    work: Callable[[int, threading.Event], Iterator[Sample]],
+    began: float,
+) -> None:
+    """Run ``work`` in ``count`` threads; a failure or Ctrl-C stops all after a request."""
+    stop, lock = threading.Event(), threading.Lock()
+
+    def job(number: int) -> None:
+        for sample in work(number, stop):
+            with lock:
+                bench.add(row, sample)
+
+    with ThreadPoolExecutor(min(count, MAX_THREADS), "bench-user") as pool:
+        futures = [pool.submit(job, number) for number in range(count)]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    wall_s = bench.clock() - began
+    row.samples.sort(key=lambda s: (s.iteration, s.user or 0))
+    tokens = sum(sample.output_tokens or 0 for sample in row.succeeded)
+    row.counts["wall_s"] = wall_s
+    row.counts["requests"] = len(row.samples)
+    row.counts["requests_per_s"] = len(row.succeeded) / wall_s if wall_s > 0 else None
+    row.counts["total_tps"] = tokens / wall_s if wall_s > 0 else None
+    row.stopped = "fixed"
+
+
+def camera(bench: Bench) -> None:
+    """A new image ``fps`` times per second; always the newest is sent, the rest is dropped.
+
+    The camera is a clock: frame n exists from n / fps seconds on. ``wall_s`` of a sample is the
+    age of the frame when its answer was complete.
+    """
+    case, fps = bench.image_cases()[0], bench.load.fps
+    with bench.row(case, title=f"{fps:g} frames/s, newest first", fps=fps) as row:
+        began, counts, last = bench.clock(), row.counts, -1
+        counts |= {"dropped": 0, "answered": 0}
+
+        def once(iteration: int) -> None:
+            nonlocal last
+            newest = int((bench.clock() - began) * fps)
+            if newest <= last:
+                bench.sleep(max(0.0, began + (last + 1) / fps - bench.clock()))
+                newest = last + 1
+            counts["dropped"] = (counts["dropped"] or 0) + newest - last - 1
+            last = newest
+            sample = bench.request(row, case, bench.fresh(case), iteration=iteration, began=began)
+            sample.wall_s = bench.clock() - began - newest / fps
+            counts["answered"] = (counts["answered"] or 0) + (sample.error is None)
+            counts["offered"] = last + 1
+            bench.add(row, sample)
+
+        bench.repeat(row, once)

@@ -9,6 +9,10 @@ from typing import Any
 
 from PIL import Image
 
+from molmo_edge.bench import suite
+from molmo_edge.bench.cases import Case
+from molmo_edge.bench.document import Document
+from molmo_edge.bench.measure import Bench, RunOptions
 from molmo_edge.errors import RequestError
 from molmo_edge.results import Metrics, Result
 
@@ -25,15 +29,21 @@ ENVIRONMENT = {
     "random_weights": True,
     "profile": "cpu",
 }
+CASES = (
+    Case("one", "One", "What?", Image.new("RGB", (8, 6)), ("10", "15")),
+    Case("two", "Two", "Why?", Image.new("RGB", (6, 8), (9, 9, 9))),
+)
+OPTIONS = RunOptions(iterations=6, max_iterations=12, max_tokens=20)
 
 
 class FakeClock:
-    """Seconds that pass only when somebody works."""
+    """Seconds that pass only when somebody works, and ``tick`` at every look."""
 
-    def __init__(self) -> None:
-        self.now = 100.0
+    def __init__(self, tick: float = 0.0) -> None:
+        self.now, self.tick = 100.0, tick
 
     def __call__(self) -> float:
+        self.now += self.tick
         return self.now
 
     def sleep(self, seconds: float) -> None:
@@ -42,20 +52,19 @@ class FakeClock:
 
 @dataclass
 class DoubleVLM:
-    """Answers at `speed(n)` decode tokens a second for its n-th request, n from 0.
+    """Answers at `speed(n)` decode tokens per second for its n-th request, n from 0.
 
-    `failure(n)` may return an exception for the n-th request. `cached` is reported as the number
-    of cached prompt tokens.
+    `failure(n)` may return an exception for the n-th request; `cached` is the reported number of
+    cached prompt tokens. Every request takes 0.5 s to its first token.
     """
 
-    clock: FakeClock
+    clock: FakeClock = field(default_factory=FakeClock)
     speed: Callable[[int], float] = lambda n: 50.0
     failure: Callable[[int], BaseException | None] = lambda n: None
     cached: int | None = 0
-    text: str = "Ten, no: 10, then 15, 25 and 40."
     environment: dict[str, Any] = field(default_factory=lambda: dict(ENVIRONMENT))
-    startup: dict[str, float] = field(default_factory=lambda: {"imports": 2.0, "build": 9.0})
-    asked: list[tuple[Image.Image | None, str, dict[str, Any]]] = field(default_factory=list)
+    startup: dict[str, float] = field(default_factory=lambda: {"imports": 2.0, "engine": 9.0})
+    requests: list[tuple[Image.Image | None, str]] = field(default_factory=list)
     resets: int = 0
     closed: bool = False
 
@@ -71,19 +80,23 @@ class DoubleVLM:
     def reset_caches(self) -> None:
         self.resets += 1
 
+    @property
+    def images(self) -> list[bytes]:
+        """The images so far, as bytes."""
+        return [image.tobytes() for image, _ in self.requests if image is not None]
+
     def query(self, image: Image.Image | None, text: str, **options: Any) -> Result:
         with self._lock:
-            number = len(self.asked)
-            self.asked.append((image, text, options))
-            broken = self.failure(number)
-            if broken is not None:
+            number = len(self.requests)
+            self.requests.append((image, text))
+            if (error := self.failure(number)) is not None:
                 self.clock.sleep(0.1)
-                raise broken
+                raise error
             tokens, tps = options["max_tokens"], self.speed(number)
-            self.clock.sleep(0.5 + (tokens - 1) / tps)
-        decode = (tokens - 1) / tps
+            decode = (tokens - 1) / tps
+            self.clock.sleep(0.5 + decode)
         return Result(
-            text=self.text,
+            text="Ten, no: 10, then 15, 25 and 40.",
             finish_reason="length",
             token_ids=tuple(range(tokens)),
             metrics=Metrics(
@@ -108,9 +121,19 @@ class DoubleVLM:
         assert return_exceptions
         out: list[Result | RequestError] = []
         for request in requests:
-            options = {"max_tokens": request.max_tokens, "ignore_eos": request.ignore_eos}
             try:
-                out.append(self.query(request.image, request.text, **options))
+                out.append(self.query(request.image, request.text, max_tokens=request.max_tokens))
             except RequestError as exc:
                 out.append(exc)
         return out
+
+
+def make_bench(vlm: DoubleVLM, **more: Any) -> Bench:
+    """A run on the double's clock."""
+    defaults = {"cases": CASES, "options": OPTIONS, "sleep": vlm.clock.sleep}
+    return Bench(**{**defaults, "clock": vlm.clock, **more})
+
+
+def measure(vlm: DoubleVLM, *names: str, **more: Any) -> Document:
+    """The result of scenarios on the double, by default of "report"."""
+    return suite.run(make_bench(vlm, **more), lambda caches: vlm, names or ("report",))

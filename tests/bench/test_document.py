@@ -1,4 +1,4 @@
-"""The result document: its published schema, writing that cannot tear, reading that refuses."""
+"""The result document: its published schema, atomic writing, and reading that refuses."""
 
 from __future__ import annotations
 
@@ -10,56 +10,63 @@ from typing import Any
 import jsonschema
 import pytest
 
-from molmo_edge.bench import document, store
-from molmo_edge.bench.document import Document, Row, Sample, Scenario
+from molmo_edge.bench import document
+from molmo_edge.bench.document import Document, Part, Sample
+from molmo_edge.bench.drift import DriftDocument
 from molmo_edge.errors import BenchmarkError
+from tests.bench.double import DoubleVLM, measure
 
-ROOT = Path(__file__).parents[2]
-
-
-def example() -> Document:
-    row = Row(name="a", title="A", samples=[Sample(iteration=0, ttft_s=0.123456789)])
-    return Document(
-        created="2026-01-02T03:04:05+00:00",
-        scenarios=[Scenario(name="report", title="R", rows=[row])],
-    )
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
-def published() -> dict[str, Any]:
-    text = resources.files("molmo_edge.bench").joinpath("data", "result.schema.json").read_text()
-    loaded: dict[str, Any] = json.loads(text)
+def published(name: str = "result") -> dict[str, Any]:
+    data = resources.files("molmo_edge.bench").joinpath("data", f"{name}.schema.json").read_text()
+    loaded: dict[str, Any] = json.loads(data)
     return loaded
 
 
-def test_the_published_schema_is_the_one_the_models_have() -> None:
-    assert published() == document.schema()
+@pytest.mark.parametrize(("name", "model"), [("result", Document), ("drift", DriftDocument)])
+def test_the_published_schemas_are_those_of_the_models(name: str, model: type[Part]) -> None:
+    assert published(name) == document.schema(model)
+    jsonschema.Draft202012Validator.check_schema(published(name))
 
 
-def test_documents_fit_the_published_schema() -> None:
-    jsonschema.Draft202012Validator.check_schema(published())
-    jsonschema.validate(json.loads(store.dumps(example())), published())
-
-
-def test_the_schema_refuses_what_is_not_in_it() -> None:
-    data = json.loads(store.dumps(example()))
+def test_documents_fit_the_published_schema_and_nothing_else_does() -> None:
+    data = json.loads(document.dumps(measure(DoubleVLM())))
+    jsonschema.validate(data, published())
     data["speed"] = 3
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(data, published())
 
 
-def test_the_historic_results_fit_the_schema_and_load() -> None:
-    paths = sorted((ROOT / "benchmarks" / "results").glob("2025-12-08-*.json"))
-    assert len(paths) == 2
-    for path in paths:
-        jsonschema.validate(json.loads(path.read_text()), published())
-        assert store.load(path).kind == "historic"
+def test_recorded_results_fit_the_schema_and_load() -> None:
+    kinds = {}
+    for path in RESULTS.glob("*.json"):
+        data = json.loads(path.read_text())
+        if data.get("format") == "molmo-edge-bench":
+            jsonschema.validate(data, published())
+            kinds[path.name] = document.load(path).kind
+    assert kinds["2025-12-08-rtx5080.json"] == kinds["2025-12-08-thor.json"] == "historic"
+    assert "measured" in kinds.values()
 
 
-def test_what_is_written_is_read_again(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "r.json"
-    store.write(example(), path)
-    again = store.load(path)
-    assert again.scenarios[0].rows[0].samples[0].ttft_s == 0.123457
+def test_start_stages_and_energies_of_older_documents_load(tmp_path: Path) -> None:
+    data = json.loads(document.dumps(measure(DoubleVLM())))
+    data["startup"]["stages"] = {"weights": 1.5, "profile": None, "warmup": 0.2, "imports": 3.0}
+    data["scenarios"][0]["rows"][0]["samples"][0]["energy_j"] = 12.5
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(data))
+    startup = document.load(path).startup
+    assert startup is not None and startup.stages["weights"] == 1.5
+
+
+def test_a_document_reads_back_as_written(tmp_path: Path) -> None:
+    path, result = tmp_path / "new" / "r.json", measure(DoubleVLM())
+    result.scenarios[0].rows[0].samples[0].ttft_s = 0.123456789
+    document.write(result, path)
+    loaded = document.load(path)
+    assert loaded.scenarios[0].rows[0].samples[0].ttft_s == 0.123457
+    assert document.dumps(loaded) == document.dumps(result)
     assert [item.name for item in path.parent.iterdir()] == ["r.json"]
 
 
@@ -68,51 +75,53 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(
 ) -> None:
     path = tmp_path / "r.json"
     path.write_text("old")
+    with pytest.raises(BenchmarkError, match="--output"):
+        document.write(Document(created="x"), path / "below-a-file.json")
 
     def full(self: Path, target: Path) -> Path:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(BenchmarkError, match="No space left"):
-        store.write(example(), path)
-    assert path.read_text() == "old"
-    assert [item.name for item in tmp_path.iterdir()] == ["r.json"]
+        document.write(Document(created="x"), path)
+    assert path.read_text() == "old" and [item.name for item in tmp_path.iterdir()] == ["r.json"]
 
 
-def test_a_place_that_is_no_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(BenchmarkError, match="--output"):
-        store.write(example(), tmp_path / "file" / "r.json")
+def test_results_stay_in_the_output_directory(tmp_path: Path) -> None:
+    assert document.result_path(tmp_path, "../../etc/pass wd").parent == tmp_path
+    assert document.result_path(tmp_path, "///").name.endswith("-result.json")
+    assert document.result_path(tmp_path / "mine.json", "x") == tmp_path / "mine.json"
+    assert list(tmp_path.iterdir()) == []
+
+
+HEAD = '{"format": "molmo-edge-bench", "version": 1'
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "reason"),
     [
+        (None, "cannot read"),
         ("no json", "not a JSON document"),
         ("[]", "not a benchmark result"),
         ('{"format": "llama-bench"}', "not a benchmark result"),
         ('{"format": "molmo-edge-bench", "version": 7}', "version 7"),
-        ('{"format": "molmo-edge-bench", "version": 1}', "created"),
+        (HEAD + "}", "created"),
         (
-            '{"format": "molmo-edge-bench", "version": 1, "created": "x", "scenarios": '
-            '[{"name": "a", "title": "b", "rows": [{"name": 3, "title": "t"}]}]}',
+            HEAD + ', "created": "x", "scenarios": [{"name": "a", "title": "b", "rows": '
+            '[{"name": 3, "title": "t"}]}]}',
             r"scenarios\.0\.rows\.0\.name",
         ),
     ],
 )
 def test_foreign_old_and_broken_files_are_refused_by_name(
-    tmp_path: Path, text: str, says: str
+    tmp_path: Path, text: str | None, reason: str
 ) -> None:
     path = tmp_path / "r.json"
-    path.write_text(text)
-    with pytest.raises(BenchmarkError, match=says) as caught:
-        store.load(path)
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(BenchmarkError, match=reason) as caught:
+        document.load(path)
     assert "r.json" in str(caught.value)
-
-
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BenchmarkError, match="cannot read"):
-        store.load(tmp_path / "none.json")
 
 
 def test_infinities_never_reach_a_document() -> None:

@@ -1,0 +1,372 @@
+"""Whole runs on a double: what is kept, what is apart, when a row ends, what survives a failure."""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from molmo_edge.bench import document, suite
+from molmo_edge.bench.cases import text_only
+from molmo_edge.bench.document import Document, Row
+from molmo_edge.bench.measure import Load, Progress, RunOptions
+from molmo_edge.errors import (
+    BenchmarkError,
+    EngineDeadError,
+    EngineStartError,
+    GenerationError,
+    ImageError,
+    QueueFull,
+)
+from tests.bench.double import CASES, DoubleVLM, FakeClock, make_bench, measure
+
+SHORT = RunOptions(iterations=4, max_iterations=6, max_tokens=20)
+
+
+def fails_at(number: int, error: BaseException) -> Any:
+    return lambda n: error if n == number else None
+
+
+def uneven(n: int) -> float:
+    return 50.0 + 8 * (n % 3)
+
+
+def test_first_request_cold_and_steady_are_kept_apart() -> None:
+    # Request 0 is the engine's first; iterations 0 to 2 of the first case are slow.
+    result = measure(DoubleVLM(speed=lambda n: 20.0 if n < 4 else 50.0))
+    assert result.complete
+    assert result.startup is not None and result.startup.first_request is not None
+    assert result.startup.stages == {"imports": 2.0, "engine": 9.0}
+    assert result.startup.first_request.output_tps == 20.0
+    row = result.scenarios[0].rows[0]
+    assert row.steady_from == 3
+    assert row.cold["output_tps"].mean == pytest.approx(20.0) and row.cold["output_tps"].n == 3
+    assert row.steady["output_tps"].mean == pytest.approx(50.0)
+    assert row.samples[0].prefill_s == pytest.approx(0.25)
+    assert row.samples[0].wall_s == pytest.approx(row.samples[0].e2e_s)
+
+
+LIMIT = {"max_iterations": 50, "max_tokens": 20}
+
+
+@pytest.mark.parametrize(
+    ("speed", "options", "stopped", "counts"),
+    [
+        (lambda n: 50.0, {"iterations": 6, **LIMIT}, "narrow", [6, 6]),
+        (uneven, {"iterations": 6, **LIMIT, "max_iterations": 12}, "cap", [12, 12]),
+        (uneven, {"iterations": 6, **LIMIT, "time_limit_s": 0.001}, "time", [6, 6]),
+        # 0.88 s per request: the first one and both rows within ten seconds and a request begun.
+        (lambda n: 50.0, {"iterations": 30, **LIMIT, "time_limit_s": 10, "firm": True}, "short",
+         [6, 5]),
+    ],
+)  # fmt: skip
+def test_a_row_ends_when_narrow_at_its_maximum_or_at_the_time_limit(
+    speed: Any, options: dict[str, Any], stopped: str, counts: list[int]
+) -> None:
+    result = measure(DoubleVLM(speed=speed), options=RunOptions(**options))
+    rows = result.scenarios[0].rows
+    assert [row.stopped for row in rows] == [stopped, stopped]
+    assert [len(row.samples) for row in rows] == counts
+    assert ("10 s ends a row before its minimum" in result.rules["stop"]) == (stopped == "short")
+
+
+@pytest.mark.parametrize(("cached", "proved"), [(0, True), (16, False), (None, None)])
+def test_no_image_is_used_twice_and_the_engines_counter_decides(
+    cached: int | None, proved: bool | None
+) -> None:
+    vlm = DoubleVLM(cached=cached)
+    result = measure(vlm)
+    assert len(set(vlm.images)) == len(vlm.images) == 13
+    for row in result.scenarios[0].rows:
+        assert row.caches is not None
+        assert (row.caches.mode, row.caches.cached_tokens) == ("off", cached)
+        assert row.caches.proved is proved
+    assert vlm.resets == 2
+
+
+def test_repeat_frame_uses_one_image_on_an_engine_with_caches() -> None:
+    vlm, opened = DoubleVLM(cached=1200), list[bool]()
+
+    def build(caches: bool) -> DoubleVLM:
+        opened.append(caches)
+        return vlm
+
+    result = suite.run(make_bench(vlm, cases=CASES[:1]), build, ["repeat-frame"])
+    row = result.scenarios[0].rows[0]
+    assert opened == [True]
+    assert row.caches is not None and (row.caches.mode, row.caches.proved) == ("on", True)
+    assert len(set(vlm.images)) == 1
+
+
+def test_text_rows_have_no_image() -> None:
+    vlm = DoubleVLM()
+    row = measure(vlm, "text").scenarios[0].rows[1]
+    assert row.name == "text-long" and row.image is None
+    assert row.caches is not None and (row.caches.fresh_images, row.caches.proved) == (None, True)
+    assert len(vlm.images) == 1  # the engine's first request
+
+
+def test_random_weights_are_noted_and_known_answers_not_judged() -> None:
+    result = measure(DoubleVLM())
+    assert any("random weights" in note for note in result.notes)
+    answer = result.scenarios[0].rows[0].answer
+    assert answer is not None and answer.matched is None
+    trained = DoubleVLM()
+    trained.environment["random_weights"] = False
+    result = measure(trained)
+    answer = result.scenarios[0].rows[0].answer
+    assert answer is not None and answer.matched == 2
+    assert result.notes == []
+
+
+def test_every_document_names_versions_model_and_device() -> None:
+    environment = measure(DoubleVLM()).environment
+    software = environment.software
+    assert (software.vllm, software.torch) == ("0.32.0", "2.13.0+cpu")
+    assert (software.transformers, software.python) == ("5.17.0", "3.11.7")
+    assert environment.model.name == "double" and environment.model.kv_cache_dtype == "fp8"
+    assert environment.device.name == "a test"
+
+
+def test_ctrl_c_keeps_what_there_is(tmp_path: Path) -> None:
+    vlm, path = DoubleVLM(failure=fails_at(9, KeyboardInterrupt())), tmp_path / "r.json"
+    measure(vlm, save=lambda d: document.write(d, path))
+    kept = document.load(path)
+    assert vlm.closed and not kept.complete
+    assert [row.stopped for row in kept.scenarios[0].rows] == ["narrow", "interrupted"]
+    assert len(kept.scenarios[0].rows[1].samples) == 2
+    assert any("interrupted" in note for note in kept.notes)
+
+
+def test_the_document_is_saved_while_a_row_runs() -> None:
+    saved: list[Document] = []
+    slow = DoubleVLM(speed=lambda n: 5.0)
+    measure(slow, cases=CASES[:1], save=lambda d: saved.append(d.model_copy(deep=True)))
+    lengths = {len(d.scenarios[0].rows[0].samples) for d in saved if d.scenarios[0].rows}
+    assert len(lengths) > 2
+    assert [d.complete for d in saved] == [False] * (len(saved) - 1) + [True]
+
+
+def test_a_lost_request_is_a_sample_and_several_in_a_row_end_the_row() -> None:
+    one = measure(DoubleVLM(failure=fails_at(3, GenerationError("lost"))))
+    row = one.scenarios[0].rows[0]
+    assert row.samples[2].error == "GenerationError: lost"
+    assert (row.counts["failed"], row.all["output_tps"].n, one.complete) == (1, 5, True)
+    lost = measure(DoubleVLM(failure=lambda n: GenerationError("lost") if 0 < n < 4 else None))
+    rows = lost.scenarios[0].rows
+    assert [row.stopped for row in rows] == ["error", "narrow"]
+    assert "lost" in (rows[0].error or "") and len(rows[0].samples) == 3
+    assert not lost.complete
+
+
+def test_an_image_that_fails_ends_its_row_only() -> None:
+    result = measure(DoubleVLM(failure=fails_at(1, ImageError("too large"))))
+    rows = result.scenarios[0].rows
+    assert [row.stopped for row in rows] == ["error", "narrow"]
+    assert "too large" in (rows[0].error or "")
+    assert not result.complete
+
+
+def test_a_crash_ends_its_scenario_only(caplog: pytest.LogCaptureFixture) -> None:
+    result = measure(DoubleVLM(failure=fails_at(3, RuntimeError("a bug"))), "report", "text")
+    report, text = result.scenarios
+    assert report.error == "RuntimeError: a bug" and len(report.rows[0].samples) == 2
+    assert text.complete and not result.complete
+    assert "scenario report crashed" in caplog.text
+
+
+def test_an_engine_that_dies_is_replaced_once() -> None:
+    clock = FakeClock()
+    dying = DoubleVLM(clock, failure=fails_at(3, EngineDeadError("step failed")))
+    engines: list[DoubleVLM] = [dying, DoubleVLM(clock)]
+    bench = make_bench(dying)
+    result = suite.run(bench, lambda caches: engines.pop(0), ["report", "text"])
+    report, text = result.scenarios
+    assert "step failed" in (report.error or "") and len(report.rows[0].samples) == 2
+    assert text.complete and not result.complete
+
+
+def test_an_engine_that_never_comes_back_leaves_a_partial_result() -> None:
+    engines = [DoubleVLM(failure=fails_at(3, EngineDeadError("step failed")))]
+
+    def build(caches: bool) -> DoubleVLM:
+        if not engines:
+            raise EngineStartError("out of memory")
+        return engines.pop()
+
+    result = suite.run(make_bench(engines[0]), build, ["report", "text", "camera"])
+    assert [s.name for s in result.scenarios] == ["report", "text", "camera"]
+    assert "out of memory" in (result.scenarios[2].error or "")
+    assert len(result.scenarios[0].rows[0].samples) == 2
+    with pytest.raises(EngineStartError, match="out of memory"):
+        suite.run(make_bench(DoubleVLM()), build)
+
+
+@pytest.mark.parametrize("error", [ImageError("bad"), RuntimeError("a bug"), KeyboardInterrupt()])
+def test_the_sampler_stops_however_a_row_ends(error: BaseException) -> None:
+    before = threading.active_count()
+    measure(DoubleVLM(failure=fails_at(2, error)), sensors=True)
+    assert threading.active_count() == before
+
+
+def test_progress_is_told_of_every_iteration() -> None:
+    events: list[object] = []
+
+    class Recorder(Progress):
+        def scenario(self, title: str, rows: int) -> None:
+            events.append((title, rows))
+
+        def row(self, title: str, minimum: int) -> None:
+            events.append((title, minimum))
+
+        def iteration(self, row: Row, done: int) -> None:
+            events.append(done)
+
+        def row_done(self, row: Row) -> None:
+            events.append(row.stopped)
+
+    measure(DoubleVLM(), cases=CASES[:1], progress=Recorder())
+    assert events == [("The report's cases", 1), ("One", 6), *range(1, 7), "narrow"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"iterations": 0},
+        {"iterations": 5, "max_iterations": 4},
+        {"max_tokens": 0},
+        {"temperature": -1},
+        {"width": 0},
+        {"time_limit_s": 0},
+        {"confidence": 1.0},
+    ],
+)
+def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(BenchmarkError, match="must be"):
+        RunOptions(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"batches": (0,)}, {"users": ()}, {"fps": 0}, {"rates": (-1,)}])
+def test_a_load_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(BenchmarkError):
+        Load(**wrong)
+
+
+def test_an_unknown_scenario_lists_the_known_ones() -> None:
+    with pytest.raises(BenchmarkError, match="cold-start"):
+        suite.choose(["speed"])
+    assert [entry.name for entry in suite.choose(["all"])] == list(suite.SCENARIOS)
+
+
+def test_random_weights_have_answers_of_fixed_length_and_a_firm_limit() -> None:
+    stub, trained = RunOptions.choose(True), RunOptions.choose(False)
+    assert (stub.ignore_eos, stub.firm, stub.iterations) == (True, True, 10)
+    assert (trained.ignore_eos, trained.firm, trained.max_tokens) == (False, False, 300)
+    assert not RunOptions.choose(True, iterations=30).firm
+    assert RunOptions.choose(False, iterations=7, seed=None).max_iterations == 14
+
+
+def test_a_batch_is_measured_as_a_whole_and_by_request() -> None:
+    vlm = DoubleVLM(failure=fails_at(1, GenerationError("lost")))
+    result = measure(vlm, "throughput", options=SHORT, load=Load(batches=(1, 3)))
+    single, triple = result.scenarios[0].rows
+    assert (single.waves[0].failed, single.counts["failed"]) == (1, 1)
+    wave = triple.waves[0]
+    assert (wave.requests, wave.failed, wave.output_tokens) == (3, 0, 60)
+    # The double answers one after another: 3 x (0.5 + 19/50) s.
+    assert wave.wall_s == pytest.approx(3 * 0.88)
+    assert triple.steady["total_tps"].mean == pytest.approx(60 / 2.64)
+    assert len(triple.samples) == 3 * len(triple.waves)
+    assert len(set(vlm.images)) == len(vlm.images)
+
+
+def test_users_each_send_their_requests_and_rates_follow_the_best_closed_loop() -> None:
+    vlm = DoubleVLM(FakeClock(tick=0.05), speed=lambda n: 2000.0)
+    result = measure(vlm, "concurrency", options=SHORT, load=Load(users=(1, 4)))
+    rows = result.scenarios[0].rows
+    assert [row.conditions["loop"] for row in rows] == ["closed", "closed", "open", "open"]
+    assert [len(row.samples) for row in rows] == [4, 16, 8, 8]
+    assert {sample.user for sample in rows[1].samples} == {0, 1, 2, 3}
+    assert (rows[1].counts["total_tps"] or 0) > 0 and rows[1].stopped == "fixed"
+    best = max(row.counts["requests_per_s"] or 0 for row in rows[:2])
+    assert [row.conditions["rate"] for row in rows[2:]] == pytest.approx([best / 2, best * 0.8])
+
+
+def test_open_loop_counts_waiting_from_when_a_request_was_due() -> None:
+    vlm = DoubleVLM(FakeClock(tick=0.05))
+    load = Load(users=(1,), rates=(1000.0,))
+    row = measure(vlm, "concurrency", options=SHORT, load=load).scenarios[0].rows[1]
+    assert (len(row.samples), row.counts["offered_per_s"]) == (8, 1000.0)
+    # One request takes 0.88 s and the double serves one at a time: the last waits for seven.
+    assert max(sample.wall_s or 0 for sample in row.samples) > 7 * 0.88
+
+
+def test_a_full_queue_is_a_lost_request_and_a_dead_engine_ends_the_row() -> None:
+    load = Load(users=(2,), rates=(1000.0,))
+    full = DoubleVLM(failure=fails_at(2, QueueFull("no room")))
+    row = measure(full, "concurrency", options=SHORT, load=load).scenarios[0].rows[0]
+    assert [sample.error for sample in row.samples].count("QueueFull: no room") == 1
+    dead = DoubleVLM(failure=fails_at(4, EngineDeadError("gone")))
+    scenario = measure(dead, "concurrency", options=SHORT, load=load).scenarios[0]
+    assert scenario.rows[0].stopped == "error" and "gone" in (scenario.error or "")
+    assert 0 < len(scenario.rows[0].samples) < 8
+
+
+@pytest.mark.parametrize(("fps", "dropped"), [(10.0, 7.8), (1.0, 0.0)])
+def test_a_camera_drops_what_came_while_the_engine_was_busy(fps: float, dropped: float) -> None:
+    row = measure(DoubleVLM(), "camera", load=Load(fps=fps)).scenarios[0].rows[0]
+    assert row.counts["answered"] == len(row.samples)
+    assert (row.counts["offered"] or 0) - (row.counts["dropped"] or 0) == len(row.samples)
+    # Every answer takes 0.88 s.
+    assert (row.counts["dropped"] or 0) / (len(row.samples) - 1) == pytest.approx(dropped, abs=0.4)
+    assert all(0.879 <= (sample.wall_s or 0) < 0.981 for sample in row.samples)
+
+
+def test_an_image_scenario_without_images_is_an_error() -> None:
+    result = measure(DoubleVLM(), "camera", cases=text_only())
+    assert "--image" in (result.scenarios[0].error or "")
+
+
+CHILD = """
+    import json, os, sys, time
+    request = json.loads(sys.stdin.read())
+    marker = os.path.join(os.environ["VLLM_CACHE_ROOT"], "seen")
+    seen = os.path.exists(marker)
+    os.makedirs(os.environ["VLLM_CACHE_ROOT"], exist_ok=True)
+    open(marker, "w").close()
+    print("noise of a library")
+    now = time.time()
+    sample = {"iteration": 0, "ttft_s": 1.0 if seen else 9.0}
+    sample["output_tokens"] = request["max_tokens"]
+    print(json.dumps({"running_at": now, "first_token_at": now + 5, "stages": {"engine": 3.0},
+                      "sample": sample}))
+    print("more noise")
+"""
+
+
+def test_cold_starts_are_fresh_processes_with_caches_of_their_own_and_need_no_engine() -> None:
+    def never(caches: bool) -> DoubleVLM:
+        raise AssertionError("an engine was opened")
+
+    command = (sys.executable, "-c", textwrap.dedent(CHILD))
+    bench = make_bench(DoubleVLM(), start_command=command)
+    result = suite.run(bench, never, ["cold-start"])
+    absent, present = result.scenarios[0].rows
+    assert result.complete
+    assert [row.conditions["disk_caches"] for row in (absent, present)] == [False, True]
+    assert [sample.ttft_s for sample in absent.samples] == [9.0]
+    assert [sample.ttft_s for sample in present.samples] == [1.0, 1.0]
+    assert all(5 <= (s.wall_s or 0) < 60 for s in (*absent.samples, *present.samples))
+    assert (absent.samples[0].output_tokens, absent.counts["engine_s"]) == (20, 3.0)
+    assert json.loads(document.dumps(result))["scenarios"][0]["rows"][0]["caches"] is None
+
+
+def test_a_start_that_fails_gives_its_last_line() -> None:
+    command = (sys.executable, "-c", "import sys; sys.exit('no such model')")
+    result = measure(DoubleVLM(), "cold-start", start_command=command)
+    assert result.scenarios[0].rows[0].samples[0].error == "exit status 1: no such model"
