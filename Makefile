@@ -7,13 +7,13 @@ STAMP := $(VENV)/.installed
 TORCH := 2.13.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: locks locks-check docker-lint bench test lint types fuzz soak lives verify clean
+.PHONY: locks locks-check docker-lint bench test lint types fuzz soak verify clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make bench   set up, and benchmark the built-in stub model"
 	@echo "make test    set up, and run the tests"
-	@echo "make lint types fuzz soak lives verify clean"
+	@echo "make lint types fuzz soak verify clean"
 	@echo "make locks   resolve the containers' packages anew; locks-check compares them"
 	@echo "make docker-lint"
 
@@ -47,10 +47,6 @@ fuzz: $(STAMP)
 
 soak: $(STAMP)
 	$(BIN)/python benchmarks/soak.py
-
-# Engines made and closed again and again: the memory must come back.
-lives: $(STAMP)
-	$(BIN)/python benchmarks/lives.py
 
 verify: $(STAMP)
 	$(BIN)/molmo-edge verify --stock

@@ -75,6 +75,7 @@ def sampler(watts: float | None, slowed: float | None = None, offset: float = 0.
     """Readings of 500 times 0.1 s: 70 W in decode, 30 W in prefill; 3,300 J in all."""
     times = [i / 10 for i in range(500)]
     known = watts is not None
+    power = [(70.0 if t % 10 >= 1 else 30.0) if known else None for t in times]
     summary = SimpleNamespace(
         power_w=SimpleNamespace(mean=watts) if known else None,
         energy_j=3300.0 if known else None,
@@ -84,8 +85,7 @@ def sampler(watts: float | None, slowed: float | None = None, offset: float = 0.
     return SimpleNamespace(
         summary=lambda: summary,
         samples=[
-            SimpleNamespace(t_s=t + offset, power_w=(70.0 if t % 10 >= 1 else 30.0) if known else None)
-            for t in times
+            SimpleNamespace(t_s=t + offset, power_w=w) for t, w in zip(times, power, strict=True)
         ],
     )
 
