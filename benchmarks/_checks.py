@@ -31,16 +31,16 @@ def picture(seed: int, size: tuple[int, int]) -> Any:
 
 def verify(tell: Tell, options: Options) -> None:
     """Verdicts of `reference.verify` for one combination of dtype, backends, KV and weights."""
-    from molmo_edge.reference.verify import default_pictures
+    from molmo_edge.reference.verify import default_images
     from molmo_edge.reference.verify import verify as prove
 
     given = dict(options)
     small = given.pop("small", False)
-    pictures = default_pictures()
+    pictures = default_images()
     if small:
         pictures = {name: pictures[name] for name in ("small", "text only")}
     tokens = 4 if small else 12
-    for report in prove(pictures=pictures, max_tokens=tokens, **given):
+    for report in prove(images=pictures, max_tokens=tokens, **given):
         tell(
             "stock" if report.stock else "ours",
             {

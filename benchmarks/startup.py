@@ -25,7 +25,8 @@ from typing import Any
 from molmo_edge.checkpoint_files import weight_files
 from molmo_edge.devices.caches import CACHE_VARIABLES
 from molmo_edge.errors import BenchmarkError
-from molmo_edge.models.hub import STUB, default_cache_dir, locate
+from molmo_edge.models.hub import default_cache_dir, locate
+from molmo_edge.models.molmo.stub import NAME as STUB
 
 PARTS = ("weights", "compile", "profile", "warmup")
 """Of `vllm.LLM`, as `EdgeVLM.startup` has them; unknown where vLLM does not show them."""

@@ -11,7 +11,7 @@ import pytest
 
 from molmo_edge import EdgeVLM
 from molmo_edge.models.molmo.synthetic import write_checkpoint
-from molmo_edge.reference.verify import picture
+from molmo_edge.reference.verify import synthetic_image as picture
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 

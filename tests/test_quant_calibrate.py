@@ -23,7 +23,7 @@ from molmo_edge.quantize.fold import LAYERS, Calibration
 from molmo_edge.quantize.formats import format_of
 from molmo_edge.reference.molmo import ReferenceInputs, ReferenceMolmo
 from molmo_edge.reference.molmo_checkpoint import BLOCKS
-from molmo_edge.reference.verify import picture
+from molmo_edge.reference.verify import synthetic_image as picture
 from tests.quant_support import Killed, plain_tensors, tensors_of, threads
 
 SHAPE = Shape(vit_blocks=9, heads=4, kv_heads=2)

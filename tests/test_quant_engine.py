@@ -15,7 +15,8 @@ from molmo_edge import EdgeVLM
 from molmo_edge.models.molmo.synthetic import write_checkpoint
 from molmo_edge.quantize import run as quantize
 from molmo_edge.quantize.formats import format_of, unpack
-from molmo_edge.reference.verify import QUESTION, _reference, picture
+from molmo_edge.reference.verify import QUESTION, reference_answers
+from molmo_edge.reference.verify import synthetic_image as picture
 from tests.quant_support import dequantised, layer_of, tensors_of, threads
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -80,8 +81,8 @@ def test_the_real_engine_runs_it_as_the_dequantised_yardstick(
     plain = dequantised(quantised, tmp_path / "plain", scheme)
     pictures = {"small": picture(90, 120, 0), "text only": None}
     with threads(2):
-        yardstick = _reference(plain, pictures, 8)
-        whole = _reference(original, pictures, 8)
+        yardstick = reference_answers(plain, pictures, 8)
+        whole = reference_answers(original, pictures, 8)
     with EdgeVLM(
         quantised, dtype="bfloat16", max_model_len=1024, max_num_seqs=1, kv_cache_memory_gb=0.1
     ) as vlm:

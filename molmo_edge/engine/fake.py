@@ -29,8 +29,7 @@ from typing import Any, Literal, TypeAlias
 from molmo_edge.engine.fake_hooks import Fault, Hooks
 from molmo_edge.errors import ImageError, PromptError, PromptTooLongError
 from molmo_edge.interface import EngineInfo, Rendered, Turn, Update
-from molmo_edge.models.molmo.layout import IMAGE_TOKENS
-from molmo_edge.models.molmo.prompts import check_turns
+from molmo_edge.models.molmo.prompts import IMAGE_TOKENS, check_turns
 from molmo_edge.sampling import Sampling
 
 __all__ = ["FakeEngine", "FakeFactory", "Fault"]

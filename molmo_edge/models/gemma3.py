@@ -1,23 +1,18 @@
-"""Google's Gemma 3: vLLM's own model, chat template and picture processor behind `EdgeVLM`.
+"""Google's Gemma 3 as model families: vLLM's own model, chat template and image processor.
 
-Pictures of a turn stand before its text, in order. Gemma 3 has no pointing of its own.
+Images of a turn stand before its text, in order. Gemma 3 has no pointing of its own.
 """
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from molmo_edge.errors import (
     ImageError,
-    MissingDependencyError,
     ModelError,
     PromptTooLongError,
     SamplingError,
@@ -26,9 +21,7 @@ from molmo_edge.interface import Rendered, Renderer, Resize, Turn
 from molmo_edge.models.molmo.layout import check_weights
 from molmo_edge.models.molmo.prompts import check_turns, refuse_special
 
-_IMAGE_PROCESSOR = "transformers.models.gemma3.image_processing_gemma3"
-# Runs of line breaks or spaces, and the HTML that the vocabulary holds whole: added tokens that
-# users may write. Every other added token is a control token.
+# Added tokens that users may write: line breaks, spaces, HTML tags. All others are control tokens.
 _PLAIN = re.compile(
     r"\s+|▁+|</?(table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|[bius]|sub"
     r"|sup|code)>"
@@ -49,7 +42,7 @@ class Gemma3:
         for part in ("text_config", "vision_config"):
             if not isinstance(config.get(part), Mapping):
                 raise ModelError(
-                    f"config.json lacks {part}; a Gemma 3 checkpoint with vision holds text_config "
+                    f"config.json lacks {part}; a Gemma 3 checkpoint with vision has text_config "
                     "and vision_config."
                 )
         if load_format != "dummy":
@@ -58,18 +51,24 @@ class Gemma3:
     def engine_args(self, max_crops: int, resize: Resize) -> dict[str, Any]:
         return {
             "limit_mm_per_prompt": {"image": self.max_images},
-            # A picture's tokens see each other, so no step may end inside one.
+            # An image's tokens see each other, so no step may end inside one.
             "disable_chunked_mm_input": True,
-            # vLLM's cache asks for requests to be added in the order they were rendered in.
+            # vLLM's cache needs requests to be added in the order they were rendered in.
             "mm_processor_cache_gb": 0,
         }
 
     def prepare(self) -> None:
-        _register("vllm.model_executor.models.gemma3_mm", "Gemma3ForConditionalGeneration")
+        from vllm import ModelRegistry
         from vllm.platforms import current_platform
 
+        from molmo_edge.models.vllm_workarounds import gemma3_without_torchvision
+
+        with gemma3_without_torchvision():
+            from vllm.model_executor.models.gemma3_mm import Gemma3ForConditionalGeneration as Model
+        # The class itself: for a name, vLLM starts one more process to inspect it.
+        ModelRegistry.register_model(Model.__name__, Model)
         if current_platform.is_cpu():
-            from molmo_edge.engine.cpu_attention import register
+            from molmo_edge.models.cpu_attention import register
 
             register()
 
@@ -94,7 +93,10 @@ class Gemma3Text:
         return {}
 
     def prepare(self) -> None:
-        _register("vllm.model_executor.models.gemma3", "Gemma3ForCausalLM")
+        from vllm import ModelRegistry
+        from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
+
+        ModelRegistry.register_model("Gemma3ForCausalLM", Gemma3ForCausalLM)
 
     def renderer(self, llm: Any, max_crops: int, resize: Resize) -> Renderer:
         return Gemma3Renderer(llm)
@@ -104,15 +106,16 @@ class Gemma3Renderer:
     """Renders for one engine.
 
     Args:
-        llm: the `vllm.LLM`; its renderer is used by one thread at a time.
+        engine: vLLM's `LLMEngine` or `AsyncLLM`; its renderer is used by one thread at a time.
     """
 
-    def __init__(self, llm: Any) -> None:
+    def __init__(self, engine: Any) -> None:
         from vllm.renderers.params import ChatParams
 
-        model = llm.llm_engine.model_config
-        self._renderer = llm.renderer
-        self._tokenizer = llm.renderer.get_tokenizer()
+        engine = getattr(engine, "llm_engine", engine)
+        model = engine.model_config
+        self._renderer = engine.renderer
+        self._tokenizer = engine.get_tokenizer()
         self._max_model_len = int(model.max_model_len)
         self._max_images, self._tokens_per_image = 0, 0
         if model.multimodal_config is not None:
@@ -128,13 +131,13 @@ class Gemma3Renderer:
     def render(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> Rendered:
         """See `Engine.render`."""
         if options.get("max_crops") is not None:
-            raise SamplingError("max_crops means nothing to Gemma 3, whose pictures have no crops.")
+            raise SamplingError("max_crops means nothing to Gemma 3, whose images have no crops.")
         check_turns(turns)
         self._check_images(sum(len(turn.images) for turn in turns))
         answer = list(options.get("answer", ()))
         characters = sum(len(turn.text) for turn in turns)
         self._check_length(-(-characters // self._longest_token), 0)
-        # The tokenizer and the picture processor are not made for several threads.
+        # The tokenizer and the image processor are not made for several threads.
         with self._lock:
             for turn in turns:
                 refuse_special(self._encode(turn.text), self._control)
@@ -154,9 +157,9 @@ class Gemma3Renderer:
         ids = [*rendered["prompt_token_ids"], *answer]
         self._check_length(len(ids), len(places))
         rendered["prompt_token_ids"] = ids
-        # The line breaks between two pictures are one token, which both placeholders count.
-        of_images = {p.offset + i for p in places for i in range(p.length)}
-        return Rendered(rendered, len(ids), len(of_images), ids)
+        # The line breaks between two images are one token, which both placeholders count.
+        image_positions = {p.offset + i for p in places for i in range(p.length)}
+        return Rendered(rendered, len(ids), len(image_positions), ids)
 
     def _encode(self, text: str) -> list[int]:
         encoded = self._tokenizer(text, add_special_tokens=False, verbose=False)
@@ -164,25 +167,25 @@ class Gemma3Renderer:
 
     def _check_images(self, n: int) -> None:
         if n > self._max_images == 0:
-            raise ImageError("This Gemma 3 checkpoint reads text alone; it has no vision tower.")
+            raise ImageError("This Gemma 3 checkpoint has no vision tower; it takes text only.")
         if n > self._max_images:
             raise ImageError(
-                f"The conversation holds {n} images; the engine takes {self._max_images}. Drop "
+                f"The conversation has {n} images; the engine takes {self._max_images}. Remove "
                 'some, or build EdgeVLM with engine_args={"limit_mm_per_prompt": {"image": …}}.'
             )
 
     def _check_length(self, total: int, images: int) -> None:
         if total >= self._max_model_len:
-            held = f", {images} image(s) included," if images else ""
+            included = f", {images} image(s) included," if images else ""
             raise PromptTooLongError(
-                f"The prompt has at least {total} tokens{held} and leaves no room to answer: "
-                f"max_model_len is {self._max_model_len}. Shorten the text, drop images, or raise "
-                "max_model_len."
+                f"The prompt has at least {total} tokens{included} and leaves no room to answer: "
+                f"max_model_len is {self._max_model_len}. Shorten the text, remove images, or "
+                "raise max_model_len."
             )
 
 
 def control_tokens(tokenizer: Any) -> dict[int, str]:
-    """Token ids that no user text may produce, with their spelling.
+    """Return the token ids that no user text may produce, with their spelling.
 
     Gemma 3's files flag few of them as special, and add line breaks and HTML tags in the same way.
     """
@@ -194,7 +197,7 @@ def control_tokens(tokenizer: Any) -> dict[int, str]:
 
 
 def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Chat messages in vLLM's spelling."""
+    """Chat messages as vLLM expects them."""
     return [
         {
             "role": turn.role,
@@ -205,36 +208,3 @@ def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
         }
         for turn in turns
     ]
-
-
-def _register(module: str, name: str) -> None:
-    """Hands vLLM the model's class; by name, it would import it in one more process first."""
-    from transformers.utils import is_torchvision_available
-    from vllm import ModelRegistry
-
-    with nullcontext() if is_torchvision_available() else _without_torchvision():
-        model = importlib.import_module(module)
-    ModelRegistry.register_model(name, getattr(model, name))
-
-
-@contextmanager
-def _without_torchvision() -> Iterator[None]:
-    """Lets vLLM's Gemma 3 be imported where torchvision is missing.
-
-    transformers falls back to its PIL processor by itself; vLLM imports the torchvision one, though
-    its annotations alone name it. PyPI's torchvision does not load beside a CPU build of torch.
-    """
-    try:
-        from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
-    except ImportError as exc:
-        raise MissingDependencyError(
-            "Gemma 3 needs torchvision beside this transformers: install the build that belongs to "
-            "your torch, or transformers 5.16 or newer."
-        ) from exc
-    stand_in: Any = ModuleType(_IMAGE_PROCESSOR)
-    stand_in.Gemma3ImageProcessor = Gemma3ImageProcessorPil
-    sys.modules[_IMAGE_PROCESSOR] = stand_in
-    try:
-        yield
-    finally:
-        del sys.modules[_IMAGE_PROCESSOR]

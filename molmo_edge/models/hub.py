@@ -1,4 +1,4 @@
-"""From the name of a model to a local folder with its files, code files left out."""
+"""Locate a model: the stub, a local directory, or a download from the hub without its code."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 
 from molmo_edge.errors import MissingDependencyError, ModelError
+from molmo_edge.models.molmo import stub
 
-STUB = "stub"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _DESCRIPTION = ("config.json", "tokenizer.json", "preprocessor_config.json")
-# Data only: python files beside a checkpoint are never fetched.
+# Data only: a checkpoint's Python files are never downloaded.
 _DATA_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 
 
@@ -22,43 +22,38 @@ def default_cache_dir() -> Path:
 
 
 def locate(model: str, cache_dir: Path, load_format: str = "auto") -> Path:
-    """Folder of `model`: the stub, a local folder, or a hub name (fetched when not cached).
+    """Return the directory of `model`, which is downloaded when it is a hub name not yet cached.
 
-    With ``load_format="dummy"`` nothing is fetched for a Molmo of known shape: where its own files
-    are not cached, a description with its sizes stands in for them.
+    With ``load_format="dummy"`` a Molmo of known sizes needs no download: if its own files are not
+    cached, a description with its sizes is written instead.
 
     Raises:
-        ModelError: no such folder, or the hub cannot be reached.
+        ModelError: no such directory, or the hub cannot be reached.
     """
-    if model == STUB:
-        from molmo_edge.models.molmo.stub import ensure_stub
-
-        return ensure_stub(cache_dir)
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder.absolute()
-    if not _HUB_NAME.fullmatch(model) or folder.exists():
+    if model == stub.NAME:
+        return stub.ensure_stub(cache_dir)
+    directory = Path(model).expanduser()
+    if directory.is_dir():
+        return directory.absolute()
+    if not _HUB_NAME.fullmatch(model) or directory.exists():
         raise ModelError(
-            f"'{model}' is not a folder. Give a checkpoint folder, a hub name such as "
+            f"'{model}' is not a directory. Give a checkpoint directory, a hub name such as "
             "allenai/Molmo-7B-D-0924, or 'stub' for the built-in one."
         )
-    if load_format == "dummy":
-        from molmo_edge.models.molmo import shaped
-
-        if shaped.is_known(model):
-            return _cached(model) or shaped.ensure_shaped(model, cache_dir)
-    return _from_hub(model)
+    if load_format == "dummy" and stub.is_known(model):
+        return _cached(model) or stub.ensure_description(model, cache_dir)
+    return _download(model)
 
 
 def _cached(name: str) -> Path | None:
-    """Folder of a hub name whose configuration and tokenizer were fetched before."""
+    """Directory of a hub name whose configuration and tokenizer were downloaded before."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = [try_to_load_from_cache(name, file) for file in _DESCRIPTION]
-    return Path(found[0]).parent if all(isinstance(path, str) for path in found) else None
+    files = [try_to_load_from_cache(name, file) for file in _DESCRIPTION]
+    return Path(files[0]).parent if all(isinstance(file, str) for file in files) else None
 
 
-def _from_hub(name: str) -> Path:
+def _download(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -71,6 +66,6 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(_DATA_FILES)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as exc:
         raise ModelError(
-            f"'{name}' is neither a local folder nor reachable on the hub "
-            f"({type(exc).__name__}). Download it elsewhere and give its folder."
+            f"'{name}' is neither a local directory nor reachable on the hub "
+            f"({type(exc).__name__}). Download it elsewhere and give its directory."
         ) from exc

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from molmo_edge.errors import ImageError, ModelError, QuantizeError
+from molmo_edge.errors import ImageError, QuantizeError
 from molmo_edge.quantize.fold import LAYERS
 from molmo_edge.reference.molmo import ReferenceInputs, ReferenceMolmo, preprocess, sequence
 from molmo_edge.reference.molmo_checkpoint import (
@@ -85,25 +85,16 @@ def read_pictures(checkpoint: Path, files: Sequence[Path]) -> list[tuple[Any, Re
         QuantizeError: a file is no readable picture.
         ModelError: no tokenizer, or one that lacks the image tokens.
     """
-    from transformers import AutoTokenizer
-
     from molmo_edge.images import load, to_array
-    from molmo_edge.models.molmo.layout import ImageTokenIds
-    from molmo_edge.models.molmo.prompts import PromptEncoder
+    from molmo_edge.models.molmo.hf import load_tokenizer
+    from molmo_edge.models.molmo.prompts import ImageTokenIds, bos_id
     from molmo_edge.reference.molmo import SpecialTokens
-    from molmo_edge.vllm_plugin import register_with_transformers
 
-    register_with_transformers()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(checkpoint), trust_remote_code=False)
-    except (OSError, ValueError) as exc:
-        raise ModelError(
-            f"'{checkpoint}' has no readable tokenizer, which calibrating needs. Download it again."
-        ) from exc
+    tokenizer = load_tokenizer(checkpoint)
     ids = ImageTokenIds.from_vocab(tokenizer.get_vocab())
     special = SpecialTokens(ids.start, ids.end, ids.patch, ids.col)
     text = tokenizer.encode(f" User: {QUESTION} Assistant:", add_special_tokens=False)
-    bos = PromptEncoder(tokenizer, 2**20).bos
+    bos = bos_id(tokenizer)
     prompts = []
     for file in files:
         try:

@@ -1,12 +1,11 @@
-"""The yardstick: Molmo 1 in plain float32 torch, to be read in one sitting.
+"""The reference implementation: Molmo 1 in plain float32 torch, to be read in one sitting.
 
-Written from the architecture as published (Molmo-7B-D-0924, -7B-O-0924, -72B-0924), one picture
-and one sequence at a time, for the eye rather than for speed. It reads the hub's tensor names. It
-shares no code with vLLM, transformers or molmo_edge's own model and processor (only the error
-classes): what the engine answers is compared with what this module answers. It knows nothing about
-tokenizers. `reference_inputs` is its preprocessing, `reference_checkpoint` reads its files.
+Written from the architecture as published (Molmo-7B-D-0924, -7B-O-0924, -72B-0924), one image and
+one sequence at a time, for clarity rather than speed. It reads the hub's tensor names. It shares no
+computing code with vLLM, transformers or molmo_edge's own model and processor, because the engine's
+answers are compared with its answers. It knows nothing about tokenizers.
 
-The order of computation is the order of the file: picture to features, features into the sequence,
+The order of computation is the order of the file: image to features, features into the sequence,
 sequence to logits, logits to tokens.
 """
 
@@ -99,8 +98,8 @@ class ReferenceMolmo:
         self.config = config
         self._w = dict(weights)
         self._vit_blocks = count_blocks(weights, VIT_BLOCKS)
-        self._seen: tuple[ReferenceInputs, torch.Tensor] | None = None
-        self._embedding = torch.cat(  # ids behind the vocabulary are the new tokens
+        self._cached: tuple[ReferenceInputs, torch.Tensor] | None = None
+        self._embedding = torch.cat(  # ids after the vocabulary are the new tokens
             [self._w.pop(TEXT + "wte.embedding"), self._w.pop(TEXT + "wte.new_embedding")]
         )
 
@@ -116,21 +115,21 @@ class ReferenceMolmo:
         return x * torch.rsqrt(square + self.config.eps) * self._w[name + ".weight"]
 
     @classmethod
-    def load(cls, folder: Path) -> ReferenceMolmo:
-        """Reads `config.json` and `*.safetensors` of a folder.
+    def load(cls, directory: Path) -> ReferenceMolmo:
+        """Read `config.json` and `*.safetensors` of a directory.
 
         float32 tensors stay mapped to their file: do not rewrite it while the model is in use.
-        Raises ModelError when something is missing, broken or of another layout.
+        Raises ModelError when a file or tensor is missing, broken or of another layout.
         """
-        return cls(*read_checkpoint(Path(folder)))
+        return cls(*read_checkpoint(Path(directory)))
 
-    # Picture to features
+    # Image to features
 
-    def _look(self, asking: torch.Tensor, seen: torch.Tensor, name: str) -> torch.Tensor:
+    def _attend_all(self, queries: torch.Tensor, keys: torch.Tensor, name: str) -> torch.Tensor:
         """Attention of the tower and of the pooling: every query sees every key."""
-        q = _heads(self._linear(asking, name + "wq"), VIT_HEAD)
-        k = _heads(self._linear(seen, name + "wk"), VIT_HEAD)
-        v = _heads(self._linear(seen, name + "wv"), VIT_HEAD)
+        q = _heads(self._linear(queries, name + "wq"), VIT_HEAD)
+        k = _heads(self._linear(keys, name + "wk"), VIT_HEAD)
+        v = _heads(self._linear(keys, name + "wv"), VIT_HEAD)
         return self._linear(_attention(q, k, v), name + "wo")
 
     def _tower(self, crop: torch.Tensor) -> torch.Tensor:
@@ -142,7 +141,7 @@ class ReferenceMolmo:
         for i in range(self._vit_blocks):
             block = f"{VIT_BLOCKS}{i}."
             h = self._layer_norm(x, block + "attention_norm")
-            x = x + self._look(h, h, block + "attention.")
+            x = x + self._attend_all(h, h, block + "attention.")
             h = self._linear(self._layer_norm(x, block + "ffn_norm"), block + "feed_forward.w1")
             x = x + self._linear(h * torch.sigmoid(1.702 * h), block + "feed_forward.w2")
             states.append(x)
@@ -152,12 +151,12 @@ class ReferenceMolmo:
     def _pool(self, features: torch.Tensor) -> torch.Tensor:
         """(576, c) features of a crop to (144, pooled width): one per 2 x 2 window."""
         windows = features.reshape(12, 2, 12, 2, -1).permute(0, 2, 1, 3, 4).reshape(144, 4, -1)
-        return self._look(windows.mean(1, keepdim=True), windows, POOL)[:, 0]
+        return self._attend_all(windows.mean(1, keepdim=True), windows, POOL)[:, 0]
 
     def image_features(self, inputs: ReferenceInputs) -> torch.Tensor:
-        """(1 + crops, 144, hidden) float32; those of the last picture are remembered."""
-        if self._seen is not None and self._seen[0] is inputs:
-            return self._seen[1]
+        """(1 + crops, 144, hidden) float32; those of the last image are cached."""
+        if self._cached is not None and self._cached[0] is inputs:
+            return self._cached[1]
         out = []
         crops = torch.tensor(inputs.images, dtype=torch.float32)
         masks = torch.tensor(inputs.image_masks, dtype=torch.float32)
@@ -171,7 +170,7 @@ class ReferenceMolmo:
                 gate = F.silu(self._linear(x, PROJECTOR + "w1"))
                 out.append(self._linear(gate * self._linear(x, PROJECTOR + "w3"), PROJECTOR + "w2"))
         features = torch.stack(out)
-        self._seen = (inputs, features)
+        self._cached = (inputs, features)
         return features
 
     # Features into the sequence, sequence to logits
@@ -180,7 +179,7 @@ class ReferenceMolmo:
         """(n, hidden): features are added to the embeddings of their `<im_patch>` tokens."""
         ids = np.asarray(input_ids)
         if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
-            raise InputError("Token ids must be a flat sequence of at least one whole number.")
+            raise InputError("Token ids must be a flat sequence of at least one integer.")
         if ids.min() < 0 or ids.max() >= len(self._embedding):
             raise InputError(f"Token ids must be from 0 to {len(self._embedding) - 1}.")
         x = self._embedding[torch.tensor(ids.astype(np.int64))]
@@ -189,8 +188,8 @@ class ReferenceMolmo:
         place = torch.tensor(inputs.image_input_idx.astype(np.int64)).flatten()
         if int(place.max()) >= len(ids):
             raise InputError(
-                f"The picture's features go up to position {int(place.max())}, but the sequence "
-                f"has {len(ids)} tokens. Build it with BOS, the picture's tokens, then the text."
+                f"The image's features go up to position {int(place.max())}, but the sequence "
+                f"has {len(ids)} tokens. Build it from BOS, the image's tokens, then the text."
             )
         features = self.image_features(inputs).flatten(0, 1)
         return x.index_add(0, place[place >= 0], features[place >= 0])
@@ -277,7 +276,7 @@ class ReferenceMolmo:
         chosen = [int(token) for token in continuation]
         if any(not 0 <= token < self.config.vocabulary for token in chosen):
             raise InputError(
-                f"A continuation holds token ids from 0 to {self.config.vocabulary - 1}."
+                f"A continuation takes token ids from 0 to {self.config.vocabulary - 1}."
             )
         start = len(input_ids) - 1
         logits = self.logits([*(int(token) for token in input_ids), *chosen], inputs)

@@ -1,7 +1,7 @@
-"""The yardstick's way to read a checkpoint: the hub's files, every tensor checked, float32.
+"""Reads a Molmo 1 checkpoint for the reference implementation, strictly: every tensor is checked.
 
-Strict on purpose: a tensor that is missing, of another shape or not accounted for would make the
-yardstick measure something else than the checkpoint. It knows nothing about how tensors are used.
+A tensor that is missing, of another shape or unaccounted for would make it compute something other
+than the checkpoint.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from molmo_edge.checkpoint_files import read_json, weight_files
 from molmo_edge.errors import ModelError
 
 TEXT = "model.transformer."
@@ -26,11 +27,12 @@ PROJECTOR = VISION + "image_projector."
 BLOCKS = TEXT + "blocks."
 VIT_BLOCKS = VIT + "transformer.resblocks."
 
-VIT_HEAD = 64  # head size of the vision tower and of the pooling; checkpoints do not say
-NEW_TOKENS = 128  # rows of `new_embedding`; checkpoints do not say
+# config.json does not state these.
+VIT_HEAD = 64  # head size of the vision tower and of the pooling
+NEW_TOKENS = 128  # rows of `new_embedding`
 OLDEST_STATE = 9  # the features use the tower's hidden states -2 and -9
 
-# What `config.json` may say where this module computes one thing only.
+# What `config.json` may say where the reference implementation computes one thing only.
 FIXED = {
     "model_type": "molmo",
     "layer_norm_type": "rms",
@@ -65,15 +67,18 @@ class TextConfig:
         return self.width // self.heads
 
 
-def read_checkpoint(folder: Path) -> tuple[TextConfig, dict[str, torch.Tensor]]:
-    """Config and float32 tensors by their names on the hub.
+def read_checkpoint(directory: Path) -> tuple[TextConfig, dict[str, torch.Tensor]]:
+    """Return the configuration, and float32 tensors by their names on the hub.
 
     Raises ModelError when a file or tensor is missing, broken, of another shape, or of a layout
-    that the yardstick does not compute.
+    that the reference implementation does not compute.
     """
-    config = text_config(_read_json(folder / "config.json"))
+    config = text_config(read_json(directory / "config.json"))
     weights: dict[str, torch.Tensor] = {}
-    for file in _weight_files(folder):
+    files = weight_files(directory)
+    if not files:
+        raise ModelError(f"'{directory}' contains no *.safetensors. Finish the download.")
+    for file in files:
         weights.update(_read_tensors(file))
     shapes = _shapes(config, weights)
     _refuse("lacks", sorted(shapes.keys() - weights.keys()))
@@ -83,7 +88,7 @@ def read_checkpoint(folder: Path) -> tuple[TextConfig, dict[str, torch.Tensor]]:
 
 
 def count_blocks(weights: Mapping[str, torch.Tensor], prefix: str) -> int:
-    """How many blocks are named `prefix` + number."""
+    """Number of blocks named `prefix` + number."""
     names = (name.removeprefix(prefix) for name in weights if name.startswith(prefix))
     return len({name.split(".")[0] for name in names})
 
@@ -96,72 +101,45 @@ def _refuse(problem: str, names: list[str]) -> None:
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(
-            f"'{path}' is missing. A checkpoint folder holds config.json and *.safetensors."
-        ) from None
-    except (OSError, ValueError) as exc:
-        raise ModelError(f"'{path}' cannot be read as JSON. Download it again.") from exc
-    if not isinstance(found, dict):
-        raise ModelError(f"'{path}' must hold a JSON object.")
-    return found
-
-
-def text_config(found: Mapping[str, Any]) -> TextConfig:
-    """The language model that a `config.json` describes. Raises ModelError."""
-    for key, wanted in FIXED.items():
-        value = found.get(key, None if key == "model_type" else wanted)
-        if value != wanted:
+def text_config(config: Mapping[str, Any]) -> TextConfig:
+    """Return the language model that a `config.json` describes. Raises ModelError."""
+    for key, expected in FIXED.items():
+        value = config.get(key, None if key == "model_type" else expected)
+        if value != expected:
             raise ModelError(
-                f"config.json says {key}={json.dumps(value)}; the yardstick computes only "
-                f"{json.dumps(wanted)}. Use a dense Molmo 1: 7B-D, 7B-O or 72B."
+                f"config.json says {key}={json.dumps(value)}; the reference implementation "
+                f"computes only {json.dumps(expected)}. Use a dense Molmo 1: 7B-D, 7B-O or 72B."
             )
 
     def number(key: str, kind: type[int] | type[float], default: Any = None) -> Any:
-        value = found.get(key) if found.get(key) is not None else default
+        value = config.get(key) if config.get(key) is not None else default
         allowed = int if kind is int else (int, float)
         if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value < math.inf:
-            what = "whole number" if kind is int else "number"
-            raise ModelError(f"config.json must give {key} as a {what} above 0.")
+            what = "an integer" if kind is int else "a number"
+            raise ModelError(f"config.json must give {key} as {what} above 0.")
         return kind(value)
 
     heads = number("num_attention_heads", int)
-    config = TextConfig(
+    text = TextConfig(
         width=number("hidden_size", int),
         ff=number("intermediate_size", int),
         layers=number("num_hidden_layers", int),
         heads=heads,
         kv_heads=number("num_key_value_heads", int, default=heads),
-        vocabulary=number("embedding_size", int, default=found.get("vocab_size")),
+        vocabulary=number("embedding_size", int, default=config.get("vocab_size")),
         rope_theta=number("rope_theta", float),
         eps=number("layer_norm_eps", float),
-        qkv_bias=bool(found.get("qkv_bias", False)),
-        qk_norm=bool(found.get("attention_layer_norm", False)),
-        norm_after=bool(found.get("norm_after", False)),
+        qkv_bias=bool(config.get("qkv_bias", False)),
+        qk_norm=bool(config.get("attention_layer_norm", False)),
+        norm_after=bool(config.get("norm_after", False)),
     )
-    if config.width % (2 * heads) or heads % config.kv_heads or config.ff % 2:
+    if text.width % (2 * heads) or heads % text.kv_heads or text.ff % 2:
         raise ModelError(
             "config.json does not fit together: hidden_size must be a multiple of twice "
             "num_attention_heads, num_attention_heads of num_key_value_heads, and "
             "intermediate_size must be even."
         )
-    return config
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise ModelError(f"'{folder}' holds no *.safetensors. Finish the download.")
-        return files
-    shards = _read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise ModelError(f"'{index}' has no weight_map from tensor names to file names.")
-    return [folder / name for name in sorted(set(shards.values()))]
+    return text
 
 
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
@@ -173,13 +151,12 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
                 if tensor.dtype not in FLOATS:
                     raise ModelError(
                         f"'{name}' is stored as {str(tensor.dtype).removeprefix('torch.')}. The "
-                        "yardstick reads float32, bfloat16 and float16, not quantised weights."
+                        "reference implementation reads float32, bfloat16 and float16, not "
+                        "quantised weights."
                     )
                 tensors[name] = tensor.to(torch.float32)
-    except FileNotFoundError:
-        raise ModelError(f"'{file}' is missing. Finish the download.") from None
     except (OSError, SafetensorError) as exc:
-        raise ModelError(f"'{file}' is no readable safetensors file. Download it again.") from exc
+        raise ModelError(f"'{file}' is not a safetensors file. Download it again.") from exc
     return tensors
 
 

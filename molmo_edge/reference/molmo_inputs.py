@@ -1,7 +1,7 @@
-"""The yardstick's preprocessing: one picture to crops, masks, positions and image tokens.
+"""Reference preprocessing: one image to crops, masks, positions and image tokens.
 
 Slow, obvious NumPy on purpose. It shares no code with the processor that the engine uses, so that
-a mistake in one is not repeated in the other. It knows nothing about text, files or torch.
+a mistake in one is not repeated in the other.
 
 Geometry and constants as published with AllenAI's Molmo-7B-D-0924, -7B-O-0924 and -72B-0924. A
 crop is 336 x 336 pixels: 24 x 24 patches, which the model pools 2 x 2 to 12 x 12 features. Crops
@@ -21,13 +21,13 @@ from molmo_edge.errors import ImageError, InputError
 Array = npt.NDArray[np.generic]
 FloatArray = npt.NDArray[np.float32]
 
-CROP = 336  # side of a crop, pixels
-PATCH = 14  # side of a patch, pixels
-STRIDE = 224  # from one crop of the tiling to the next, pixels
-OVERLAP = CROP - STRIDE  # shared with the next crop, pixels
-POOLED = CROP // PATCH // 2  # pooled features along one side of a crop
-POOLED_STRIDE = STRIDE // PATCH // 2
-POOLED_DROP = OVERLAP // PATCH // 4  # half of the overlap, in pooled features
+CROP_PX = 336
+PATCH_PX = 14
+STRIDE_PX = 224  # from one crop of the tiling to the next
+OVERLAP_PX = CROP_PX - STRIDE_PX  # shared with the next crop
+POOLED = CROP_PX // PATCH_PX // 2  # pooled features along one side of a crop
+POOLED_STRIDE = STRIDE_PX // PATCH_PX // 2
+POOLED_DROP = OVERLAP_PX // PATCH_PX // 4  # half of the overlap, in pooled features
 DROPPED = -100  # `image_input_idx` of a feature that belongs to the neighbour
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # CLIP's, RGB
@@ -46,13 +46,13 @@ class SpecialTokens:
 
 @dataclass(frozen=True, eq=False)
 class ReferenceInputs:
-    """One picture as the model takes it. Arrays are copied and read-only.
+    """One image as the model takes it. Arrays are copied and read-only.
 
     Attributes:
         image_tokens: (n,) int64, both views, without BOS and text.
         images: (1 + crops, 576, 588) float32, normalised patches, each flattened as (row, column,
             channel); the global view first, then the crops in row-major order.
-        image_masks: (1 + crops, 576) float32, share of each patch that shows the picture. Rows
+        image_masks: (1 + crops, 576) float32, fraction of each patch that is image. Rows
             are those of the crops, then one of -1: the published code pads at the end although
             the global view is first, and the weights were trained with that.
         image_input_idx: (1 + crops, 144) int32, where each pooled feature goes in a sequence that
@@ -71,9 +71,9 @@ class ReferenceInputs:
         shapes = {"images": (views, 576, 588), "image_masks": (views, 576)}
         shapes["image_input_idx"] = (views, 144)
         for name, shape in shapes.items():
-            found = getattr(self, name).shape
-            if found != shape:
-                raise InputError(f"{name} must have shape {shape}, not {found}.")
+            actual = getattr(self, name).shape
+            if actual != shape:
+                raise InputError(f"{name} must have shape {shape}, not {actual}.")
         for field in fields(self):
             array = getattr(self, field.name).copy()
             array.setflags(write=False)
@@ -81,7 +81,7 @@ class ReferenceInputs:
 
 
 def select_tiling(height: int, width: int, max_crops: int) -> tuple[int, int]:
-    """Rows and columns of crops for a picture of that size in pixels."""
+    """Rows and columns of crops for a image of that size in pixels."""
     tilings = [
         (rows, columns)
         for rows in range(1, max_crops + 1)
@@ -93,8 +93,8 @@ def select_tiling(height: int, width: int, max_crops: int) -> tuple[int, int]:
         scales = np.array(
             [
                 min(
-                    np.float32(rows * STRIDE) / np.float32(height - OVERLAP),
-                    np.float32(columns * STRIDE) / np.float32(width - OVERLAP),
+                    np.float32(rows * STRIDE_PX) / np.float32(height - OVERLAP_PX),
+                    np.float32(columns * STRIDE_PX) / np.float32(width - OVERLAP_PX),
                 )
                 for rows, columns in tilings
             ],
@@ -105,32 +105,32 @@ def select_tiling(height: int, width: int, max_crops: int) -> tuple[int, int]:
     return tilings[int(np.argmin(np.where(scales < 1, np.float32(1e10), scales)))]
 
 
-def _resize_rows(picture: FloatArray, size: int) -> FloatArray:
+def _resize_rows(image: FloatArray, size: int) -> FloatArray:
     """Triangle filter along axis 0; made wider when shrinking, so that nothing is skipped."""
-    scale = len(picture) / size
+    scale = len(image) / size
     reach = max(scale, 1.0)
-    out = np.empty((size, *picture.shape[1:]), np.float32)
+    out = np.empty((size, *image.shape[1:]), np.float32)
     for row in range(size):
         centre = (row + 0.5) * scale
         first = max(int(np.floor(centre - reach)), 0)
-        last = min(int(np.ceil(centre + reach)), len(picture))
+        last = min(int(np.ceil(centre + reach)), len(image))
         weights = 1.0 - np.abs(np.arange(first, last) + 0.5 - centre) / reach
         weights = np.maximum(weights, 0.0)
         weights /= weights.sum()
-        out[row] = np.tensordot(weights.astype(np.float32), picture[first:last], axes=1)
+        out[row] = np.tensordot(weights.astype(np.float32), image[first:last], axes=1)
     return out
 
 
-def resize(picture: FloatArray, height: int, width: int) -> FloatArray:
+def resize(image: FloatArray, height: int, width: int) -> FloatArray:
     """(h, w, 3) float32 in [0, 1] to (height, width, 3): bilinear with antialias, clipped."""
-    tall = _resize_rows(picture, height)
+    tall = _resize_rows(image, height)
     turned = np.ascontiguousarray(tall.swapaxes(0, 1))
     return np.clip(_resize_rows(turned, width).swapaxes(0, 1), 0.0, 1.0)
 
 
-def _fit(picture: FloatArray, height: int, width: int) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
-    """The whole picture, centred on a canvas: normalised pixels, and where the picture is."""
-    own_height, own_width = np.float32(picture.shape[0]), np.float32(picture.shape[1])
+def _fit(image: FloatArray, height: int, width: int) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
+    """The whole image, centred on a canvas: normalised pixels, and where the image is."""
+    own_height, own_width = np.float32(image.shape[0]), np.float32(image.shape[1])
     # In float32, like the original: the rounding now and then decides a size.
     scale = min(np.float32(height) / own_height, np.float32(width) / own_width)
     new_height = max(int(own_height * scale), 1)
@@ -138,7 +138,7 @@ def _fit(picture: FloatArray, height: int, width: int) -> tuple[FloatArray, npt.
     top, left = (height - new_height) // 2, (width - new_width) // 2
     inside = slice(top, top + new_height), slice(left, left + new_width)
     canvas = np.zeros((height, width, 3), np.float32)
-    canvas[inside] = resize(picture, new_height, new_width)
+    canvas[inside] = resize(image, new_height, new_width)
     shown = np.zeros((height, width), np.bool_)
     shown[inside] = True
     return (canvas - MEAN) / STD, shown
@@ -146,9 +146,9 @@ def _fit(picture: FloatArray, height: int, width: int) -> tuple[FloatArray, npt.
 
 def _patches(crop: Array) -> Array:
     """(336, 336, ...) to (576, values): patches in row-major order, each one flattened."""
-    starts = range(0, CROP, PATCH)
+    starts = range(0, CROP_PX, PATCH_PX)
     return np.stack(
-        [crop[y : y + PATCH, x : x + PATCH].reshape(-1) for y in starts for x in starts]
+        [crop[y : y + PATCH_PX, x : x + PATCH_PX].reshape(-1) for y in starts for x in starts]
     )
 
 
@@ -164,22 +164,22 @@ def _kept(index: int, count: int) -> slice:
 
 
 def preprocess(image: Array, token_ids: SpecialTokens, max_crops: int = 12) -> ReferenceInputs:
-    """One picture, (height, width, 3) uint8 RGB, as the model takes it.
+    """Convert one image, (height, width, 3) uint8 RGB, to what the model takes.
 
     Raises ImageError for any other array and InputError for `max_crops` below 1.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
         raise ImageError(
-            "The reference takes pictures as (height, width, 3) uint8 RGB, at least one pixel; "
+            "The reference takes images as (height, width, 3) uint8 RGB, at least one pixel; "
             f"this one is {image.dtype} of shape {image.shape}."
         )
     if max_crops < 1:
         raise InputError(f"max_crops must be at least 1, not {max_crops}.")
-    picture = image.astype(np.float32) / np.float32(255)
+    pixels = image.astype(np.float32) / np.float32(255)
     rows, columns = select_tiling(image.shape[0], image.shape[1], max_crops)
 
-    whole, _ = _fit(picture, CROP, CROP)
-    tiled, shown = _fit(picture, rows * STRIDE + OVERLAP, columns * STRIDE + OVERLAP)
+    whole, _ = _fit(pixels, CROP_PX, CROP_PX)
+    tiled, shown = _fit(pixels, rows * STRIDE_PX + OVERLAP_PX, columns * STRIDE_PX + OVERLAP_PX)
 
     grid_rows = rows * POOLED_STRIDE + POOLED - POOLED_STRIDE
     grid_columns = columns * POOLED_STRIDE + POOLED - POOLED_STRIDE
@@ -194,10 +194,10 @@ def preprocess(image: Array, token_ids: SpecialTokens, max_crops: int = 12) -> R
     positions = [places[: POOLED * POOLED]]
     for row in range(rows):
         for column in range(columns):
-            y, x = row * STRIDE, column * STRIDE
-            images.append(_patches(tiled[y : y + CROP, x : x + CROP]))
-            share = _patches(shown[y : y + CROP, x : x + CROP]).astype(np.float32).mean(axis=-1)
-            masks.append(share)
+            y, x = row * STRIDE_PX, column * STRIDE_PX
+            images.append(_patches(tiled[y : y + CROP_PX, x : x + CROP_PX]))
+            inside = shown[y : y + CROP_PX, x : x + CROP_PX].astype(np.float32)
+            masks.append(_patches(inside).mean(axis=-1))
             y, x = row * POOLED_STRIDE, column * POOLED_STRIDE
             window = grid[y : y + POOLED, x : x + POOLED]
             keep = _kept(row, rows), _kept(column, columns)
@@ -216,6 +216,6 @@ def preprocess(image: Array, token_ids: SpecialTokens, max_crops: int = 12) -> R
 def sequence(
     inputs: ReferenceInputs | None, text_ids: Sequence[int], bos_id: int
 ) -> npt.NDArray[np.int64]:
-    """BOS, the picture's tokens if there is one, the text's: (n,) int64."""
+    """BOS, the image's tokens if there is one, the text's: (n,) int64."""
     image_ids = [] if inputs is None else inputs.image_tokens.tolist()
     return np.array([bos_id, *image_ids, *text_ids], np.int64)

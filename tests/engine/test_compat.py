@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from molmo_edge.engine.vllm_026 import adapted
+from molmo_edge.models.vllm_026 import adapted
 
 
 class Tokenizer:

@@ -1,13 +1,30 @@
-"""AllenAI's Molmo 1 as a family; the model itself lives in `molmo_edge.molmo`."""
+"""AllenAI's Molmo 1 as a model family: registration with vLLM, and turns to engine input."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from molmo_edge.interface import Renderer, Resize
-from molmo_edge.models.molmo.layout import check_layout, check_weights
+import numpy as np
+import numpy.typing as npt
+
+from molmo_edge.errors import ImageError, PromptTooLongError
+from molmo_edge.interface import Rendered, Renderer, Resize, Turn
+from molmo_edge.models.molmo.config import check_layout
+from molmo_edge.models.molmo.layout import check_weights
+from molmo_edge.models.molmo.prompts import ONE_IMAGE, ImageTokenIds, PromptEncoder
+from molmo_edge.models.molmo.tiling import tiling_for
+
+if TYPE_CHECKING:
+    from molmo_edge.models.molmo.image_processor import ImageInputs, MolmoImageProcessor
+
+ARCHITECTURE = "MolmoForCausalLM"
+# vLLM's own model under another name, for `molmo-edge verify --stock`.
+STOCK_ARCHITECTURE = "StockMolmoForCausalLM"
+# The answer's leading space belongs to the prompt format, " Assistant: …".
+ANSWER_PREFIX = " "
 
 
 class Molmo:
@@ -15,7 +32,7 @@ class Molmo:
 
     name = "molmo"
     verbs = frozenset({"query", "chat", "caption", "point", "count"})
-    # Molmo 1 was trained on single pictures.
+    # Molmo 1 was trained on single images.
     max_images = 1
     crops = True
     unquantized: tuple[str, ...] = ("vision_backbone.*",)
@@ -32,13 +49,140 @@ class Molmo:
         }
 
     def prepare(self) -> None:
-        from molmo_edge.vllm_plugin import prepare
+        from vllm import ModelRegistry
+        from vllm.plugins import load_general_plugins
 
-        prepare()
+        load_general_plugins()  # runs once per process, and registers the name: not after the class
+        register()
+        # The class itself: for a name, vLLM starts one more process to inspect it.
+        from molmo_edge.models.molmo.vllm_model import MolmoForCausalLM
+
+        ModelRegistry.register_model(ARCHITECTURE, MolmoForCausalLM)
 
     def renderer(self, llm: Any, max_crops: int, resize: Resize) -> Renderer:
         from molmo_edge.models.molmo.image_processor import processor_of
-        from molmo_edge.models.molmo.render import MolmoRenderer
 
-        config = llm.llm_engine.model_config.hf_image_processor_config
-        return MolmoRenderer(llm, processor_of(config, max_crops=max_crops, resize=resize))
+        engine = getattr(llm, "llm_engine", llm)
+        config = engine.model_config.hf_image_processor_config
+        return MolmoRenderer(engine, processor_of(config, max_crops=max_crops, resize=resize))
+
+
+def register() -> None:
+    """Make vLLM and transformers read Molmo 1 with this package's classes; may repeat."""
+    from vllm import ModelRegistry
+
+    from molmo_edge.models.molmo import hf
+
+    hf.register()
+    ModelRegistry.register_model(
+        ARCHITECTURE, f"molmo_edge.models.molmo.vllm_model:{ARCHITECTURE}"
+    )
+    ModelRegistry.register_model(
+        STOCK_ARCHITECTURE, f"vllm.model_executor.models.molmo:{ARCHITECTURE}"
+    )
+
+
+class MolmoRenderer:
+    """Renders for one engine.
+
+    vLLM's own renderer would search the prompt for the image's place; here it is known.
+
+    Args:
+        engine: vLLM's `LLMEngine` or `AsyncLLM`, read only here.
+        image_processor: with the engine's `max_crops` and `resize`.
+    """
+
+    def __init__(self, engine: Any, image_processor: MolmoImageProcessor) -> None:
+        tokenizer = engine.get_tokenizer()
+        self._max_model_len = int(engine.model_config.max_model_len)
+        self._encoder = PromptEncoder(tokenizer, self._max_model_len)
+        self._ids = ImageTokenIds.from_vocab(tokenizer.get_vocab())
+        self._image_processor = image_processor
+        # Equal images share encoder and prefix cache by hash; without caches a number will do.
+        self._hashing = bool(engine.vllm_config.cache_config.enable_prefix_caching)
+        self._number = itertools.count()
+
+    def render(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> Rendered:
+        """See `Engine.render`."""
+        from vllm.inputs.engine import mm_input, tokens_input
+
+        text_ids = [*self._encoder.encode(turns), *options.get("answer", ())]
+        images = [image for turn in turns for image in turn.images]
+        if len(images) > 1:
+            raise ImageError(ONE_IMAGE)
+        if images and not turns[0].images:
+            raise ImageError("Molmo 1 sees its image before all text: give it in the first turn.")
+        if not images:
+            ids = [self._encoder.bos, *text_ids]
+            self._check_length(len(ids), 0)
+            return Rendered(tokens_input(ids), len(ids), 0, ids, ANSWER_PREFIX)
+        # Once: Pillow copies all pixels each time it is asked for an array.
+        pixels = np.asarray(images[0])
+        processor = self._image_processor.with_options(max_crops=options.get("max_crops"))
+        # Before the pixels are touched: a prompt that does not fit costs nothing.
+        tiling = tiling_for(*pixels.shape[:2], processor.max_crops)
+        total = 1 + tiling.n_tokens + len(text_ids)
+        self._check_length(total, tiling.n_tokens)
+        ids = [self._encoder.bos, *tiling.tokens(self._ids).tolist(), *text_ids]
+        tensors, place = self._tensors(processor.inputs(pixels))
+        prompt = mm_input(
+            prompt_token_ids=ids,
+            mm_kwargs=tensors,
+            mm_hashes={"image": [self._hash(pixels, processor)]},
+            mm_placeholders={"image": [place]},
+        )
+        return Rendered(prompt, total, tiling.n_tokens, ids, ANSWER_PREFIX)
+
+    def _check_length(self, total: int, image_tokens: int) -> None:
+        if total >= self._max_model_len:
+            image = f", {image_tokens} of them for the image," if image_tokens else ""
+            raise PromptTooLongError(
+                f"The prompt has {total} tokens{image} and leaves no room to answer: max_model_len "
+                f"is {self._max_model_len}. Shorten the text, lower max_crops, or raise "
+                "max_model_len."
+            )
+
+    def _tensors(self, inputs: ImageInputs) -> tuple[Any, Any]:
+        """vLLM's keyword items and placeholder range for one image.
+
+        Float32: the model casts. A cast in this thread would start an OpenMP pool, which halves
+        the engine's speed on a CPU.
+        """
+        import torch
+        from vllm.multimodal.inputs import (
+            MultiModalFieldConfig,
+            MultiModalKwargsItems,
+            PlaceholderRange,
+        )
+
+        crops = torch.tensor([len(inputs.images)])
+        by_crop = MultiModalFieldConfig.flat_from_sizes("image", crops)
+        data = {
+            "images": inputs.images,
+            "image_masks": inputs.image_masks,
+            # Only the order of positions counts, not where the image stands.
+            "image_input_idx": torch.from_numpy(inputs.tiling.input_idx),
+            "num_crops": crops,
+            "img_patch_id": torch.tensor(self._ids.patch),
+        }
+        fields = {
+            "images": by_crop,
+            "image_masks": by_crop,
+            "image_input_idx": by_crop,
+            "num_crops": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
+            "img_patch_id": MultiModalFieldConfig.shared("image", 1, keep_on_cpu=True),
+        }
+        tokens = torch.from_numpy(inputs.tiling.tokens(self._ids))
+        place = PlaceholderRange(offset=1, length=len(tokens), is_embed=tokens == self._ids.patch)
+        return MultiModalKwargsItems.from_hf_inputs(data, fields), place
+
+    def _hash(self, pixels: npt.NDArray[np.uint8], processor: MolmoImageProcessor) -> str:
+        if not self._hashing:
+            return f"image-{next(self._number)}"
+        from blake3 import blake3
+
+        # RGB pixels, so mode and palette cannot make two images collide; cryptographic, so that
+        # nobody can construct another image with the same hash. BLAKE2b takes 6 times as long.
+        digest = blake3(pixels.data)
+        digest.update(repr((pixels.shape, processor.max_crops, processor.resize)).encode())
+        return digest.hexdigest()

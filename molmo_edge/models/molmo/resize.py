@@ -1,10 +1,9 @@
-"""A picture to normalised patches in one pass: bilinear with antialias, compiled for this CPU.
+"""Image to normalised patches in one pass: bilinear with antialias, compiled for this CPU.
 
-The triangle filter of TensorFlow and torch, row by row: one row of the scaled picture is filtered
-from the 8-bit rows it covers, and goes from a buffer of one line to every crop that shows it. No
-float picture and no canvas is ever laid out. The compiler is numba, which vLLM brings; the first
-call costs its compilation (about a second, later read from numba's cache on disk). Knows nothing
-about how tilings are chosen, or about tokens.
+The triangle filter of TensorFlow and torch, row by row: one row of the scaled image is filtered
+from the 8-bit rows it covers, and copied from a buffer of one line to every crop that shows it;
+neither a float image nor a canvas is allocated. The first call costs numba's compilation (about a
+second, later read from its cache on disk).
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from molmo_edge.errors import MissingDependencyError
+from molmo_edge.models.molmo.tiling import CROP_PATCHES, PATCH_PX, STRIDE_PATCHES, View
 
 logger = logging.getLogger("molmo_edge")
 
@@ -27,29 +26,9 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]
 
-PATCH = 14
-GRID = 24  # patches along a crop
-STRIDE = 16  # patches from one crop to the next
 # More threads gain little, and each costs as much to start as some rows to filter.
-MOST_THREADS = 8
-CHUNK = 1024  # values of a row that are filtered together: they stay in the first cache
-
-
-@dataclass(frozen=True)
-class View:
-    """A picture scaled into a canvas that is cut into crops; all in pixels, but `rows`, `cols`.
-
-    Attributes:
-        rows, cols: crops of 336 × 336, one every 224.
-        top, left, height, width: where the scaled picture lies in the canvas; the rest is padding.
-    """
-
-    rows: int
-    cols: int
-    top: int
-    left: int
-    height: int
-    width: int
+MAX_THREADS = 8
+CHUNK = 1024  # values of a row that are filtered together: they stay in the L1 cache
 
 
 def write_patches(
@@ -59,7 +38,7 @@ def write_patches(
     std: Sequence[float],
     threads: int,
 ) -> None:
-    """Scales one picture, (h, w, 3) uint8, into every view and writes its normalised patches.
+    """Scale one image, (h, w, 3) uint8, into every view and write its normalised patches.
 
     Each view comes with its output, (rows * cols, 576, 588) float32, C-contiguous: patches in
     row-major order, values in (row, column, channel) order, (x / 255 - mean) / std, padding as 0.
@@ -68,7 +47,7 @@ def write_patches(
     """
     kernel = _compiled()
     if kernel is None:
-        raise MissingDependencyError("Resizing in compiled code needs numba, which vLLM brings.")
+        raise MissingDependencyError("Compiled resizing needs numba: pip install numba.")
     height, width = pixels.shape[:2]
     source = np.ascontiguousarray(pixels).reshape(height, width * 3)
     gain = (1 / (255 * np.asarray(std))).astype(np.float32)
@@ -76,18 +55,18 @@ def write_patches(
     jobs: list[tuple[Any, ...]] = []
     for view, out in views:
         down, across = _taps(height, view.height, 4), _taps(width, view.width, 1)
-        lines = (view.rows * STRIDE + GRID - STRIDE) * PATCH
-        # Few and even: a job is one call, and a call has to come by the interpreter's lock.
-        step = -(-lines // (2 * threads if lines > GRID * PATCH else threads))
+        lines = (view.rows * STRIDE_PATCHES + CROP_PATCHES - STRIDE_PATCHES) * PATCH_PX
+        # Few and even: each job is one call, which needs the interpreter's lock.
+        step = -(-lines // (2 * threads if lines > CROP_PATCHES * PATCH_PX else threads))
         for first in range(0, lines, step):
             rows = first, min(first + step, lines)
             place = view.top, view.left, view.cols
             jobs.append((source, *down, *across, gain, offset, *place, *rows, out))
-    _share(kernel, jobs, min(threads, MOST_THREADS))
+    _share(kernel, jobs, min(threads, MAX_THREADS))
 
 
 def _share(work: Callable[..., None], jobs: Sequence[tuple[Any, ...]], threads: int) -> None:
-    """Runs all jobs in this thread and in others that live no longer than this call."""
+    """Run all jobs in this thread and in others that end before this call does."""
     left = iter(jobs)  # one `next` at a time, under the interpreter's lock
     failed: list[BaseException] = []
 
@@ -111,13 +90,13 @@ def _share(work: Callable[..., None], jobs: Sequence[tuple[Any, ...]], threads: 
         raise failed[0]
 
 
-# A camera's pictures are all of one size.
+# A camera's images are all of one size.
 @lru_cache(maxsize=16)
 def _taps(size: int, new_size: int, multiple: int) -> tuple[Ints, Floats]:
     """The triangle filter from `size` to `new_size`, made wider when shrinking.
 
     First input of each output, and (new_size, taps) weights that sum to 1, padded with zeros to a
-    `multiple`; taps of weight 0 may lie behind the end.
+    `multiple`; taps of weight 0 may lie after the end.
     """
     scale = size / new_size
     reach = max(scale, 1.0)
@@ -147,18 +126,19 @@ def _filter_rows(
     end: int,
     out: Floats,
 ) -> None:
-    """Canvas rows `begin` to `end` of one view; compiled, and free of the interpreter's lock."""
+    """Canvas rows `begin` to `end` of one view; compiled, and without the interpreter's lock."""
     height, width = len(down_first), len(across_first)
     taps_down, taps_across = down_weights.shape[1], across_weights.shape[1]
     rows, values = len(out) // cols, source.shape[1]
     line = np.empty(values, np.float32)
-    done = np.empty(((cols * STRIDE + GRID - STRIDE) * PATCH, 3), np.float32)
+    columns = (cols * STRIDE_PATCHES + CROP_PATCHES - STRIDE_PATCHES) * PATCH_PX
+    scaled = np.empty((columns, 3), np.float32)
     for y in range(begin, end):
         row = y - top
         if y == begin or row == height:
-            for column in range(len(done)):
+            for column in range(len(scaled)):
                 for channel in range(3):
-                    done[column, channel] = offset[channel]
+                    scaled[column, channel] = offset[channel]
         if 0 <= row < height:
             for start in range(0, values, CHUNK):
                 part = line[start : start + CHUNK]
@@ -189,20 +169,20 @@ def _filter_rows(
                     green += weight * line[at + 1]
                     blue += weight * line[at + 2]
                     at += 3
-                done[left + column, 0] = red * gain[0] + offset[0]
-                done[left + column, 1] = green * gain[1] + offset[1]
-                done[left + column, 2] = blue * gain[2] + offset[2]
-        inner = (y % PATCH) * PATCH
+                scaled[left + column, 0] = red * gain[0] + offset[0]
+                scaled[left + column, 1] = green * gain[1] + offset[1]
+                scaled[left + column, 2] = blue * gain[2] + offset[2]
+        inner = (y % PATCH_PX) * PATCH_PX
         for crop_row in range(rows):
-            at_row = y // PATCH - crop_row * STRIDE
-            if 0 <= at_row < GRID:
+            at_row = y // PATCH_PX - crop_row * STRIDE_PATCHES
+            if 0 <= at_row < CROP_PATCHES:
                 for crop_col in range(cols):
-                    for patch_col in range(GRID):
-                        crop, patch = crop_row * cols + crop_col, at_row * GRID + patch_col
-                        start = (crop_col * STRIDE + patch_col) * PATCH
-                        for x in range(PATCH):
+                    for patch_col in range(CROP_PATCHES):
+                        crop, patch = crop_row * cols + crop_col, at_row * CROP_PATCHES + patch_col
+                        start = (crop_col * STRIDE_PATCHES + patch_col) * PATCH_PX
+                        for x in range(PATCH_PX):
                             for channel in range(3):
-                                out[crop, patch, (inner + x) * 3 + channel] = done[
+                                out[crop, patch, (inner + x) * 3 + channel] = scaled[
                                     start + x, channel
                                 ]
 
@@ -212,7 +192,7 @@ _kernel: list[Callable[..., None] | None] = []
 
 
 def available() -> bool:
-    """Whether `write_patches` works here: numba can be imported."""
+    """Whether `write_patches` works: numba can be imported."""
     return _compiled() is not None
 
 
@@ -227,11 +207,11 @@ def _compiled() -> Callable[..., None] | None:
 def _compile() -> Callable[..., None] | None:
     try:
         import numba  # type: ignore[import-untyped, unused-ignore]
-    except (ImportError, SystemError) as exc:  # not there, or for another numpy
-        logger.warning("Pictures are resized by torch, several times slower: no numba (%s).", exc)
+    except (ImportError, SystemError) as exc:  # missing, or for another numpy
+        logger.warning("Without numba, images are resized several times slower (%s).", exc)
         return None
     options: dict[str, Any] = {"nogil": True, "fastmath": {"contract"}}
     try:
         return numba.njit(cache=True, **options)(_filter_rows)  # type: ignore[no-any-return]
-    except RuntimeError:  # no folder for its cache
+    except RuntimeError:  # no directory for its cache
         return numba.njit(**options)(_filter_rows)  # type: ignore[no-any-return]

@@ -1,38 +1,94 @@
-"""The embedded default model: real Molmo architecture, made-up weights, no download.
+"""Checkpoints without a download: the built-in stub, and published models without their weights.
 
-Its tiny language model is built, not drawn: embedding and head hold a next-token table that spells
-`TEXT`, so that a newcomer reads what this is instead of gibberish.
+The stub has Molmo's real architecture and random weights, except that the embedding and the head
+of its tiny language model hold a next-token table that spells `TEXT`. Imports no torch until
+something must be written.
 """
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-from molmo_edge.models.molmo.written import ensure_written
+from molmo_edge.devices.model_configs import KNOWN
+from molmo_edge.errors import ModelError
 
 NAME = "stub"
-# The sentence in tokens; none may stand in it twice, nor the colon of "Assistant:" that starts it.
+# `TEXT` in tokens: no token twice, nor the colon of "Assistant:", which starts it.
 TOKENS = (
-    "ĠThis Ġis Ġthe Ġmolmo _ edge Ġstub Ġ ( real Ġarchitecture , Ġmade - up Ġweights ) ."
+    "ĠThis Ġis Ġthe Ġmolmo _ edge Ġstub Ġ ( real Ġarchitecture , Ġrandom Ġweights ) ."
 ).split()
-TEXT = "This is the molmo_edge stub (real architecture, made-up weights)."
+TEXT = "This is the molmo_edge stub (real architecture, random weights)."
 NOTICE = (
-    "This is the built-in stub: real Molmo architecture, made-up weights. Its answers mean "
+    "This is the built-in stub: real Molmo architecture, random weights. Its answers mean "
     "nothing; give a checkpoint for real ones."
 )
-_VERSION = 1
+_STUB_VERSION = 2
+_DESCRIPTION_VERSION = 1
 
 
 def ensure_stub(cache_dir: Path) -> Path:
-    """Folder of the stub checkpoint (0.6 GB), written on first use.
+    """Directory of the stub checkpoint (0.6 GB), written on first use. Raises ModelError."""
 
-    Raises ModelError when the cache folder cannot be written.
+    def write(directory: Path) -> None:
+        from molmo_edge.models.molmo.synthetic import Shape, stub_weights, write_checkpoint
+
+        write_checkpoint(directory, weights=stub_weights(Shape()))
+
+    return _ensure(cache_dir / f"stub-{_STUB_VERSION}", write, "The stub checkpoint (0.6 GB)")
+
+
+def is_known(name: str) -> bool:
+    """Whether `ensure_description` knows the sizes of the hub's `name`."""
+    return KNOWN.get(name, {}).get("model_type") == "molmo"
+
+
+def ensure_description(name: str, cache_dir: Path) -> Path:
+    """Directory of a published model without weights, written on first use (4 MB).
+
+    For `load_format="dummy"`: a device can be measured at a model's real shape before a download.
+    The tokenizer has the real number of tokens, not the real ones. Raises ModelError.
     """
-    return ensure_written(cache_dir / f"stub-{_VERSION}", _write, "The stub checkpoint (0.6 GB)")
+
+    def write(directory: Path) -> None:
+        from molmo_edge.models.molmo.synthetic import Shape, write_description
+
+        config = KNOWN[name]
+        write_description(
+            directory,
+            "molmo-o" if config["attention_layer_norm"] else "molmo-d",
+            Shape.of_config(config),
+        )
+
+    directory = cache_dir / f"shaped-{_DESCRIPTION_VERSION}" / name.rsplit("/", 1)[-1]
+    return _ensure(directory, write, f"The description of {name} (a few MB)")
 
 
-def _write(folder: Path) -> None:
-    # Only now: torch takes seconds to import.
-    from molmo_edge.models.molmo.stub_weights import write
+def _ensure(directory: Path, write: Callable[[Path], None], what: str) -> Path:
+    """Return `directory`, filled by `write` on first use.
 
-    write(folder)
+    Written elsewhere and renamed: a killed or concurrent start leaves no incomplete checkpoint.
+    Raises ModelError, which names `what`, when the cache directory cannot be written.
+    """
+    if (directory / "config.json").is_file():
+        return directory
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix="making-", dir=directory.parent))
+        try:
+            write(work)
+            try:
+                work.rename(directory)
+            except OSError:
+                if not (directory / "config.json").is_file():
+                    raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    except OSError as exc:
+        raise ModelError(
+            f"{what} cannot be written into '{directory.parent}'. Free space there, or name "
+            "another directory with cache_dir or MOLMO_EDGE_CACHE_DIR."
+        ) from exc
+    return directory

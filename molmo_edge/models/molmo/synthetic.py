@@ -1,38 +1,42 @@
-"""Small Molmo 1 checkpoints with made-up weights, in the hub's file layout.
+"""Write Molmo 1 checkpoints with random weights, in the hub's file layout.
 
 Every weight is a pure function of its tensor's name and a seed, so that two machines write the same
-checkpoint. The vision tower has its real size (0.29 billion parameters) unless told otherwise.
+checkpoint. The vision tower has its real size (0.29 billion parameters) by default.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from molmo_edge.models.molmo.image_processor import MEAN, STD
-from molmo_edge.models.molmo.layout import ADDITIONAL_VOCAB_SIZE, IMAGE_TOKENS
-from molmo_edge.models.molmo.tiling import BASE, DEFAULT_MAX_CROPS, MARGIN, PATCH, POOLED
+from molmo_edge.models.molmo.config import Family
+from molmo_edge.models.molmo.image_processor import MolmoImageProcessor
+from molmo_edge.models.molmo.prompts import IMAGE_TOKENS
+from molmo_edge.models.molmo.stub import TOKENS
+from molmo_edge.models.molmo.tiling import PATCH_PX
 
-Family = Literal["molmo-d", "molmo-o"]
 END_OF_TEXT = "<|endoftext|>"
-# Whole-word tokens of the synthetic tokenizer; everything else falls apart into bytes.
+# Whole-word tokens of the synthetic tokenizer; everything else is split into bytes.
 _WORDS = (
     "User Assistant This is the a of in and what how many point to there are image describe on "
-    "molmo edge stub real architecture made up weights picture table red mug"
+    "molmo edge stub real architecture random weights table red mug"
 ).split()
 
-# Added tokens are looked for one by one; the hub's tokenizers have some 400 fillers.
-_MOST_ADDED = 1024
+# Added tokens are searched for one by one; the hub's tokenizers have some 400 fillers.
+_MAX_ADDED = 1024
 
 VIT_WIDTH, VIT_MLP, VIT_BLOCKS, VIT_POSITIONS = 1024, 4096, 23, 577
+ADDITIONAL_VOCAB_SIZE = 128  # rows of `new_embedding`, after the text vocabulary
+STUB_SEED = 20251208
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,20 @@ class Shape:
     max_position_embeddings: int = 4096
     vit_blocks: int = VIT_BLOCKS
 
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any], vit_blocks: int = VIT_BLOCKS) -> Shape:
+        """The sizes that a `config.json` gives."""
+        heads = int(config["num_attention_heads"])
+        return cls(
+            hidden_size=int(config["hidden_size"]),
+            layers=int(config["num_hidden_layers"]),
+            heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            mlp=int(config["intermediate_size"]) // 2,
+            embedding_size=int(config.get("embedding_size") or config["vocab_size"]),
+            vit_blocks=vit_blocks,
+        )
+
 
 Weights = Callable[[str, tuple[int, ...]], torch.Tensor]
 
@@ -60,7 +78,7 @@ def random_tensor(name: str, shape: tuple[int, ...], seed: int, scale: float) ->
 
 
 def random_weights(seed: int) -> Weights:
-    """Weights that keep activations of order one, so that every part of the model is heard."""
+    """Weights that keep activations of order one, so that every part of the model matters."""
 
     def weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if name.endswith(("norm.weight", "ln.weight", "ln_f.weight")):
@@ -114,7 +132,7 @@ def _vision_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     out: dict[str, tuple[int, ...]] = {
         f"{vit}class_embedding": (w,),
         f"{vit}positional_embedding": (VIT_POSITIONS, w),
-        f"{vit}patch_embedding.weight": (w, PATCH * PATCH * 3),
+        f"{vit}patch_embedding.weight": (w, PATCH_PX * PATCH_PX * 3),
         f"{vit}pre_ln.weight": (w,),
         f"{vit}pre_ln.bias": (w,),
         f"{top}pad_embed": (2, 2 * w),
@@ -171,7 +189,7 @@ def hub_config(family: Family, shape: Shape) -> dict[str, Any]:
 
 
 def write_checkpoint(
-    folder: Path,
+    directory: Path,
     family: Family = "molmo-d",
     *,
     seed: int = 0,
@@ -179,58 +197,70 @@ def write_checkpoint(
     weights: Weights | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Path:
-    """Writes a whole checkpoint into `folder` (made when missing) and returns it.
+    """Write a whole checkpoint into `directory` (created when missing) and return it.
 
-    `dtype` is how weights lie on disk; bfloat16 halves the tower's 1.2 GB and loads as the same
-    values in float32.
+    `dtype` is that of the files; bfloat16 halves the tower's 1.2 GB and loads as the same values
+    in float32.
     """
     from safetensors.torch import save_file
 
     shape = shape or Shape()
     make = weights or random_weights(seed)
-    write_description(folder, family, shape)
+    write_description(directory, family, shape)
     tensors = {
         name: make(name, size).to(dtype) for name, size in tensor_shapes(family, shape).items()
     }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
 
 
-def write_description(folder: Path, family: Family, shape: Shape) -> Path:
-    """Writes a checkpoint without its weights: configuration, processor and tokenizer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "config.json", hub_config(family, shape))
+def write_description(directory: Path, family: Family, shape: Shape) -> Path:
+    """Write a checkpoint without its weights: configuration, processor and tokenizer."""
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_json(directory / "config.json", hub_config(family, shape))
     auto_map = {
         "AutoImageProcessor": "image_preprocessing_molmo.MolmoImageProcessor",
         "AutoProcessor": "preprocessing_molmo.MolmoProcessor",
     }
+    processor = {**vars(MolmoImageProcessor()), "auto_map": auto_map}
+    processor |= {"image_processor_type": "MolmoImageProcessor"}
+    del processor["resize"]  # not the hub's
+    names = {"processor_class": "MolmoProcessor"}
+    _write_json(directory / "preprocessor_config.json", processor | names)
+    _write_json(directory / "processor_config.json", {"auto_map": auto_map} | names)
     _write_json(
-        folder / "preprocessor_config.json",
-        {
-            "auto_map": auto_map,
-            "base_image_input_size": [BASE, BASE],
-            "do_normalize": True,
-            "image_mean": list(MEAN),
-            "image_padding_mask": True,
-            "image_patch_size": PATCH,
-            "image_processor_type": "MolmoImageProcessor",
-            "image_std": list(STD),
-            "image_token_length_h": POOLED,
-            "image_token_length_w": POOLED,
-            "max_crops": DEFAULT_MAX_CROPS,
-            "overlap_margins": [MARGIN, MARGIN],
-            "processor_class": "MolmoProcessor",
-        },
+        directory / "generation_config.json",
+        {"eos_token_id": len(vocabulary()), "do_sample": False},
     )
-    _write_json(
-        folder / "processor_config.json",
-        {"auto_map": auto_map, "processor_class": "MolmoProcessor"},
-    )
-    _write_json(
-        folder / "generation_config.json", {"eos_token_id": _end_of_text_id(), "do_sample": False}
-    )
-    _write_tokenizer(folder, family, shape)
-    return folder
+    _write_tokenizer(directory, family, shape)
+    return directory
+
+
+def stub_weights(shape: Shape) -> Weights:
+    """Weights of the built-in stub: a next-token table that spells its sentence."""
+    random = random_weights(STUB_SEED)
+    size = (shape.embedding_size, shape.hidden_size)
+    embedding = random_tensor("model.transformer.wte.embedding", size, STUB_SEED, 1.0)
+    # Each token's row of the head answers to the embedding of the token before it.
+    head = random_tensor("model.transformer.ff_out.weight", size, STUB_SEED, 0.02)
+    vocab = vocabulary()
+    sentence = [vocab[token] for token in TOKENS]
+    # After its end the sentence starts again, for benchmarks that ignore the end.
+    chain = [vocab[":"], *sentence, len(vocab), sentence[0]]
+    for before, after in itertools.pairwise(chain):
+        head[after] += embedding[before] * (4.0 / embedding[before].norm())
+
+    def weight(name: str, size: tuple[int, ...]) -> torch.Tensor:
+        if name == "model.transformer.wte.embedding":
+            return embedding
+        if name == "model.transformer.ff_out.weight":
+            return head
+        if ".blocks." in name and not name.endswith("norm.weight"):
+            # Small, so that the table outweighs whatever the layers add.
+            return random_tensor(name, size, STUB_SEED, 0.02)
+        return random(name, size)
+
+    return weight
 
 
 def vocabulary() -> dict[str, int]:
@@ -242,17 +272,13 @@ def vocabulary() -> dict[str, int]:
     return {piece: i for i, piece in enumerate(pieces)}
 
 
-def _end_of_text_id() -> int:
-    return len(vocabulary())
-
-
-def _write_tokenizer(folder: Path, family: Family, shape: Shape) -> None:
+def _write_tokenizer(directory: Path, family: Family, shape: Shape) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     vocab = vocabulary()
     fillers = [f"|<EXTRA_TOKENS_{i}>|" for i in range(shape.embedding_size - len(vocab) - 1)]
-    if len(fillers) > _MOST_ADDED:
-        # Their ids are what counts, and as plain tokens they cost no search in every text.
+    if len(fillers) > _MAX_ADDED:
+        # Only their ids matter, and plain tokens are not searched for in every text.
         vocab |= {token: i for i, token in enumerate([END_OF_TEXT, *fillers], len(vocab))}
         fillers = []
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
@@ -260,9 +286,9 @@ def _write_tokenizer(folder: Path, family: Family, shape: Shape) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     added = [END_OF_TEXT, *fillers, *IMAGE_TOKENS]
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in added])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(directory / "tokenizer.json"))
     _write_json(
-        folder / "tokenizer_config.json",
+        directory / "tokenizer_config.json",
         {
             "add_prefix_space": False,
             "additional_special_tokens": added[1:],
@@ -278,7 +304,7 @@ def _write_tokenizer(folder: Path, family: Family, shape: Shape) -> None:
     )
 
 
-# Same turns as Molmo's own template.
+# The same turns as Molmo's own template.
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'].capitalize() + ': ' + m['content'] }}"
     "{% if not loop.last %}{{ ' ' }}{% endif %}{% endfor %}"

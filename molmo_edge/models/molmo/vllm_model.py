@@ -1,6 +1,6 @@
 """vLLM's Molmo, corrected; registered by the plugin under the same architecture name.
 
-What stock vLLM computes differently from AllenAI's reference, and where it is put right here:
+What stock vLLM computes differently from AllenAI's reference, and what corrects it:
 
 1. image features *replace* the `<im_patch>` embedding instead of being added to it
    (`_process_image_input`);
@@ -33,15 +33,15 @@ from vllm.multimodal.processing import (
     PromptUpdateDetails,
 )
 
-from molmo_edge.engine import vllm_026 as compat
 from molmo_edge.errors import ConfigError
+from molmo_edge.models import vllm_026
+from molmo_edge.models.molmo.hf import MolmoProcessor
 from molmo_edge.models.molmo.image_processor import MolmoImageProcessor, processor_of
-from molmo_edge.models.molmo.processor import MolmoProcessor
-from molmo_edge.models.molmo.tiling import Layout, largest_layout, layout_for
+from molmo_edge.models.molmo.tiling import largest_tiling, tiling_for
 
 # What a request or the engine may set through `mm_processor_kwargs`.
 _OPTIONS = frozenset({"max_crops", "resize"})
-# Put there by vLLM itself; they have no meaning for Molmo's processor.
+# Added by vLLM itself; they have no meaning for Molmo's processor.
 _FROM_VLLM = frozenset({"truncation", "tokenizer", "device", "text_kwargs", "images_kwargs"})
 
 
@@ -86,22 +86,22 @@ class MolmoInfo(stock.MolmoProcessingInfo):  # type: ignore[misc]
     def get_num_image_tokens(
         self, *, image_width: int, image_height: int, image_processor: MolmoImageProcessor
     ) -> int:
-        return layout_for(image_height, image_width, image_processor.max_crops).n_tokens
+        return tiling_for(image_height, image_width, image_processor.max_crops).n_tokens
 
     def get_image_size_with_most_features(self) -> ImageSize:
-        height, width = largest_layout(self.image_processor({}).max_crops).pixel_shape
+        height, width = largest_tiling(self.image_processor({}).max_crops).canvas_px
         return ImageSize(width=width, height=height)
 
 
 class MolmoInputs(stock.MolmoMultiModalProcessor):  # type: ignore[misc]
-    """Turns a request's picture into tensors and its prompt into token ids."""
+    """Turns a request's image into tensors and its prompt into token ids."""
 
     def _postprocess_prompt(self, prompt: list[int]) -> list[int]:
         processor = self.info.get_hf_processor()
         bos = processor.bos_token_id
         if prompt[:1] == [bos]:
             return prompt
-        # A raw string that vLLM tokenised: the reference starts it with BOS and a space.
+        # A string that vLLM tokenised: the reference starts it with BOS and a space.
         text = self.info.get_tokenizer().decode(prompt)
         return [bos, *processor.get_tokens_input(text, message_format="none")]
 
@@ -138,10 +138,8 @@ class MolmoInputs(stock.MolmoMultiModalProcessor):  # type: ignore[misc]
 
         def image_tokens(item_idx: int) -> PromptUpdateDetails:
             size = mm_items.get_items("image", ImageProcessorItems).get_image_size(item_idx)
-            layout: Layout = layout_for(size.height, size.width, max_crops)
-            return PromptUpdateDetails.select_token_id(
-                layout.tokens(ids).tolist(), embed_token_id=ids.patch
-            )
+            tokens = tiling_for(size.height, size.width, max_crops).tokens(ids).tolist()
+            return PromptUpdateDetails.select_token_id(tokens, embed_token_id=ids.patch)
 
         return [
             PromptInsertion(
@@ -155,8 +153,8 @@ class MolmoInputs(stock.MolmoMultiModalProcessor):  # type: ignore[misc]
 class PoolingAttention(nn.Module):  # type: ignore[misc]
     """Attention of a few queries over a few keys, in float32 as the reference does it.
 
-    Small enough that no fused kernel is missed, and right whatever the vision backend assumes
-    about equal lengths.
+    Too small to need a fused kernel, and right whatever the vision backend assumes about equal
+    lengths.
     """
 
     def __init__(self, num_heads: int, head_dim: int) -> None:
@@ -175,7 +173,7 @@ class PoolingAttention(nn.Module):  # type: ignore[misc]
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    compat.adapted(MolmoInputs), info=MolmoInfo, dummy_inputs=stock.MolmoDummyInputsBuilder
+    vllm_026.adapted(MolmoInputs), info=MolmoInfo, dummy_inputs=stock.MolmoDummyInputsBuilder
 )
 class MolmoForCausalLM(stock.MolmoForCausalLM):  # type: ignore[misc]
     """vLLM's Molmo with the reference's merge and pooling."""
@@ -183,10 +181,13 @@ class MolmoForCausalLM(stock.MolmoForCausalLM):  # type: ignore[misc]
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         pooling = self.vision_backbone.image_pooling_2d
-        pooling.attn = PoolingAttention(pooling.num_heads, pooling.head_dim)
+        self.set_submodule(
+            "vision_backbone.image_pooling_2d.attn",
+            PoolingAttention(pooling.num_heads, pooling.head_dim),
+        )
 
     def _process_image_input(self, image_input: stock.MolmoImageInputs) -> list[torch.Tensor]:
         features = super()._process_image_input(image_input)
         patch = torch.tensor([self.img_patch_id], device=features[0].device)
         embedding = self.model.embed_tokens(patch)
-        return [one + embedding for one in features]
+        return [feature + embedding for feature in features]

@@ -1,7 +1,6 @@
-"""What differs between the versions of vLLM that molmo_edge runs on (0.26 and 0.32), in one place.
+"""Support for vLLM 0.26, which one GPU check of `benchmarks/` runs on; everything else is 0.30+.
 
-Told apart by what they have, not by their number: a vendor's build of one may carry parts of the
-other.
+Recognised by its hooks, not by its number: a vendor's build may carry parts of another version.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ _TOKENS_HOOK = "_apply_hf_processor_tokens_only"
 
 
 def adapted(processor: type[Any]) -> type[Any]:
-    """A multimodal processor written for vLLM 0.32's hooks, for whichever vLLM is installed.
+    """Adapt a multimodal processor, written for the hooks of vLLM 0.32, to the installed vLLM.
 
-    0.32 calls it for the pictures (`_call_hf_processor`, `_postprocess_hf_mm_data`) and for a
-    prompt's token ids (`_postprocess_prompt`), each on its own, and puts the picture's tokens into
-    the prompt itself. 0.26 calls one hook for text and pictures together, another for token ids,
-    and asks whether the picture's tokens are in the prompt already.
+    0.32 calls it for images (`_call_hf_processor`, `_postprocess_hf_mm_data`) and for a prompt's
+    token ids (`_postprocess_prompt`) separately, and inserts the image tokens into the prompt
+    itself. 0.26 calls one hook for text and images together and another for token ids, and asks
+    whether the image tokens are in the prompt already.
     """
     if not hasattr(processor, _TOKENS_HOOK):
         return processor

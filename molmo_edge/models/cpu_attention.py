@@ -1,8 +1,8 @@
-"""Attention on a CPU for models whose picture tokens see each other, such as Gemma 3.
+"""CPU attention for models whose image tokens see each other, such as Gemma 3.
 
-vLLM's CPU backend is causal throughout: the tokens of a picture see only those before them, and the
-answers differ from the reference without a word. Here the rows of pictures are computed once more,
-as short sequences of their own that end with the picture and are not causal.
+vLLM's CPU backend is causal throughout: an image's tokens see only those before them, and the
+answers silently differ from the reference. This backend computes the rows of images again, as
+short sequences of their own that end with the image and are not causal.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 
 def register() -> None:
-    """Takes the place of vLLM's CPU backend; for batches without such pictures it is the same."""
+    """Register in place of vLLM's CPU backend; batches without images are computed the same."""
     register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.PrefixLMBackend")
 
 
 @dataclasses.dataclass(frozen=True)
-class Pictures:
-    """The picture tokens of one step.
+class ImageRows:
+    """The image tokens of one step.
 
     Attributes:
-        rows: (n,) their places in the batch.
-        metadata: one sequence for each picture, its queries in the order of `rows`.
+        rows: (n,) their rows in the batch.
+        metadata: one sequence per image, its queries in the order of `rows`.
     """
 
     rows: torch.Tensor
@@ -40,7 +40,7 @@ class Pictures:
 
 
 class PrefixLMBackend(CPUAttentionBackend):  # type: ignore[misc]
-    """vLLM's CPU backend, and pictures that see themselves whole."""
+    """vLLM's CPU backend, with bidirectional attention inside images."""
 
     @classmethod
     def supports_mm_prefix(cls) -> bool:
@@ -56,7 +56,7 @@ class PrefixLMBackend(CPUAttentionBackend):  # type: ignore[misc]
 
 
 class PrefixLMBuilder(CPUAttentionMetadataBuilder):  # type: ignore[misc]
-    """Adds `pictures` to the metadata of steps that prefill some."""
+    """Adds `images` to the metadata of steps that prefill some."""
 
     def build(
         self,
@@ -65,21 +65,21 @@ class PrefixLMBuilder(CPUAttentionMetadataBuilder):  # type: ignore[misc]
         fast_build: bool = False,
     ) -> CPUAttentionMetadata:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        spans = picture_spans(
+        spans = image_spans(
             common_attn_metadata.mm_req_doc_ranges or {},
             common_attn_metadata.query_start_loc_cpu.tolist(),
             common_attn_metadata.seq_lens.tolist(),
         )
-        metadata.pictures = None
+        metadata.images = None
         if spans:
-            pictures = super().build(0, _as_sequences(common_attn_metadata, spans), True)
+            image_metadata = super().build(0, _as_sequences(common_attn_metadata, spans), True)
             rows = torch.cat([torch.arange(first, first + n) for _, first, n, _ in spans])
-            metadata.pictures = Pictures(rows, pictures)
+            metadata.images = ImageRows(rows, image_metadata)
         return metadata
 
 
 class PrefixLMImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
-    """Runs vLLM's kernel over the batch, then over its pictures."""
+    """Runs vLLM's kernel over the batch, then over its images."""
 
     def forward(
         self,
@@ -96,30 +96,30 @@ class PrefixLMImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
         scales = (output_scale, output_block_scale)
         super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
         # None while vLLM warms up, without metadata at all.
-        pictures: Pictures | None = getattr(attn_metadata, "pictures", None)
-        if pictures is not None:
-            part = torch.empty_like(output[pictures.rows])
-            queries = query[pictures.rows]
-            super().forward(layer, queries, key, value, kv_cache, pictures.metadata, part, *scales)
-            output[pictures.rows] = part
+        images: ImageRows | None = getattr(attn_metadata, "images", None)
+        if images is not None:
+            part = torch.empty_like(output[images.rows])
+            queries = query[images.rows]
+            super().forward(layer, queries, key, value, kv_cache, images.metadata, part, *scales)
+            output[images.rows] = part
         return output
 
 
-def picture_spans(
+def image_spans(
     ranges: dict[int, list[tuple[int, int]]], query_start: list[int], seq_lens: list[int]
 ) -> list[tuple[int, int, int, int]]:
-    """The parts of pictures that a step computes: (request, first row, rows, sequence length).
+    """The parts of images that a step computes: (request, first row, rows, sequence length).
 
     Args:
-        ranges: request → first and last position of each picture's tokens.
+        ranges: request → first and last position of each image's tokens.
         query_start: (requests + 1) first row of each request in the batch.
         seq_lens: positions of each request, computed before or in this step.
     """
     spans = []
-    for request, pictures in ranges.items():
+    for request, images in ranges.items():
         first_row, length = query_start[request], seq_lens[request]
         computed = length - (query_start[request + 1] - first_row)
-        for start, last in pictures:
+        for start, last in images:
             begin, end = max(start, computed), min(last + 1, length)
             if begin < end:
                 spans.append((request, first_row + begin - computed, end - begin, end))

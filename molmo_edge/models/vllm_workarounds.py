@@ -1,0 +1,47 @@
+"""Workarounds for defects of vLLM that leave no other way, each with the test that says when to go.
+
+Every workaround states the defect, the versions with it and its test in tests/models.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from molmo_edge.errors import MissingDependencyError
+
+_TORCHVISION_PROCESSOR = "transformers.models.gemma3.image_processing_gemma3"
+
+
+@contextmanager
+def gemma3_without_torchvision() -> Iterator[None]:
+    """Let vLLM's Gemma 3 be imported without torchvision.
+
+    Defect: `gemma3_mm` imports transformers' torchvision image processor for an annotation, though
+    transformers falls back to its PIL processor. PyPI's torchvision does not load beside a CPU
+    build of torch.
+    Versions: vLLM 0.26 to 0.32.
+    Test: test_vllms_gemma3_needs_torchvision.
+    """
+    from transformers.utils import is_torchvision_available
+
+    if is_torchvision_available():
+        yield
+        return
+    try:
+        from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+    except ImportError as exc:
+        raise MissingDependencyError(
+            "Gemma 3 needs torchvision with this transformers: install the build that belongs to "
+            "your torch, or transformers 5.16 or newer."
+        ) from exc
+    module: Any = ModuleType(_TORCHVISION_PROCESSOR)
+    module.Gemma3ImageProcessor = Gemma3ImageProcessorPil
+    sys.modules[_TORCHVISION_PROCESSOR] = module
+    try:
+        yield
+    finally:
+        del sys.modules[_TORCHVISION_PROCESSOR]
