@@ -18,7 +18,7 @@ from PIL import Image
 from molmo_edge import EdgeVLM
 from molmo_edge.engine.loop import State
 from molmo_edge.errors import ConfigError, EngineDeadError, PromptError
-from tests import gemma3_checkpoint
+from tests.models import gemma3_checkpoint
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -1,4 +1,4 @@
-"""Preprocessing equals the yardstick's: indices, masks and tokens exactly, pixels within 1e-3."""
+"""Preprocessing equals the reference's: indices, masks and tokens exactly, pixels within 1e-3."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from PIL import Image
 from molmo_edge.errors import ConfigError, ImageError
 from molmo_edge.models.molmo import resize
 from molmo_edge.models.molmo.image_processor import MolmoImageProcessor
-from molmo_edge.models.molmo.layout import ImageTokenIds
-from molmo_edge.models.molmo.tiling import layout_of
+from molmo_edge.models.molmo.prompts import ImageTokenIds
+from molmo_edge.models.molmo.tiling import Tiling
 from molmo_edge.reference import molmo as reference
 
 IDS = ImageTokenIds(start=1, end=2, patch=3, col=4)
@@ -33,7 +33,7 @@ needs_tensorflow = pytest.mark.skipif(
 )
 
 
-def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
     """Smooth shapes with noise, as photographs have."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
@@ -41,11 +41,11 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.clip(base + rng.normal(0, 20, base.shape), 0, 255).astype(np.uint8)
 
 
-def assert_equals_yardstick(image: np.ndarray, max_crops: int) -> None:
+def assert_equals_reference(image: np.ndarray, max_crops: int) -> None:
     ours = MolmoImageProcessor(max_crops=max_crops).inputs(image)
     slow = reference.preprocess(image, SPECIAL, max_crops)
-    assert ours.layout.tokens(IDS).tolist() == slow.image_tokens.tolist()
-    idx = ours.layout.input_idx
+    assert ours.tiling.tokens(IDS).tolist() == slow.image_tokens.tolist()
+    idx = ours.tiling.input_idx
     assert np.array_equal(np.where(idx < 0, idx, idx + 1), slow.image_input_idx)
     assert np.array_equal(ours.image_masks.numpy(), slow.image_masks)
     assert ours.images.shape == slow.images.shape
@@ -61,24 +61,24 @@ def assert_equals_yardstick(image: np.ndarray, max_crops: int) -> None:
 @example(1, 900, 12)
 @example(900, 1, 12)
 @example(233, 1, 12)
-def test_any_size_equals_the_yardstick(height: int, width: int, max_crops: int) -> None:
-    assert_equals_yardstick(picture(height, width, height * 31 + width), max_crops)
+def test_any_size_equals_the_reference(height: int, width: int, max_crops: int) -> None:
+    assert_equals_reference(photo(height, width, height * 31 + width), max_crops)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "size", [(3000, 4000), (4000, 300), (200, 4000), (1080, 1920), (2890, 4), (4, 2890)]
 )
-def test_large_and_narrow_pictures_equal_the_yardstick(size: tuple[int, int]) -> None:
-    assert_equals_yardstick(picture(*size), 12)
+def test_large_and_narrow_images_equal_the_reference(size: tuple[int, int]) -> None:
+    assert_equals_reference(photo(*size), 12)
 
 
-def test_every_tiling_equals_the_yardstick() -> None:
+def test_every_tiling_equals_the_reference() -> None:
     for rows in range(1, 13):
         for cols in range(1, 12 // rows + 1):
-            height, width = layout_of(rows, cols).pixel_shape
+            height, width = Tiling(rows, cols).canvas_px
             # A quarter of the canvas, so that the tiling is not met exactly.
-            assert_equals_yardstick(picture(height // 2, width // 2, rows), rows * cols)
+            assert_equals_reference(photo(height // 2, width // 2, rows), rows * cols)
 
 
 @needs_tensorflow
@@ -87,7 +87,7 @@ def test_every_tiling_equals_the_yardstick() -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("size", [(480, 640), (1080, 1920), (57, 300), (1, 1), (700, 90)])
 def test_torch_resizes_as_tensorflow_does(size: tuple[int, int]) -> None:
-    image = picture(*size)
+    image = photo(*size)
     ours = MolmoImageProcessor().inputs(image)
     trained = MolmoImageProcessor(resize="tensorflow").inputs(image)
     assert float((ours.images - trained.images).abs().max()) <= PIXEL_BOUND
@@ -95,14 +95,14 @@ def test_torch_resizes_as_tensorflow_does(size: tuple[int, int]) -> None:
 
 
 def test_pil_and_array_give_the_same() -> None:
-    image = picture(120, 80)
+    image = photo(120, 80)
     a = MolmoImageProcessor().inputs(image)
     b = MolmoImageProcessor().inputs(Image.fromarray(image))
     assert bool((a.images == b.images).all())
 
 
 def test_the_callers_array_is_left_alone() -> None:
-    image = picture(120, 80)
+    image = photo(120, 80)
     before = image.copy()
     image.flags.writeable = False
     MolmoImageProcessor().inputs(image)
@@ -120,7 +120,7 @@ def test_the_callers_array_is_left_alone() -> None:
         "photo.jpg",
     ],
 )
-def test_what_is_no_picture_is_refused(wrong: Any) -> None:
+def test_what_is_no_image_is_refused(wrong: Any) -> None:
     with pytest.raises(ImageError):
         MolmoImageProcessor().inputs(wrong)
 
@@ -141,7 +141,7 @@ def test_options_the_model_was_not_made_for_are_refused(options: dict[str, Any])
 
 
 def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
-    image = picture(700, 900)
+    image = photo(700, 900)
     before = torch.get_num_threads()
     made = []
     try:
@@ -155,18 +155,18 @@ def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
 
 
 def test_many_threads_at_once_disturb_nobody() -> None:
-    pictures = [picture(120 + 40 * i, 300 - 30 * i, i) for i in range(6)]
+    images = [photo(120 + 40 * i, 300 - 30 * i, i) for i in range(6)]
     processor = MolmoImageProcessor()
-    alone = [processor.inputs(image).images for image in pictures]
+    alone = [processor.inputs(image).images for image in images]
     with ThreadPoolExecutor(6) as pool:
-        together = list(pool.map(processor.inputs, pictures * 3))
+        together = list(pool.map(processor.inputs, images * 3))
     for i, made in enumerate(together):
         assert torch.equal(made.images, alone[i % 6])
 
 
-def test_no_thread_outlives_a_picture() -> None:
+def test_no_thread_outlives_a_photo() -> None:
     before = set(threading.enumerate())
-    MolmoImageProcessor().inputs(picture(700, 900))
+    MolmoImageProcessor().inputs(photo(700, 900))
     assert set(threading.enumerate()) == before
 
 
@@ -184,7 +184,7 @@ def test_an_error_in_a_helping_thread_reaches_the_caller() -> None:
 
 
 def test_without_the_compiler_torch_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    image = picture(480, 333)
+    image = photo(480, 333)
     compiled = MolmoImageProcessor().inputs(image).images
     monkeypatch.setattr(resize, "_kernel", [None])
     assert not resize.available()
@@ -192,15 +192,15 @@ def test_without_the_compiler_torch_gives_the_same(monkeypatch: pytest.MonkeyPat
 
 
 def test_arrays_of_any_strides_are_taken() -> None:
-    image = picture(90, 120)
+    image = photo(90, 120)
     mirrored = MolmoImageProcessor().inputs(image[:, ::-1]).images
     copied = MolmoImageProcessor().inputs(np.ascontiguousarray(image[:, ::-1])).images
     assert torch.equal(mirrored, copied)
 
 
 @pytest.mark.slow
-def test_memory_is_the_output_and_two_resized_pictures_at_most() -> None:
-    """In a process of its own, whose high-water mark is reset before the picture."""
+def test_memory_is_the_output_and_two_resized_images_at_most() -> None:
+    """In a process of its own, whose high-water mark is reset before the image."""
     peak_path = Path("/proc/self/clear_refs")
     if not peak_path.exists():
         pytest.skip("needs Linux's /proc")
@@ -216,7 +216,7 @@ def test_memory_is_the_output_and_two_resized_pictures_at_most() -> None:
         pathlib.Path("/proc/self/clear_refs").write_text("5")
         before = kb("VmRSS")
         made = processor.inputs(image)
-        height, width = made.layout.pixel_shape
+        height, width = made.tiling.canvas_px
         print((kb("VmHWM") - before) * 1024, made.images.nbytes, height * width * 3 * 4)
     """)
     done = subprocess.run(

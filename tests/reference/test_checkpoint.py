@@ -8,7 +8,7 @@ import torch
 
 from molmo_edge.errors import ModelError
 from molmo_edge.reference.molmo import ReferenceMolmo
-from tests.molmo import tiny_reference as tiny
+from tests.reference import tiny_reference as tiny
 
 IDS = [tiny.BOS, 5, 6, 7]
 BLOCK = "model.transformer.blocks.1."
@@ -20,8 +20,8 @@ def tensors() -> dict[str, torch.Tensor]:
     return tiny.weights(tiny.CONFIG)
 
 
-def load(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> ReferenceMolmo:
-    return ReferenceMolmo.load(tiny.write(folder, config, tensors))
+def load(directory: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> ReferenceMolmo:
+    return ReferenceMolmo.load(tiny.write(directory, config, tensors))
 
 
 def test_shards_with_an_index_are_the_same_checkpoint(
@@ -150,41 +150,25 @@ def test_quantised_weights_are_refused(
         load(tmp_path, tiny.CONFIG, tensors | {name: tensors[name].to(dtype)})
 
 
-def test_missing_files_are_named(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    with pytest.raises(ModelError, match=r"config\.json' is missing"):
+def test_missing_and_broken_files_are_named(
+    tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    with pytest.raises(ModelError, match=r"config\.json"):
         ReferenceMolmo.load(tmp_path / "nowhere")
-    folder = tiny.write(tmp_path / "no weights", tiny.CONFIG, tensors)
-    (folder / "model.safetensors").unlink()
+    directory = tiny.write(tmp_path / "one", tiny.CONFIG, tensors)
+    (directory / "model.safetensors").write_bytes(b"not safetensors at all")
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
+        ReferenceMolmo.load(directory)
+    (directory / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"no \*\.safetensors"):
-        ReferenceMolmo.load(folder)
-    folder = tiny.write(tmp_path / "no shard", tiny.CONFIG, tensors, shards=2)
-    (folder / "model-1.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"model-1\.safetensors' is missing"):
-        ReferenceMolmo.load(folder)
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "\x00"])
-def test_a_broken_config_is_refused(
-    tmp_path: Path, tensors: dict[str, torch.Tensor], text: str
-) -> None:
-    folder = tiny.write(tmp_path, tiny.CONFIG, tensors)
-    (folder / "config.json").write_text(text, encoding="utf-8")
-    with pytest.raises(ModelError, match="JSON"):
-        ReferenceMolmo.load(folder)
-
-
-@pytest.mark.parametrize("text", ["{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'])
-def test_a_broken_index_is_refused(
-    tmp_path: Path, tensors: dict[str, torch.Tensor], text: str
-) -> None:
-    folder = tiny.write(tmp_path, tiny.CONFIG, tensors)
-    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        ReferenceMolmo.load(directory)
+    directory = tiny.write(tmp_path / "two", tiny.CONFIG, tensors, shards=2)
+    (directory / "model-1.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"model-1\.safetensors"):
+        ReferenceMolmo.load(directory)
+    (directory / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ModelError, match="weight_map"):
-        ReferenceMolmo.load(folder)
-
-
-def test_a_broken_weight_file_is_refused(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    folder = tiny.write(tmp_path, tiny.CONFIG, tensors)
-    (folder / "model.safetensors").write_bytes(b"not safetensors at all")
-    with pytest.raises(ModelError, match="no readable safetensors"):
-        ReferenceMolmo.load(folder)
+        ReferenceMolmo.load(directory)
+    (directory / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="JSON"):
+        ReferenceMolmo.load(directory)

@@ -13,13 +13,12 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from molmo_edge.errors import ImageError, ModelError
-from molmo_edge.models.molmo.config import MolmoConfig
+from molmo_edge.models.molmo.hf import MolmoConfig, MolmoProcessor
 from molmo_edge.models.molmo.image_processor import MolmoImageProcessor
-from molmo_edge.models.molmo.layout import ImageTokenIds
-from molmo_edge.models.molmo.processor import MolmoProcessor
+from molmo_edge.models.molmo.prompts import ImageTokenIds
 from molmo_edge.reference import molmo as reference
 
-PICTURE = np.random.default_rng(0).integers(0, 256, (150, 400, 3), dtype=np.uint8)
+IMAGE = np.random.default_rng(0).integers(0, 256, (150, 400, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +53,11 @@ def test_code_beside_a_checkpoint_is_not_executed(small_checkpoint: Path, tmp_pa
     assert not witness.exists()
 
 
-def test_the_whole_sequence_equals_the_yardsticks(processor: MolmoProcessor) -> None:
+def test_the_whole_sequence_equals_the_references(processor: MolmoProcessor) -> None:
     ids = ImageTokenIds.from_vocab(processor.tokenizer.get_vocab())
     special = reference.SpecialTokens(ids.start, ids.end, ids.patch, ids.col)
-    out = processor.process("What is it?", PICTURE)
-    slow = reference.preprocess(PICTURE, special)
+    out = processor.process("What is it?", IMAGE)
+    slow = reference.preprocess(IMAGE, special)
     text = processor.tokenizer.encode(" User: What is it? Assistant:", add_special_tokens=False)
     bos = processor.tokenizer.eos_token_id
     assert out["input_ids"].tolist() == reference.sequence(slow, text, bos).tolist()
@@ -82,7 +81,7 @@ def test_max_crops_of_one_call_is_honoured(processor: MolmoProcessor) -> None:
 
 def test_two_images_are_refused_and_the_reason_given(processor: MolmoProcessor) -> None:
     with pytest.raises(ImageError, match="single images"):
-        processor.process("x", [PICTURE, PICTURE])
+        processor.process("x", [IMAGE, IMAGE])
 
 
 def test_a_null_number_of_kv_heads_means_all(small_checkpoint: Path) -> None:
@@ -118,7 +117,7 @@ def test_a_tokenizer_without_image_tokens_is_refused() -> None:
 
 
 def test_arrays_are_torch_tensors_of_the_stated_types(processor: MolmoProcessor) -> None:
-    out = processor.process("x", PICTURE)
+    out = processor.process("x", IMAGE)
     assert out["images"].dtype == torch.float32
     assert out["image_masks"].dtype == torch.float32
     assert out["image_input_idx"].dtype == torch.int32

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from molmo_edge.reference.molmo import ReferenceInputs
-from tests.molmo import tiny_reference as tiny
+from tests.reference import tiny_reference as tiny
 
 
 def by_hand(tensors: Mapping[str, torch.Tensor], config: dict[str, Any], x: Any) -> Any:

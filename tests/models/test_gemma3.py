@@ -22,7 +22,7 @@ from molmo_edge.errors import (
 )
 from molmo_edge.models.gemma3 import control_tokens
 from molmo_edge.models.registry import family_of
-from tests import gemma3_checkpoint as tiny
+from tests.models import gemma3_checkpoint as tiny
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

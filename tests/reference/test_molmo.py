@@ -10,8 +10,8 @@ import torch
 
 from molmo_edge.errors import InputError, SamplingError
 from molmo_edge.reference.molmo import ReferenceInputs, ReferenceMolmo, preprocess, sequence
-from tests.molmo import tiny_reference as tiny
-from tests.molmo.second_writing import by_hand, features_by_library
+from tests.reference import tiny_reference as tiny
+from tests.reference.second_writing import by_hand, features_by_library
 
 TEXT = [tiny.BOS, 17, 55, 103, 199, 4, 4, 88, tiny.IDS.patch, 12]
 LAYOUTS = {"7B-D": {}, "7B-O": tiny.LAYOUT_O}
@@ -235,7 +235,7 @@ def test_a_continuation_outside_the_vocabulary_is_refused(checkpoint: Any) -> No
 def test_a_sequence_too_short_for_its_picture_is_refused(
     checkpoint: Any, picture: ReferenceInputs
 ) -> None:
-    with pytest.raises(InputError, match="picture's features"):
+    with pytest.raises(InputError, match="image's features"):
         checkpoint[0].logits(TEXT, picture)
 
 

@@ -93,4 +93,4 @@ def test_fuzz_no_text_becomes_a_special_token(encoder: PromptEncoder, text: str)
         ids = encoder.encode(ask(text))
     except PromptError:
         return
-    assert not set(ids) & set(encoder._special)
+    assert not set(ids) & set(encoder.special)

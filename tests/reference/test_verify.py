@@ -1,0 +1,67 @@
+"""`verify` passes the corrected model and catches vLLM's own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from molmo_edge.errors import ConfigError, ModelError
+from molmo_edge.reference.verify import Answer, Report, compare, synthetic_image, verify
+
+IMAGES = {
+    "small": synthetic_image(90, 120, 0),
+    "wide": synthetic_image(224, 460, 1),
+    "text only": None,
+}
+LOGPROBS = [-0.1, -0.2, -0.3]
+WANT = Answer([1, 2], [5, 6, 7], LOGPROBS, LOGPROBS)
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_engine_equals_the_reference_and_stock_vllm_does_not() -> None:
+    ours, stock = verify(images=IMAGES, max_tokens=8, engine="process", stock=True)
+    assert ours.ok and not stock.ok
+    assert max(case.max_dlogprob for case in ours.cases) <= 1e-4
+    assert {"vllm", "torch", "transformers"} <= set(ours.environment)
+    verdicts = {case.name: case.ok for case in stock.cases}
+    assert not verdicts["small"] and not verdicts["wide"]
+
+
+@pytest.mark.parametrize(
+    ("change", "exact", "bound", "ok", "first_different"),
+    [
+        ({}, True, 1e-4, True, None),
+        ({"token_ids": [5, 9, 7]}, True, 1e-4, False, 1),
+        ({"token_ids": [5, 6], "logprobs": [-0.1, -0.2]}, True, 1e-4, False, 2),
+        ({"prompt": [1, 3]}, True, 1e-4, False, None),
+        ({"logprobs": [math.nan] * 3}, True, 1e-4, False, None),
+        # Otherwise drift is measured on the reference's tokens.
+        ({"token_ids": [5, 9, 9], "forced": [-0.1, -0.2, -0.4]}, False, 0.2, True, 1),
+        ({"token_ids": [5, 9, 9], "forced": [-0.1, -0.2, -0.4]}, False, 0.05, False, 1),
+        ({"forced": [math.nan] * 3}, False, 0.2, False, None),
+    ],
+)
+def test_an_answer_is_right_when_equal_or_within_the_drift(
+    change: dict[str, list[int]], exact: bool, bound: float, ok: bool, first_different: int | None
+) -> None:
+    case = compare("x", WANT, replace(WANT, **change), exact, bound)
+    assert (case.ok, case.first_different) == (ok, first_different)
+
+
+def test_a_report_is_right_only_when_every_case_is() -> None:
+    good = compare("x", WANT, WANT, True, 1e-4)
+    bad = compare("y", WANT, replace(WANT, prompt=[]), True, 1e-4)
+    assert Report((good,), {}, False, True, 1e-4).ok
+    assert not Report((good, bad), {}, False, True, 1e-4).ok
+
+
+def test_a_missing_directory_and_no_tokens_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"config\.json"):
+        next(verify(tmp_path, images={"text only": None}))
+    with pytest.raises(ConfigError, match="max_tokens"):
+        next(verify(max_tokens=0))
