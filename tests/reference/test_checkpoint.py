@@ -20,7 +20,9 @@ def tensors() -> dict[str, torch.Tensor]:
     return tiny.weights(tiny.CONFIG)
 
 
-def load(directory: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> ReferenceMolmo:
+def load(
+    directory: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> ReferenceMolmo:
     return ReferenceMolmo.load(tiny.write(directory, config, tensors))
 
 
