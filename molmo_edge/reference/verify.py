@@ -138,7 +138,7 @@ def verify(
             log-probabilities must stay below `DRIFT_BOUND`.
         engine: as in `EdgeSettings.engine`; vLLM's own model always runs in its own process.
         images: name → image, or None for text only.
-        engine_args: further settings of `EdgeVLM`; vLLM's own model ignores them.
+        engine_args: further settings of `EdgeVLM`, of which vLLM's own model gets the backends.
 
     Raises:
         ModelError: the checkpoint is missing, broken or of another layout.
@@ -165,6 +165,8 @@ def verify(
         answers, environment = _engine_answers(directory, images, expected, settings)
         yield _report(expected, answers, environment, False, exact, bound)
         if stock:
+            backends = ("attention_backend", "mm_encoder_attn_backend")
+            args |= {name: settings[name] for name in backends if settings.get(name)}
             answers = _stock_answers(directory, images, expected, args)
             yield _report(expected, answers, environment, True, exact, bound)
 
