@@ -159,7 +159,7 @@ def verify(
         expected = reference_answers(directory, images, max_tokens)
         longest = max(len(e.prompt) + len(e.token_ids) for e in expected.values())
         # One request at a time, and room for vLLM's own worst-case image.
-        args = {"max_model_len": max(2048, longest + 1), "max_num_seqs": 1}
+        args: dict[str, Any] = {"max_model_len": max(2048, longest + 1), "max_num_seqs": 1}
         args |= {"dtype": dtype, "kv_cache_dtype": kv_cache_dtype}
         settings = {"precision": "bf16", "engine": engine, **settings, **args}
         answers, environment = _engine_answers(directory, images, expected, settings)
