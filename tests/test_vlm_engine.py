@@ -25,7 +25,7 @@ from molmo_edge.errors import (
 from molmo_edge.images import load
 from molmo_edge.interface import Turn
 from molmo_edge.models.molmo.stub import TEXT
-from molmo_edge.models.molmo.tiling import layout_for
+from molmo_edge.models.molmo.tiling import tiling_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -101,7 +101,7 @@ def test_a_picture_decoded_smaller_keeps_the_crops_of_the_whole(stub_vlm: EdgeVL
         found: int | None = stub_vlm.in_engine_thread(lambda e: e.render([turn], {}).image_tokens)
         return found
 
-    whole = layout_for(880, 1200, stub_vlm.settings.max_crops).n_tokens
+    whole = tiling_for(880, 1200, stub_vlm.settings.max_crops).n_tokens
     assert tokens((1200, 880)) == whole != tokens()
 
 
