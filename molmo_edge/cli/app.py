@@ -6,25 +6,24 @@ molmo_edge or wrong usage, in one line on standard error. 130: Ctrl-C.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
-from molmo_edge.cli import ask, bench, machine, point, quantize, verify, watch
-from molmo_edge.cli.common import environment_line, warn
-from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.cli import ask, machine, point, quantize, verify, warmup, watch
+from molmo_edge.cli.common import Commands, environment_line
 
 app = typer.Typer(
     name="molmo-edge",
+    cls=Commands,
     help="Molmo vision-language models inside your own process, on edge GPUs.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _part in (ask, point, watch, verify, bench, quantize, machine):
+for _part in (ask, point, watch, verify, warmup, quantize, machine):
     app.add_typer(_part.app)
 
 
@@ -46,21 +45,21 @@ def _options(
     pass
 
 
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    },
+)
+def bench(context: typer.Context) -> None:
+    """Measure speed, steadiness and ceilings; compare and report results. See bench --help."""
+    # Its imports would slow the start of the other commands.
+    from molmo_edge.cli.bench import app as bench_app
+
+    bench_app(context.args, prog_name="molmo-edge bench")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and end the process with its exit status."""
-    run(app, arguments, "molmo-edge")
-
-
-def run(commands: typer.Typer, arguments: Sequence[str] | None, name: str) -> None:
-    """Run one of `commands`; errors of molmo_edge become one line on standard error."""
-    try:
-        commands(None if arguments is None else list(arguments), prog_name=name)
-    except MolmoEdgeError as exc:
-        warn(f"{type(exc).__name__}: {exc}", "red")
-        cause = exc.__cause__
-        if cause is not None:
-            first = (str(cause).strip().splitlines() or [""])[0]
-            warn(f"caused by {type(cause).__name__}: {first}", "dim")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    app(None if arguments is None else list(arguments), prog_name="molmo-edge")

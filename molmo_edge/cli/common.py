@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 from rich.console import Console, RenderableType
 from rich.text import Text
+from typer.core import TyperGroup
 
-from molmo_edge.errors import ImageError
+from molmo_edge.errors import ImageError, MolmoEdgeError
 from molmo_edge.images import ImageLimits, load
 
 if TYPE_CHECKING:
@@ -87,6 +88,22 @@ class SamplingOptions:
     def given(self) -> dict[str, Any]:
         """What the user gave; the library chooses the rest."""
         return {name: v for name, v in vars(self).items() if v is not None}
+
+
+class Commands(TyperGroup):
+    """Turns errors of molmo_edge into one line on standard error and exit status 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except MolmoEdgeError as exc:
+            warn(f"{type(exc).__name__}: {exc}", "red")
+            cause = exc.__cause__
+            if cause is not None:
+                first = (str(cause).strip().splitlines() or [""])[0]
+                warn(f"caused by {type(cause).__name__}: {first}", "dim")
+            raise typer.Exit(2) from exc
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from molmo_edge.bench import __main__ as cli
 from molmo_edge.bench import document
 from molmo_edge.bench.target import Target
+from molmo_edge.cli import bench as cli
 from molmo_edge.errors import BenchmarkError, EngineStartError
 from tests.bench.double import DoubleVLM
 from tests.bench.test_document import RESULTS, published
@@ -120,7 +120,7 @@ def test_bad_input_is_one_clear_line_before_any_engine(
 ) -> None:
     done = run("--output", str(tmp_path / "out"), *arguments)
     assert done.exit_code == 2 and opened == []
-    assert done.stderr.startswith("error: ") and message in done.stderr
+    assert done.stderr.startswith("BenchmarkError: ") and message in done.stderr
     assert "Traceback" not in done.output
 
 
@@ -180,7 +180,7 @@ def test_the_schemas_are_printed() -> None:
 @pytest.mark.parametrize("wrong", [["--max-tokens", "0"], ["--dtype", "a,b"], ["--max-kl", "-1"]])
 def test_drift_refuses_bad_bounds(tmp_path: Path, wrong: list[str]) -> None:
     done = run("drift", "--kv-cache-dtype", "auto,fp8", "--output", str(tmp_path), *wrong)
-    assert done.exit_code == 2 and done.stderr.startswith("error: ")
+    assert done.exit_code == 2 and done.stderr.startswith("BenchmarkError: ")
 
 
 @pytest.mark.parametrize("text", ["0x10", "10", "axb", "1e3x10", "640x480;1x1"])

@@ -1,0 +1,58 @@
+"""`warmup`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from molmo_edge.cli.common import (
+    EngineOptions,
+    JsonOption,
+    examples,
+    messages,
+    output,
+    with_options,
+)
+
+if TYPE_CHECKING:
+    from molmo_edge.warmup import WarmupReport
+
+app = typer.Typer()
+
+
+@app.command(
+    epilog=examples(
+        "molmo-edge warmup --config configs/thor.toml", "molmo-edge warmup --tokens 16 --json"
+    )
+)
+@with_options
+def warmup(
+    engine: EngineOptions,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each request.")] = 32,
+    rounds: Annotated[int, typer.Option(min=2, help="Maximum decode speeds to measure.")] = 10,
+    as_json: JsonOption = False,
+) -> None:
+    """Run every kind of request once; fills the compile caches that later starts read."""
+    with engine.open() as vlm:
+        with messages.status("Warming up …"):
+            report = vlm.warmup(tokens=tokens, max_rounds=rounds)
+        output(report.as_dict(), *_warmup_lines(report), as_json=as_json, vlm=vlm)
+
+
+def _warmup_lines(report: WarmupReport) -> tuple[Table, Text]:
+    table = Table("request", "concurrent", "seconds", "ttft")
+    for step in report.steps:
+        seconds = step.skipped or _seconds(step.seconds)
+        table.add_row(Text(step.name), str(step.requests), Text(seconds), _seconds(step.ttft_s))
+    speeds = ", ".join(f"{tps:.1f}" for tps in report.decode_tps)
+    steady = "steady" if report.steady else "not steady yet"
+    start = _seconds(report.startup_s.get("total"))
+    line = f"decode, tok/s: {speeds} ({steady}); warm-up {report.seconds:.1f} s, start {start}"
+    return table, Text(line)
+
+
+def _seconds(value: float | None) -> str:
+    return "?" if value is None else f"{value:.2f} s"
