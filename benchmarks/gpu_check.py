@@ -1,224 +1,384 @@
-"""Proof on one GPU: right answers, quantisation, overhead, concurrency, starts, sensors, endurance.
+"""Proof on one GPU: right answers by backend, speed against bandwidth, overhead, cold starts.
+
+    python benchmarks/gpu_check.py --output gpu.json                     # at most 15 minutes
+    python benchmarks/gpu_check.py --output gpu.json --stages decode
+    python benchmarks/gpu_check.py --device cpu --output cpu.json        # the same code, small
 
 One JSON document, made of cases. Each case runs in a process of its own and keeps what it measured
-when it fails or its time is up; started again on the same file, the script does what is missing. A
-combination that this machine cannot run is recorded with vLLM's reason and is no failure.
-
-    python benchmarks/gpu_check.py --output gpu.json                     # all of it, about an hour
-    python benchmarks/gpu_check.py --output gpu.json --stages decode,warm
-    python benchmarks/gpu_check.py --device cpu --output cpu.json        # the same code, small
+when it fails or its time is up; started again on the same file, the script runs what is missing. A
+combination that this machine cannot run is recorded as "unusable" with vLLM's reason, and is no
+failure.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import signal
-import subprocess
+import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from datetime import UTC, datetime
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from _checks import run_case
-from _plans import LIMITS_S, STAGES, Case, cases, with_backends
-from _summary import markdown
+import harness
+from harness import DASH, number
 
-from molmo_edge.bench.document import write_bytes
-from molmo_edge.bench.environment import device_of, versions
-from molmo_edge.devices.detect import DeviceInfo
-from molmo_edge.engine.build import engine_device
-from molmo_edge.errors import BenchmarkError, EngineStartError, MolmoEdgeError
+from molmo_edge.bench import suite
+from molmo_edge.bench.cases import standard
+from molmo_edge.bench.document import Document
+from molmo_edge.bench.measure import Bench, Load, RunOptions
+from molmo_edge.bench.target import Target
+from molmo_edge.errors import BenchmarkError, MolmoEdgeError
 
-FORMAT, VERSION = "molmo-edge-gpu-check", 1
+KIND = "gpu-check"
+SEVEN_B = {"model": "allenai/Molmo-7B-D-0924", "load_format": "dummy", "max_model_len": 4096}
+LIMITS_S = {"verify": 330.0, "decode": 270.0, "overhead": 120.0, "start": 180.0}
+"""Stages and their seconds, 15 minutes together; what does not fit is left for the next run."""
+
 DONE = ("ok", "unusable")
 """Cases that are not run again."""
 
+# Language and vision attention that vLLM's CUDA platform has for models of this kind. Those that
+# cannot do a dtype, or are not installed, fail at the start and are recorded as unusable.
+LANGUAGE = ("TRITON_ATTN", "FLASH_ATTN", "FLASHINFER")
+VISION = ("TORCH_SDPA", "TRITON_ATTN", "FLASH_ATTN", "FLASHINFER")
 
-def begin(output: Path, device: DeviceInfo) -> dict[str, Any]:
-    """The document to go on with: the file's, if it is of this machine and software, or a new one.
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: a name within its stage, and the options of its function."""
+
+    stage: str
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    measure: str = ""
+
+    @property
+    def function(self) -> str:
+        """The name in `MEASUREMENTS`."""
+        return self.measure or self.stage
+
+
+def verify_case(
+    name: str, language: str | None = None, vision: str | None = None, **options: Any
+) -> Case:
+    """A verdict of `reference.verify` with these backends, None leaving them to vLLM."""
+    backends = {"attention_backend": language, "mm_encoder_attn_backend": vision}
+    args = {**{k: v for k, v in backends.items() if v}, **options.pop("engine_args", {})}
+    return Case("verify", name, {**options, "engine_args": args})
+
+
+def cuda_cases() -> Iterator[Case]:
+    """What a GPU has to show; the most telling of each stage first."""
+    exact = ("TRITON_ATTN", "TORCH_SDPA")
+    yield verify_case("float32", *exact, dtype="float32", stock=True)
+    pairs = [(language, VISION[0]) for language in LANGUAGE]
+    pairs += [(LANGUAGE[0], vision) for vision in VISION[1:]]
+    for language, vision in pairs:
+        yield verify_case(f"{language}, vision {vision}", language, vision, dtype="bfloat16")
+    for kv in ("fp8", "fp8_per_token_head"):
+        yield verify_case(f"bfloat16 kv {kv}", dtype="bfloat16", kv_cache_dtype=kv)
+    fp8 = {"precision": "fp8"}
+    yield verify_case("bfloat16 weights fp8", dtype="bfloat16", engine_args=fp8)
+    yield verify_case("float32 7b-o", *exact, dtype="float32", layout="7b-o")
+    yield Case("decode", "copy", {"device": "cuda", "bytes": 4 << 30}, "copy")
+    for precision, kv in product(("bf16", "fp8"), ("auto", "fp8", "fp8_per_token_head")):
+        engine = {**SEVEN_B, "precision": precision, "kv_cache_dtype": kv, "max_num_seqs": 8}
+        yield Case("decode", f"{precision} kv {kv}", {"engine": engine, "tokens": 256, "runs": 5})
+    plan = {"starts": 1, "pairs": 8, "warm_up": 1, "tokens": 257, "rest_s": 0.1, "limit_s": 60}
+    for name, engine in (("stub", {"model": "stub"}), ("7b", SEVEN_B)):
+        yield Case("overhead", name, {"engine": engine, **plan})
+    yield Case("start", "7b", {"engine": SEVEN_B, "starts": 1})
+
+
+def cpu_cases() -> Iterator[Case]:
+    """The same code on the stub, as a test of this script."""
+    yield verify_case("float32", dtype="float32", stock=True, small=True)
+    yield verify_case("bfloat16 kv fp8", dtype="bfloat16", kv_cache_dtype="fp8", small=True)
+    yield Case("decode", "copy", {"device": "cpu", "bytes": 1 << 28}, "copy")
+    stub = {"model": "stub", "max_model_len": 2048, "max_num_seqs": 4, "enforce_eager": True}
+    for kv in ("auto", "fp8"):
+        engine = {**stub, "kv_cache_dtype": kv, "kv_cache_memory_gb": 0.25}
+        yield Case("decode", f"bf16 kv {kv}", {"engine": engine, "tokens": 17, "runs": 3})
+    plan = {"starts": 1, "pairs": 3, "warm_up": 1, "tokens": 65, "limit_s": 60, "threads": 1}
+    yield Case("overhead", "stub", {"engine": stub, **plan})
+    yield Case("start", "stub", {"engine": {"model": "stub", "enforce_eager": True}, "starts": 1})
+
+
+def with_backends(case: Case, language: str | None, vision: str | None) -> Case:
+    """The case with these backends wherever it leaves them to vLLM."""
+    key = "engine_args" if case.stage == "verify" else "engine"
+    backends = {"attention_backend": language, "mm_encoder_attn_backend": vision}
+    backends = {name: value for name, value in backends.items() if value is not None}
+    if key not in case.options:
+        return case
+    return replace(case, options={**case.options, key: {**backends, **case.options[key]}})
+
+
+# Measurements, each in a process of its own.
+
+
+def verify(emit: harness.Emit, options: Mapping[str, Any]) -> None:
+    """Verdicts for one combination of dtype, backends, KV cache and weights."""
+    from molmo_edge.reference import verify as verification
+
+    given = dict(options)
+    images, tokens = verification.default_images(), 12
+    if given.pop("small", False):
+        images, tokens = {name: images[name] for name in ("small", "text only")}, 4
+    for report in verification.verify(images=images, max_tokens=tokens, **given):
+        emit(
+            "stock" if report.stock else "ours",
+            {
+                "ok": report.ok,
+                "bound": report.bound,
+                "max_dlogprob": max(case.max_dlogprob for case in report.cases),
+                "cases": [vars(case) for case in report.cases],
+            },
+        )
+
+
+def copy(emit: harness.Emit, options: Mapping[str, Any]) -> None:
+    """Bytes per second that a large copy within the device's memory reads and writes together."""
+    import torch
+
+    source = torch.ones(options["bytes"], dtype=torch.uint8, device=options["device"])
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(23):
+        began = time.perf_counter()
+        target.copy_(source)
+        if options["device"] == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    # The fastest: what the memory can do, undisturbed.
+    emit("bandwidth_bytes_s", 2 * options["bytes"] / min(seconds))
+
+
+def decode(emit: harness.Emit, options: Mapping[str, Any]) -> None:
+    """Decode speed at batch 1, bytes per token and power, and TTFT with 2 and 13 crops."""
+    case, runs = standard()[0], options["runs"]
+    cases = tuple(
+        replace(case, name=f"{crops + 1} crops", title=f"{crops + 1} crops", max_crops=crops)
+        for crops in (1, 12)
+    )
+    plan = RunOptions(
+        iterations=runs, max_iterations=runs, max_tokens=options["tokens"], ignore_eos=True
+    )
+
+    def save(document: Document) -> None:
+        emit("environment", document.environment.model_dump())
+        rows = [row for scenario in document.scenarios for row in scenario.rows]
+        for row in (row for row in rows if row.all):
+            emit(
+                row.name,
+                {
+                    "decode_tps": row.summary("output_tps").model_dump(),
+                    "ttft_s": row.summary("ttft_s").model_dump(),
+                    "ceiling": row.ceiling.model_dump() if row.ceiling else {},
+                    "error": row.error,
+                },
+            )
+
+    engine = dict(options["engine"])
+    target = Target(engine.pop("model"), options=engine)
+    suite.run(Bench(cases, plan, save=save, sensors=True), target.open, ["latency"])
+
+
+def overhead(emit: harness.Emit, options: Mapping[str, Any]) -> None:
+    """`EdgeVLM` against bare `vllm.LLM`; see `overhead.py`."""
+    from overhead import run
+
+    given = dict(options)
+    document = run(given.pop("engine"), **given)
+    emit("result", document["result"])
+
+
+def start(emit: harness.Emit, options: Mapping[str, Any]) -> None:
+    """Process start to first token: disk caches absent, then present."""
+    engine = dict(options["engine"])
+    target = Target(engine.pop("model"), options=engine)
+    bench = Bench(
+        standard()[:1],
+        RunOptions(max_tokens=8, ignore_eos=True),
+        Load(starts=options["starts"]),
+        start_command=target.start_command(),
+    )
+    document = suite.run(bench, target.open, ["cold-start"])
+    for row in document.scenarios[0].rows:
+        walls = [sample.wall_s for sample in row.succeeded if sample.wall_s is not None]
+        errors = [sample.error for sample in row.samples if sample.error]
+        values = {"wall_s": walls, "stages": row.counts, "errors": errors}
+        emit("present" if row.conditions["disk_caches"] else "absent", values)
+        if errors:
+            raise BenchmarkError(errors[0])
+
+
+MEASUREMENTS: Mapping[str, harness.Measure] = {
+    "verify": verify,
+    "copy": copy,
+    "decode": decode,
+    "overhead": overhead,
+    "start": start,
+}
+
+
+def begin(output: Path) -> dict[str, Any]:
+    """The document to continue: the file's, if it is of this machine and software, or a new one.
 
     Raises:
         BenchmarkError: the file is something else, or of another machine or software.
     """
-    fresh: dict[str, Any] = {
-        "format": FORMAT,
-        "version": VERSION,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "software": versions().model_dump(),
-        "device": device_of(device).model_dump(),
-        "stages": {},
-    }
+    fresh = harness.result(KIND, stages={})
     if not output.exists():
         return fresh
-    try:
-        found = json.loads(output.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise BenchmarkError(f"{output} cannot be read as a result; choose another file") from exc
-    if not isinstance(found, dict) or (found.get("format"), found.get("version")) != (
-        FORMAT,
-        VERSION,
-    ):
-        raise BenchmarkError(f"{output} is not a result of this script; choose another file")
-    now, then = [
-        (one["software"], one["device"]["name"], one["device"]["driver"]) for one in (fresh, found)
-    ]
+    document = harness.read(output, KIND)
+    now, then = (
+        (one.get("software"), *(one.get("device", {}).get(k) for k in ("name", "driver")))
+        for one in (fresh, document)
+    )
     if now != then:
         raise BenchmarkError(
             f"{output} was measured with other software or on another device; choose another file"
         )
-    return found
-
-
-def run(
-    planned: Sequence[Case],
-    output: Path,
-    device: DeviceInfo,
-    *,
-    limits_s: Mapping[str, float] = LIMITS_S,
-    again: bool = False,
-) -> dict[str, Any]:
-    """Runs the cases that the file lacks, writing it after each; returns the document."""
-    document = begin(output, device)
-    for stage in dict.fromkeys(case.stage for case in planned):
-        ends = time.monotonic() + limits_s[stage]
-        kept = document["stages"].setdefault(stage, {})
-        for case in [one for one in planned if one.stage == stage]:
-            if kept.get(case.name, {}).get("status") in DONE and not again:
-                continue
-            left = ends - time.monotonic()
-            if left < 1:
-                kept.setdefault(case.name, {"status": "not run", "error": "the stage's time is up"})
-                continue
-            print(f"{stage}: {case.name} …", file=sys.stderr, end=" ", flush=True)
-            kept[case.name] = in_process(case, left)
-            print(f"{kept[case.name]['status']}, {kept[case.name]['seconds']:.0f} s",
-                  file=sys.stderr)  # fmt: skip
-            write_bytes(f"{json.dumps(document, indent=1)}\n".encode(), output)
-    write_bytes(f"{json.dumps(document, indent=1)}\n".encode(), output)
     return document
 
 
-def in_process(case: Case, limit_s: float) -> dict[str, Any]:
-    """One case in a process of its own: status, seconds, options, what was found, and the error."""
-    with tempfile.TemporaryDirectory(prefix="gpu-check-") as name:
-        parts, log = Path(name) / "parts", Path(name) / "log"
-        began = time.monotonic()
-        with log.open("w") as file:
-            child = subprocess.Popen(
-                [sys.executable, __file__, "--case", json.dumps(asdict(case)), "--parts", parts],
-                stdout=file,
-                stderr=file,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-            try:
-                code: int | None = child.wait(limit_s)
-            except subprocess.TimeoutExpired:
-                code = None
-            finally:
-                # Its children too: servers and other starts.
-                _end(child)
-        found: dict[str, Any] = {}
-        if parts.exists():
-            for line in parts.read_text(encoding="utf-8").splitlines():
-                found.update(json.loads(line))
-        outcome = found.pop("outcome", None)
-        status = "timeout" if code is None else "failed"
-        error = None if code is None else f"exit status {code}: {_tail(log)}"
-        if outcome is not None:
-            status, error = outcome["status"], outcome["error"]
-        return {
-            "status": status,
-            "seconds": time.monotonic() - began,
-            "options": dict(case.options),
-            "error": error,
-            "found": found,
-        }
+def run(
+    cases: Sequence[Case], output: Path, *, limits_s: Mapping[str, float] = LIMITS_S,
+    again: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Run the cases that the file lacks, writing it after each; returns the document."""
+    document = begin(output)
+    for stage in dict.fromkeys(case.stage for case in cases):
+        ends = time.monotonic() + limits_s[stage]
+        results = document["stages"].setdefault(stage, {})
+        for case in (case for case in cases if case.stage == stage):
+            if results.get(case.name, {}).get("status") in DONE and not again:
+                continue
+            left = ends - time.monotonic()
+            if left < 1:
+                results.setdefault(
+                    case.name, {"status": "not run", "error": "no time left", "values": {}}
+                )
+                continue
+            child = harness.run_child(__file__, case.function, case.options, limit_s=left)
+            results[case.name] = {"options": dict(case.options), **child}
+            harness.progress(f"{stage}: {case.name}: {child['status']}, {child['seconds']:.0f} s")
+            harness.write(document, output)
+    harness.write(document, output)
+    return document
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
-    try:
-        os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    child.wait()
+# Tables.
 
 
-def _tail(log: Path) -> str:
-    return log.read_text(errors="replace").strip()[-1500:]
+def markdown(document: Mapping[str, Any]) -> str:
+    """Machine, software, and a table for each stage that has cases."""
+    device, software = document["device"], document["software"]
+    head = [f"{device['name']}, driver {device['driver'] or DASH}, CUDA {device['cuda'] or DASH}"]
+    head += [f"{name} {version}" for name, version in software.items() if version]
+    parts = ["; ".join(head)]
+    for stage, (heads, rows_of) in TABLES.items():
+        results = document["stages"].get(stage, {})
+        values = {name: one["values"] for name, one in results.items() if one["status"] == "ok"}
+        rows = [[*row, ""] for row in rows_of(values)]
+        for name, one in results.items():
+            if one["status"] != "ok":
+                reason = " ".join((one["error"] or DASH).split())[-160:]
+                rows.append([name, *[DASH] * (len(heads) - 1), f"{one['status']}: {reason}"])
+        if rows:
+            parts.append(f"### {stage}\n\n{harness.table([*heads, 'problem'], rows)}")
+    return "\n\n".join(parts)
 
 
-def child(text: str, parts: Path) -> None:
-    """Runs one case here; what became of it is the last part."""
-    case = Case(**json.loads(text))
-    status, error = "ok", None
-    try:
-        run_case(case.kind or case.stage, case.options, parts)
-    except EngineStartError as exc:
-        status, error = "unusable", _reasons(exc)
-    except MolmoEdgeError as exc:
-        status, error = "failed", _reasons(exc)
-    with parts.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"outcome": {"status": status, "error": error}}) + "\n")
+Values = Mapping[str, Mapping[str, Any]]
 
 
-def _reasons(exc: BaseException | None) -> str:
-    """An error and those it came from, the last lines of each."""
-    lines: list[str] = []
-    while exc is not None and len(lines) < 4:
-        lines.append(f"{type(exc).__name__}: {str(exc).strip()[-600:]}")
-        exc = exc.__cause__
-    return " <- ".join(lines)
+def verify_rows(values: Values) -> Iterator[list[str]]:
+    for name, one in values.items():
+        for model, report in one.items():
+            verdict = "right" if report["ok"] else "WRONG"
+            yield [name, model, verdict, f"{report['max_dlogprob']:.2g}", f"{report['bound']:g}"]
+
+
+def decode_rows(values: Values) -> Iterator[list[str]]:
+    copied = values.get("copy", {}).get("bandwidth_bytes_s")
+    if copied:
+        yield ["copy", DASH, DASH, f"{copied / 1e9:.0f} GB/s", *[DASH] * 3]
+    for name, one in values.items():
+        if "2 crops" in one:
+            few, many = one["2 crops"], one.get("13 crops", {})
+            speed, step = few["decode_tps"]["mean"], few["ceiling"].get("bytes_per_token")
+            fraction = speed * step / copied if speed and step and copied else None
+            yield [
+                name,
+                number(speed, 1),
+                number(step and step / 1e9),
+                DASH if fraction is None else f"{fraction:.0%}",
+                number(few["ttft_s"]["median"], 3),
+                number(many.get("ttft_s", {}).get("median"), 3),
+                number(few["ceiling"].get("joules_per_token")),
+            ]
+
+
+def overhead_rows(values: Values) -> Iterator[list[str]]:
+    for name, one in values.items():
+        found = one["result"]
+        for metric, digits in (("decode_tps", 3), ("ttft_s", 3), ("cost_us", 1)):
+            pair = found[metric]
+            texts = [harness.interval_text(each, digits) for each in (pair, pair["floor"])]
+            yield [name, metric, *texts]
+
+
+def start_rows(values: Values) -> Iterable[list[str]]:
+    for name, one in values.items():
+        absent, present = (statistics.median(one[key]["wall_s"]) for key in ("absent", "present"))
+        yield [name, number(absent, 1), number(present, 1)]
+
+
+TABLES = {
+    "verify": (["case", "model", "verdict", "max abs dlogprob", "bound"], verify_rows),
+    "decode": (["weights, KV", "tok/s", "GB per token", "fraction of the copy's bandwidth",
+                "TTFT, 2 crops (s)", "TTFT, 13 crops (s)", "J/token"], decode_rows),
+    "overhead": (["model", "metric", "ours against bare", "bare against itself"], overhead_rows),
+    "start": (["model", "disk caches absent (s)", "present (s)"], start_rows),
+}  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    harness.serve_child(MEASUREMENTS)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("gpu-check.json"))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--stages", default=",".join(STAGES), help="of " + ", ".join(STAGES))
-    parser.add_argument("--cases", help="only cases whose name contains this")
+    parser.add_argument("--stages", default=",".join(LIMITS_S), help="of " + ", ".join(LIMITS_S))
     parser.add_argument("--limit", type=float, help="seconds of each stage, instead of its own")
     parser.add_argument("--attention", help="language backend of cases that name none")
     parser.add_argument("--vision", help="vision backend of cases that name none")
     parser.add_argument("--again", action="store_true", help="run finished cases once more")
     parser.add_argument("--table", action="store_true", help="only print the file's tables")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
-    parser.add_argument("--parts", type=Path, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.case is not None:
-        child(asked.case, asked.parts)
-        return
+    arguments = parser.parse_args()
+    stages = [name.strip() for name in arguments.stages.split(",")]
     try:
-        if asked.table:
-            print(markdown(json.loads(asked.output.read_text(encoding="utf-8"))))
+        if arguments.table:
+            print(markdown(harness.read(arguments.output, KIND)))
             return
-        wanted = [name.strip() for name in asked.stages.split(",")]
-        if unknown := sorted(set(wanted) - set(STAGES)):
-            raise BenchmarkError(f"unknown stage {unknown[0]}; stages are {', '.join(STAGES)}")
-        device = engine_device()
-        if device.kind != asked.device:
-            raise BenchmarkError(
-                f"vLLM would run on {device.kind} here, not on {asked.device}; molmo-edge doctor "
-                "says why"
-            )
-        planned = [
-            with_backends(case, asked.attention, asked.vision)
-            for case in cases(asked.device, gpu_bytes=device.memory_total_bytes)
-            if case.stage in wanted and (asked.cases is None or asked.cases in case.name)
+        if unknown := sorted(set(stages) - set(LIMITS_S)):
+            raise BenchmarkError(f"unknown stage {unknown[0]}; choose from {', '.join(LIMITS_S)}")
+        cases = [
+            with_backends(case, arguments.attention, arguments.vision)
+            for case in (cuda_cases() if arguments.device == "cuda" else cpu_cases())
+            if case.stage in stages
         ]
-        limits = {name: asked.limit or LIMITS_S[name] for name in STAGES}
-        document = run(planned, asked.output, device, limits_s=limits, again=asked.again)
+        limits = {name: arguments.limit or limit for name, limit in LIMITS_S.items()}
+        document = run(cases, arguments.output, limits_s=limits, again=arguments.again)
     except MolmoEdgeError as exc:
         sys.exit(f"error: {exc}")
     print(markdown(document))
-    every = [one for stage in document["stages"].values() for one in stage.values()]
-    sys.exit(0 if all(one["status"] in DONE for one in every) else 1)
+    statuses = [one["status"] for stage in document["stages"].values() for one in stage.values()]
+    sys.exit(0 if all(status in DONE for status in statuses) else 1)
 
 
 if __name__ == "__main__":

@@ -1,323 +1,267 @@
-"""What `EdgeVLM` costs: against bare `vllm.LLM.generate`, and beside vLLM's server over HTTP.
+"""What `EdgeVLM` costs against bare `vllm.LLM`: time to first token, decode speed, µs per token.
 
-Each side has a process of its own, as its user would, on the same engine arguments, checkpoint,
-plugin and pictures. The processes are asked in turns within one run, in changing order, one request
-at a time, while the others block on a pipe: alternating engines inside one process would make them
-share its thread pools and its lock. Every picture is a new one, and prefix, picture and encoder
-caches are off.
+    python benchmarks/overhead.py --output benchmarks/results/overhead-cpu.json
 
-`LLM.generate` does not tell when its first token came, so all sides are measured alike, with the
-clock around the call: a request of one token is the time to first token, and decode speed is what a
-long answer takes beyond one-token answers to the same prompt. Those count by the median of the
-side's rounds: one that the machine held up would make the long answer beside it look fast.
+One engine answers both ways in turns, in changing order: through `EdgeVLM.stream` with a reader,
+and by `LLM.generate` in the thread that owns the engine. So both sides have the same weights and
+the same place in memory; two processes that do the same differ by a few percent for as long as they
+live. `LLM.generate` is measured twice in every round: the second against the first is the noise
+floor that stands beside every ratio. The whole is repeated in fresh processes (`--starts`).
 
-Two processes that do the same differ by a few percent for as long as they live, by where their
-memory came to lie. So every side is started anew, several times, and the pairs of all are counted.
-
-    python benchmarks/overhead.py --http --output benchmarks/results/overhead-cpu.json
+`LLM.generate` does not report its first token, so both sides have the clock around the call: a
+request of one token is the time to first token, and decode is what a long answer takes beyond the
+median one-token answer to the same prompt. The cost per token is the difference of the process's
+CPU time, engine thread and reader together; one thread per engine (`--threads 1`) keeps waiting
+OpenMP threads out of it. Every image is a new one; prefix, image and encoder caches are off.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from _pairs import compare, steady_from
-from _sides import Process, threads_environment
+import harness
 
-from molmo_edge.bench.document import write_bytes
-from molmo_edge.bench.environment import device_of, versions
-from molmo_edge.engine.build import engine_device
-from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.bench.cases import Case, fresh, standard
+from molmo_edge.bench.target import CACHES_OFF
+from molmo_edge.errors import BenchmarkError, MolmoEdgeError
 
-DECODE_RATIO, TTFT_RATIO = 0.97, 1.05
-"""What is promised against bare vLLM: least share of its decode speed, most of its TTFT."""
+DECODE_RATIO, TTFT_RATIO, COST_US = 0.97, 1.05, 100.0
+"""Promised against bare vLLM: minimum of decode speed, maxima of TTFT and CPU time per token."""
 
-KINDS = {
-    "picture_first": "a new picture, one token: time to first token",
-    "text_first": "text, one token",
-    "text_long": "the same text, a long answer",
-    "picture_long": "a new picture, a long answer: a whole request",
-}
-CACHES_OFF = {"enable_prefix_caching": False, "mm_processor_cache_gb": 0.0}
+SIDES = ("ours", "bare", "again")
+TEXT = "Write a short story about a robot in a garden."
+LIMIT_S = 3600.0
 
-Ask = Callable[[int | None, int], dict[str, Any]]
-Round = Mapping[str, Mapping[str, Mapping[str, Any]]]
+Answer = dict[str, Any]
+Round = Mapping[str, Mapping[str, Answer]]
 
 
-def rounds(
-    sides: Mapping[str, Ask],
-    *,
-    count: int,
-    decode_tokens: int,
-    request_tokens: int,
-    rest_s: float,
-    deadline: float = float("inf"),
-    progress: Callable[[str], None] = lambda text: None,
-    sleep: Callable[[float], None] = time.sleep,
-    first_number: int = 1,
-) -> list[dict[str, dict[str, Any]]]:
-    """Asks every side every kind of request, `count` times or until the deadline.
-
-    Returns one entry for each whole round: kind → side → the side's answer. Within a kind the sides
-    follow each other directly, and who is first changes from round to round.
-    """
-    done = []
-    names = list(sides)
-    number = first_number
-    plan = {
-        "picture_first": (True, 1),
-        "text_first": (False, 1),
-        "text_long": (False, decode_tokens),
-        "picture_long": (True, request_tokens),
-    }
-    for turn in range(count):
-        if time.monotonic() >= deadline:
-            break
-        found: dict[str, dict[str, Any]] = {}
-        for kind, (picture, tokens) in plan.items():
-            number += 1
-            order = names if turn % 2 == 0 else names[::-1]
-            found[kind] = {}
-            for name in order:
-                found[kind][name] = sides[name](number if picture else None, tokens)
-                # The one that just worked lets its threads fall asleep.
-                sleep(rest_s)
-        done.append(found)
-        progress(f"round {turn + 1} of {count}")
-    return done
+def ask_ours(vlm: Any, image: Any, text: str, tokens: int) -> Answer:
+    """Through `EdgeVLM.stream`, read to its end."""
+    stream = vlm.stream(image, text, max_tokens=tokens, ignore_eos=True)
+    for _ in stream:
+        pass
+    result = stream.result()
+    return {"tokens": len(result.token_ids), "prompt_tokens": result.metrics.prompt_tokens,
+            "text": result.text}  # fmt: skip
 
 
-def series_of(done: Sequence[Round], side: str) -> dict[str, list[float]]:
-    """A side's TTFT, request time (seconds) and decode speed (tokens a second) by round."""
-    out: dict[str, list[float]] = {"ttft_s": [], "decode_tps": [], "request_s": [], "cpu_ms": []}
+def ask_bare(vlm: Any, image: Any, text: str, tokens: int) -> Answer:
+    """By `LLM.generate`, in the thread that owns the engine."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+
+    def generate(engine: Any) -> Any:
+        prompt: dict[str, Any] = {"prompt": f"User: {text} Assistant:"}
+        if image is not None:
+            prompt["multi_modal_data"] = {"image": image}
+        else:
+            # Without an image vLLM tokenises the bare string: no BOS, no space before it.
+            tokenizer = engine.llm.get_tokenizer()
+            bos = tokenizer.bos_token_id
+            start = tokenizer.eos_token_id if bos is None else bos
+            ids = tokenizer.encode(f" User: {text} Assistant:", add_special_tokens=False)
+            prompt = {"prompt_token_ids": [start, *ids]}
+        return engine.llm.generate(prompt, params, use_tqdm=False)[0]
+
+    output = vlm.in_engine_thread(generate)
+    answer = output.outputs[0]
+    return {"tokens": len(answer.token_ids), "prompt_tokens": len(output.prompt_token_ids),
+            "text": answer.text.removeprefix(" ")}  # fmt: skip
+
+
+def timed(vlm: Any, side: str, case: Case, number: int | None, tokens: int) -> Answer:
+    """One request on the common clocks; `number` makes the image a new one, None means text."""
+    image = None if number is None or case.image is None else fresh(case.image, number)
+    text = TEXT if image is None else case.question
+    ask = ask_ours if side == "ours" else ask_bare
+    cpu, began = time.process_time(), time.perf_counter()
+    answer = ask(vlm, image, text, tokens)
+    seconds = time.perf_counter() - began
+    return {**answer, "seconds": seconds, "cpu_s": time.process_time() - cpu}
+
+
+def measure_start(emit: harness.Emit, options: Mapping[str, Any]) -> None:
+    """One process: emits its rounds, kind → side → answer, as they are measured."""
+    from molmo_edge import EdgeVLM
+
+    case, rounds, number = standard()[0], [], 0
+    plan = {"image_first": (True, 1), "text_first": (False, 1),
+            "text_long": (False, options["tokens"])}  # fmt: skip
+    with EdgeVLM(**{**options["engine"], **CACHES_OFF}) as vlm:
+        emit("environment", dict(vlm.environment))
+        ends = time.monotonic() + options["limit_s"]
+        for turn in range(options["warm_up"] + options["pairs"]):
+            if rounds and time.monotonic() >= ends:
+                break
+            order = SIDES if turn % 2 == 0 else SIDES[::-1]
+            answers: dict[str, dict[str, Answer]] = {}
+            for kind, (with_image, tokens) in plan.items():
+                answers[kind] = {}
+                for side in order:
+                    number += 1
+                    image = number if with_image else None
+                    answers[kind][side] = timed(vlm, side, case, image, tokens)
+                    time.sleep(options["rest_s"])  # the side that ran lets its threads sleep
+            if turn >= options["warm_up"]:
+                rounds.append(answers)
+                emit("rounds", rounds)
+
+
+def series(rounds: Sequence[Round], side: str) -> dict[str, list[float]]:
+    """A side's TTFT (s), decode speed (tok/s) and CPU time per token (µs) by round."""
     first_s, first_cpu_s = (
-        statistics.median(one["text_first"][side][name] for one in done)
+        statistics.median(one["text_first"][side][name] for one in rounds)
         for name in ("seconds", "cpu_s")
     )
-    for one in done:
-        first, long = one["text_first"][side], one["text_long"][side]
-        later = long["output_tokens"] - first["output_tokens"]
-        out["ttft_s"].append(one["picture_first"][side]["seconds"])
+    out: dict[str, list[float]] = {"ttft_s": [], "decode_tps": [], "cpu_us": []}
+    for one in rounds:
+        long = one["text_long"][side]
+        later = long["tokens"] - one["text_first"][side]["tokens"]
+        out["ttft_s"].append(one["image_first"][side]["seconds"])
         out["decode_tps"].append(later / max(long["seconds"] - first_s, 1e-9))
-        out["request_s"].append(one["picture_long"][side]["seconds"])
-        out["cpu_ms"].append(1e3 * (long["cpu_s"] - first_cpu_s) / later)
+        out["cpu_us"].append(1e6 * (long["cpu_s"] - first_cpu_s) / later)
     return out
 
 
-def evaluate(starts: Sequence[Sequence[Round]], other: str) -> dict[str, Any]:
-    """Ours against one other side, over the steady rounds of every start."""
-    mine: dict[str, list[float]] = {}
-    theirs: dict[str, list[float]] = {}
-    each = []
-    for done in starts:
-        here, there = series_of(done, "ours"), series_of(done, other)
-        first, settled = steady_from([here["decode_tps"], there["decode_tps"]])
-        for name in here:
-            mine.setdefault(name, []).extend(here[name][first:])
-            theirs.setdefault(name, []).extend(there[name][first:])
-        ratio = compare(here["decode_tps"][first:], there["decode_tps"][first:])["median"]
-        each.append({"steady_from_round": first, "settled": settled, "decode_tps": ratio})
-    out: dict[str, Any] = {"starts": each}
-    for name in ("ttft_s", "decode_tps", "request_s"):
-        out[name] = compare(mine[name], theirs[name])
-    if other != "http":  # its engine is another process than the one that is asked
-        out["cpu_ms_per_token"] = compare(mine["cpu_ms"], theirs["cpu_ms"])
-    rounds_of_all = [one for done in starts for one in done]
-    pairs = [(one[kind]["ours"], one[kind][other]) for one in rounds_of_all for kind in KINDS]
-    same = [a["text"] == b["text"] for a, b in pairs]
-    out["equal_answers"] = sum(same) / len(same)
-    out["equal_prompt_lengths"] = all(a["prompt_tokens"] == b["prompt_tokens"] for a, b in pairs)
-    if other == "bare":
-        out["passed"] = (
-            out["decode_tps"]["median"] >= DECODE_RATIO and out["ttft_s"]["median"] <= TTFT_RATIO
-        )
+def evaluate(starts: Sequence[Sequence[Round]]) -> dict[str, Any]:
+    """Ours against bare, and bare against itself, over the rounds of every start."""
+    sides: dict[str, dict[str, list[float]]] = {}
+    for side in SIDES:
+        each = [series(rounds, side) for rounds in starts]
+        sides[side] = {name: [v for one in each for v in one[name]] for name in each[0]}
+    ours, bare, again = (sides[side] for side in SIDES)
+    out: dict[str, Any] = {}
+    for name in ("ttft_s", "decode_tps"):
+        out[name] = harness.paired_ratio(ours[name], bare[name])
+        out[name]["floor"] = harness.paired_ratio(again[name], bare[name])
+        out[name]["starts"] = [
+            harness.paired_ratio(series(one, "ours")[name], series(one, "bare")[name])["median"]
+            for one in starts
+        ]
+    out["cost_us"], out["cost_us"]["floor"] = (
+        harness.median_interval([a - b for a, b in zip(one["cpu_us"], bare["cpu_us"], strict=True)])
+        for one in (ours, again)
+    )
+    all_rounds = [one for rounds in starts for one in rounds]
+    texts = [[one["text_long"][side]["text"] for side in SIDES[:2]] for one in all_rounds]
+    out["equal_texts"] = statistics.mean(a == b for a, b in texts)
+    out["equal_prompts"] = all(
+        answers["ours"]["prompt_tokens"] == answers["bare"]["prompt_tokens"]
+        for one in all_rounds
+        for answers in one.values()
+    )
+    out["passed"] = (
+        out["decode_tps"]["median"] >= DECODE_RATIO
+        and out["ttft_s"]["median"] <= TTFT_RATIO
+        and out["cost_us"]["median"] <= COST_US
+    )
     return out
 
 
 def run(
-    options: Mapping[str, Any],
+    engine: Mapping[str, Any],
     *,
     starts: int = 3,
-    pairs: int = 36,
+    pairs: int = 12,
     warm_up: int = 2,
-    http: bool = False,
-    decode_tokens: int = 513,
-    request_tokens: int = 128,
-    rest_s: float = 0.3,
-    time_limit_s: float = float("inf"),
-    threads: int | None = None,
-    progress: Callable[[str], None] = lambda text: None,
+    tokens: int = 513,
+    rest_s: float = 0.2,
+    limit_s: float = LIMIT_S,
+    threads: int = 0,
 ) -> dict[str, Any]:
-    """Starts the sides, measures them in turns and returns the result document.
+    """Measure and return the result document.
 
     Args:
-        options: keyword arguments of `EdgeVLM`.
-        starts: how often every side is started.
-        pairs: rounds in all, shared out among the starts.
-        warm_up: rounds of each start that are not counted, beside those the change-point rule
-            leaves out.
-        rest_s: seconds between two requests.
-        time_limit_s: no round begins later than this after the first sides are up.
-        threads: of each CPU engine; None leaves them to vLLM. One, where other programs compute.
+        engine: keyword arguments of `EdgeVLM`.
+        starts, pairs: fresh processes, and rounds in each.
+        tokens: of a long answer.
+        limit_s: seconds of each start after which no further round begins.
+        threads: of a CPU engine, bound to no core; 0 leaves them to vLLM.
     """
-    if not 1 <= starts <= pairs or min(decode_tokens, request_tokens) < 2:
-        raise MolmoEdgeError("overhead needs two tokens, one start, and one pair for each start.")
-    names = ["ours", "bare", *(["http"] if http else [])]
-    asked = {**options, **CACHES_OFF}
-    plan: dict[str, Any] = {
-        "decode_tokens": decode_tokens,
-        "request_tokens": request_tokens,
-        "rest_s": rest_s,
-    }
-    load = os.getloadavg()
-    deadline = float("inf")
-    done: list[list[dict[str, dict[str, Any]]]] = []
+    if min(starts, pairs) < 1 or tokens < 2:
+        raise BenchmarkError("overhead needs at least one start, one pair and two tokens.")
+    plan = {"pairs": pairs, "warm_up": warm_up, "tokens": tokens, "rest_s": rest_s,
+            "limit_s": limit_s}  # fmt: skip
+    environ = {}
+    if threads:
+        environ = {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    done, environment = [], None
     for start in range(starts):
-        if time.monotonic() >= deadline:
-            break
-        with _sides_up(names, asked, threads, progress) as (asks, told):
-            if start == 0:
-                deadline = time.monotonic() + time_limit_s
-            rounds(asks, count=warm_up, **plan)
-            found = rounds(
-                asks,
-                count=pairs // starts + (start < pairs % starts),
-                **plan,
-                deadline=deadline,
-                progress=lambda text, start=start: progress(f"start {start + 1}, {text}"),  # type: ignore[misc]
-                first_number=1 + len(KINDS) * warm_up,
-            )
-        if found:
-            done.append(found)
-    if not done:
-        raise MolmoEdgeError("the time limit passed before a single round was measured.")
-    texts = {name: [_without_texts(found, name) for found in done] for name in names}
-    return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "kinds": KINDS,
-        "settings": {
-            "starts": starts,
-            "pairs": pairs,
-            "warm_up": warm_up,
-            "threads": threads,
-            **plan,
-        },
-        "promised": {"decode_tps": f">= {DECODE_RATIO}", "ttft_s": f"<= {TTFT_RATIO}"},
-        "software": versions().model_dump(),
-        "device": device_of(engine_device()).model_dump(),
-        # By its name: where it lies is nobody's business.
-        "engine_args": {**told["ours"]["llm_args"], "model": options.get("model", "stub")},
-        "environment": told["ours"]["environment"],
-        "machine": {
-            "cpu_count": os.cpu_count(),
-            "load_before": load,
-            "load_after": os.getloadavg(),
-            "nice": os.nice(0),
-        },
-        "against": {other: evaluate(done, other) for other in names[1:]},
-        "rounds": texts,
-    }
+        child = harness.run_child(
+            __file__, "start", {"engine": engine, **plan}, limit_s=limit_s + 900, environ=environ
+        )
+        if not child["values"].get("rounds"):
+            raise BenchmarkError(f"start {start + 1} measured nothing: {child['error']}")
+        environment = child["values"]["environment"]
+        done.append(child["values"]["rounds"])
+        harness.progress(f"start {start + 1} of {starts}: {len(done[-1])} pairs")
+    found = evaluate(done)
+    for answers in (sides for rounds in done for one in rounds for sides in one.values()):
+        for answer in answers.values():
+            del answer["text"]
+    return harness.result(
+        "overhead",
+        settings={"engine": engine, "starts": starts, "threads": threads, **plan},
+        environment=environment,
+        result=found,
+        rounds=done,
+    )
 
 
-@contextmanager
-def _sides_up(
-    names: Sequence[str],
-    options: Mapping[str, Any],
-    threads: int | None,
-    progress: Callable[[str], None],
-) -> Iterator[tuple[dict[str, Ask], dict[str, Any]]]:
-    """A fresh process for each side: how to ask it, and what it says of itself."""
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="overhead-")))
-        asks: dict[str, Ask] = {}
-        told = {}
-        for name in names:  # one after another: two starts at once would disturb each other
-            progress(f"starting {name}")
-            side = Process(name, options, folder / f"{name}.log", threads_environment(threads))
-            stack.callback(side.close)
-            told[name] = side.ready()
-            asks[name] = side.ask
-        yield asks, told
+def table(found: Mapping[str, Any]) -> str:
+    """Markdown: ours against bare `vllm.LLM`, with the noise floor beside every figure."""
+    rows = [
+        [title, *(harness.interval_text(found[name][key] if key else found[name], digits)
+                  for key in ("", "floor")), ours]
+        for title, name, digits, ours in (
+            ("decode tok/s, ours ÷ bare", "decode_tps", 3, _sides(found["decode_tps"], 1)),
+            ("TTFT, ours ÷ bare", "ttft_s", 3, _sides(found["ttft_s"], 3)),
+            ("CPU µs per token, ours − bare", "cost_us", 1, harness.DASH),
+        )
+    ]  # fmt: skip
+    return harness.table(["", "ratio or cost", "bare against itself", "ours, bare"], rows)
 
 
-def _without_texts(done: Sequence[Mapping[str, Any]], side: str) -> list[dict[str, Any]]:
-    """The raw samples of a side."""
-    return [
-        {kind: {k: v for k, v in one[kind][side].items() if k != "text"} for kind in KINDS}
-        for one in done
-    ]
-
-
-def table(document: Mapping[str, Any]) -> str:
-    """Markdown: ours ÷ other, with intervals."""
-    lines = [
-        "| ours ÷ | TTFT | decode tok/s | whole request | TTFT, ours and other | tok/s |",
-        "|---|---|---|---|---|---|",
-    ]
-    for other, found in document["against"].items():
-        cells = [_ratio(found[name]) for name in ("ttft_s", "decode_tps", "request_s")]
-        ttft, decode = found["ttft_s"], found["decode_tps"]
-        cells.append(f"{ttft['ours_median']:.3f} s, {ttft['other_median']:.3f} s")
-        cells.append(f"{decode['ours_median']:.1f}, {decode['other_median']:.1f}")
-        lines.append(f"| {other} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _ratio(found: Mapping[str, Any]) -> str:
-    if found["low"] is None:
-        return f"{found['median']:.3f}"
-    return f"{found['median']:.3f} ({found['low']:.3f}–{found['high']:.3f})"
+def _sides(ratio: Mapping[str, Any], digits: int) -> str:
+    return f"{ratio['ours']:.{digits}f}, {ratio['other']:.{digits}f}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--model", default="stub", help="checkpoint folder, hub name, or stub")
-    parser.add_argument("--config", help="a deployment, like configs/thor.toml")
-    parser.add_argument("--options", type=json.loads, default={}, help="more of EdgeVLM, as JSON")
-    parser.add_argument("--http", action="store_true", help="vLLM's server too (loopback only)")
-    parser.add_argument("--starts", type=int, default=3, help="of every side's process")
-    parser.add_argument("--pairs", type=int, default=36, help="rounds, shared out among the starts")
-    parser.add_argument("--decode-tokens", type=int, default=513)
-    parser.add_argument("--request-tokens", type=int, default=128)
-    parser.add_argument("--warm-up", type=int, default=2, help="rounds that are not counted")
-    parser.add_argument("--threads", type=int, help="of each CPU engine; 1 on a busy machine")
-    parser.add_argument("--rest", type=float, default=0.3, help="seconds between requests")
-    parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds")
+    harness.serve_child({"start": measure_start})
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="stub", help="checkpoint directory, hub name, or stub")
+    parser.add_argument("--options", type=json.loads, default={}, help="of EdgeVLM, as JSON")
+    parser.add_argument("--starts", type=int, default=3, help="fresh processes")
+    parser.add_argument("--pairs", type=int, default=12, help="rounds in each start")
+    parser.add_argument("--tokens", type=int, default=513, help="of a long answer")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU engine; 0: vLLM's choice")
+    parser.add_argument("--time-limit", type=float, default=LIMIT_S, help="seconds of each start")
     parser.add_argument("--output", type=Path, help="JSON file for the result")
-    asked = parser.parse_args()
-    options = {"model": asked.model, "config": asked.config, **asked.options}
+    arguments = parser.parse_args()
     try:
         document = run(
-            {name: value for name, value in options.items() if value is not None},
-            starts=asked.starts,
-            pairs=asked.pairs,
-            http=asked.http,
-            decode_tokens=asked.decode_tokens,
-            request_tokens=asked.request_tokens,
-            rest_s=asked.rest,
-            warm_up=asked.warm_up,
-            threads=asked.threads,
-            time_limit_s=asked.time_limit,
-            progress=lambda text: print(text, file=sys.stderr, flush=True),
+            {"model": arguments.model, **arguments.options},
+            starts=arguments.starts,
+            pairs=arguments.pairs,
+            tokens=arguments.tokens,
+            threads=arguments.threads,
+            limit_s=arguments.time_limit,
         )
-        print(table(document))
-        if asked.output is not None:
-            document["command"] = " ".join(["python", "benchmarks/overhead.py", *sys.argv[1:]])
-            write_bytes(f"{json.dumps(document, indent=1)}\n".encode(), asked.output)
+        print(table(document["result"]))
+        if arguments.output is not None:
+            harness.write(document, arguments.output)
     except MolmoEdgeError as exc:
         sys.exit(f"error: {exc}")
-    sys.exit(0 if document["against"]["bare"]["passed"] else 1)
+    sys.exit(0 if document["result"]["passed"] else 1)
 
 
 if __name__ == "__main__":

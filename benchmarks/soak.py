@@ -1,12 +1,11 @@
-"""Minutes of mixed load with cancels, deadlines and bad input thrown in: does anything give way?
+"""Minutes of mixed load with cancels, deadlines and bad input: does anything give way?
 
     python benchmarks/soak.py --minutes 10                 # the stub, on the real engine
     python benchmarks/soak.py --minutes 1 --engine fake
 
 Callers in threads and in asyncio ask, stream, leave early, cancel, run into deadlines and send
-what cannot be used. Answers that must come are compared with the first one; every other end must be
-the error that belongs to it. Prints requests, failures by kind and memory before and after; JSON
-goes to benchmarks/results. Exits with 1 when anything was unexpected.
+unusable input. Answers are compared with the first one; every other end must be the error that
+belongs to it. Prints requests, ends by kind and memory; exits with 1 when anything was unexpected.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import json
 import random
 import sys
 import threading
@@ -23,6 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
 import psutil
 
@@ -38,16 +37,15 @@ from molmo_edge.errors import (
     SamplingError,
 )
 
-RESULTS = Path(__file__).parent / "results"
 TEXT = "What is this?"
-_SAMPLE_S = 15.0
+SAMPLE_S = 15.0
 LONG: dict[str, Any] = {"ignore_eos": True, "max_tokens": 400}
-BAD: dict[str, tuple[type[MolmoEdgeError], Any]] = {
-    "empty text": (PromptError, lambda vlm: vlm.query(None, "")),
-    "special token": (PromptError, lambda vlm: vlm.query(None, "a <im_patch> b")),
-    "too long": (PromptError, lambda vlm: vlm.query(None, "word " * 20_000)),
-    "broken picture": (ImageError, lambda vlm: vlm.query(b"\xff\xd8broken", TEXT)),
-    "bad sampling": (SamplingError, lambda vlm: vlm.query(None, TEXT, temperature=-1)),
+BAD: dict[str, tuple[type[MolmoEdgeError], Any, str, dict[str, Any]]] = {
+    "empty text": (PromptError, None, "", {}),
+    "special token": (PromptError, None, "a <im_patch> b", {}),
+    "too long": (PromptError, None, "word " * 20_000, {}),
+    "broken image": (ImageError, b"\xff\xd8broken", TEXT, {}),
+    "bad sampling": (SamplingError, None, TEXT, {"temperature": -1}),
 }
 
 
@@ -64,6 +62,7 @@ class Soak:
         self._lock = threading.Lock()
 
     def count(self, kind: str, end: str, *, fine: bool = True) -> None:
+        """One request that ended so."""
         with self._lock:
             self.requests[kind] += 1
             self.ends[end] += 1
@@ -71,21 +70,24 @@ class Soak:
                 self.unexpected[f"{kind}: {end}"] += 1
 
     def answered(self, kind: str, text: str) -> None:
+        """An answer must be the first one."""
         right = text == self.expected
         self.count(kind, "right answer" if right else "wrong answer", fine=right)
 
-    def failed(self, kind: str, exc: Exception, wanted: tuple[type[Exception], ...] = ()) -> None:
-        self.count(kind, type(exc).__name__, fine=isinstance(exc, wanted))
+    def failed(self, kind: str, exc: Exception, *fine: type[Exception]) -> None:
+        """An error must be one of those that belong to the kind."""
+        self.count(kind, type(exc).__name__, fine=isinstance(exc, fine))
 
     def thread(self, seed: int) -> None:
+        """Requests of all kinds until the time is up."""
         dice = random.Random(seed)
-        kinds = ["query", "picture", "stream", "batch", "cancel", "leave", "deadline", "bad"]
+        kinds = ["query", "image", "stream", "batch", "cancel", "leave", "deadline", "bad"]
         while time.monotonic() < self.until:
             kind = dice.choice(kinds)
             try:
                 getattr(self, f"_{kind}")(dice)
             except QueueFull as exc:
-                self.failed(kind, exc, (QueueFull,))
+                self.failed(kind, exc, QueueFull)
                 time.sleep(0.05)
             except Exception as exc:
                 self.failed(kind, exc)
@@ -93,11 +95,11 @@ class Soak:
     def _query(self, dice: random.Random) -> None:
         self.answered("query", self.vlm.query(None, TEXT, timeout=120).text)
 
-    def _picture(self, dice: random.Random) -> None:
-        size = (dice.randrange(8, 200), dice.randrange(8, 200), 3)
-        pixels = np.frombuffer(dice.randbytes(size[0] * size[1] * 3), np.uint8).reshape(size)
-        result = self.vlm.query(pixels, TEXT, max_crops=1, timeout=300)
-        self.answered("picture", result.text)
+    def _image(self, dice: random.Random) -> None:
+        height, width = dice.randrange(8, 200), dice.randrange(8, 200)
+        pixels = np.frombuffer(dice.randbytes(height * width * 3), np.uint8)
+        image = pixels.reshape(height, width, 3)
+        self.answered("image", self.vlm.query(image, TEXT, max_crops=1, timeout=300).text)
 
     def _stream(self, dice: random.Random) -> None:
         self.answered("stream", "".join(self.vlm.stream(None, TEXT, timeout=120)))
@@ -109,8 +111,10 @@ class Soak:
         for i, one in enumerate(self.vlm.batch(requests, return_exceptions=True)):
             if isinstance(one, Result):
                 self.answered("batch", one.text)
+            elif i == wrong:
+                self.failed("batch", one, PromptError)
             else:
-                self.failed("batch", one, (PromptError,) if i == wrong else ())
+                self.failed("batch", one)
 
     def _cancel(self, dice: random.Random) -> None:
         stream = self.vlm.stream(None, TEXT, timeout=120, **LONG)
@@ -121,7 +125,7 @@ class Soak:
             stream.result()
             self.count("cancel", "finished first")
         except RequestCancelled as exc:
-            self.failed("cancel", exc, (RequestCancelled,))
+            self.failed("cancel", exc, RequestCancelled)
 
     def _leave(self, dice: random.Random) -> None:
         for i, _ in enumerate(self.vlm.stream(None, TEXT, timeout=120, **LONG)):
@@ -134,17 +138,18 @@ class Soak:
             self.vlm.query(None, TEXT, timeout=dice.random() * 0.3, **LONG)
             self.count("deadline", "finished first")
         except RequestTimeout as exc:
-            self.failed("deadline", exc, (RequestTimeout,))
+            self.failed("deadline", exc, RequestTimeout)
 
     def _bad(self, dice: random.Random) -> None:
-        kind, (wanted, ask) = dice.choice(list(BAD.items()))
+        kind, (expected, image, text, options) = dice.choice(list(BAD.items()))
         try:
-            ask(self.vlm)
+            self.vlm.query(image, text, **options)
             self.count(kind, "was answered", fine=False)
-        except wanted as exc:
-            self.failed(kind, exc, (wanted,))
+        except expected as exc:
+            self.failed(kind, exc, expected)
 
     async def tasks(self, number: int) -> None:
+        """Requests of asyncio, half of them cancelled."""
         await asyncio.gather(*map(self._task, range(number)))
 
     async def _task(self, seed: int) -> None:
@@ -152,11 +157,12 @@ class Soak:
         while time.monotonic() < self.until:
             try:
                 if dice.random() < 0.5:
-                    self.answered("aquery", (await self.vlm.aquery(None, TEXT, timeout=120)).text)
+                    result = await self.vlm.aquery(None, TEXT, timeout=120)
+                    self.answered("aquery", result.text)
                     continue
+                request = self.vlm.aquery(None, TEXT, timeout=120, **LONG)
                 try:
-                    ask = self.vlm.aquery(None, TEXT, timeout=120, **LONG)
-                    await asyncio.wait_for(ask, dice.random() * 0.3)
+                    await asyncio.wait_for(request, dice.random() * 0.3)
                     self.count("cancelled task", "finished first")
                 except TimeoutError:
                     self.count("cancelled task", "cancelled")
@@ -164,81 +170,72 @@ class Soak:
                 self.failed("asyncio", exc)
 
 
-def main() -> int:
+def soak(vlm: EdgeVLM, minutes: float, threads: int, tasks: int) -> dict[str, Any]:
+    """Run the load; counts, what was unexpected, and resident memory in MiB."""
+    process = psutil.Process()
+
+    def rss_mib() -> float:
+        return round(process.memory_info().rss / 2**20, 1)
+
+    vlm.query(np.zeros((64, 64, 3), np.uint8), TEXT, max_crops=1)
+    gc.collect()
+    before, began, samples = rss_mib(), time.monotonic(), []
+    load = Soak(vlm, began + minutes * 60)
+    workers = [threading.Thread(target=load.thread, args=(i,)) for i in range(threads)]
+    workers.append(threading.Thread(target=lambda: asyncio.run(load.tasks(tasks))))
+    for worker in workers:
+        worker.start()
+    while alive := [worker for worker in workers if worker.is_alive()]:
+        alive[0].join(SAMPLE_S)
+        seconds = time.monotonic() - began
+        if seconds >= (len(samples) + 1) * SAMPLE_S:
+            requests = sum(load.requests.values())
+            samples.append({"s": round(seconds, 1), "rss_mib": rss_mib(), "requests": requests})
+            harness.progress(f"{seconds:6.0f} s {rss_mib():7.0f} MiB {requests:7d} requests")
+    if vlm.query(None, TEXT).text != load.expected:
+        load.unexpected["the answer after the load"] += 1
+    gc.collect()
+    return {
+        "requests": sum(load.requests.values()),
+        "requests_by_kind": dict(sorted(load.requests.items())),
+        "ends": dict(sorted(load.ends.items())),
+        "unexpected": dict(sorted(load.unexpected.items())),
+        "state": str(vlm.state),
+        "rss_before_mib": before,
+        "rss_after_mib": rss_mib(),
+        "samples": samples,
+    }
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--engine", choices=("real", "fake"), default="real")
-    parser.add_argument("--model", default="stub")
+    parser.add_argument("--engine", choices=("thread", "process", "fake"), default="thread")
+    parser.add_argument("--model", default="stub", help="checkpoint directory, hub name, or stub")
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--tasks", type=int, default=4)
-    parser.add_argument("--cache-dir", type=Path, default=None)
-    parser.add_argument("--out", type=Path, default=None)
-    asked = parser.parse_args()
-    fake = FakeEngine.factory(step_s=0.002) if asked.engine == "fake" else None
+    parser.add_argument("--output", type=Path, help="JSON file for the result")
+    arguments = parser.parse_args()
+    settings = vars(arguments) | {"output": None}
+    fake = FakeEngine.factory(step_s=0.002)
     with EdgeVLM(
-        asked.model,
-        engine=fake,
-        cache_dir=asked.cache_dir,
+        arguments.model,
+        engine=fake if arguments.engine == "fake" else arguments.engine,
         max_model_len=2048,
         kv_cache_memory_gb=0.25,
         enforce_eager=True,
     ) as vlm:
-        document = _soak(vlm, asked)
-    name = asked.model.split("/")[-1] if fake is None else "fake"
-    out = asked.out or RESULTS / f"{time.strftime('%Y-%m-%d')}-soak-{name}.json"
-    out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    print(f"Written to {out.name}.")
-    return 1 if document["unexpected"] or document["state"] != "ready" else 0
-
-
-def _soak(vlm: EdgeVLM, asked: argparse.Namespace) -> dict[str, Any]:
-    process = psutil.Process()
-    samples: list[dict[str, float]] = []
-    vlm.query(np.zeros((64, 64, 3), np.uint8), TEXT, max_crops=1)
-    gc.collect()
-    before = process.memory_info().rss / 2**20
-    began = time.monotonic()
-    soak = Soak(vlm, began + asked.minutes * 60)
-    threads = [threading.Thread(target=soak.thread, args=(i,)) for i in range(asked.threads)]
-    threads.append(threading.Thread(target=lambda: asyncio.run(soak.tasks(asked.tasks))))
-    for thread in threads:
-        thread.start()
-    while running := [thread for thread in threads if thread.is_alive()]:
-        running[0].join(_SAMPLE_S)
-        now = time.monotonic() - began
-        if now >= (len(samples) + 1) * _SAMPLE_S:
-            rss, requests = process.memory_info().rss / 2**20, sum(soak.requests.values())
-            samples.append({"s": round(now, 1), "rss_mib": round(rss, 1), "requests": requests})
-            print(f"{now:6.0f} s {rss:7.0f} MiB {requests:7d} requests", flush=True)
-    right_after = vlm.query(None, TEXT).text == soak.expected
-    gc.collect()
-    after = process.memory_info().rss / 2**20
-    document: dict[str, Any] = {
-        "kind": "soak",
-        "engine": asked.engine,
-        "minutes": asked.minutes,
-        "threads": asked.threads,
-        "tasks": asked.tasks,
-        "environment": dict(vlm.environment),
-        "state": str(vlm.state),
-        "requests": sum(soak.requests.values()),
-        "requests_by_kind": dict(sorted(soak.requests.items())),
-        "ends": dict(sorted(soak.ends.items())),
-        "unexpected": dict(sorted(soak.unexpected.items())),
-        "right_after": right_after,
-        "rss_before_mib": round(before, 1),
-        "rss_after_mib": round(after, 1),
-        "samples": samples,
-    }
-    if not right_after:
-        document["unexpected"] = {**soak.unexpected, "the answer after the load": 1}
-    print(f"{document['requests']} requests in {asked.minutes:g} minutes")
-    for name, count in document["ends"].items():
-        print(f"  {name}: {count}")
-    print(f"unexpected: {document['unexpected'] or 'nothing'}")
-    print(f"RSS {before:.0f} MiB before, {after:.0f} MiB after")
-    return document
+        found = soak(vlm, arguments.minutes, arguments.threads, arguments.tasks)
+        environment = dict(vlm.environment)
+    rows = [[end, str(count)] for end, count in found["ends"].items()]
+    rows += [[f"unexpected: {end}", str(count)] for end, count in found["unexpected"].items()]
+    rows += [[f"RSS in MiB {when}", str(found[f"rss_{when}_mib"])] for when in ("before", "after")]
+    print(harness.table([f"{found['requests']} requests ended with", "count"], rows))
+    if arguments.output is not None:
+        document = harness.result("soak", settings=settings, environment=environment, **found)
+        harness.write(document, arguments.output)
+    sys.exit(1 if found["unexpected"] or found["state"] != "ready" else 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,4 +1,4 @@
-"""The GPU check as a machine: resumes, keeps what it has, and says what it could not run."""
+"""The GPU check: continues a file, keeps what it has, and records what could not run."""
 
 from __future__ import annotations
 
@@ -6,161 +6,167 @@ import json
 from pathlib import Path
 from typing import Any
 
-import _checks
-import _plans
-import _summary
 import gpu_check
+import harness
 import pytest
 
-from molmo_edge.devices.detect import detect
 from molmo_edge.errors import BenchmarkError
 
-OK = {"status": "ok", "seconds": 1.0, "options": {}, "error": None, "found": {}}
+OK = {"status": "ok", "seconds": 1.0, "options": {}, "error": None, "values": {}}
+
+SCRIPT = """
+import sys, time
+sys.path[:0] = [{benchmarks!r}, {root!r}]
+import harness
+from molmo_edge.errors import BenchmarkError
+def works(emit, options): emit("speed", [1]); emit("speed", options["speeds"])
+def fails(emit, options): emit("speed", [1]); raise BenchmarkError("no more") from OSError("disk")
+def unusable(emit, options): raise EngineStartError("no kernel")
+def crashes(emit, options): emit("speed", [1]); raise SystemError("a bug")
+def sleeps(emit, options): emit("speed", [1]); time.sleep(600)
+harness.serve_child(dict(works=works, fails=fails, unusable=unusable, crashes=crashes,
+                         sleeps=sleeps))
+"""
 
 
-class Cases:
-    """Stands in for `in_process`: answers with given statuses and keeps which cases were run."""
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = Path(__file__).resolve().parents[2]
+    path = tmp_path_factory.mktemp("script") / "script.py"
+    path.write_text(SCRIPT.format(benchmarks=str(root / "benchmarks"), root=str(root)))
+    return str(path)
 
-    def __init__(self, **status: str) -> None:
+
+@pytest.mark.parametrize(
+    ("name", "status", "error"),
+    [
+        ("works", "ok", None),
+        ("fails", "failed", "BenchmarkError: no more <- OSError: disk"),
+        ("unusable", "unusable", "EngineStartError: no kernel"),
+        ("crashes", "failed", "SystemError: a bug"),
+        ("none", "failed", "KeyError"),
+    ],
+)
+def test_a_child_keeps_what_it_measured_and_its_failure(
+    script: str, name: str, status: str, error: str | None
+) -> None:
+    found = harness.run_child(script, name, {"speeds": [1, 2]}, limit_s=60)
+    assert found["status"] == status and (error or "") in (found["error"] or "")
+    expected = {"works": [1, 2], "fails": [1], "crashes": [1]}.get(name)
+    assert found["values"].get("speed") == expected
+
+
+def test_a_child_that_takes_too_long_is_ended(script: str) -> None:
+    found = harness.run_child(script, "sleeps", {}, limit_s=5)
+    assert found["status"] == "timeout" and found["seconds"] < 30
+
+
+class Children:
+    """Stands in for `run_child`: ends with given statuses and keeps which cases ran."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **status: str) -> None:
         self.status, self.ran = status, list[str]()
+        monkeypatch.setattr(harness, "run_child", self)
 
-    def __call__(self, case: Any, limit_s: float) -> dict[str, Any]:
-        self.ran.append(case.name)
-        return {**OK, "status": self.status.get(case.name, "ok")}
-
-
-@pytest.fixture
-def device() -> Any:
-    return detect(gpu=False)
+    def __call__(self, script: str, name: str, options: Any, **more: Any) -> dict[str, Any]:
+        self.ran.append(options["id"])
+        return {**OK, "status": self.status.get(options["id"], "ok")}
 
 
-def planned(*names: str) -> list[Any]:
-    return [_plans.Case("verify", name) for name in names]
+def planned(*names: str) -> list[gpu_check.Case]:
+    return [gpu_check.Case("verify", name, {"id": name}) for name in names]
 
 
 def test_a_second_run_does_only_what_is_missing(
-    tmp_path: Path, device: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = tmp_path / "out.json"
-    first = Cases(b="failed", c="unusable")
-    monkeypatch.setattr(gpu_check, "in_process", first)
-    gpu_check.run(planned("a", "b", "c"), output, device)
-    second = Cases()
-    monkeypatch.setattr(gpu_check, "in_process", second)
-    document = gpu_check.run(planned("a", "b", "c", "d"), output, device)
-    assert (first.ran, second.ran) == (["a", "b", "c"], ["b", "d"])
-    assert json.loads(output.read_text()) == json.loads(json.dumps(document))
-    assert {name: one["status"] for name, one in document["stages"]["verify"].items()} == {
-        "a": "ok", "b": "ok", "c": "unusable", "d": "ok",
-    }  # fmt: skip
-
-
-def test_what_a_stage_has_no_time_for_is_left_for_the_next_run(
-    tmp_path: Path, device: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cases = Cases()
-    monkeypatch.setattr(gpu_check, "in_process", cases)
-    limits = {"verify": 0.0}
-    document = gpu_check.run(planned("a"), tmp_path / "o.json", device, limits_s=limits)
-    assert document["stages"]["verify"]["a"]["status"] == "not run"
-    gpu_check.run(planned("a"), tmp_path / "o.json", device)
-    assert cases.ran == ["a"]
-
-
-@pytest.mark.parametrize("text", ["no json", '{"format": "other"}', "[1]"])
-def test_a_foreign_file_is_not_overwritten(tmp_path: Path, device: Any, text: str) -> None:
-    output = tmp_path / "out.json"
-    output.write_text(text)
-    with pytest.raises(BenchmarkError, match="choose another file"):
-        gpu_check.begin(output, device)
-    assert output.read_text() == text
-
-
-def test_a_result_of_other_software_is_not_gone_on_with(tmp_path: Path, device: Any) -> None:
-    output = tmp_path / "out.json"
-    found = gpu_check.begin(output, device)
-    found["software"]["vllm"] = "0.0.1"
-    output.write_text(json.dumps(found))
-    with pytest.raises(BenchmarkError, match="other software"):
-        gpu_check.begin(output, device)
-
-
-def test_a_case_that_crashes_is_recorded_with_the_end_of_its_log() -> None:
-    found = gpu_check.in_process(_plans.Case("no such stage", "x"), 60)
-    assert found["status"] == "failed"
-    assert "KeyError" in found["error"]
-
-
-def test_a_case_that_takes_too_long_is_ended() -> None:
-    found = gpu_check.in_process(_plans.Case("soak", "x", {"seconds": 1e9}), 0.05)
-    assert found["status"] == "timeout" and found["seconds"] < 10
-
-
-def test_what_was_told_before_the_end_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def breaks(tell: Any, options: Any) -> None:
-        tell("speed", [1])
-        tell("speed", [1, 2])
-        raise BenchmarkError("no more")
+    output = tmp_path / "out.json"
+    first = Children(monkeypatch, b="failed", c="unusable")
+    gpu_check.run(planned("a", "b", "c"), output)
+    second = Children(monkeypatch)
+    document = gpu_check.run(planned("a", "b", "c", "d"), output)
+    assert (first.ran, second.ran) == (["a", "b", "c"], ["b", "d"])
+    assert json.loads(output.read_text()) == json.loads(json.dumps(document))
+    statuses = {name: one["status"] for name, one in document["stages"]["verify"].items()}
+    assert statuses == {"a": "ok", "b": "ok", "c": "unusable", "d": "ok"}
+    late = gpu_check.run(planned("e"), output, limits_s={"verify": 0.0})
+    assert late["stages"]["verify"]["e"]["status"] == "not run"
 
-    monkeypatch.setattr(_checks, "STAGES", {"decode": breaks})
-    gpu_check.child(json.dumps({"stage": "decode", "name": "x"}), tmp_path / "parts")
-    lines = [json.loads(line) for line in (tmp_path / "parts").read_text().splitlines()]
-    assert lines[:2] == [{"speed": [1]}, {"speed": [1, 2]}]
-    assert lines[2]["outcome"] == {"status": "failed", "error": "BenchmarkError: no more"}
+
+def test_a_file_of_something_else_or_of_other_software_is_not_continued(tmp_path: Path) -> None:
+    output = tmp_path / "out.json"
+    for text in ("no json", '{"format": "other"}', "[1]"):
+        output.write_text(text)
+        with pytest.raises(BenchmarkError, match="choose another file"):
+            gpu_check.begin(output)
+        assert output.read_text() == text
+    output.unlink()
+    document = gpu_check.begin(output)
+    assert {"name", "driver", "cuda"} <= document["device"].keys()
+    document["software"]["vllm"] = "0.0.1"
+    output.write_text(json.dumps(document))
+    with pytest.raises(BenchmarkError, match="other software"):
+        gpu_check.begin(output)
 
 
-@pytest.mark.parametrize("device_kind", ["cuda", "cpu"])
-def test_every_stage_has_cases_with_names_of_their_own(device_kind: str) -> None:
-    found = _plans.cases(device_kind)
-    assert {case.stage for case in found} == set(_plans.STAGES) == set(_plans.LIMITS_S)
+@pytest.mark.parametrize("cases", [gpu_check.cuda_cases, gpu_check.cpu_cases])
+def test_every_stage_has_cases_with_names_of_their_own(cases: Any) -> None:
+    found = list(cases())
+    assert {case.stage for case in found} == set(gpu_check.LIMITS_S)
+    assert sum(gpu_check.LIMITS_S.values()) <= 15 * 60
     names = [(case.stage, case.name) for case in found]
     assert len(set(names)) == len(names)
-    assert all((case.kind or case.stage) in _checks.STAGES for case in found)
+    assert all(case.function in gpu_check.MEASUREMENTS for case in found)
     json.dumps([dict(case.options) for case in found])
 
 
-def test_the_gpu_plan_holds_what_has_to_be_proved() -> None:
-    found = _plans.cases("cuda", gpu_bytes=16 * 10**9)
-    verify = [case for case in found if case.stage == "verify"]
-    dtypes = {case.options["dtype"] for case in verify}
-    assert dtypes == {"float32", "bfloat16"}
-    assert any(case.options.get("stock") for case in verify)
-    decode = {case.name for case in found if case.stage == "decode"}
-    assert {"copy", "bf16 kv auto", "fp8 kv auto", "bf16 kv fp8_per_token_head"} <= decode
-    # Two engines of 17 GB do not fit 16 GB together.
-    assert [case.name for case in found if case.stage == "overhead"] == ["stub"]
+def test_the_gpu_plan_has_every_backend_fp8_and_the_7b_shape() -> None:
+    cases = list(gpu_check.cuda_cases())
+    verify = [case.options for case in cases if case.stage == "verify"]
+    args = [options["engine_args"] for options in verify]
+    assert {one.get("attention_backend") for one in args} >= set(gpu_check.LANGUAGE)
+    assert {one.get("mm_encoder_attn_backend") for one in args} >= set(gpu_check.VISION)
+    assert {"precision": "fp8"} in args and any(one.get("stock") for one in verify)
+    assert {one["dtype"] for one in verify} == {"float32", "bfloat16"}
+    decode = {case.name: case.options for case in cases if case.stage == "decode"}
+    assert {"copy", "bf16 kv auto", "fp8 kv auto", "bf16 kv fp8_per_token_head"} <= set(decode)
+    assert decode["bf16 kv auto"]["engine"]["load_format"] == "dummy"
 
 
 def test_backends_are_given_where_a_case_names_none() -> None:
-    found = {case.name: case for case in _plans.cases("cuda")}
-    named = _plans.with_backends(found["float32 TRITON_ATTN vision TORCH_SDPA"], "A", "B")
+    cases = {case.name: case for case in gpu_check.cuda_cases()}
+    named = gpu_check.with_backends(cases["FLASH_ATTN, vision TORCH_SDPA"], "A", "B")
     assert named.options["engine_args"]["mm_encoder_attn_backend"] == "TORCH_SDPA"
-    free = _plans.with_backends(found["bf16 kv auto"], "A", "B")
+    free = gpu_check.with_backends(cases["bf16 kv auto"], "A", "B")
     assert free.options["engine"]["attention_backend"] == "A"
-    assert free.options["engine"]["model"] == _plans.SEVEN_B
-    assert _plans.with_backends(found["copy"], "A", "B") == found["copy"]
+    assert gpu_check.with_backends(cases["copy"], "A", "B") == cases["copy"]
 
 
-def test_memory_that_grows_is_seen_and_the_first_quarter_may_warm_up() -> None:
-    flat = [{"rss_bytes": value} for value in (50, 100, 100, 100, 100, 100, 100, 100)]
-    rising = [{"rss_bytes": 100 + 10 * i} for i in range(8)]
-    assert _checks.growth(flat, "rss_bytes") == 0
-    assert (_checks.growth(rising, "rss_bytes") or 0) > 0.3
-    assert _checks.growth([{"device_bytes": None}] * 8, "device_bytes") is None
-
-
-def test_tables_say_how_near_the_ceiling_decode_is() -> None:
-    copied = {**OK, "found": {"bandwidth_bytes_s": 1e12}}
-    one = {**OK, "found": {"decode_tps": [50.0, 60.0, 40.0], "bytes_per_token": 15e9}}
-    bad = {**OK, "status": "unusable", "error": "no | kernel"}
-    text = _summary.markdown(
-        {
-            "device": {"name": "GPU", "driver": "1", "cuda": None},
-            "software": {"vllm": "0.32.0"},
-            "stages": {"decode": {"copy": copied, "bf16 kv auto": one, "fp8 kv auto": bad}},
+def test_tables_give_the_fraction_of_the_bandwidth_and_the_reason_of_a_failure() -> None:
+    few = {
+        "decode_tps": {"mean": 50.0},
+        "ttft_s": {"median": 0.5},
+        "ceiling": {"bytes_per_token": 15e9},
+    }
+    stages = {
+        "decode": {
+            "copy": {**OK, "values": {"bandwidth_bytes_s": 1e12}},
+            "bf16 kv auto": {**OK, "values": {"2 crops": few}},
+            "fp8 kv auto": {**OK, "status": "unusable", "error": "no | kernel"},
         }
+    }
+    device = {"name": "GPU", "driver": "1", "cuda": None}
+    text = gpu_check.markdown(
+        {"device": device, "software": {"vllm": "0.32.0"}, "stages": stages}
     )
-    assert "| bf16 kv auto | 50.0 | 15.00 | 75% | – | – |" in text
-    assert "| fp8 kv auto | unusable | – | – | – | no / kernel |" in text
+    assert text.startswith("GPU, driver 1, CUDA –; vllm 0.32.0")
+    assert "| bf16 kv auto | 50.0 | 15.00 | 75% | 0.500 | – | – |  |" in text
+    assert "| fp8 kv auto | – | – | – | – | – | – | unusable: no \\| kernel |" in text
+
+
+def test_the_recorded_runs_can_be_printed() -> None:
+    results = Path(gpu_check.__file__).parent / "results"
+    recorded = sorted(results.glob("*gpu-check*.json"))
+    assert recorded
+    for path in recorded:
+        assert "right" in gpu_check.markdown(harness.read(path, gpu_check.KIND))

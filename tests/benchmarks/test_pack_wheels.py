@@ -30,9 +30,9 @@ def wheel(tmp_path: Path) -> Path:
     return path
 
 
-def packed(wheel: Path, folder: Path) -> Path:
-    pack_wheels.pack([wheel], folder, piece_bytes=30_000)
-    return folder
+def packed(wheel: Path, directory: Path) -> Path:
+    pack_wheels.pack([wheel], directory, piece_bytes=30_000)
+    return directory
 
 
 def test_pieces_are_small_and_bring_back_what_was_packed(wheel: Path, tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_pieces_are_small_and_bring_back_what_was_packed(wheel: Path, tmp_path: 
     assert (site / "small_vllm-1.0.dist-info" / "METADATA").is_file()
 
 
-def test_what_is_not_needed_stays_out_and_is_told(wheel: Path, tmp_path: Path) -> None:
+def test_what_is_not_needed_stays_out_and_is_counted(wheel: Path, tmp_path: Path) -> None:
     parts = packed(wheel, tmp_path / "parts")
     manifest = json.loads((parts / "manifest.json").read_text())
     assert manifest["left_out_bytes"] == 1000
@@ -57,7 +57,7 @@ def test_what_is_not_needed_stays_out_and_is_told(wheel: Path, tmp_path: Path) -
     assert not list((tmp_path / "site").rglob("scripts"))
 
 
-def test_what_imports_is_told_from_what_does_not(wheel: Path, tmp_path: Path) -> None:
+def test_what_imports_is_separated_from_what_does_not(wheel: Path, tmp_path: Path) -> None:
     pack_wheels.unpack(packed(wheel, tmp_path / "parts"), tmp_path / "site")
     found = pack_wheels.check(tmp_path / "site", ["small_vllm", "small_vllm.broken"])
     assert found["small_vllm"] is None
@@ -72,14 +72,14 @@ def test_a_damaged_or_missing_piece_is_noticed(wheel: Path, tmp_path: Path) -> N
     data = bytearray(piece.read_bytes())
     data[10] ^= 1
     piece.write_bytes(data)
-    with pytest.raises(pack_wheels.PackError, match="not what was packed"):
+    with pytest.raises(pack_wheels.PackError, match="differs from what"):
         pack_wheels.unpack(parts, tmp_path / "site")
     piece.unlink()
     with pytest.raises(pack_wheels.PackError, match="missing"):
         pack_wheels.unpack(parts, tmp_path / "site")
 
 
-def test_a_folder_in_use_and_a_path_that_leaves_the_wheel_are_refused(
+def test_a_directory_in_use_and_a_path_that_leaves_the_wheel_are_refused(
     wheel: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(pack_wheels.PackError, match="not empty"):
@@ -102,4 +102,4 @@ def test_a_folder_in_use_and_a_path_that_leaves_the_wheel_are_refused(
     ],
 )
 def test_the_list_of_what_stays_out(path: str, out: bool) -> None:
-    assert pack_wheels.dropped(path) is out
+    assert pack_wheels.is_dropped(path) is out

@@ -1,0 +1,198 @@
+"""Shared by the benchmark scripts: child processes, paired ratios, tables, result documents.
+
+A measurement that needs a fresh process is a function `measure(emit, options)`. Its script is
+started again with `--child`; what the function emits reaches the parent as lines of JSON, so that a
+time limit or a crash leaves what was measured before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from molmo_edge.bench import tables
+from molmo_edge.bench.document import now, write_bytes
+from molmo_edge.bench.environment import device_of, versions
+from molmo_edge.devices.detect import detect
+from molmo_edge.errors import BenchmarkError, EngineStartError, MolmoEdgeError
+
+Emit = Callable[[str, Any], None]
+Measure = Callable[[Emit, Mapping[str, Any]], None]
+
+DASH = tables.UNKNOWN
+CHILD = "--child"
+
+
+def run_child(
+    script: str,
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    limit_s: float,
+    environ: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Run the measurement `name` of a script in a process of its own.
+
+    Returns `status` ("ok", "unusable" if the engine cannot start, "failed" or "timeout"),
+    `seconds`, `error` and `values`, the last value of each name emitted.
+    """
+    with tempfile.TemporaryDirectory(prefix="molmo-edge-benchmark-") as directory:
+        lines, log = Path(directory, "lines"), Path(directory, "log")
+        command = [sys.executable, script, CHILD, name, json.dumps(dict(options)), str(lines)]
+        began = time.monotonic()
+        with log.open("wb") as file:
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                env={**os.environ, **(environ or {})},
+                start_new_session=True,
+            )
+            try:
+                code: int | None = child.wait(limit_s)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                # Its own children too: engines and other starts.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+        values: dict[str, Any] = {}
+        for line in lines.read_text("utf-8").splitlines() if lines.exists() else ():
+            values.update(json.loads(line))
+        seconds = time.monotonic() - began
+        outcome = values.pop("outcome", None)
+        if code is None:
+            outcome = {"status": "timeout", "error": f"ended after {limit_s:.0f} s"}
+        elif outcome is None:
+            end = log.read_text(errors="replace").strip()[-1500:]
+            outcome = {"status": "failed", "error": f"exit status {code}: {end}"}
+    return {**outcome, "seconds": round(seconds, 2), "values": values}
+
+
+def serve_child(measurements: Mapping[str, Measure]) -> None:
+    """In a process that `run_child` started, measure and exit; elsewhere do nothing."""
+    if sys.argv[1:2] != [CHILD]:
+        return
+    name, options, path = sys.argv[2:]
+    with Path(path).open("a", encoding="utf-8") as file:
+
+        def emit(key: str, value: Any) -> None:
+            file.write(json.dumps({key: value}, default=str) + "\n")
+            file.flush()
+
+        status, error = "ok", None
+        try:
+            measurements[name](emit, json.loads(options))
+        except MolmoEdgeError as exc:
+            status = "unusable" if isinstance(exc, EngineStartError) else "failed"
+            error = _causes(exc)
+        emit("outcome", {"status": status, "error": error})
+    sys.exit(0)
+
+
+def _causes(exc: BaseException | None) -> str:
+    """An error and those it came from, the end of each message."""
+    texts: list[str] = []
+    while exc is not None and len(texts) < 4:
+        texts.append(f"{type(exc).__name__}: {str(exc).strip()[-600:]}")
+        exc = exc.__cause__
+    return " <- ".join(texts)
+
+
+def median_interval(values: Sequence[float], *, seed: int = 0) -> dict[str, Any]:
+    """Median with its 95 % bootstrap interval, None below three values."""
+    series = np.asarray(values, dtype=float)
+    low = high = None
+    if series.size >= 3:
+        draws = np.random.default_rng(seed).choice(series, (4000, series.size))
+        low, high = (float(q) for q in np.quantile(np.median(draws, axis=1), [0.025, 0.975]))
+    return {"median": float(np.median(series)), "low": low, "high": high, "count": series.size}
+
+
+def paired_ratio(ours: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
+    """Ours ÷ other of measurements taken in turns: the median of the pairs' own ratios.
+
+    A disturbed pair moves it little, and slow drift of the machine, which touches both halves of a
+    pair, not at all.
+    """
+    top, bottom = np.asarray(ours, dtype=float), np.asarray(other, dtype=float)
+    if top.shape != bottom.shape or not top.size:
+        raise ValueError("pairs need two series of equal length")
+    medians = {"ours": float(np.median(top)), "other": float(np.median(bottom))}
+    return {**median_interval(list(top / bottom)), **medians}
+
+
+def interval_text(interval: Mapping[str, Any], digits: int = 3) -> str:
+    """"0.981 (0.975 to 0.988)"."""
+    text = f"{interval['median']:.{digits}f}"
+    if interval["low"] is None:
+        return text
+    return f"{text} ({interval['low']:.{digits}f} to {interval['high']:.{digits}f})"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number, or a dash for None."""
+    return tables.number(value, digits)
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return tables.markdown([tables.Table(heads, list(rows))])
+
+
+def result(kind: str, **content: Any) -> dict[str, Any]:
+    """A result document: what measured it, on what, and its content."""
+    script, *arguments = sys.argv
+    return {
+        "format": f"molmo-edge-{kind}",
+        "version": 1,
+        "created": now(),
+        # Paths by their names: where they lie is the user's own business.
+        "command": ["python", f"benchmarks/{Path(script).name}", *_names(arguments)],
+        "software": versions().model_dump(),
+        "device": device_of(detect()).model_dump(),
+        "load_average": os.getloadavg(),
+        **content,
+    }
+
+
+def _names(arguments: Sequence[str]) -> list[str]:
+    return [Path(one).name if one.startswith(("/", "~")) else one for one in arguments]
+
+
+def write(document: Mapping[str, Any], path: Path) -> None:
+    """Write a result atomically; BenchmarkError if the place cannot be written."""
+    write_bytes(f"{json.dumps(document, indent=1, default=str)}\n".encode(), path)
+
+
+def read(path: Path, kind: str) -> dict[str, Any]:
+    """Read a result of one kind.
+
+    Raises:
+        BenchmarkError: the file is something else.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise BenchmarkError(f"{path} cannot be read as a result; choose another file") from exc
+    if not isinstance(document, dict) or document.get("format") != f"molmo-edge-{kind}":
+        raise BenchmarkError(f"{path} is not a result of this script; choose another file")
+    return document
+
+
+def progress(text: str) -> None:
+    """One line on standard error."""
+    print(text, file=sys.stderr, flush=True)
