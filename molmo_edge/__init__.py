@@ -26,8 +26,8 @@ _WHERE = {
     "PointResult": "molmo_edge.points",
     "PointStream": "molmo_edge.points",
     "parse_points": "molmo_edge.points",
-    "PointAnswer": "molmo_edge.answers",
-    "CountResult": "molmo_edge.answers",
+    "PointAnswer": "molmo_edge.points",
+    "CountResult": "molmo_edge.points",
     "Seen": "molmo_edge.watch",
     "State": "molmo_edge.engine.loop",
     "MolmoEdgeError": "molmo_edge.errors",
@@ -36,11 +36,11 @@ _WHERE = {
 __all__ = sorted([*_WHERE, "__version__"])
 
 if TYPE_CHECKING:
-    from molmo_edge.answers import CountResult as CountResult
-    from molmo_edge.answers import PointAnswer as PointAnswer
     from molmo_edge.engine.loop import State as State
     from molmo_edge.errors import MolmoEdgeError as MolmoEdgeError
+    from molmo_edge.points import CountResult as CountResult
     from molmo_edge.points import Point as Point
+    from molmo_edge.points import PointAnswer as PointAnswer
     from molmo_edge.points import PointResult as PointResult
     from molmo_edge.points import PointStream as PointStream
     from molmo_edge.points import parse_points as parse_points

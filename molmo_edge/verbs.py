@@ -7,14 +7,13 @@ from typing import Any, Literal, Unpack, overload
 
 from PIL import Image
 
-from molmo_edge.answers import CountResult, PointAnswer, counted
 from molmo_edge.asking import Asking
 from molmo_edge.cameras import Source
 from molmo_edge.capture import Watching
 from molmo_edge.errors import ConfigError, PromptError
 from molmo_edge.images import ImageLike
 from molmo_edge.interface import Turn
-from molmo_edge.points import parse_points
+from molmo_edge.points import CountResult, PointAnswer, parse_points
 from molmo_edge.requests import Loader, Options
 from molmo_edge.results import Result
 from molmo_edge.stream import Stream
@@ -91,7 +90,7 @@ class Verbs(Asking):
             As `point`.
         """
         self._require("count")
-        return counted(self._pointed(image, COUNT, labels([label]), options)[0])
+        return CountResult.of(self._pointed(image, COUNT, labels([label]), options)[0])
 
     def watch(
         self,

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageChops, features
 
-from molmo_edge import drawing
+from molmo_edge import points
 from molmo_edge.errors import ImageError, InputError
 from molmo_edge.images import ImageLimits
 from molmo_edge.points import Point, PointResult, PointStream, parse_points
+from tests.image_files import encode, exif, stored
 
 CORPUS: dict[str, dict[str, Any]] = {
     f"{path.stem}: {case['name']}": case
@@ -30,13 +31,9 @@ CORPUS: dict[str, dict[str, Any]] = {
 TEXTS = [case["text"] for case in CORPUS.values()]
 MUG = '<point x="61.5" y="40.4" alt="mug">mug</point>'
 EVERYTHING = {
-    "points": (),
-    "stated_count": None,
-    "consistent": None,
-    "none_found": False,
-    "truncated": False,
-    "malformed": 0,
-}
+    "points": (), "stated_count": None, "consistent": None, "none_found": False,
+    "truncated": False, "malformed": 0,
+}  # fmt: skip
 
 
 def place(point: Point) -> Point:
@@ -44,12 +41,7 @@ def place(point: Point) -> Point:
     return replace(point, label=None, alt=None)
 
 
-# Reading whole answers
-
-
-def test_the_corpus_is_as_large_as_promised() -> None:
-    assert len(CORPUS) >= 60
-    assert len(set(TEXTS)) == len(TEXTS)
+# Whole answers
 
 
 @pytest.mark.parametrize("case", CORPUS.values(), ids=CORPUS.keys())
@@ -58,8 +50,7 @@ def test_every_known_answer_is_read_as_expected(case: dict[str, Any]) -> None:
     expected["points"] = tuple(Point(**point) for point in case.get("points", ()))
     result = parse_points(case["text"])
     assert {key: getattr(result, key) for key in EVERYTHING} == expected
-    assert result.text == case["text"]
-    assert result.count == len(expected["points"])
+    assert result.text == case["text"] and result.count == len(expected["points"])
 
 
 @pytest.mark.parametrize("text", ["", MUG, "There are none."])
@@ -68,32 +59,24 @@ def test_the_finish_reason_can_say_that_the_answer_was_cut(text: str) -> None:
     assert parse_points(text, truncated=True).truncated
 
 
-def test_values_are_frozen() -> None:
-    result = parse_points(MUG)
-    with pytest.raises(FrozenInstanceError):
-        result.text = ""  # type: ignore[misc]
-    with pytest.raises(FrozenInstanceError):
-        result.points[0].x = 0.0  # type: ignore[misc]
+def test_values_are_frozen_and_the_image_is_no_part_of_equality_or_repr() -> None:
+    bare, with_image = parse_points(MUG), parse_points(MUG, image=Image.new("RGB", (8, 8)))
+    for value, name in ((bare, "text"), (bare.points[0], "x")):
+        with pytest.raises(FrozenInstanceError):
+            setattr(value, name, 0)
+    assert bare == with_image and hash(bare) == hash(with_image)
+    assert "image=" not in repr(with_image)
 
 
-def test_json_holds_everything_but_the_picture() -> None:
+def test_json_holds_everything_but_the_image() -> None:
     text = MUG.replace(">mug<", ">caf\u00e9 \ud800<") + " shows a total of 2."
     result = parse_points(text, truncated=True, image=Image.new("RGB", (8, 8)))
     written = result.to_json()
     assert written.isascii() and "\n" not in written
+    point = {"x": 0.615, "y": 0.404, "label": "caf\u00e9 \ud800", "alt": "mug", "id": None}
     assert json.loads(written) == result.as_dict() == {
         "text": text,
-        "points": [
-            {
-                "x": 0.615,
-                "y": 0.404,
-                "label": "caf\u00e9 \ud800",
-                "alt": "mug",
-                "id": None,
-                "image_index": None,
-                "t": None,
-            }
-        ],
+        "points": [point | {"image_index": None, "t": None}],
         "count": 1,
         "stated_count": 2,
         "consistent": False,
@@ -103,14 +86,7 @@ def test_json_holds_everything_but_the_picture() -> None:
     }  # fmt: skip
 
 
-def test_the_picture_is_no_part_of_equality_or_repr() -> None:
-    bare = parse_points(MUG)
-    pictured = parse_points(MUG, image=Image.new("RGB", (8, 8)))
-    assert bare == pictured and hash(bare) == hash(pictured)
-    assert "image=" not in repr(pictured)
-
-
-def test_pointing_needs_neither_torch_nor_vllm() -> None:
+def test_points_need_neither_torch_nor_vllm() -> None:
     code = (
         "import sys, molmo_edge.points as p; from PIL import Image;"
         f"p.parse_points({MUG!r}).draw(Image.new('RGB', (64, 48)));"
@@ -119,58 +95,51 @@ def test_pointing_needs_neither_torch_nor_vllm() -> None:
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-# Reading answers while they are written
+# Answers that are still being written
 
 
 def read_stream(pieces: list[str]) -> tuple[list[Point], PointResult]:
     stream = PointStream()
-    told = [point for piece in pieces for point in stream.feed(piece)] + stream.finish()
+    streamed = [point for piece in pieces for point in stream.feed(piece)] + stream.finish()
     assert stream.finish() == []
-    return told, stream.result()
+    return streamed, stream.result()
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=CORPUS.keys())
-def test_no_split_changes_the_result_and_each_point_is_told_once(text: str) -> None:
+def test_no_split_changes_the_result_and_each_point_is_returned_once(text: str) -> None:
     whole = parse_points(text)
-    splits = [list(text), *([text[:cut], text[cut:]] for cut in range(len(text)))]
-    for pieces in splits:
-        told, result = read_stream(pieces)
+    for pieces in [list(text), *([text[:cut], text[cut:]] for cut in range(len(text)))]:
+        streamed, result = read_stream(pieces)
         assert result == whole
-        assert list(map(place, told)) == list(map(place, whole.points))
+        assert list(map(place, streamed)) == list(map(place, whole.points))
 
 
-def test_a_point_is_told_as_soon_as_both_numbers_are_there() -> None:
+def test_a_point_is_returned_as_soon_as_both_numbers_are_there() -> None:
     stream = PointStream()
     assert stream.feed('Counting the <points x1="10.0" y1="20.0') == []
     assert stream.feed('" x2="3') == [Point(0.1, 0.2, id=1)]
     assert stream.feed('0.0" y2="40.0"') == [Point(0.3, 0.4, id=2)]
     assert stream.feed(' alt="mugs">mugs</points> shows a total of 2.') == []
     assert stream.finish() == []
-    result = stream.result()
-    assert result.points == (
+    assert stream.result().points == (
         Point(0.1, 0.2, "mugs", "mugs", id=1),
         Point(0.3, 0.4, "mugs", "mugs", id=2),
     )
-    assert result.consistent
+    assert stream.result().consistent
+    with pytest.raises(InputError, match="has ended"):
+        stream.feed("x")
 
 
-def test_tracks_are_told_pair_by_pair() -> None:
+def test_tracks_are_returned_pair_by_pair() -> None:
     stream = PointStream()
-    told = [len(stream.feed(char)) for char in '<tracks coords="0.0 1 259 340;1.0 1 138 427;']
-    assert [index for index, count in enumerate(told) if count] == [29, 43]
+    counts = [len(stream.feed(char)) for char in '<tracks coords="0.0 1 259 340;1.0 1 138 427;']
+    assert [index for index, count in enumerate(counts) if count] == [29, 43]
 
 
-def test_bare_pairs_are_told_at_the_end_when_no_tag_can_come_any_more() -> None:
+def test_bare_pairs_are_returned_at_the_end_when_no_tag_can_come_any_more() -> None:
     stream = PointStream()
     assert stream.feed("It is at (61.5, 40.4).") == []
     assert stream.finish() == [Point(0.615, 0.404)]
-
-
-def test_an_ended_stream_refuses_more_text() -> None:
-    stream = PointStream()
-    stream.result()
-    with pytest.raises(InputError, match="has ended"):
-        stream.feed("x")
 
 
 # No text makes it raise, hang or slow down
@@ -207,36 +176,35 @@ def test_any_text_gives_a_sound_result_however_it_is_split(text: str, cuts: list
     assert json.loads(whole.to_json()) == whole.as_dict()
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     for pieces in ([text[a:b] for a, b in pairwise(edges)], list(text)):
-        told, result = read_stream(pieces)
+        streamed, result = read_stream(pieces)
         assert result == whole
-        assert list(map(place, told)) == list(map(place, whole.points))
+        assert list(map(place, streamed)) == list(map(place, whole.points))
 
 
 STARTS = ["", '<points x="', '<points coords="1 ', '<point alt="', "<point x=1 y=2>", "Click("]
 REPEATED = [
     "<points ", "<point>", '"', "(", "Click(", "1", "1.5 ", "(1.5, ", "x1=1 ", "1 100 200 ", " ",
-    "&#1", "</", "a", "total of ", "there is no ", "C",
+    "&#1", "</", "a", "a ", "total of ", "there is no ", "C", "<point x=1 y=2>", "alt=",
 ]  # fmt: skip
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("repeated", REPEATED)
 def test_a_megabyte_of_anything_is_read_in_linear_time(repeated: str) -> None:
     # Quadratic cost would be minutes to hours here; linear cost is about a second.
-    began = time.perf_counter()
+    began = time.process_time()
     parse_points(repeated * (1_000_000 // len(repeated)))
     for start in STARTS[1:]:
         parse_points(start + repeated * (50_000 // len(repeated)))
-    assert time.perf_counter() - began < 20
+    assert time.process_time() - began < 20
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("start", STARTS)
-def test_single_characters_cost_no_more_as_the_answer_grows(start: str) -> None:
-    began = time.perf_counter()
-    stream = PointStream()
-    for char in start + "a <(1" * 20_000:
-        stream.feed(char)
-    stream.result()
-    assert time.perf_counter() - began < 20
+def test_a_long_answer_can_come_one_character_at_a_time(start: str) -> None:
+    began = time.process_time()
+    read_stream(list(start + "a <(1 x=1 y=2 " * 80))
+    assert time.process_time() - began < 20
 
 
 # From points to pixels
@@ -252,7 +220,7 @@ def test_px_is_column_and_row(x: float, y: float, pixel: tuple[int, int]) -> Non
 
 @settings(deadline=None, max_examples=100)
 @given(st.floats(0, 1), st.floats(0, 1), st.integers(1, 10**6), st.integers(1, 10**6))
-def test_px_is_always_inside_the_picture(x: float, y: float, width: int, height: int) -> None:
+def test_px_is_always_inside_the_image(x: float, y: float, width: int, height: int) -> None:
     column, row = Point(x, y).px((width, height))
     assert type(column) is int and type(row) is int
     assert 0 <= column < width and 0 <= row < height
@@ -265,160 +233,104 @@ def test_px_refuses_what_is_no_size(size: Any) -> None:
 
 
 @pytest.mark.parametrize("xy", [(-0.1, 0.5), (0.5, 1.01), (float("nan"), 0.5), (0.5, float("inf"))])
-def test_a_point_outside_the_picture_cannot_be_made(xy: tuple[float, float]) -> None:
-    with pytest.raises(InputError, match="outside the picture"):
+def test_a_point_outside_the_image_cannot_be_made(xy: tuple[float, float]) -> None:
+    with pytest.raises(InputError, match="outside the image"):
         Point(*xy)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_points_refer_to_the_upright_picture(orientation: int) -> None:
-    upright = Image.new("RGB", (40, 24), "black")
-    point = Point(0.8, 0.25)
-    upright.putpixel(point.px(upright.size), (255, 255, 255))
-    stored = io.BytesIO()
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    turned_back = {
-        2: [Image.Transpose.FLIP_LEFT_RIGHT],
-        3: [Image.Transpose.ROTATE_180],
-        4: [Image.Transpose.FLIP_TOP_BOTTOM],
-        5: [Image.Transpose.TRANSPOSE],
-        6: [Image.Transpose.ROTATE_90],
-        7: [Image.Transpose.TRANSVERSE],
-        8: [Image.Transpose.ROTATE_270],
-    }
-    raw = upright
-    for turn in turned_back.get(orientation, []):
-        raw = raw.transpose(turn)
-    raw.save(stored, "PNG", exif=exif)
-    image = Image.open(stored)
-    as_seen = ImageOps.exif_transpose(image)
-    assert as_seen is not None
-    assert as_seen.getpixel(point.px(as_seen.size)) == (255, 255, 255)
-    result = PointResult("", (point,))
-    assert same(result.draw(image), result.draw(upright))
-
-
-def test_points_hold_at_any_size_of_the_picture() -> None:
-    point = Point(0.75, 0.5)
-    assert point.px((400, 200)) == (300, 100)
-    assert point.px((100, 50)) == (75, 25)
+def test_points_refer_to_the_upright_image(orientation: int) -> None:
+    data = encode(stored(orientation), "PNG", exif=exif(orientation))
+    result = PointResult("", (Point(0.8, 0.25),))
+    assert same(result.draw(Image.open(io.BytesIO(data))), result.draw(stored(1)))
 
 
 # Drawing
-
-MODES = ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"]
 
 
 def same(one: Image.Image, other: Image.Image) -> bool:
     return one.size == other.size and ImageChops.difference(one, other).getbbox() is None
 
 
-def pixels(image: Image.Image, box: tuple[int, int, int, int]) -> set[Any]:
-    part = image.crop(box)
-    return {part.getpixel((x, y)) for x in range(part.width) for y in range(part.height)}
+def draw_one(image: Any, x: float = 0.5, y: float = 0.5, label: str | None = None) -> Image.Image:
+    return PointResult("", (Point(x, y, label),)).draw(image)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_draw_makes_a_new_picture_from_any_mode(mode: str) -> None:
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"])
+def test_draw_makes_a_new_image_from_any_mode(mode: str) -> None:
     image = Image.new(mode, (64, 48))
     before = image.tobytes()
-    info = dict(image.info)
     drawn = parse_points(MUG).draw(image)
     assert drawn.mode == "RGB" and drawn.size == (64, 48)
-    assert (image.mode, image.tobytes(), image.info) == (mode, before, info)
-    assert drawn.getpixel(Point(0.615, 0.404).px(image.size)) in drawing._COLOURS
+    assert (image.mode, image.tobytes()) == (mode, before)
+    assert drawn.getpixel(Point(0.615, 0.404).px(image.size)) in points._COLOURS
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (16, 16), (64, 48), (2000, 20), (2000, 1500)])
 @pytest.mark.parametrize("xy", [(0, 0), (1, 1), (0.5, 0.5), (1, 0)])
-def test_a_marker_is_on_its_point_at_any_size(
-    size: tuple[int, int], xy: tuple[float, float]
-) -> None:
-    point = Point(*xy)
-    drawn = PointResult("", (point,)).draw(Image.new("RGB", size))
+def test_a_dot_is_on_its_point_at_any_size(size: tuple[int, int], xy: tuple[int, int]) -> None:
+    drawn = draw_one(Image.new("RGB", size), *xy, label="mug")
     assert drawn.size == size
-    assert drawn.getpixel(point.px(size)) == drawing._COLOURS[0]
+    assert drawn.getpixel(Point(*xy).px(size)) == points._COLOURS[0]
 
 
-@pytest.mark.parametrize("background", ["black", "white", "gray", *drawing._COLOURS])
+@pytest.mark.parametrize("background", ["black", "white", "gray", *points._COLOURS])
 @pytest.mark.parametrize("size", [(64, 48), (640, 480)])
-def test_markers_and_numbers_show_on_any_background(background: Any, size: tuple[int, int]) -> None:
+def test_dots_and_numbers_show_on_any_background(background: Any, size: tuple[int, int]) -> None:
     image = Image.new("RGB", size, background)
-    point = Point(0.3, 0.6)
-    drawn = PointResult("", (point,)).draw(image)
-    column, row = point.px(size)
-    around = pixels(drawn, (column - 8, row - 8, column + 9, row + 9))
+    drawn = draw_one(image, 0.3, 0.6)
+    column, row = Point(0.3, 0.6).px(size)
+    dot = drawn.crop((column - 8, row - 8, column + 9, row + 9))
+    around = {dot.getpixel((x, y)) for x in range(dot.width) for y in range(dot.height)}
     assert any(min(colour) > 190 for colour in around)  # the white ring
     assert any(max(colour) < 70 for colour in around)  # the black ring
     changed = ImageChops.difference(image, drawn).getbbox()
     assert changed is not None and changed[3] - changed[1] >= 14  # the dot and a number above it
 
 
-def test_numbers_neither_overlap_nor_hide_a_dot() -> None:
-    size = (640, 480)
-    cluster = [
-        (str(i + 1), 300 + 7 * (i % 6) + i % 4, 200 + 6 * (i // 6) + i % 3) for i in range(40)
-    ]
-    placed = drawing._place(cluster, drawing._Badges(14, 1), size, 7)
-    assert sorted(placed) == list(range(40))
-    boxes = list(placed.values())
-    for index, (left, top, right, bottom) in enumerate(boxes):
-        assert 0 <= left < right <= 640 and 0 <= top < bottom <= 480
-        assert not any(left - 6 < c < right + 6 and top - 6 < r < bottom + 6 for _, c, r in cluster)
-        for other in boxes[:index]:
-            assert other[2] <= left or right <= other[0] or other[3] <= top or bottom <= other[1]
+@pytest.mark.parametrize("freetype", [True, False])
+def test_labels_of_any_characters_are_drawn_by_any_pillow(
+    freetype: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not freetype:
+        monkeypatch.setattr(features, "check", lambda name: False)
+    image = Image.new("RGB", (320, 240))
+    for label in ("mug", "caf\u00e9", "\u8336\u676f", "\0\n\ud800", "x" * 5000):
+        assert not same(draw_one(image, label=label), draw_one(image))
+    two = PointResult("", (Point(0.2, 0.5, "mug"), Point(0.8, 0.5, "mug"))).draw(image)
+    assert same(two.crop((0, 0, 160, 240)), draw_one(image, 0.2, 0.5, "mug").crop((0, 0, 160, 240)))
 
 
-@pytest.mark.parametrize("xy", [(0, 0), (33, 33), (16, 16), (5, 17)])
-def test_34_pixels_a_side_are_enough_for_a_number(xy: tuple[int, int]) -> None:
-    font_size, line = drawing._sizes(1, 34, 34)
-    assert drawing._place([("1", *xy)], drawing._Badges(font_size, line), (34, 34), 6)
-
-
-def test_different_numbers_look_different() -> None:
-    badges = drawing._Badges(10, 1)
-    drawn = [badges.draw(str(n), (255, 0, 0)).tobytes() for n in range(100)]
-    assert len(set(drawn)) == 100
-
-
-def test_thousands_of_points_in_one_place_are_drawn_in_time() -> None:
-    result = PointResult("", (Point(0.5, 0.5),) * 3000)
-    began = time.perf_counter()
+def test_thousands_of_points_in_one_place_are_drawn() -> None:
+    result = PointResult("", (Point(0.5, 0.5, "mug"),) * 3000)
     assert result.draw(Image.new("RGB", (64, 48))).size == (64, 48)
-    assert time.perf_counter() - began < 20
 
 
-def test_no_points_leave_the_picture_as_it_is() -> None:
+def test_no_points_leave_the_image_as_it_is() -> None:
     image = Image.linear_gradient("L")
     drawn = parse_points("There are none.").draw(image)
     assert same(drawn, image.convert("RGB")) and drawn is not image
 
 
-def test_one_picture_of_several_gets_only_its_points() -> None:
+def test_one_image_of_several_gets_only_its_points() -> None:
     result = parse_points('<points coords="1 1 250 500;2 2 750 500">dogs</points>')
-    drawn = result.draw(Image.new("RGB", (200, 100)), image_index=1)
-    assert drawn.getpixel((50, 50)) == (0, 0, 0)
-    assert drawn.getpixel((150, 50)) in drawing._COLOURS
+    drawn = result.draw(Image.new("RGB", (400, 100)), image_index=1)
+    assert drawn.getpixel((100, 50)) == (0, 0, 0)
+    assert drawn.getpixel((300, 50)) in points._COLOURS
 
 
-def test_draw_uses_the_picture_the_result_knows() -> None:
+def test_draw_uses_the_image_the_result_knows_and_says_what_is_wrong_with_one() -> None:
     image = Image.new("RGB", (64, 48), "navy")
-    known = parse_points(MUG, image=image)
-    assert same(known.draw(), parse_points(MUG).draw(image))
-    with pytest.raises(InputError, match="no picture"):
+    assert same(parse_points(MUG, image=image).draw(), parse_points(MUG).draw(image))
+    with pytest.raises(InputError, match="no image"):
         parse_points(MUG).draw()
-
-
-def test_draw_says_what_is_wrong_with_a_picture() -> None:
     with pytest.raises(ImageError):
         parse_points(MUG).draw(object())  # type: ignore[arg-type]
     with pytest.raises(ImageError):
-        parse_points(MUG).draw(Image.new("RGB", (9, 9)), limits=ImageLimits(max_pixels=80))
+        parse_points(MUG).draw(image, limits=ImageLimits(max_pixels=80))
 
 
-def test_notebooks_show_the_picture_if_there_is_one() -> None:
+def test_notebooks_show_the_image_if_there_is_one() -> None:
     assert parse_points(MUG)._repr_png_() is None
     png = parse_points(MUG, image=Image.new("RGB", (2560, 100)))._repr_png_()
-    assert png is not None
-    assert Image.open(io.BytesIO(png)).size == (1280, 50)
+    assert png is not None and Image.open(io.BytesIO(png)).size == (1280, 50)
