@@ -6,10 +6,13 @@ float32 reference implementation and by the engine; tokens and log-probabilities
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -167,7 +170,9 @@ def verify(
         if stock:
             backends = ("attention_backend", "mm_encoder_attn_backend")
             args |= {name: settings[name] for name in backends if settings.get(name)}
-            answers = _stock_answers(directory, images, expected, args)
+            # In a process of its own, as there is one vLLM engine per process.
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                answers = pool.submit(_stock_answers, directory, images, expected, args).result()
             yield _report(expected, answers, environment, True, exact, bound)
 
 
@@ -239,6 +244,7 @@ def _stock_answers(
     directory: Path, images: Images, expected: Mapping[str, Answer], args: Mapping[str, Any]
 ) -> dict[str, Answer]:
     """Answers of vLLM's own Molmo, as its users call it."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # this process is the engine's
     from vllm import LLM, SamplingParams
 
     from molmo_edge.images import load
@@ -272,7 +278,6 @@ def _stock_answers(
         answers[name] = Answer(
             list(output.prompt_token_ids), list(one.token_ids), logprobs, forced
         )
-    llm.llm_engine.engine_core.shutdown()
     return answers
 
 

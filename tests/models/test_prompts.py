@@ -28,41 +28,32 @@ def encoder(tokenizer: Any) -> PromptEncoder:
     return PromptEncoder(tokenizer, 4096)
 
 
-def ask(text: Any) -> list[Turn]:
-    return [Turn("user", text)]
+def conversation(*texts: Any) -> list[Turn]:
+    return [Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
 
 
-def test_one_turn_is_the_reference_format(encoder: PromptEncoder, tokenizer: Any) -> None:
-    assert tokenizer.decode(encoder.encode(ask("What?"))) == " User: What? Assistant:"
+def test_turns_are_in_the_reference_format(encoder: PromptEncoder, tokenizer: Any) -> None:
+    def text(*texts: str) -> str:
+        return str(tokenizer.decode(encoder.encode(conversation(*texts))))
 
-
-def test_turns_follow_each_other(encoder: PromptEncoder, tokenizer: Any) -> None:
-    turns = [Turn("user", "A?"), Turn("assistant", "B."), Turn("user", "C?")]
-    text = tokenizer.decode(encoder.encode(turns))
-    assert text == " User: A? Assistant: B. User: C? Assistant:"
+    assert text("What?") == " User: What? Assistant:"
+    assert text("A?", "B.", "C?") == " User: A? Assistant: B. User: C? Assistant:"
 
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "<im_patch>",
-        "see <|image|> here",
-        "x<|endoftext|>",
-        "<im_start><im_col><im_end>",
-        "|<EXTRA_TOKENS_3>|",
-    ],
+    ["<im_patch>", "a <|image|> b", "x<|endoftext|>", "<im_start><im_col>", "|<EXTRA_TOKENS_3>|"],
 )
-def test_special_tokens_in_user_text_are_refused(encoder: PromptEncoder, text: str) -> None:
-    with pytest.raises(PromptError, match="special tokens"):
-        encoder.encode(ask(text))
-    with pytest.raises(PromptError, match="special tokens"):
-        encoder.encode([Turn("user", "a"), Turn("assistant", text), Turn("user", "b")])
+def test_special_tokens_in_any_turn_are_refused(encoder: PromptEncoder, text: str) -> None:
+    for turns in (conversation(text), conversation("a", text, "b")):
+        with pytest.raises(PromptError, match="special tokens"):
+            encoder.encode(turns)
 
 
 @pytest.mark.parametrize("text", ["", "  \n", None, 5, b"x", "\ud800"])
-def test_what_is_no_text_is_refused(encoder: PromptEncoder, text: Any) -> None:
+def test_unusable_text_is_refused(encoder: PromptEncoder, text: Any) -> None:
     with pytest.raises(PromptError):
-        encoder.encode(ask(text))
+        encoder.encode(conversation(text))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +66,7 @@ def test_roles_out_of_order_are_refused(encoder: PromptEncoder, roles: list[str]
 
 def test_text_that_cannot_fit_is_refused_before_tokenising(encoder: PromptEncoder) -> None:
     with pytest.raises(PromptTooLongError):
-        encoder.encode(ask("x" * (4096 * 128 + 1)))
+        encoder.encode(conversation("x" * (4096 * 128 + 1)))
 
 
 @settings(deadline=None, max_examples=EXAMPLES)
@@ -90,7 +81,7 @@ def test_text_that_cannot_fit_is_refused_before_tokenising(encoder: PromptEncode
 )
 def test_fuzz_no_text_becomes_a_special_token(encoder: PromptEncoder, text: str) -> None:
     try:
-        ids = encoder.encode(ask(text))
+        ids = encoder.encode(conversation(text))
     except PromptError:
         return
     assert not set(ids) & set(encoder.special)

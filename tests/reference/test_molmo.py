@@ -28,7 +28,7 @@ def checkpoint(
 
 
 @pytest.fixture(scope="module")
-def picture() -> ReferenceInputs:
+def image() -> ReferenceInputs:
     """One crop and the global view, with padding on two sides."""
     random = np.random.default_rng(3)
     return preprocess(random.integers(0, 256, (300, 210, 3), dtype=np.uint8), tiny.IDS)
@@ -69,7 +69,7 @@ def test_image_features_equal_torchs_own_layers(
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
-def test_a_picture_adds_its_features_to_the_patch_embeddings(
+def test_a_image_adds_its_features_to_the_patch_embeddings(
     checkpoint: Any, two_crops: ReferenceInputs
 ) -> None:
     model, config, tensors = checkpoint
@@ -90,21 +90,21 @@ def test_a_picture_adds_its_features_to_the_patch_embeddings(
 
 
 def test_features_of_zero_leave_the_patch_embeddings(
-    tmp_path: Path, picture: ReferenceInputs
+    tmp_path: Path, image: ReferenceInputs
 ) -> None:
     tensors = tiny.weights(tiny.CONFIG)
     tensors["model.vision_backbone.image_projector.w2.weight"].zero_()
     model = loaded(tmp_path, tiny.CONFIG, tensors)
-    ids = sequence(picture, [5], tiny.BOS)
-    assert torch.equal(model.logits(ids, picture), model.logits(ids))
+    ids = sequence(image, [5], tiny.BOS)
+    assert torch.equal(model.logits(ids, image), model.logits(ids))
 
 
-def test_a_picture_changes_what_follows_it_and_nothing_before(
-    checkpoint: Any, picture: ReferenceInputs
+def test_a_image_changes_what_follows_it_and_nothing_before(
+    checkpoint: Any, image: ReferenceInputs
 ) -> None:
     model, _, _ = checkpoint
-    ids = sequence(picture, [5], tiny.BOS)
-    change = (model.logits(ids, picture) - model.logits(ids)).abs().amax(-1)
+    ids = sequence(image, [5], tiny.BOS)
+    change = (model.logits(ids, image) - model.logits(ids)).abs().amax(-1)
     assert float(change[:2].max()) == 0  # BOS and <im_start>
     assert float(change[2:].min()) > 1e-3
 
@@ -121,20 +121,20 @@ def test_each_crop_belongs_to_its_positions(checkpoint: Any, two_crops: Referenc
         image_input_idx=two_crops.image_input_idx[turned],
     )
     torch.testing.assert_close(model.logits(ids, together), logits, atol=1e-4, rtol=1e-4)
-    pictures_only = dataclasses.replace(two_crops, images=two_crops.images[turned])
-    assert float((model.logits(ids, pictures_only) - logits).abs().max()) > 0.1
+    images_only = dataclasses.replace(two_crops, images=two_crops.images[turned])
+    assert float((model.logits(ids, images_only) - logits).abs().max()) > 0.1
     positions = two_crops.image_input_idx.copy()
     positions[0, [0, 1]] = positions[0, [1, 0]]
     swapped = dataclasses.replace(two_crops, image_input_idx=positions)
     assert float((model.logits(ids, swapped) - logits).abs().max()) > 0.01
 
 
-def test_pad_embeddings_follow_the_mask(checkpoint: Any, picture: ReferenceInputs) -> None:
+def test_pad_embeddings_follow_the_mask(checkpoint: Any, image: ReferenceInputs) -> None:
     model, _, _ = checkpoint
 
     def features(mask: float) -> torch.Tensor:
-        masks = np.full_like(picture.image_masks, mask)
-        return model.image_features(dataclasses.replace(picture, image_masks=masks))
+        masks = np.full_like(image.image_masks, mask)
+        return model.image_features(dataclasses.replace(image, image_masks=masks))
 
     none, part, full = features(0.0), features(0.5), features(1.0)
     assert torch.equal(features(-1.0), part)  # the padded row counts as partly covered
@@ -143,25 +143,25 @@ def test_pad_embeddings_follow_the_mask(checkpoint: Any, picture: ReferenceInput
 
 
 def test_a_crop_of_minus_one_everywhere_has_no_features_of_its_own(
-    checkpoint: Any, picture: ReferenceInputs
+    checkpoint: Any, image: ReferenceInputs
 ) -> None:
     model, _, _ = checkpoint
-    images = np.full_like(picture.images, -1)
+    images = np.full_like(image.images, -1)
     images[1, 0, 0] = -0.5
-    masks = np.ones_like(picture.image_masks)
+    masks = np.ones_like(image.image_masks)
     empty, almost = model.image_features(
-        dataclasses.replace(picture, images=images, image_masks=masks)
+        dataclasses.replace(image, images=images, image_masks=masks)
     )
     assert torch.equal(empty, empty[:1].expand_as(empty))
     assert float((almost - almost[:1]).abs().max()) > 0.01
 
 
-@pytest.mark.parametrize("with_picture", [False, True])
+@pytest.mark.parametrize("with_image", [False, True])
 def test_cached_decoding_equals_teacher_forcing(
-    checkpoint: Any, picture: ReferenceInputs, with_picture: bool
+    checkpoint: Any, image: ReferenceInputs, with_image: bool
 ) -> None:
     model, _, _ = checkpoint
-    inputs = picture if with_picture else None
+    inputs = image if with_image else None
     ids = sequence(inputs, TEXT[1:], tiny.BOS)
     out = model.generate(ids, inputs, max_tokens=12)
     assert len(out.token_ids) == len(out.logprobs) == 12
@@ -191,7 +191,7 @@ def test_generation_ends_with_the_stop_token(checkpoint: Any) -> None:
     assert stopped.logprobs == free.logprobs[: first + 1]
 
 
-def test_tokens_behind_the_vocabulary_use_the_new_embedding(tmp_path: Path) -> None:
+def test_tokens_after_the_vocabulary_use_the_new_embedding(tmp_path: Path) -> None:
     tensors = tiny.weights(tiny.CONFIG)
     tensors["model.transformer.wte.new_embedding"][3] = tensors["model.transformer.wte.embedding"][
         7
@@ -209,36 +209,28 @@ class CountingMolmo(ReferenceMolmo):
         return super()._tower(crop)
 
 
-def test_the_tower_runs_once_a_picture(tmp_path: Path, picture: ReferenceInputs) -> None:
+def test_the_tower_runs_once_a_image(tmp_path: Path, image: ReferenceInputs) -> None:
     model = CountingMolmo.load(tiny.write(tmp_path, tiny.CONFIG, tiny.weights(tiny.CONFIG)))
     assert isinstance(model, CountingMolmo)
-    ids = sequence(picture, [5], tiny.BOS)
-    out = model.generate(ids, picture, max_tokens=3)
-    model.logprobs_of(ids, out.token_ids, picture)
+    ids = sequence(image, [5], tiny.BOS)
+    out = model.generate(ids, image, max_tokens=3)
+    model.logprobs_of(ids, out.token_ids, image)
     assert model.crops == 2
-    model.generate(ids, dataclasses.replace(picture), max_tokens=1)
+    model.generate(ids, dataclasses.replace(image), max_tokens=1)
     assert model.crops == 4
 
 
 @pytest.mark.parametrize("ids", [[], [-1], [336], [[1, 2]], [1.5], [True]])
 def test_token_ids_that_do_not_fit_are_refused(checkpoint: Any, ids: Any) -> None:
-    model, _, _ = checkpoint
     with pytest.raises(InputError, match="Token ids must be"):
-        model.generate(ids, max_tokens=1)
+        checkpoint[0].generate(ids, max_tokens=1)
 
 
-def test_a_continuation_outside_the_vocabulary_is_refused(checkpoint: Any) -> None:
+def test_unusable_requests_are_refused(checkpoint: Any, image: ReferenceInputs) -> None:
+    model, _, _ = checkpoint
     with pytest.raises(InputError, match="0 to 207"):
-        checkpoint[0].logprobs_of(TEXT, [208])
-
-
-def test_a_sequence_too_short_for_its_picture_is_refused(
-    checkpoint: Any, picture: ReferenceInputs
-) -> None:
+        model.logprobs_of(TEXT, [208])
     with pytest.raises(InputError, match="image's features"):
-        checkpoint[0].logits(TEXT, picture)
-
-
-def test_no_tokens_to_generate_is_refused(checkpoint: Any) -> None:
+        model.logits(TEXT, image)
     with pytest.raises(SamplingError, match="max_tokens"):
-        checkpoint[0].generate(TEXT, max_tokens=0)
+        model.generate(TEXT, max_tokens=0)
