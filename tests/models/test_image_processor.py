@@ -28,9 +28,6 @@ from molmo_edge.reference import molmo as reference
 IDS = ImageTokenIds(start=1, end=2, patch=3, col=4)
 SPECIAL = reference.SpecialTokens(1, 2, 3, 4)
 PIXEL_BOUND = 1e-3
-needs_tensorflow = pytest.mark.skipif(
-    importlib.util.find_spec("tensorflow") is None, reason='needs the extra "tf"'
-)
 
 
 def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -41,15 +38,19 @@ def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.clip(base + rng.normal(0, 20, base.shape), 0, 255).astype(np.uint8)
 
 
+def patches(image: Any, **options: Any) -> torch.Tensor:
+    return MolmoImageProcessor(**options).inputs(image).images
+
+
 def assert_equals_reference(image: np.ndarray, max_crops: int) -> None:
     ours = MolmoImageProcessor(max_crops=max_crops).inputs(image)
-    slow = reference.preprocess(image, SPECIAL, max_crops)
-    assert ours.tiling.tokens(IDS).tolist() == slow.image_tokens.tolist()
+    expected = reference.preprocess(image, SPECIAL, max_crops)
+    assert ours.tiling.tokens(IDS).tolist() == expected.image_tokens.tolist()
     idx = ours.tiling.input_idx
-    assert np.array_equal(np.where(idx < 0, idx, idx + 1), slow.image_input_idx)
-    assert np.array_equal(ours.image_masks.numpy(), slow.image_masks)
-    assert ours.images.shape == slow.images.shape
-    assert float(np.abs(ours.images.numpy() - slow.images).max()) <= PIXEL_BOUND
+    assert np.array_equal(np.where(idx < 0, idx, idx + 1), expected.image_input_idx)
+    assert np.array_equal(ours.image_masks.numpy(), expected.image_masks)
+    assert ours.images.shape == expected.images.shape
+    assert float(np.abs(ours.images.numpy() - expected.images).max()) <= PIXEL_BOUND
 
 
 @settings(
@@ -81,31 +82,39 @@ def test_every_tiling_equals_the_reference() -> None:
             assert_equals_reference(photo(height // 2, width // 2, rows), rows * cols)
 
 
-@needs_tensorflow
+@pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason='needs the extra "tf"')
 @pytest.mark.slow
 # TensorFlow's own imports warn.
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("size", [(480, 640), (1080, 1920), (57, 300), (1, 1), (700, 90)])
-def test_torch_resizes_as_tensorflow_does(size: tuple[int, int]) -> None:
+def test_ours_and_torchs_resize_equal_tensorflows(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     image = photo(*size)
-    ours = MolmoImageProcessor().inputs(image)
-    trained = MolmoImageProcessor(resize="tensorflow").inputs(image)
-    assert float((ours.images - trained.images).abs().max()) <= PIXEL_BOUND
-    assert bool((ours.image_masks == trained.image_masks).all())
+    trained = patches(image, resize="tensorflow")
+    assert float((patches(image) - trained).abs().max()) <= PIXEL_BOUND
+    monkeypatch.setattr(resize, "_kernel", [None])  # as without numba
+    assert float((patches(image) - trained).abs().max()) <= PIXEL_BOUND
 
 
-def test_pil_and_array_give_the_same() -> None:
+@pytest.mark.parametrize("size", [(480, 333), (300, 1)])
+def test_without_numba_torch_gives_the_same(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = photo(*size)
+    compiled = patches(image)
+    monkeypatch.setattr(resize, "_kernel", [None])
+    assert not resize.available()
+    assert float((patches(image) - compiled).abs().max()) <= PIXEL_BOUND
+
+
+def test_pil_images_and_arrays_of_any_strides_give_the_same_and_stay_as_they_are() -> None:
     image = photo(120, 80)
-    a = MolmoImageProcessor().inputs(image)
-    b = MolmoImageProcessor().inputs(Image.fromarray(image))
-    assert bool((a.images == b.images).all())
-
-
-def test_the_callers_array_is_left_alone() -> None:
-    image = photo(120, 80)
-    before = image.copy()
     image.flags.writeable = False
-    MolmoImageProcessor().inputs(image)
+    before, expected = image.copy(), patches(image)
+    assert torch.equal(patches(Image.fromarray(image)), expected)
+    mirrored = np.ascontiguousarray(image[:, ::-1])
+    assert torch.equal(patches(mirrored[:, ::-1]), expected)
     assert np.array_equal(image, before)
 
 
@@ -120,9 +129,9 @@ def test_the_callers_array_is_left_alone() -> None:
         "photo.jpg",
     ],
 )
-def test_what_is_no_image_is_refused(wrong: Any) -> None:
+def test_other_inputs_are_refused(wrong: Any) -> None:
     with pytest.raises(ImageError):
-        MolmoImageProcessor().inputs(wrong)
+        patches(wrong)
 
 
 @pytest.mark.parametrize(
@@ -140,37 +149,28 @@ def test_options_the_model_was_not_made_for_are_refused(options: dict[str, Any])
         MolmoImageProcessor(**options)
 
 
-def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
+def test_the_result_does_not_depend_on_the_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     image = photo(700, 900)
-    before = torch.get_num_threads()
-    made = []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            made.append(MolmoImageProcessor().inputs(image).images)
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(made[0], made[1])
-    assert torch.equal(made[0], made[2])
+    results = []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        results.append(patches(image))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-def test_many_threads_at_once_disturb_nobody() -> None:
-    images = [photo(120 + 40 * i, 300 - 30 * i, i) for i in range(6)]
-    processor = MolmoImageProcessor()
-    alone = [processor.inputs(image).images for image in images]
-    with ThreadPoolExecutor(6) as pool:
-        together = list(pool.map(processor.inputs, images * 3))
-    for i, made in enumerate(together):
-        assert torch.equal(made.images, alone[i % 6])
-
-
-def test_no_thread_outlives_a_photo() -> None:
+def test_concurrent_calls_are_independent_and_leave_no_thread() -> None:
     before = set(threading.enumerate())
-    MolmoImageProcessor().inputs(photo(700, 900))
+    images = [photo(120 + 40 * i, 300 - 30 * i, i) for i in range(6)]
+    alone = [patches(image) for image in images]
     assert set(threading.enumerate()) == before
+    with ThreadPoolExecutor(6) as pool:
+        for i, result in enumerate(pool.map(patches, images * 3)):
+            assert torch.equal(result, alone[i % 6])
 
 
-def test_an_error_in_a_helping_thread_reaches_the_caller() -> None:
+def test_an_error_in_a_helper_thread_reaches_the_caller() -> None:
     caller = threading.current_thread()
     ready = threading.Barrier(2, timeout=10)
 
@@ -183,26 +183,10 @@ def test_an_error_in_a_helping_thread_reaches_the_caller() -> None:
         resize._share(work, [(0,), (1,)], 2)
 
 
-def test_without_the_compiler_torch_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    image = photo(480, 333)
-    compiled = MolmoImageProcessor().inputs(image).images
-    monkeypatch.setattr(resize, "_kernel", [None])
-    assert not resize.available()
-    assert float((MolmoImageProcessor().inputs(image).images - compiled).abs().max()) <= PIXEL_BOUND
-
-
-def test_arrays_of_any_strides_are_taken() -> None:
-    image = photo(90, 120)
-    mirrored = MolmoImageProcessor().inputs(image[:, ::-1]).images
-    copied = MolmoImageProcessor().inputs(np.ascontiguousarray(image[:, ::-1])).images
-    assert torch.equal(mirrored, copied)
-
-
 @pytest.mark.slow
 def test_memory_is_the_output_and_two_resized_images_at_most() -> None:
     """In a process of its own, whose high-water mark is reset before the image."""
-    peak_path = Path("/proc/self/clear_refs")
-    if not peak_path.exists():
+    if not Path("/proc/self/clear_refs").exists():
         pytest.skip("needs Linux's /proc")
     script = textwrap.dedent("""
         import numpy as np, pathlib
@@ -215,12 +199,12 @@ def test_memory_is_the_output_and_two_resized_images_at_most() -> None:
         processor.inputs(image[:300, :400])
         pathlib.Path("/proc/self/clear_refs").write_text("5")
         before = kb("VmRSS")
-        made = processor.inputs(image)
-        height, width = made.tiling.canvas_px
-        print((kb("VmHWM") - before) * 1024, made.images.nbytes, height * width * 3 * 4)
+        inputs = processor.inputs(image)
+        height, width = inputs.tiling.canvas_px
+        print((kb("VmHWM") - before) * 1024, inputs.images.nbytes, height * width * 3 * 4)
     """)
-    done = subprocess.run(
+    run = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=240
     )
-    grown, output, resized = map(int, done.stdout.split())
+    grown, output, resized = map(int, run.stdout.split())
     assert grown <= output + 2 * resized

@@ -61,7 +61,7 @@ def test_a_new_vllm_gets_the_processor_as_it_is() -> None:
     assert adapted(For32) is For32
 
 
-def test_an_old_vllm_gets_text_and_pictures_from_one_hook() -> None:
+def test_an_old_vllm_gets_text_and_images_from_one_hook() -> None:
     processor = adapted(For26)()
     data = processor._call_hf_processor(
         prompt="ab", mm_data={"images": [7, 8]}, mm_kwargs={"max_crops": 3}, tok_kwargs={}
@@ -76,7 +76,7 @@ def test_an_old_vllm_asks_for_text_alone_too() -> None:
     assert dict(data) == {"input_ids": [[1]]}
 
 
-def test_token_ids_are_finished_once_and_pictures_are_vllms_to_place() -> None:
+def test_token_ids_are_finished_once_and_images_are_vllms_to_place() -> None:
     processor = adapted(For26)()
     assert processor._apply_hf_processor_tokens_only([5]) == [1, 5]
     assert processor._apply_hf_processor_tokens_only([1, 5]) == [1, 5]
