@@ -164,6 +164,10 @@ class ModelFamily(Protocol):
         """Register with vLLM before it reads the checkpoint; once per engine, may repeat."""
         ...
 
-    def renderer(self, llm: Any, max_crops: int, resize: Resize) -> Renderer:
-        """Build the renderer in the engine's thread; it is used in every other."""
+    def renderer(self, engine: Any, max_crops: int, resize: Resize) -> Renderer:
+        """Build the renderer in the engine's thread; it is used in every other.
+
+        Args:
+            engine: vLLM's LLMEngine or AsyncLLM.
+        """
         ...

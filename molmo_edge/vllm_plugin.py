@@ -5,12 +5,9 @@ from __future__ import annotations
 
 def register() -> None:
     """Make vLLM run Molmo 1 with this package's configuration, processor and model; may repeat."""
-    from molmo_edge.engine.placement import prepare_child
-    from molmo_edge.engine.vllm_mends import mend_kernel_scan
+    from molmo_edge.engine.async_engine import prepare_child
     from molmo_edge.models.molmo.family import register as register_molmo
 
-    # Our processor resizes with numba before vLLM's CPU worker starts.
-    mend_kernel_scan()
     register_molmo()
     # In an engine's own process, the rest of what its parent did.
     prepare_child()

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from molmo_edge import EdgeVLM, Request
-from molmo_edge.engine.heap import trim
+from molmo_edge.engine.vllm_engine import release_memory
 from molmo_edge.errors import (
     ConfigError,
     ImageError,
@@ -217,7 +217,7 @@ def test_a_closed_engine_gives_its_memory_back(stub_vlm: EdgeVLM, cache_dir: Pat
         return int(memory.rss - memory.shared)
 
     stub_vlm.query(None, "x", max_tokens=1)  # the first engine also brings the libraries
-    trim()  # what other tests left would be taken first
+    release_memory()  # what other tests left would be taken first
     before = own()
     with EdgeVLM("stub", cache_dir=cache_dir, max_model_len=1024, kv_cache_memory_gb=0.1) as vlm:
         vlm.query(None, "x", max_tokens=1)

@@ -1,65 +1,189 @@
-"""The real engine with its core in a process of its own, behind the same seam as in the thread.
+"""`engine="process"`: vLLM's `AsyncLLM`, whose core runs in a child process, behind `Engine`.
 
 For applications whose own Python code is busy: it then takes no time from the engine, which needs
-the interpreter's lock for every kernel it starts. Pictures are copied to the other process.
+the interpreter's lock for every kernel it starts. Image tensors are copied to the child.
 """
 
 from __future__ import annotations
 
-import queue
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+import asyncio
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
 
-from molmo_edge.engine.vllm_engine import VllmEngine
-from molmo_edge.errors import EngineError
-from molmo_edge.interface import EngineInfo, Rendered, Renderer
+from molmo_edge.engine.vllm_engine import VllmEngine, environment, release_memory, to_update
+from molmo_edge.errors import ConfigError, EngineError
+from molmo_edge.interface import EngineInfo, Rendered, Update
 from molmo_edge.sampling import Sampling
 
-# How often a wait for the other process looks whether that still lives, in seconds.
-_LOOK_S = 0.5
-_LAST_S = 5.0
+T = TypeVar("T")
+
+# Tells the child its parent and the model family. Not MOLMO_EDGE_…, the prefix of settings.
+_CHILD = "_MOLMO_EDGE_ENGINE_OF"
+_PR_SET_PDEATHSIG = 1
+# The child is killed if it needs longer to end.
+_CLOSE_S = 15.0
 
 
-class ProcessEngine(VllmEngine):
-    """A `vllm.LLM` whose core runs in a child process, which ends with this one."""
+def start_llm(args: Mapping[str, Any], family: str) -> tuple[Any, asyncio.Runner]:
+    """Build `AsyncLLM` on an event loop of the calling thread.
 
-    _turn: AbstractContextManager[object] = nullcontext()  # nothing of the core is in this process
+    Raises ConfigError in a child process that is importing the main script.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise ConfigError(
+            'engine="process" starts a new Python, which imports the main script again: put the '
+            'script\'s own code under `if __name__ == "__main__":`.'
+        )
+    values = {
+        # A forked child of a process with threads may find their locks held for ever.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        _CHILD: f"{os.getpid()} {family}",
+    }
+    runner = asyncio.Runner()
+    try:
+        with environment(values):
+            return runner.run(_start(args)), runner
+    except BaseException:
+        runner.close()
+        raise
 
-    def __init__(self, llm: Any, renderer: Renderer, info: EngineInfo) -> None:
-        super().__init__(llm, renderer, info)
-        client = llm.llm_engine.engine_core
-        client.get_output = lambda: _next_output(client)
+
+async def _start(args: Mapping[str, Any]) -> Any:
+    from vllm.config import StructuredOutputsConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    args = dict(args)
+    structured = args.get("structured_outputs_config")
+    if isinstance(structured, Mapping):  # `vllm.LLM` does this by itself
+        args["structured_outputs_config"] = StructuredOutputsConfig(**structured)
+    # As `vllm.LLM`, which schedules other numbers of tokens in a step than a server.
+    llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args), usage_context=UsageContext.LLM_CLASS)
+    await llm.get_supported_tasks()
+    return llm
+
+
+def prepare_child() -> None:
+    """Prepare a process that `start_llm` started; vLLM's plugin calls it in every process."""
+    pid, _, family = os.environ.get(_CHILD, "").partition(" ")
+    if not family or int(pid) == os.getpid():
+        return
+    from molmo_edge.models.registry import by_name
+
+    # Ctrl-C reaches every process of the terminal; the parent decides what it ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A killed parent must not leave a process that holds the device's memory.
+    parent = multiprocessing.parent_process()
+    if sys.platform == "linux" and parent is not None:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent.pid:  # it died before the call
+            os._exit(1)
+    by_name(family).prepare()
+
+
+class AsyncEngine(VllmEngine):
+    """Drives an event loop from the engine's thread; between calls the loop stands still.
+
+    Attributes:
+        llm: the `AsyncLLM`, None after `close`; await its methods with `run`.
+    """
+
+    def __init__(self, llm: Any, info: EngineInfo, runner: asyncio.Runner) -> None:
+        super().__init__(llm, info)
+        self._runner = runner
+        self._loop = runner.get_loop()
+        self._readers: dict[str, asyncio.Task[None]] = {}
+        self._updates: list[Update] = []
+        self._cause: Exception | None = None
+        # Set when there are updates, or a cause.
+        self._wake = asyncio.Event()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the engine's loop. Raises EngineError if the child dies meanwhile."""
+        return self._loop.run_until_complete(self._unless_dead(coroutine))
 
     def add(self, request_id: str, rendered: Rendered, sampling: Sampling) -> None:
         from vllm.v1.engine.exceptions import EngineDeadError
 
+        params = self._sampling(sampling)
         try:
-            super().add(request_id, rendered, sampling)
-        except EngineDeadError:
-            # The end of the engine, not of one request: the next step says so.
-            pass
+            outputs = self.run(self.llm.add_request(request_id, rendered.prompt, params))
+        except (EngineDeadError, EngineError) as exc:
+            # The end of the engine, not of one request: the next step raises it.
+            self._cause = exc
+        except BaseException:
+            self.abort([request_id])
+            raise
+        else:
+            self._readers[request_id] = self._loop.create_task(self._read(request_id, outputs))
 
-    def _settle(self) -> None:
-        pass
+    def step(self) -> list[Update]:
+        if not self._updates and self._cause is None:
+            self._loop.run_until_complete(self._wake.wait())
+        self._wake.clear()
+        updates, self._updates = self._updates, []
+        if self._cause is not None and not updates:
+            raise self._cause
+        return updates
 
-    def _shut_down(self, engine: Any) -> None:
-        client = engine.engine_core
-        client.shutdown()
-        # vLLM leaves its sockets' context behind; once this thread is gone, nobody uses it.
-        client.output_queue_thread.join(_LAST_S)
-        if not client.output_queue_thread.is_alive():
-            client.ctx.destroy(linger=0)
+    def abort(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            if (reader := self._readers.pop(request_id, None)) is not None:
+                reader.cancel()
+        self._loop.run_until_complete(self.llm.abort(list(request_ids)))
 
+    def reset_caches(self) -> None:
+        self.run(self.llm.reset_prefix_cache())
+        self.run(self.llm.reset_mm_cache())
+        self.run(self.llm.reset_encoder_cache())
 
-def _next_output(client: Any) -> Any:
-    """What vLLM's client does, but a child that was killed ends the wait."""
-    while True:
+    def close(self) -> None:
+        llm, self.llm, self._engine, self.renderer = self.llm, None, None, None
+        context = llm.engine_core.resources.ctx
         try:
-            outputs = client.outputs_queue.get(timeout=_LOOK_S)
-        except queue.Empty:
-            if client.resources.engine_dead:
-                raise EngineError("The engine's process ended on its own or was killed.") from None
-            continue
-        if isinstance(outputs, Exception):
-            raise client._format_exception(outputs) from None
-        return outputs
+            self._loop.run_until_complete(_shut_down(llm))
+        finally:
+            self._runner.close()
+            # vLLM leaves the sockets' context, with its threads, to the garbage collector.
+            context.destroy(linger=0)
+            del llm
+            multiprocessing.active_children()  # reaps a child that had to be killed
+            release_memory()
+
+    def _engine_of(self, llm: Any) -> Any:
+        return llm
+
+    async def _read(self, request_id: str, outputs: Any) -> None:
+        """Collect what vLLM produces for one request."""
+        finished = False
+        try:
+            while not finished:
+                output = outputs.get_nowait() or await outputs.get()
+                finished = output.finished
+                self._updates.append(to_update(output))
+                self._wake.set()
+        except Exception as exc:  # vLLM hands every reader the end of the engine
+            self._cause = exc
+            self._wake.set()
+        finally:
+            self._readers.pop(request_id, None)
+
+    async def _unless_dead(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Await a call to the child, whose answer never comes if it dies."""
+        call = asyncio.ensure_future(coroutine)
+        await asyncio.wait({call, self.llm.output_handler}, return_when=asyncio.FIRST_COMPLETED)
+        if not call.done():
+            call.cancel()
+            raise EngineError("The engine's process ended during the call.")
+        return call.result()
+
+
+async def _shut_down(llm: Any) -> None:
+    """Inside the event loop, so that vLLM closes its sockets at once."""
+    llm.shutdown(timeout=_CLOSE_S)

@@ -1,26 +1,40 @@
-"""From a plan to a running engine, in the thread that steps it."""
+"""Start an engine from its plan, in the thread that steps it.
+
+What this changes in the host process, each only where the user has not set it himself:
+
+* environment variables, set once and kept (`set_environment`): the directories of compiled code
+  (``VLLM_CACHE_ROOT``, ``TORCHINDUCTOR_CACHE_DIR``, ``TRITON_CACHE_DIR``, ``CUDA_CACHE_PATH`` …),
+  those of the device profile, ``VLLM_NO_USAGE_STATS``, and ``VLLM_LOGGING_LEVEL`` and
+  ``TORCH_CPP_LOG_LEVEL`` (errors alone);
+* the level of the logger ``vllm``, errors alone;
+* while vLLM starts: ``VLLM_ENABLE_V1_MULTIPROCESSING`` or ``VLLM_WORKER_MULTIPROC_METHOD``.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import inspect
 import logging
 import os
 import time
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from molmo_edge.devices.caches import CACHE_VARIABLES
-from molmo_edge.engine.async_engine import ProcessEngine
-from molmo_edge.engine.heap import trim
-from molmo_edge.engine.installed import engine_device, require_vllm, versions
-from molmo_edge.engine.placement import in_process, in_thread
-from molmo_edge.engine.stages import watched
-from molmo_edge.engine.vllm_args import BuildPlan, engine_environment, plan_build
-from molmo_edge.engine.vllm_engine import PROCESS_LOCK, VllmEngine
+from molmo_edge.engine import async_engine, vllm_engine
+from molmo_edge.engine.vllm_args import (
+    BuildPlan,
+    engine_device,
+    engine_environment,
+    plan_build,
+    require_vllm,
+    versions,
+)
 from molmo_edge.engine.vllm_errors import mapped
 from molmo_edge.errors import ConfigError
-from molmo_edge.interface import EngineInfo
+from molmo_edge.interface import Engine, EngineInfo
 
 __all__ = [
     "BuildPlan",
@@ -36,92 +50,106 @@ __all__ = [
 
 logger = logging.getLogger("molmo_edge")
 
-# Variables that this module set, and to what: those it may set again for another engine.
+# Variables that this module set, and their values: it may set those again for another engine.
 _ours: dict[str, str] = {}
 
 
-def build(plan: BuildPlan, config_s: float = 0.0) -> VllmEngine:
-    """Builds the engine in the calling thread, which must be the one that steps it.
+def build(plan: BuildPlan, config_s: float = 0.0) -> Engine:
+    """Start the engine in the calling thread, which must be the one that steps it.
 
-    `config_s` is what the caller has spent on settings, device and checkpoint.
+    Args:
+        config_s: seconds the caller spent on settings, device and checkpoint.
 
-    Raises ConfigError, ModelError, MissingDependencyError or EngineStartError, with vLLM's own
-    exception chained.
+    Raises:
+        ConfigError, ModelError, MissingDependencyError, EngineStartError: with vLLM's own exception
+            chained.
     """
     began = time.perf_counter()
-    apart = plan.settings.engine == "process"
-    placement = in_process(plan.family.name) if apart else in_thread()
-    with mapped("build"), PROCESS_LOCK, placement:
-        from vllm import LLM
+    settings, family = plan.settings, plan.family
+    with mapped("build"):
+        import vllm  # noqa: F401
 
         imported = time.perf_counter()
-        plan.family.prepare()
-        _check_names(plan.settings.engine_args)
-        with watched() as stages:
-            llm = LLM(**plan.llm_args)
-        built = time.perf_counter()
-        model = llm.llm_engine.model_config
+        family.prepare()
+        _check_names(settings.engine_args)
+        if settings.engine == "process":
+            llm, runner = async_engine.start_llm(plan.llm_args, family.name)
+            core = llm
+        else:
+            llm, runner = vllm_engine.start_llm(plan.llm_args), None
+            core = llm.llm_engine
+        ended = time.perf_counter()
+        length = int(core.model_config.max_model_len)
         info = EngineInfo(
-            max_model_len=int(model.max_model_len),
-            environment={**plan.environment, "max_model_len": int(model.max_model_len)},
+            max_model_len=length,
+            environment={**plan.environment, "max_model_len": length},
             startup_s={
                 "config": config_s,
                 "imports": imported - began,
-                **stages.seconds(),
-                "engine": built - imported,
-                "total": config_s + built - began,
+                "compile": None if runner else _compile_s(core.vllm_config.compilation_config),
+                "engine": ended - imported,
+                "total": config_s + ended - began,
             },
         )
-        renderer = plan.family.renderer(llm, plan.settings.max_crops, plan.settings.resize)
-        # The start leaves behind as much again as small checkpoints weigh.
-        trim()
-        return (ProcessEngine if apart else VllmEngine)(llm, renderer, info)
+        engine = (
+            async_engine.AsyncEngine(llm, info, runner)
+            if runner
+            else vllm_engine.VllmEngine(llm, info)
+        )
+        try:
+            engine.renderer = family.renderer(core, settings.max_crops, settings.resize)
+        except BaseException:
+            engine.close()
+            raise
+        # The start leaves as much garbage as small checkpoints weigh.
+        vllm_engine.release_memory()
+        return engine
 
 
 def quiet() -> None:
-    """Keeps the start quiet unless the user asked for vLLM's log; before torch is imported."""
-    if "VLLM_LOGGING_LEVEL" not in os.environ:
-        os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+    """Have vLLM and torch log errors alone; call it before either is imported."""
+    set_environment({"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR"})
+    if "VLLM_LOGGING_LEVEL" in _ours:
         logging.getLogger("vllm").setLevel(logging.ERROR)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # vLLM's Triton stand-in looks at every name in torch.distributed, this one included.
-    warnings.filterwarnings("ignore", r".*torch\.distributed\.reduce_op", FutureWarning)
 
 
 def set_environment(values: Mapping[str, str]) -> None:
-    """Sets variables that the user has not set himself, and makes the cache folders among them.
+    """Set variables that the user has not set, and make the cache directories among them.
 
-    Before torch, CUDA and vLLM look: the CUDA driver reads its own once, when it starts. A cache
-    folder that cannot be made is left to whoever would use it.
+    Call it before torch, CUDA and vLLM read them: the CUDA driver does so once, when it starts. A
+    directory that cannot be made is left to the library that would use it.
     """
     for name, value in values.items():
         if os.environ.get(name) != _ours.get(name):
             continue
-        if name in CACHE_VARIABLES and not _made(Path(value)):
+        if name in CACHE_VARIABLES and not _make(Path(value)):
             continue
         os.environ[name] = _ours[name] = value
 
 
-def _made(folder: Path) -> bool:
+def _make(directory: Path) -> bool:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
-        reason = exc.strerror or type(exc).__name__
         logger.warning(
             "Compiled code is not kept for the next start: '%s' cannot be made (%s). Name a "
-            "writable folder with cache_dir or MOLMO_EDGE_CACHE_DIR.",
-            folder,
-            reason,
+            "writable directory with cache_dir or MOLMO_EDGE_CACHE_DIR.",
+            directory,
+            exc.strerror or type(exc).__name__,
         )
         return False
     return True
 
 
-def _check_names(engine_args: Mapping[str, object]) -> None:
-    """Raises ConfigError for a name that this vLLM does not know, with the nearest one."""
-    import dataclasses
-    import inspect
+def _compile_s(config: Any) -> float | None:
+    """Return seconds of torch.compile; 0 without it, None where vLLM does not count them."""
+    seconds = float(getattr(config, "compilation_time", 0.0))
+    eager = getattr(config, "mode", None) == 0
+    return seconds if seconds or eager else None
 
+
+def _check_names(engine_args: Mapping[str, object]) -> None:
+    """Raise ConfigError for a name that this vLLM does not know, with the nearest one."""
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
 
@@ -131,4 +159,4 @@ def _check_names(engine_args: Mapping[str, object]) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"engine_args: vLLM knows no argument {name}.{hint}")
+            raise ConfigError(f"engine_args: vLLM has no argument {name}.{hint}")

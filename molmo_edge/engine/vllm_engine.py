@@ -1,59 +1,138 @@
-"""The real engine: `vllm.LLM` in the calling thread, behind the seam of `engine/seam.py`."""
+"""`engine="thread"`: `vllm.LLM` with its core in the calling thread, behind `Engine`."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import os
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
-from molmo_edge.engine.heap import trim
-from molmo_edge.engine.structured import check_schema
+from molmo_edge.errors import ConfigError, EngineClosedError, SamplingError
 from molmo_edge.interface import EngineInfo, Rendered, Renderer, Turn, Update
+from molmo_edge.models.vllm_workarounds import llvmlite_hidden
 from molmo_edge.sampling import Sampling
 
-# vLLM keeps the forward context, the parallel groups and more in globals of the process, so engines
-# in one process take turns, and only the last one to close may tear the groups down.
-PROCESS_LOCK = threading.RLock()
-_alive = 0
+# vLLM keeps the forward context and the parallel groups in globals of the process. Held from the
+# start of an engine's construction to the end of its close.
+_ONLY_ENGINE = threading.Lock()
+
+
+def start_llm(args: Mapping[str, Any]) -> Any:
+    """Build `vllm.LLM` with its core in the calling thread.
+
+    Raises ConfigError while this process has another one.
+    """
+    if not _ONLY_ENGINE.acquire(blocking=False):
+        raise ConfigError(
+            "This process already runs a vLLM engine, and vLLM supports one per process. Close "
+            'the first EdgeVLM, or build this one with engine="process".'
+        )
+    try:
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        hide = current_platform.is_cpu()
+        with environment({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}):
+            if not hide:
+                return LLM(**args)
+            with llvmlite_hidden():
+                return LLM(**args)
+    except BaseException:
+        _ONLY_ENGINE.release()
+        raise
 
 
 class VllmEngine:
-    """Adds, steps and aborts in the thread that built it.
+    """Renders in any thread; adds, steps and aborts in the thread that built `llm`.
 
-    Args:
-        llm: a `vllm.LLM` whose engine core runs in this thread.
-        renderer: the model family's.
-        info: what to tell about it.
+    Attributes:
+        llm: the `vllm.LLM`, None after `close`.
+        renderer: the model family's, set by `build`; None after `close`.
     """
 
-    _turn: AbstractContextManager[object] = PROCESS_LOCK
-
-    def __init__(self, llm: Any, renderer: Renderer, info: EngineInfo) -> None:
+    def __init__(self, llm: Any, info: EngineInfo) -> None:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-        from molmo_edge.engine.updates import report
-
         self.llm = llm
         self.info = info
-        self._engine = llm.llm_engine
-        self._renderer = renderer
+        self._engine = self._engine_of(llm)
+        self.renderer: Renderer | None = None
         self._params = SamplingParams
         self._delta = RequestOutputKind.DELTA
         self._structured = StructuredOutputsParams
-        self._report = report
-        self._settle()
 
     def render(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> Rendered:
-        return self._renderer.render(turns, options)
+        renderer = self.renderer
+        if renderer is None:
+            raise EngineClosedError("The engine is closed; an engine cannot be reopened.")
+        return renderer.render(turns, options)
 
     def check_schema(self, schema: Mapping[str, Any]) -> None:
-        check_schema(self, schema)
+        """Raise SamplingError unless the configured backend and llguidance accept the schema.
+
+        xgrammar ignores keywords that it does not know (``not``, ``if``, look-ahead) and llguidance
+        refuses them, so it always has a say. With backend ``auto`` an engine compiles every grammar
+        with the backend of its first, so a schema must not need vLLM's fallbacks.
+        """
+        from vllm.v1.structured_output.backend_guidance import validate_guidance_grammar
+        from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
+
+        config = self._engine.vllm_config.structured_outputs_config
+        params = self._params(structured_outputs=self._structured(json=dict(schema)))
+        try:
+            params.verify(self._engine.model_config, None, config, self._engine.get_tokenizer())
+            if config.backend == "auto":
+                validate_xgrammar_grammar(params)
+            if config.backend != "guidance":
+                validate_guidance_grammar(params)
+        except Exception as exc:  # vLLM's, or the grammar compiler's
+            raise SamplingError(
+                "vLLM's structured outputs cannot honour this json_schema; the chained exception "
+                "names the part. Remove that keyword"
+                + ("." if config.backend == "guidance" else ", or use the backend 'guidance'.")
+            ) from exc
 
     def add(self, request_id: str, rendered: Rendered, sampling: Sampling) -> None:
+        try:
+            self._engine.add_request(request_id, rendered.prompt, self._sampling(sampling))
+        except BaseException:
+            # vLLM's detokenizer may know the request already.
+            self._engine.abort_request([request_id])
+            raise
+
+    def step(self) -> list[Update]:
+        return [to_update(output) for output in self._engine.step()]
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        self._engine.abort_request(list(request_ids))
+
+    def reset_caches(self) -> None:
+        self._engine.reset_prefix_cache()
+        self._engine.reset_mm_cache()
+        self._engine.reset_encoder_cache()
+
+    def close(self) -> None:
+        engine, self._engine, self.llm, self.renderer = self._engine, None, None, None
+        try:
+            engine.engine_core.shutdown()
+            engine.renderer.shutdown()
+            del engine
+            release_memory()
+        finally:
+            _ONLY_ENGINE.release()
+
+    def _engine_of(self, llm: Any) -> Any:
+        return llm.llm_engine
+
+    def _sampling(self, sampling: Sampling) -> Any:
+        """Return vLLM's SamplingParams."""
         schema = sampling.json_schema
-        params = self._params(
+        return self._params(
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -65,69 +144,54 @@ class VllmEngine:
             structured_outputs=None if schema is None else self._structured(json=dict(schema)),
             output_kind=self._delta,
         )
-        with self._turn:
-            try:
-                internal_id = self._engine.add_request(request_id, rendered.prompt, params)
-                self._report(self._engine, internal_id)
-            except BaseException:
-                # The half that turns tokens into text may know it already.
-                self._engine.abort_request([request_id])
-                raise
 
-    def step(self) -> list[Update]:
-        with self._turn:
-            updates: list[Update] = self._engine.step()
-        return updates
 
-    def abort(self, request_ids: Sequence[str]) -> None:
-        with self._turn:
-            self._engine.abort_request(list(request_ids))
+def to_update(output: Any) -> Update:
+    """Convert vLLM's RequestOutput of one request, with deltas, to an Update."""
+    (completion,) = output.outputs
+    logprobs = top_logprobs = None
+    if completion.logprobs is not None:
+        entries = list(zip(completion.token_ids, completion.logprobs, strict=True))
+        logprobs = [entry[token].logprob for token, entry in entries]
+        # vLLM puts the chosen token first, then the most likely ones.
+        top_logprobs = [{t: one.logprob for t, one in entry.items()} for _, entry in entries]
+    return Update(
+        output.request_id,
+        completion.text,
+        completion.token_ids,
+        logprobs,
+        top_logprobs,
+        completion.finish_reason,
+        output.num_cached_tokens,
+    )
 
-    def reset_caches(self) -> None:
-        """Empties prefix, multimodal and encoder caches."""
-        with self._turn:
-            self._engine.reset_prefix_cache()
-            self._engine.reset_mm_cache()
-            self._engine.reset_encoder_cache()
 
-    def close(self) -> None:
-        engine, self._engine, self.llm = self._engine, None, None
-        self._renderer = _Closed()
-        with PROCESS_LOCK:
-            self._shut_down(engine)
-            engine.renderer.shutdown()
-            del engine
-        trim()
+def release_memory() -> None:
+    """Free reference cycles, and have glibc return freed memory to the system.
 
-    # What an engine that shares this process must mind.
-
-    def _settle(self) -> None:
-        global _alive
-        with PROCESS_LOCK:
-            _alive += 1
-
-    def _shut_down(self, engine: Any) -> None:
-        global _alive
-        _alive -= 1
-        with _groups_kept() if _alive else nullcontext():
-            engine.engine_core.shutdown()
+    glibc keeps gigabytes otherwise, which other programs, or a GPU that shares the memory, need.
+    """
+    gc.collect()
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 @contextmanager
-def _groups_kept() -> Iterator[None]:
-    """Keeps what the engines of this process share while one of them shuts down."""
-    from vllm.v1.engine import core
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Change environment variables while vLLM starts, whatever the user set for other engines."""
+    from vllm import envs
 
-    cleanup = core.cleanup_dist_env_and_memory
-    core.cleanup_dist_env_and_memory = lambda *args, **kwargs: None
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    # vLLM caches what it read once an engine is up.
+    envs.disable_envs_cache()
     try:
         yield
     finally:
-        core.cleanup_dist_env_and_memory = cleanup
-
-
-class _Closed:
-    def render(self, turns: Any, options: Mapping[str, Any]) -> Rendered:
-        from molmo_edge.errors import EngineClosedError
-
-        raise EngineClosedError("The engine is closed; an engine cannot be reopened.")
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+        envs.disable_envs_cache()
+        envs.enable_envs_cache()

@@ -72,8 +72,8 @@ class Gemma3:
 
             register()
 
-    def renderer(self, llm: Any, max_crops: int, resize: Resize) -> Renderer:
-        return Gemma3Renderer(llm)
+    def renderer(self, engine: Any, max_crops: int, resize: Resize) -> Renderer:
+        return Gemma3Renderer(engine)
 
 
 class Gemma3Text:
@@ -98,8 +98,8 @@ class Gemma3Text:
 
         ModelRegistry.register_model("Gemma3ForCausalLM", Gemma3ForCausalLM)
 
-    def renderer(self, llm: Any, max_crops: int, resize: Resize) -> Renderer:
-        return Gemma3Renderer(llm)
+    def renderer(self, engine: Any, max_crops: int, resize: Resize) -> Renderer:
+        return Gemma3Renderer(engine)
 
 
 class Gemma3Renderer:
@@ -112,7 +112,6 @@ class Gemma3Renderer:
     def __init__(self, engine: Any) -> None:
         from vllm.renderers.params import ChatParams
 
-        engine = getattr(engine, "llm_engine", engine)
         model = engine.model_config
         self._renderer = engine.renderer
         self._tokenizer = engine.get_tokenizer()

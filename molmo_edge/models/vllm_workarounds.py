@@ -6,6 +6,7 @@ Every workaround states the defect, the versions with it and its test in tests/m
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -13,7 +14,28 @@ from typing import Any
 
 from molmo_edge.errors import MissingDependencyError
 
+_LLVMLITE_TABLE = "llvmlite.binding.ffi"
 _TORCHVISION_PROCESSOR = "transformers.models.gemma3.image_processing_gemma3"
+
+
+@contextmanager
+def llvmlite_hidden() -> Iterator[None]:
+    """Let vLLM's CPU backend start in a process that has imported numba.
+
+    Defect: to install its kernels the backend reads the attributes of every object of every loaded
+    module (`vllm.triton_utils.dispatcher`). llvmlite's table of functions answers to any name, and
+    the scan raises AttributeError. The same scan touches a deprecated name of torch.distributed.
+    Versions: vLLM 0.30 to 0.32, CPU only.
+    Test: test_vllms_kernel_scan_fails_on_llvmlite.
+    """
+    table = sys.modules.pop(_LLVMLITE_TABLE, None)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r".*torch\.distributed\.reduce_op", FutureWarning)
+            yield
+    finally:
+        if table is not None:
+            sys.modules[_LLVMLITE_TABLE] = table
 
 
 @contextmanager

@@ -59,10 +59,9 @@ class Molmo:
 
         ModelRegistry.register_model(ARCHITECTURE, MolmoForCausalLM)
 
-    def renderer(self, llm: Any, max_crops: int, resize: Resize) -> Renderer:
+    def renderer(self, engine: Any, max_crops: int, resize: Resize) -> Renderer:
         from molmo_edge.models.molmo.image_processor import processor_of
 
-        engine = getattr(llm, "llm_engine", llm)
         config = engine.model_config.hf_image_processor_config
         return MolmoRenderer(engine, processor_of(config, max_crops=max_crops, resize=resize))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,9 @@ class MolmoProcessor(ProcessorMixin):  # type: ignore[misc]
                     raise ImageError(ONE_IMAGE)
                 images = images[0]
             processor = self.image_processor.with_options(max_crops=max_crops, resize=resize)
-            inputs = processor.inputs(images)
+            # vLLM calls this before its CPU backend starts, which fails once numba is imported
+            # (models/vllm_workarounds.py).
+            inputs = processor.inputs(images, compiled="numba" in sys.modules)
             ids.append(inputs.tiling.tokens(self.image_token_ids))
             index = inputs.tiling.input_idx
             out = {

@@ -105,8 +105,13 @@ class MolmoImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         self.image_mean = list(image_mean or MEAN)
         self.image_std = list(image_std or STD)
 
-    def inputs(self, image: Image.Image | npt.NDArray[np.uint8]) -> ImageInputs:
+    def inputs(
+        self, image: Image.Image | npt.NDArray[np.uint8], *, compiled: bool = True
+    ) -> ImageInputs:
         """Convert one RGB image (PIL, or H×W×3 uint8) to patches.
+
+        Args:
+            compiled: use numba where there is one; otherwise torch, several times slower.
 
         Raises ImageError for other arrays.
         """
@@ -118,7 +123,7 @@ class MolmoImageProcessor(BaseImageProcessor):  # type: ignore[misc]
             (tiling.n_crops + 1, CROP_PATCHES * CROP_PATCHES, PATCH_PX * PATCH_PX * 3)
         )
         outputs = [images[:1], images[1:]]
-        if self.resize == "torch" and available():
+        if self.resize == "torch" and compiled and available():
             write_patches(
                 pixels,
                 [(view, out.numpy()) for view, out in zip(views, outputs, strict=True)],
