@@ -18,7 +18,7 @@ SCRIPT = """
 import sys, time
 sys.path[:0] = [{benchmarks!r}, {root!r}]
 import harness
-from molmo_edge.errors import BenchmarkError
+from molmo_edge.errors import BenchmarkError, EngineStartError
 def works(emit, options): emit("speed", [1]); emit("speed", options["speeds"])
 def fails(emit, options): emit("speed", [1]); raise BenchmarkError("no more") from OSError("disk")
 def unusable(emit, options): raise EngineStartError("no kernel")
