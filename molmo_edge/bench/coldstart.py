@@ -13,28 +13,26 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from molmo_edge.bench import cases
 from molmo_edge.bench.document import Row, Sample
 from molmo_edge.bench.measure import Bench, sample_of
+from molmo_edge.devices.caches import CACHE_VARIABLES
 from molmo_edge.errors import BenchmarkError
-
-CACHES = {
-    "VLLM_CACHE_ROOT": "vllm",
-    "TORCHINDUCTOR_CACHE_DIR": "inductor",
-    "TRITON_CACHE_DIR": "triton",
-    "FLASHINFER_WORKSPACE_BASE": "flashinfer",
-    "CUDA_CACHE_PATH": "cuda",
-}
-"""Environment variables of the caches that survive a process, and their directory names."""
 
 LIMIT_S = 1800.0
 """A start that takes longer is reported as failed."""
 
 
-def cold_start(bench: Bench) -> None:
-    """Two rows: the first start ever, and the starts after it."""
+def cold_start(bench: Bench) -> list[Callable[[], object]]:
+    """The first start ever, and the starts after it: two rows of one function."""
+    return [partial(_cold_start, bench)]
+
+
+def _cold_start(bench: Bench) -> None:
     if not bench.start_command:
         raise BenchmarkError("cold starts need the model's settings; run them from the command")
     with tempfile.TemporaryDirectory(prefix="molmo-edge-cold-") as directory:
@@ -57,7 +55,7 @@ def start_once(bench: Bench, row: Row, iteration: int, directory: Path) -> Sampl
             capture_output=True,
             text=True,
             timeout=LIMIT_S,
-            env={**os.environ, **{k: str(directory / name) for k, name in CACHES.items()}},
+            env={**os.environ, **{name: str(directory / name) for name in CACHE_VARIABLES}},
             check=False,
         )
     except subprocess.TimeoutExpired:

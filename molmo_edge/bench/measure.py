@@ -136,43 +136,32 @@ class Load:
             raise BenchmarkError("request rates and camera frames per second must be above 0")
 
 
-class Progress:
-    """Receives what a run does, in the thread that measures; this one ignores it."""
-
-    def starting(self, text: str) -> None: ...
-
-    def scenario(self, title: str, rows: int) -> None: ...
-
-    def row(self, title: str, minimum: int) -> None: ...
-
-    def iteration(self, row: Row, done: int) -> None: ...
-
-    def row_done(self, row: Row) -> None: ...
-
-
-def _discard(document: Document) -> None:
-    """Save nothing."""
+def discard(value: object) -> None:
+    """Neither save nor show anything."""
 
 
 @dataclass
 class Bench:
     """One run: what is measured, how long, and the document that grows.
 
-    ``suite.run`` sets ``vlm``, and ``ends``, when the time limit is spent by ``clock``. With
-    ``sensors`` every row gets its ceiling and, where the device has sensors, power.
+    ``save`` gets the document every few seconds, ``progress`` a line of text per iteration. With
+    ``sensors`` every row gets its ceiling and, where the device has sensors, power. ``suite.run``
+    sets ``vlm``, ``rows_left`` of the scenario, and ``ends``, when the time limit is spent by
+    ``clock``.
     """
 
     cases: tuple[Case, ...]
     options: RunOptions = field(default_factory=RunOptions)
     load: Load = field(default_factory=Load)
     label: str | None = None
-    save: Callable[[Document], None] = _discard
-    progress: Progress = field(default_factory=Progress)
+    save: Callable[[Document], object] = discard
+    progress: Callable[[str], object] = discard
     sensors: bool = False
     start_command: tuple[str, ...] = ()
     clock: Callable[[], float] = time.perf_counter
     sleep: Callable[[float], None] = time.sleep
     vlm: Any = None
+    rows_left: int = 1
     ends: float = float("inf")
 
     def __post_init__(self) -> None:
@@ -182,8 +171,7 @@ class Bench:
             rules=self.options.rules(),
             settings=self.options.settings(),
         )
-        self._saved_at = self.clock()
-        self._rows_left = 1
+        self._saved_at = self._row_began = self.clock()
         self._numbers = itertools.count(1)
 
     def fresh(self, case: Case) -> Image.Image | None:
@@ -207,13 +195,11 @@ class Bench:
         self._saved_at = self.clock()
 
     @contextmanager
-    def scenario(self, name: str, title: str, rows: int) -> Iterator[Scenario]:
-        """A scenario of ``rows`` rows. A failure inside is noted, and raised only if the engine
-        is gone; the rows measured before it stay."""
+    def scenario(self, name: str, title: str) -> Iterator[Scenario]:
+        """A failure inside is noted, and raised only if the engine is gone; rows measured before
+        it stay."""
         scenario = Scenario(name=name, title=title)
         self.document.scenarios.append(scenario)
-        self._rows_left = max(rows, 1)
-        self.progress.scenario(title, rows)
         try:
             yield scenario
             scenario.complete = all(row.stopped not in (None, "error") for row in scenario.rows)
@@ -251,7 +237,7 @@ class Bench:
             image=case.image_info(),
         )
         self.document.scenarios[-1].rows.append(row)
-        self.progress.row(row.title, self.options.iterations)
+        self._row_began = self.clock()
         sampler, offset_s = Sampler() if self.sensors else None, 0.0
         try:
             with sampler or contextlib.nullcontext():
@@ -267,7 +253,6 @@ class Bench:
             if not expected or (isinstance(exc, EngineError) and not isinstance(exc, QueueFull)):
                 raise
         finally:
-            self._rows_left = max(self._rows_left - 1, 1)
             summarise(row, self.options)
             row.counts.setdefault("failed", len(row.samples) - len(row.succeeded))
             if caches is not None:
@@ -275,7 +260,6 @@ class Bench:
             if sampler is not None:
                 environment = self.document.environment
                 row.ceiling = ceilings.of(row, environment, self.vlm, sampler, offset_s)
-            self.progress.row_done(row)
             self.save_now()
 
     def request(
@@ -326,9 +310,17 @@ class Bench:
         row.samples.extend(samples)
         if wave is not None:
             row.waves.append(wave)
-        self.progress.iteration(row, len(row.waves) or len(row.samples))
+        self.progress(self._status(row, len(row.waves) or len(row.samples)))
         if self.clock() - self._saved_at > SAVE_EVERY_S:
             self.save_now()
+
+    def _status(self, row: Row, done: int) -> str:
+        """Where the run is; the time left is for the minimum of this scenario's rows."""
+        minimum = self.options.iterations
+        ahead = max(minimum - done, 0) + (self.rows_left - 1) * minimum
+        left = round((self.clock() - self._row_began) / done * ahead)
+        time_left = f"about {left // 60}:{left % 60:02d} left" if ahead else "until narrow"
+        return f"{row.title}: {done} of {minimum}, {time_left}"
 
     def repeat(self, row: Row, once: Callable[[int], None]) -> None:
         """Call ``once(iteration)``, which adds to ``row``, until there is a reason to stop.
@@ -338,7 +330,7 @@ class Bench:
         Raises:
             BenchmarkError: several iterations in a row failed altogether.
         """
-        deadline = self.clock() + max(self.ends - self.clock(), 0.0) / self._rows_left
+        deadline = self.clock() + max(self.ends - self.clock(), 0.0) / self.rows_left
         for iteration in itertools.count():
             once(iteration)
             recent = [s for s in row.samples if s.iteration > iteration - FAILURES_IN_A_ROW]

@@ -23,6 +23,7 @@ from molmo_edge.bench import plots, tables
 from molmo_edge.bench.compare import compare, head_names
 from molmo_edge.bench.document import Ceiling, Document, Row, Scenario
 from molmo_edge.bench.environment import software_line
+from molmo_edge.bench.measure import METRICS
 from molmo_edge.bench.tables import (
     UNKNOWN,
     Block,
@@ -237,9 +238,7 @@ def flat(document: Document) -> list[dict[str, Any]]:
         "random_weights": environment.model.random_weights,
         "precision": environment.model.precision,
         "kv_cache_dtype": environment.model.kv_cache_dtype,
-        "vllm": environment.software.vllm,
-        "torch": environment.software.torch,
-        "transformers": environment.software.transformers,
+        **environment.software.model_dump(),
     }
     records = []
     for scenario in document.scenarios:
@@ -254,19 +253,10 @@ def flat(document: Document) -> list[dict[str, Any]]:
                 "caches": row.caches and row.caches.mode,
                 "caches_proved": row.caches and row.caches.proved,
             }
-            for fields, names in (
-                (("p50", "p90", "p99"), ("preprocess_s", "ttft_s", "tpot_s", "itl_s")),
-                (
-                    ("mean", "std", "min", "max", "ci_low", "ci_high"),
-                    ("output_tps", "request_tps", "total_tps"),
-                ),
-            ):
-                for name in names:
-                    summary = row.summary(name)
-                    record |= {f"{name}_{field}": getattr(summary, field) for field in fields}
-            for key in ("bytes_per_token", "bandwidth_share", "watts", "joules_per_token"):
-                record[key] = getattr(_ceiling(row), key)
-            records.append(record)
+            for metric in (*METRICS, "total_tps"):
+                summary = row.summary(metric).model_dump(exclude={"n", "median", "confidence"})
+                record |= {f"{metric}_{name}": value for name, value in summary.items()}
+            records.append(record | _ceiling(row).model_dump())
     return records
 
 

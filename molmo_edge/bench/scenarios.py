@@ -11,6 +11,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from molmo_edge.bench.cases import Case, text_only
@@ -22,22 +23,41 @@ from molmo_edge.requests import Request
 MAX_THREADS = 256
 
 
-def each_alone(bench: Bench) -> None:
+Rows = list[Callable[[], object]]
+"""Functions that measure a row each."""
+
+
+def each_alone(bench: Bench) -> Rows:
     """Every case in turn, a new image each time."""
-    for case in bench.cases:
-        alone(bench, case)
+    return [partial(alone, bench, case) for case in bench.cases]
 
 
-def text(bench: Bench) -> None:
+def text(bench: Bench) -> Rows:
     """Prompts without an image."""
-    for case in text_only():
-        alone(bench, case)
+    return [partial(alone, bench, case) for case in text_only()]
 
 
-def repeat_frame(bench: Bench) -> None:
+def repeat_frame(bench: Bench) -> Rows:
     """The same image and question each time: the effect of the caches."""
-    for case in bench.image_cases():
-        alone(bench, case, repeated=True)
+    return [partial(alone, bench, case, repeated=True) for case in bench.image_cases()]
+
+
+def throughput(bench: Bench) -> Rows:
+    """Batches of fixed size through ``vlm.batch``."""
+    return [partial(batches, bench, size) for size in bench.load.batches]
+
+
+def concurrency(bench: Bench) -> Rows:
+    """Closed loop at each number of users, then Poisson arrivals at each rate."""
+    closed: Rows = [partial(closed_loop, bench, users) for users in bench.load.users]
+    if bench.load.rates:
+        return closed + [partial(open_loop, bench, rate) for rate in bench.load.rates]
+    return closed + [partial(open_loop_below_best, bench, fraction) for fraction in (0.5, 0.8)]
+
+
+def camera(bench: Bench) -> Rows:
+    """A camera's newest frame."""
+    return [partial(newest_frame, bench, bench.image_cases()[0])]
 
 
 def alone(bench: Bench, case: Case, *, repeated: bool = False) -> None:
@@ -58,25 +78,23 @@ def alone(bench: Bench, case: Case, *, repeated: bool = False) -> None:
         bench.repeat(row, once)
 
 
-def throughput(bench: Bench) -> None:
+def batches(bench: Bench, size: int) -> None:
     """Batches of fixed size through ``vlm.batch``; one wave is one batch."""
-    for size in bench.load.batches:
-        with bench.row(bench.cases[0], title=f"batch of {size}", batch=size) as row:
+    with bench.row(bench.cases[0], title=f"batch of {size}", batch=size) as row:
 
-            def once(iteration: int, row: Row = row, size: int = size) -> None:
-                first = iteration * size
-                cases = [bench.cases[(first + i) % len(bench.cases)] for i in range(size)]
-                requests = [
-                    Request(bench.fresh(case), case.question, **bench.sampling(case))
-                    for case in cases
-                ]
-                start = bench.clock()
-                results = bench.vlm.batch(requests, return_exceptions=True)
-                wall_s = bench.clock() - start
-                samples = [_sample(one, iteration, user) for user, one in enumerate(results)]
-                bench.add(row, *samples, wave=_wave(samples, iteration, wall_s))
+        def once(iteration: int) -> None:
+            first = iteration * size
+            cases = [bench.cases[(first + i) % len(bench.cases)] for i in range(size)]
+            requests = [
+                Request(bench.fresh(case), case.question, **bench.sampling(case)) for case in cases
+            ]
+            start = bench.clock()
+            results = bench.vlm.batch(requests, return_exceptions=True)
+            wall_s = bench.clock() - start
+            samples = [_sample(one, iteration, user) for user, one in enumerate(results)]
+            bench.add(row, *samples, wave=_wave(samples, iteration, wall_s))
 
-            bench.repeat(row, once)
+        bench.repeat(row, once)
 
 
 def _sample(result: Any, iteration: int, user: int) -> Sample:
@@ -99,16 +117,7 @@ def _wave(samples: Sequence[Sample], iteration: int, wall_s: float) -> Wave:
     )
 
 
-def concurrency(bench: Bench) -> None:
-    """Closed loop at each number of users, then Poisson arrivals at each rate."""
-    best = 0.0
-    for users in bench.load.users:
-        best = max(best, closed_loop(bench, users).counts.get("requests_per_s") or 0.0)
-    for rate in bench.load.rates or ([best * 0.5, best * 0.8] if best > 0 else []):
-        open_loop(bench, rate)
-
-
-def closed_loop(bench: Bench, users: int) -> Row:
+def closed_loop(bench: Bench, users: int) -> None:
     """Each user sends the next request once the answer is complete, ``iterations`` times."""
     title = f"{users} user{'s' if users > 1 else ''}"
     with bench.row(bench.cases[0], title=title, loop="closed", users=users) as row:
@@ -123,7 +132,14 @@ def closed_loop(bench: Bench, users: int) -> Row:
                 yield bench.request(row, case, image, iteration=iteration, began=began, user=user)
 
         _concurrently(bench, row, users, work, began)
-    return row
+
+
+def open_loop_below_best(bench: Bench, fraction: float) -> None:
+    """Arrivals at a fraction of the best rate that the closed loops reached."""
+    rows = bench.document.scenarios[-1].rows
+    best = max(row.counts.get("requests_per_s") or 0.0 for row in rows)
+    if best > 0:
+        open_loop(bench, best * fraction)
 
 
 def open_loop(bench: Bench, rate: float) -> None:
@@ -187,13 +203,13 @@ def _concurrently(
     row.stopped = "fixed"
 
 
-def camera(bench: Bench) -> None:
+def newest_frame(bench: Bench, case: Case) -> None:
     """A new image ``fps`` times per second; always the newest is sent, the rest is dropped.
 
     The camera is a clock: frame n exists from n / fps seconds on. ``wall_s`` of a sample is the
     age of the frame when its answer was complete.
     """
-    case, fps = bench.image_cases()[0], bench.load.fps
+    fps = bench.load.fps
     with bench.row(case, title=f"{fps:g} frames/s, newest first", fps=fps) as row:
         began, counts, last = bench.clock(), row.counts, -1
         counts |= {"dropped": 0, "answered": 0}

@@ -28,50 +28,21 @@ class Entry:
     name: str
     title: str
     caches: bool | None
-    rows: Callable[[Bench], int]
-    run: Callable[[Bench], None]
-
-
-def _per_case(bench: Bench) -> int:
-    return len(bench.cases)
-
-
-def _one(bench: Bench) -> int:
-    return 1
-
-
-def _two(bench: Bench) -> int:
-    return 2
-
-
-def _per_batch(bench: Bench) -> int:
-    return len(bench.load.batches)
-
-
-def _per_load(bench: Bench) -> int:
-    return len(bench.load.users) + (len(bench.load.rates) or 2)
+    rows: Callable[[Bench], scenarios.Rows]
 
 
 # In the order in which each engine is built once.
-SCENARIOS = {
-    entry.name: entry
-    for entry in (
-        Entry("report", "The report's cases", False, _per_case, scenarios.each_alone),
-        Entry("latency", "Latency at batch 1", False, _per_case, scenarios.each_alone),
-        Entry("text", "Text only", False, _two, scenarios.text),
-        Entry("throughput", "Throughput in fixed batches", False, _per_batch, scenarios.throughput),
-        Entry("concurrency", "Concurrent users", False, _per_load, scenarios.concurrency),
-        Entry("camera", "A camera's newest frame", False, _one, scenarios.camera),
-        Entry(
-            "repeat-frame",
-            "The same image again, caches on",
-            True,
-            _per_case,
-            scenarios.repeat_frame,
-        ),
-        Entry("cold-start", "Process start to first token", None, _two, coldstart.cold_start),
-    )
-}
+_ENTRIES = (
+    Entry("report", "The report's cases", False, scenarios.each_alone),
+    Entry("latency", "Latency at batch 1", False, scenarios.each_alone),
+    Entry("text", "Text only", False, scenarios.text),
+    Entry("throughput", "Throughput in fixed batches", False, scenarios.throughput),
+    Entry("concurrency", "Concurrent users", False, scenarios.concurrency),
+    Entry("camera", "A camera's newest frame", False, scenarios.camera),
+    Entry("repeat-frame", "The same image again, caches on", True, scenarios.repeat_frame),
+    Entry("cold-start", "Process start to first token", None, coldstart.cold_start),
+)
+SCENARIOS = {entry.name: entry for entry in _ENTRIES}
 
 
 def choose(names: Sequence[str]) -> list[Entry]:
@@ -115,6 +86,7 @@ def _run_on_one_engine(
 ) -> None:
     """Take scenarios from ``left`` until it is empty or the engine is gone."""
     before = len(left)
+    bench.progress("starting the engine")
     try:
         with contextlib.nullcontext() if caches is None else open_engine(caches) as bench.vlm:
             if caches is not None and bench.document.startup is None:
@@ -123,15 +95,18 @@ def _run_on_one_engine(
             bench.ends = firm_end if bench.options.firm else end
             while left:
                 entry = left.pop(0)
-                with bench.scenario(entry.name, entry.title, entry.rows(bench)):
-                    entry.run(bench)
+                with bench.scenario(entry.name, entry.title):
+                    rows = entry.rows(bench)
+                    for number, measure_row in enumerate(rows):
+                        bench.rows_left = len(rows) - number
+                        measure_row()
     except MolmoEdgeError as exc:
         if not bench.document.scenarios:
             raise
         if not isinstance(exc, EngineError) or len(left) == before:
             while left:
                 entry = left.pop(0)
-                with bench.scenario(entry.name, entry.title, 0):
+                with bench.scenario(entry.name, entry.title):
                     raise BenchmarkError(f"not run, no engine: {exc}") from exc
     finally:
         bench.vlm = None

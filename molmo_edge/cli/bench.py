@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import typer
 
@@ -19,7 +18,6 @@ from molmo_edge.bench import document as documents
 from molmo_edge.bench import drift as drifts
 from molmo_edge.bench import report, suite, tables
 from molmo_edge.bench.measure import Bench, Load, RunOptions
-from molmo_edge.bench.progress import TerminalProgress
 from molmo_edge.bench.target import Target
 from molmo_edge.cli.common import Commands, ConfigOption, ModelOption, console, messages
 from molmo_edge.errors import BenchmarkError
@@ -155,23 +153,18 @@ def bench(
     chosen = case_set.sweep(chosen, parse_sizes(sizes), crops)
     name = label or target.name
     path = documents.result_path(output, name.rstrip("/").rsplit("/", 1)[-1])
-    with TerminalProgress(messages) as progress:
-
-        def open_engine(caches: bool) -> AbstractContextManager[Any]:
-            progress.starting(f"starting {name}")
-            return target.open(caches)
-
+    with messages.status("") as status:
         run = Bench(
             cases=chosen,
             options=options,
             load=load,
             label=label,
             save=lambda document: report.write(document, path),
-            progress=progress,
+            progress=status.update,
             sensors=True,
             start_command=target.start_command(image[0] if image else None),
         )
-        document = suite.run(run, open_engine, names)
+        document = suite.run(run, target.open, names)
     if form == "table":
         report.show(document, console)
     else:

@@ -13,8 +13,8 @@ import pytest
 
 from molmo_edge.bench import document, suite
 from molmo_edge.bench.cases import text_only
-from molmo_edge.bench.document import Document, Row
-from molmo_edge.bench.measure import Load, Progress, RunOptions
+from molmo_edge.bench.document import Document
+from molmo_edge.bench.measure import Load, RunOptions
 from molmo_edge.errors import (
     BenchmarkError,
     EngineDeadError,
@@ -214,24 +214,12 @@ def test_the_sampler_stops_however_a_row_ends(error: BaseException) -> None:
     assert threading.active_count() == before
 
 
-def test_progress_is_told_of_every_iteration() -> None:
-    events: list[object] = []
-
-    class Recorder(Progress):
-        def scenario(self, title: str, rows: int) -> None:
-            events.append((title, rows))
-
-        def row(self, title: str, minimum: int) -> None:
-            events.append((title, minimum))
-
-        def iteration(self, row: Row, done: int) -> None:
-            events.append(done)
-
-        def row_done(self, row: Row) -> None:
-            events.append(row.stopped)
-
-    measure(DoubleVLM(), cases=CASES[:1], progress=Recorder())
-    assert events == [("The report's cases", 1), ("One", 6), *range(1, 7), "narrow"]
+def test_progress_has_every_iteration_and_the_time_left() -> None:
+    lines: list[str] = []
+    measure(DoubleVLM(), progress=lines.append)
+    assert lines[:2] == ["starting the engine", "One: 1 of 6, about 0:10 left"]
+    assert lines[6] == "One: 6 of 6, about 0:05 left"
+    assert lines[-1] == "Two: 6 of 6, until narrow"
 
 
 @pytest.mark.parametrize(
