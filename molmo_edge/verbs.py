@@ -8,8 +8,6 @@ from typing import Any, Literal, Unpack, overload
 from PIL import Image
 
 from molmo_edge.asking import Asking
-from molmo_edge.cameras import Source
-from molmo_edge.capture import Watching
 from molmo_edge.errors import ConfigError, PromptError
 from molmo_edge.images import ImageLike
 from molmo_edge.interface import Turn
@@ -17,7 +15,7 @@ from molmo_edge.points import CountResult, PointAnswer, parse_points
 from molmo_edge.requests import Loader, Options
 from molmo_edge.results import Result
 from molmo_edge.stream import Stream
-from molmo_edge.watch import Seen, arun, run
+from molmo_edge.watch import Seen, Source, WatchOptions, arun, run
 
 # The prompts Molmo was trained with (PixMo-Cap, PixMo-Points, PixMo-Count).
 CAPTIONS: Mapping[str, str] = {
@@ -106,7 +104,7 @@ class Verbs(Asking):
         """Asks the same of a camera's newest frame, again and again.
 
         Args:
-            source: see `molmo_edge.cameras.open_source`.
+            source: see `molmo_edge.watch.WatchOptions`.
             question: what to ask of every frame.
             drop: ``"oldest"``: a frame that comes while another is answered replaces the one that
                 waits; ``"none"``: the source is read only as fast as frames are answered.
@@ -125,8 +123,8 @@ class Verbs(Asking):
         Raises, once iterated: CameraError, MissingDependencyError; and what `query` raises about
             the question, the options or the engine. ConfigError comes at once.
         """
-        watching = Watching.checked(source, drop, max_fps, frame_timeout, on_stall)
-        return run(watching, lambda image: self.query(image, question, **options))
+        watched = WatchOptions(source, drop, max_fps, frame_timeout, on_stall)
+        return run(watched, lambda image: self.query(image, question, **options))
 
     def awatch(
         self,
@@ -144,8 +142,8 @@ class Verbs(Asking):
         Leaving the loop early leaves the source open until the iterator is closed: use
         ``contextlib.aclosing`` where that matters.
         """
-        watching = Watching.checked(source, drop, max_fps, frame_timeout, on_stall)
-        return arun(watching, lambda image: self.aquery(image, question, **options))
+        watched = WatchOptions(source, drop, max_fps, frame_timeout, on_stall)
+        return arun(watched, lambda image: self.aquery(image, question, **options))
 
     def _require(self, verb: str) -> None:
         if not self.supports(verb):

@@ -1,10 +1,11 @@
-"""`watch`: always the newest frame, drops counted, stalls told or mended, no thread left."""
+"""`watch`: always the newest frame, drops counted, stalls reported or mended, no thread left."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import itertools
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,6 @@ import pytest
 from PIL import Image
 
 from molmo_edge import EdgeVLM
-from molmo_edge.cameras import open_source
 from molmo_edge.engine.fake import FakeEngine, Fault
 from molmo_edge.errors import (
     CameraError,
@@ -27,12 +27,12 @@ from molmo_edge.errors import (
     RequestTimeout,
     SamplingError,
 )
-from molmo_edge.watch import Seen
+from molmo_edge.watch import Seen, open_source
 
 cv2 = pytest.importorskip("cv2")
 
 
-def picture(value: int = 0) -> np.ndarray:
+def image(value: int = 0) -> np.ndarray:
     return np.full((8, 12, 3), value, np.uint8)
 
 
@@ -56,35 +56,33 @@ def vlm() -> Iterator[EdgeVLM]:
 
 
 class Camera:
-    """Delivers numbered frames when told to; a generator function for `watch`."""
+    """Delivers numbered frames on demand; a generator function for `watch`."""
 
     def __init__(self) -> None:
         self.more = threading.Semaphore(0)
-        self.given = 0
-        self.opened = self.closed = 0
+        self.given = self.awaited = self.opened = self.closed = 0
         self.ended = False
-        self.arrived = threading.Condition()
+        self.changed = threading.Condition()
 
     def __call__(self) -> Iterator[np.ndarray]:
         self.opened += 1
         try:
             while True:
+                with self.changed:
+                    self.awaited = self.given + 1
+                    self.changed.notify_all()
                 self.more.acquire()
                 if self.ended:
                     return
                 self.given += 1
-                with self.arrived:
-                    self.arrived.notify_all()
-                yield picture(self.given)
+                yield image(self.given)
         finally:
             self.closed += 1
 
-    def deliver(self, count: int = 1) -> None:
-        """Lets `count` frames through and waits until the last of them has been asked for."""
-        wanted = self.given + count
-        self.more.release(count)
-        with self.arrived:
-            assert self.arrived.wait_for(lambda: self.given >= wanted, 5)
+    def wait(self, number: int) -> None:
+        """Wait until a frame is asked for; the one before it lies ready then."""
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.awaited == number, 10)
 
     def end(self) -> None:
         self.ended = True
@@ -99,9 +97,8 @@ def test_a_slow_consumer_sees_the_newest_frame_and_how_many_it_missed(vlm: EdgeV
     assert (value(first), first.index, first.dropped) == (1, 0, 0)
     assert first.result is not None
     assert first.result.text == "A cup."
-    camera.deliver(4)
-    # The fourth one has been yielded once a fifth is being waited for; three lie behind it.
-    time.sleep(0.05)
+    camera.more.release(4)
+    camera.wait(6)
     second = next(seen)
     assert (value(second), second.index, second.dropped) == (5, 4, 3)
     assert second.captured_s > first.answered_s
@@ -112,20 +109,21 @@ def test_a_slow_consumer_sees_the_newest_frame_and_how_many_it_missed(vlm: EdgeV
 
 
 def test_the_last_frame_is_answered_though_the_source_has_ended(vlm: EdgeVLM) -> None:
-    frames = [value(one) for one in vlm.watch(iter([picture(i) for i in range(50)]))]
-    assert frames[-1] == 49
-    assert frames == sorted(frames)
+    seen = list(vlm.watch(iter([image(i) for i in range(50)])))
+    frames = [value(one) for one in seen]
+    assert frames[-1] == 49 and frames == sorted(frames)
+    assert len(seen) + sum(one.dropped for one in seen) == 50
 
 
-def test_nothing_is_dropped_from_lists_folders_or_when_asked_not_to(
+def test_nothing_is_dropped_from_lists_directories_or_when_asked_not_to(
     vlm: EdgeVLM, tmp_path: Path
 ) -> None:
-    pictures = [picture(i) for i in range(9)]
-    assert [value(one) for one in vlm.watch(pictures)] == list(range(9))
-    assert [value(one) for one in vlm.watch(iter(pictures), drop="none")] == list(range(9))
+    images = [image(i) for i in range(9)]
+    assert [value(one) for one in vlm.watch(images)] == list(range(9))
+    assert [value(one) for one in vlm.watch(iter(images), drop="none")] == list(range(9))
     for i in (2, 0, 1):
-        Image.fromarray(picture(i)).save(tmp_path / f"{i}.png")
-    (tmp_path / "notes.txt").write_text("no picture")
+        Image.fromarray(image(i)).save(tmp_path / f"{i}.png")
+    (tmp_path / "notes.txt").write_text("no image")
     seen = list(vlm.watch(tmp_path))
     assert [Path(str(one.image)).name for one in seen] == ["0.png", "1.png", "2.png"]
     assert all(one.result is not None for one in seen)
@@ -133,7 +131,7 @@ def test_nothing_is_dropped_from_lists_folders_or_when_asked_not_to(
 
 
 def test_a_buffer_that_is_filled_again_does_not_change_a_frame(vlm: EdgeVLM) -> None:
-    buffer = picture(1)
+    buffer = image(1)
     taken, filled = threading.Event(), threading.Event()
 
     def frames() -> Iterator[np.ndarray]:
@@ -154,7 +152,7 @@ def test_a_buffer_that_is_filled_again_does_not_change_a_frame(vlm: EdgeVLM) -> 
 
 def test_max_fps_is_not_exceeded(vlm: EdgeVLM) -> None:
     began = time.monotonic()
-    seen = list(vlm.watch([picture(i) for i in range(4)], max_fps=20))
+    seen = list(vlm.watch([image(i) for i in range(4)], max_fps=20))
     assert len(seen) == 4
     assert time.monotonic() - began >= 3 / 20
 
@@ -172,10 +170,11 @@ def test_a_stalled_camera_is_an_error(vlm: EdgeVLM) -> None:
 def test_a_frame_from_before_a_stall_is_not_taken_for_a_new_one(vlm: EdgeVLM) -> None:
     camera = Camera()
     camera.more.release()
-    seen = vlm.watch(camera, frame_timeout=1)
+    seen = vlm.watch(camera, frame_timeout=0.5)
     next(seen)
-    camera.deliver()
-    time.sleep(1.5)
+    camera.more.release()
+    camera.wait(3)
+    time.sleep(0.6)  # longer than frame_timeout: the clock is what is tested
     with pytest.raises(CameraError):
         next(seen)
     camera.end()
@@ -205,7 +204,7 @@ def test_a_camera_that_disappears_is_an_error_or_opened_again(vlm: EdgeVLM) -> N
     tries = itertools.count()
 
     def flaky() -> Iterator[np.ndarray]:
-        yield picture(next(tries))
+        yield image(next(tries))
         raise OSError("unplugged")
 
     seen = vlm.watch(flaky, drop="none")
@@ -221,46 +220,54 @@ def test_a_camera_that_disappears_is_an_error_or_opened_again(vlm: EdgeVLM) -> N
 def test_a_frame_that_misses_its_deadline_does_not_end_the_watch() -> None:
     fake = FakeEngine.factory("word " * 500, step_s=0.01)
     with EdgeVLM(engine=fake) as vlm:
-        seen = list(vlm.watch([picture(1), picture(2)], timeout=0.5))
+        seen = list(vlm.watch([image(1), image(2)], timeout=0.5))
     assert [one.result for one in seen] == [None, None]
     for one in seen:
         assert isinstance(one.error, RequestTimeout)
         assert one.error.partial.startswith("word")
 
 
-def test_a_frame_that_is_no_picture_does_not_end_the_watch(vlm: EdgeVLM) -> None:
+def test_a_frame_that_is_no_image_does_not_end_the_watch(vlm: EdgeVLM) -> None:
     broken: Any = np.zeros((4, 4), np.float32)
-    seen = list(vlm.watch([picture(1), broken, picture(2)]))
+    seen = list(vlm.watch([image(1), broken, image(2)]))
     assert [one.result is None for one in seen] == [False, True, False]
     assert isinstance(seen[1].error, ImageError)
 
 
 def test_what_would_fail_for_every_frame_ends_the_watch(vlm: EdgeVLM) -> None:
     with pytest.raises(SamplingError):
-        next(vlm.watch([picture()], max_tokens=0))
+        next(vlm.watch([image()], max_tokens=0))
     dying = FakeEngine.factory(faults=[Fault("step", RuntimeError("gone"))])
     with EdgeVLM(engine=dying) as other, pytest.raises(EngineDeadError):
-        next(other.watch([picture()]))
+        next(other.watch([image()]))
 
 
 def test_closing_early_closes_the_source(vlm: EdgeVLM) -> None:
-    closed = threading.Event()
-
-    def frames() -> Iterator[np.ndarray]:
-        try:
-            for i in itertools.count():
-                time.sleep(0.001)
-                yield picture(i % 250)
-        finally:
-            closed.set()
-
-    for _ in zip(range(2), vlm.watch(frames), strict=False):
-        pass
-    seen = vlm.watch(frames)
+    camera = Camera()
+    camera.more.release(2)
+    seen = vlm.watch(camera, drop="none")
     next(seen)
+    camera.end()
     seen.close()
-    assert closed.is_set()
+    assert camera.closed == 1
     assert not [t for t in threading.enumerate() if t.name == "molmo-edge-camera"]
+
+
+def test_ctrl_c_while_waiting_for_a_frame_leaves_nothing_behind(vlm: EdgeVLM) -> None:
+    camera, main = Camera(), threading.get_ident()
+
+    def interrupt() -> None:
+        camera.wait(1)
+        signal.pthread_kill(main, signal.SIGINT)
+        camera.end()
+
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
+    with pytest.raises(KeyboardInterrupt):
+        next(vlm.watch(camera, frame_timeout=None))
+    interrupter.join()
+    assert camera.closed == 1
+    assert [value(one) for one in vlm.watch([image(1), image(2)])] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -273,12 +280,12 @@ def test_closing_early_closes_the_source(vlm: EdgeVLM) -> None:
         ({"max_fps": float("nan")}, "max_fps"),
         ({"frame_timeout": -1}, "frame_timeout"),
         ({"frame_timeout": float("inf")}, "frame_timeout"),
-        ({"source": ""}, "empty text"),
+        ({"source": ""}, "empty string"),
         ({"source": -1}, "-1"),
         ({"source": True}, "index"),
         ({"source": None}, "NoneType"),
         ({"source": b"jpeg"}, "bytes"),
-        ({"source": picture()}, "ndarray"),
+        ({"source": image()}, "ndarray"),
         ({"source": {}}, "dict"),
         ({"source": "rtsp://camera/1"}, "URL"),
         ({"source": iter([]), "on_stall": "reconnect"}, "opened again"),
@@ -288,13 +295,13 @@ def test_nonsense_is_refused_before_anything_is_opened(
     vlm: EdgeVLM, options: dict[str, Any], match: str
 ) -> None:
     with pytest.raises(ConfigError, match=match):
-        vlm.watch(**{"source": [picture()], **options})
+        vlm.watch(**{"source": [image()], **options})
 
 
-def test_sources_that_are_not_there_are_told(vlm: EdgeVLM, tmp_path: Path) -> None:
-    with pytest.raises(CameraError, match="no device, file or folder"):
+def test_sources_that_are_not_there_are_reported(vlm: EdgeVLM, tmp_path: Path) -> None:
+    with pytest.raises(CameraError, match="no device, file or directory"):
         next(vlm.watch(tmp_path / "missing.mp4"))
-    with pytest.raises(CameraError, match="no picture"):
+    with pytest.raises(CameraError, match="no image"):
         next(vlm.watch(tmp_path))
     (tmp_path / "notes.mp4").write_text("no video")
     with pytest.raises(CameraError, match="cannot open"):
@@ -343,7 +350,7 @@ class Device:
 DEVICES: list[Device] = []
 
 
-def test_opencv_frames_are_turned_to_rgb_and_the_device_is_released(
+def test_opencv_frames_are_converted_to_rgb_and_the_device_is_released(
     vlm: EdgeVLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     DEVICES.clear()
@@ -371,7 +378,7 @@ def test_a_video_file_is_played_at_its_own_speed_and_ends(vlm: EdgeVLM, tmp_path
 
 
 def test_feeds_know_whether_they_have_a_clock(tmp_path: Path) -> None:
-    Image.fromarray(picture()).save(tmp_path / "one.png")
+    Image.fromarray(image()).save(tmp_path / "one.png")
     assert open_source(0).clocked
     assert not open_source(tmp_path).clocked
     assert not open_source(tmp_path / "one.png").clocked
@@ -381,7 +388,7 @@ def test_feeds_know_whether_they_have_a_clock(tmp_path: Path) -> None:
 # For asyncio.
 
 
-def run(function: Callable[[EdgeVLM], Any]) -> None:
+def run_async(function: Callable[[EdgeVLM], Any]) -> None:
     async def go() -> None:
         with EdgeVLM(engine=FakeEngine.factory("A cup.", step_s=0.005)) as vlm:
             await function(vlm)
@@ -400,13 +407,13 @@ def test_awatch_answers_while_the_event_loop_goes_on() -> None:
                 await asyncio.sleep(0.002)
 
         ticking = asyncio.create_task(tick())
-        seen = [one async for one in vlm.awatch([picture(i) for i in range(5)], max_fps=50)]
+        seen = [one async for one in vlm.awatch([image(i) for i in range(5)], max_fps=50)]
         ticking.cancel()
         assert [value(one) for one in seen] == list(range(5))
         assert all(one.result is not None for one in seen)
         assert ticks > 20
 
-    run(check)
+    run_async(check)
 
 
 def test_awatch_stops_cleanly_when_left_or_cancelled() -> None:
@@ -433,10 +440,10 @@ def test_awatch_stops_cleanly_when_left_or_cancelled() -> None:
             await task
         assert waiting.closed == 1
 
-    run(check)
+    run_async(check)
 
 
-def test_awatch_tells_a_stall() -> None:
+def test_awatch_reports_a_stall() -> None:
     async def check(vlm: EdgeVLM) -> None:
         camera = Camera()
         threading.Timer(0.3, camera.end).start()
@@ -444,4 +451,4 @@ def test_awatch_tells_a_stall() -> None:
             async for _ in vlm.awatch(camera, frame_timeout=0.1):
                 pass
 
-    run(check)
+    run_async(check)

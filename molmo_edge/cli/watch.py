@@ -62,7 +62,7 @@ def watch(
 
     With --json, each frame is one line of JSON.
     """
-    from molmo_edge.capture import Watching
+    from molmo_edge.watch import WatchOptions
 
     options: dict[str, Any] = {
         "drop": drop,
@@ -71,7 +71,7 @@ def watch(
         "on_stall": on_stall,
     }
     # Before the engine starts, so that a wrong source or option is reported at once.
-    Watching.checked(source, **options)
+    WatchOptions(source, **options)
     if not source.strip():
         raise ConfigError("The source is empty.")
     # OpenCV writes its own lines about cameras that are not there.
