@@ -1,10 +1,11 @@
-"""What all tests share: a clean environment, and one stub engine a session."""
+"""A clean environment for every test, and the two engines of the session."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,14 +28,36 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+STUB: dict[str, Any] = {"model": "stub", "max_model_len": 2048, "kv_cache_memory_gb": 0.25}
+
+
 @pytest.fixture(scope="session")
 def stub_vlm(cache_dir: Path) -> Iterator[EdgeVLM]:
-    """The real vLLM engine on the stub; tests must leave it usable."""
-    with EdgeVLM("stub", cache_dir=cache_dir, max_model_len=2048, kv_cache_memory_gb=0.25) as vlm:
+    """The stub with vLLM in the engine's thread; tests must leave it usable.
+
+    vLLM supports one engine per process, so every other one needs `engine="process"`.
+    """
+    with EdgeVLM(**STUB, cache_dir=cache_dir) as vlm:
         yield vlm
+
+
+@pytest.fixture(scope="session")
+def process_vlm(cache_dir: Path) -> Iterator[EdgeVLM]:
+    """The stub with vLLM's core in a child process; tests must leave it usable."""
+    with EdgeVLM(**STUB, cache_dir=cache_dir, engine="process") as vlm:
+        yield vlm
+
+
+@pytest.fixture(params=["thread", "process"])
+def real_vlm(request: pytest.FixtureRequest) -> EdgeVLM:
+    """Each of the two."""
+    vlm: EdgeVLM = request.getfixturevalue(
+        {"thread": "stub_vlm", "process": "process_vlm"}[request.param]
+    )
+    return vlm
 
 
 @pytest.fixture
 def photo() -> np.ndarray:
-    """A small seeded picture, H×W×3 uint8."""
+    """A small seeded image, H×W×3 uint8."""
     return np.random.default_rng(7).integers(0, 256, (90, 120, 3), dtype=np.uint8)

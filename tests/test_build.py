@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from molmo_edge import EdgeVLM
 from molmo_edge.devices.detect import DeviceInfo, detect, known_device
 from molmo_edge.devices.model_configs import KNOWN
 from molmo_edge.devices.profiles import load_profile, select_profile
@@ -366,23 +365,3 @@ def test_plans_are_made_without_vllm_or_torch(folder: Path) -> None:
     command = [sys.executable, "-c", code, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-@pytest.mark.engine
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_fp8_leaves_tower_embeddings_and_head_alone(cache_dir: Path) -> None:
-    def dtypes(worker: Any) -> dict[str, str]:
-        return {n: str(p.dtype) for n, p in worker.model_runner.model.named_parameters()}
-
-    with EdgeVLM("stub", precision="fp8", cache_dir=cache_dir, max_model_len=1024) as vlm:
-        (found,) = vlm.in_engine_thread(lambda engine: engine.llm.collective_rpc(dtypes))
-        assert vlm.query(None, "x", max_tokens=3).text == "This is the"
-        assert vlm.environment["precision"] == "fp8"
-        assert vlm.plan().rows[1].precision == "fp8"
-    matrices = [n for n in found if ".layers." in n and n.endswith("proj.weight")]
-    assert len(matrices) == 8
-    assert {found[name] for name in matrices} == {"torch.float8_e4m3fn"}
-    rest = {n: d for n, d in found.items() if ".layers." not in n}
-    assert any("vision_backbone" in name for name in rest)
-    assert set(rest.values()) == {"torch.bfloat16"}
