@@ -124,11 +124,11 @@ def verify(emit: harness.Emit, options: Mapping[str, Any]) -> None:
     """Verdicts for one combination of dtype, backends, KV cache and weights."""
     from molmo_edge.reference import verify as verification
 
-    given = dict(options)
+    arguments = dict(options)
     images, tokens = verification.default_images(), 12
-    if given.pop("small", False):
+    if arguments.pop("small", False):
         images, tokens = {name: images[name] for name in ("small", "text only")}, 4
-    for report in verification.verify(images=images, max_tokens=tokens, **given):
+    for report in verification.verify(images=images, max_tokens=tokens, **arguments):
         emit(
             "stock" if report.stock else "ours",
             {
@@ -191,8 +191,8 @@ def overhead(emit: harness.Emit, options: Mapping[str, Any]) -> None:
     """`EdgeVLM` against bare `vllm.LLM`; see `overhead.py`."""
     from overhead import run
 
-    given = dict(options)
-    document = run(given.pop("engine"), **given)
+    arguments = dict(options)
+    document = run(arguments.pop("engine"), **arguments)
     emit("result", document["result"])
 
 
@@ -326,9 +326,9 @@ def decode_rows(values: Values) -> Iterator[list[str]]:
 
 def overhead_rows(values: Values) -> Iterator[list[str]]:
     for name, one in values.items():
-        found = one["result"]
+        figures = one["result"]
         for metric, digits in (("decode_tps", 3), ("ttft_s", 3), ("cost_us", 1)):
-            pair = found[metric]
+            pair = figures[metric]
             texts = [harness.interval_text(each, digits) for each in (pair, pair["floor"])]
             yield [name, metric, *texts]
 

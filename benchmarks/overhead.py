@@ -194,7 +194,7 @@ def run(
     environ = {}
     if threads:
         environ = {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    done, environment = [], None
+    all_rounds, environment = [], None
     for start in range(starts):
         child = harness.run_child(
             __file__, "start", {"engine": engine, **plan}, limit_s=limit_s + 900, environ=environ
@@ -202,29 +202,29 @@ def run(
         if not child["values"].get("rounds"):
             raise BenchmarkError(f"start {start + 1} measured nothing: {child['error']}")
         environment = child["values"]["environment"]
-        done.append(child["values"]["rounds"])
-        harness.progress(f"start {start + 1} of {starts}: {len(done[-1])} pairs")
-    found = evaluate(done)
-    for answers in (sides for rounds in done for one in rounds for sides in one.values()):
+        all_rounds.append(child["values"]["rounds"])
+        harness.progress(f"start {start + 1} of {starts}: {len(all_rounds[-1])} pairs")
+    figures = evaluate(all_rounds)
+    for answers in (sides for rounds in all_rounds for one in rounds for sides in one.values()):
         for answer in answers.values():
             del answer["text"]
     return harness.result(
         "overhead",
         settings={"engine": engine, "starts": starts, "threads": threads, **plan},
         environment=environment,
-        result=found,
-        rounds=done,
+        result=figures,
+        rounds=all_rounds,
     )
 
 
-def table(found: Mapping[str, Any]) -> str:
+def table(figures: Mapping[str, Any]) -> str:
     """Markdown: ours against bare `vllm.LLM`, with the noise floor beside every figure."""
     rows = [
-        [title, *(harness.interval_text(found[name][key] if key else found[name], digits)
+        [title, *(harness.interval_text(figures[name][key] if key else figures[name], digits)
                   for key in ("", "floor")), ours]
         for title, name, digits, ours in (
-            ("decode tok/s, ours ÷ bare", "decode_tps", 3, _sides(found["decode_tps"], 1)),
-            ("TTFT, ours ÷ bare", "ttft_s", 3, _sides(found["ttft_s"], 3)),
+            ("decode tok/s, ours ÷ bare", "decode_tps", 3, _sides(figures["decode_tps"], 1)),
+            ("TTFT, ours ÷ bare", "ttft_s", 3, _sides(figures["ttft_s"], 3)),
             ("CPU µs per token, ours − bare", "cost_us", 1, harness.DASH),
         )
     ]  # fmt: skip

@@ -153,14 +153,14 @@ def check(target: Path, modules: Sequence[str]) -> dict[str, str | None]:
     for name in modules:
         code = f"import {name}; print({name}.__file__)"
         # -P: the current directory must not come before the target.
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-P", "-c", code], env=environ, capture_output=True, text=True
         )
-        lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
+        lines = (process.stderr if process.returncode else process.stdout).strip().splitlines()
         last = lines[-1] if lines else "no output"
-        if done.returncode == 0 and not Path(last).resolve().is_relative_to(target.resolve()):
+        if process.returncode == 0 and not Path(last).resolve().is_relative_to(target.resolve()):
             raise PackError(f"{name} was imported from elsewhere, not from '{target}'")
-        out[name] = last if done.returncode else None
+        out[name] = last if process.returncode else None
     return out
 
 

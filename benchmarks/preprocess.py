@@ -116,14 +116,14 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     results, rows = [], []
     for height, width in SIZES:
-        found = measure(height, width, arguments.repeats)
+        figures = measure(height, width, arguments.repeats)
         size = {"height": height, "width": width}
         child = harness.run_child(
             __file__, "memory", {**size, "threads": arguments.threads}, limit_s=300
         )
-        results.append({**size, "implementations": found, "memory": child["values"] or None})
+        results.append({**size, "implementations": figures, "memory": child["values"] or None})
         peak = child["values"].get("peak_bytes")
-        for name, row in found.items():
+        for name, row in figures.items():
             rows.append([
                 f"{width}×{height} {name}",
                 harness.interval_text(row["ms"], 1),

@@ -39,6 +39,7 @@ from molmo_edge.errors import (
 
 TEXT = "What is this?"
 SAMPLE_S = 15.0
+RSS = ("before", "after")
 LONG: dict[str, Any] = {"ignore_eos": True, "max_tokens": 400}
 BAD: dict[str, tuple[type[MolmoEdgeError], Any, str, dict[str, Any]]] = {
     "empty text": (PromptError, None, "", {}),
@@ -225,16 +226,16 @@ def main() -> None:
         kv_cache_memory_gb=0.25,
         enforce_eager=True,
     ) as vlm:
-        found = soak(vlm, arguments.minutes, arguments.threads, arguments.tasks)
+        outcome = soak(vlm, arguments.minutes, arguments.threads, arguments.tasks)
         environment = dict(vlm.environment)
-    rows = [[end, str(count)] for end, count in found["ends"].items()]
-    rows += [[f"unexpected: {end}", str(count)] for end, count in found["unexpected"].items()]
-    rows += [[f"RSS in MiB {when}", str(found[f"rss_{when}_mib"])] for when in ("before", "after")]
-    print(harness.table([f"{found['requests']} requests ended with", "count"], rows))
+    rows = [[end, str(count)] for end, count in outcome["ends"].items()]
+    rows += [[f"unexpected: {end}", str(count)] for end, count in outcome["unexpected"].items()]
+    rows += [[f"RSS in MiB {when}", str(outcome[f"rss_{when}_mib"])] for when in RSS]
+    print(harness.table([f"{outcome['requests']} requests ended with", "count"], rows))
     if arguments.output is not None:
-        document = harness.result("soak", settings=settings, environment=environment, **found)
+        document = harness.result("soak", settings=settings, environment=environment, **outcome)
         harness.write(document, arguments.output)
-    sys.exit(1 if found["unexpected"] or found["state"] != "ready" else 0)
+    sys.exit(1 if outcome["unexpected"] or outcome["state"] != "ready" else 0)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def start_once(bench: Bench, row: Row, iteration: int, directory: Path) -> Sampl
     request = {"max_tokens": bench.options.max_tokens, "ignore_eos": bench.options.ignore_eos}
     start = time.time()
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             bench.start_command,
             input=json.dumps(request),
             capture_output=True,
@@ -62,10 +62,10 @@ def start_once(bench: Bench, row: Row, iteration: int, directory: Path) -> Sampl
         return Sample(iteration=iteration, error=f"no first token within {LIMIT_S:.0f} s")
     except OSError as exc:
         raise BenchmarkError(f"cannot start a fresh process: {exc.strerror}") from exc
-    lines = [line for line in done.stdout.splitlines() if '"first_token_at"' in line]
-    if done.returncode != 0 or not lines:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return Sample(iteration=iteration, error=f"exit status {done.returncode}: {last}")
+    lines = [line for line in process.stdout.splitlines() if '"first_token_at"' in line]
+    if process.returncode != 0 or not lines:
+        last = (process.stderr.strip().splitlines() or ["no message"])[-1]
+        return Sample(iteration=iteration, error=f"exit status {process.returncode}: {last}")
     report = json.loads(lines[-1])
     sample = Sample.model_validate({**report["sample"], "iteration": iteration})
     if report["first_token_at"] is not None:

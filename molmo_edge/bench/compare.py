@@ -89,8 +89,7 @@ def _lines(documents: Sequence[Document]) -> dict[str, list[str]]:
     rows = [row for document in documents for row in case_rows(document)]
     titles = CASES | {row.name: row.title for row in rows if row.name not in CASES}
     for name, title in titles.items():
-        found = [_row(document, name) for document in documents]
-        speeds = [row.all.get("request_tps", Summary()) if row else Summary() for row in found]
+        speeds = [_speed(_row(document, name)) for document in documents]
         lines[f"{title}: mean"] = [number(s.mean) for s in speeds]
         lines[f"{title}: max"] = [number(s.max) for s in speeds]
     lines |= {
@@ -131,6 +130,11 @@ def _row(document: Document, name: str) -> Row | None:
     return next((row for row in _report_rows(document) if row.name == name), None)
 
 
+def _speed(row: Row | None) -> Summary:
+    """Request speed over all iterations."""
+    return row.all.get("request_tps", Summary()) if row else Summary()
+
+
 def case_rows(document: Document) -> list[Row]:
     """The report's rows, one per case."""
     return [row for row in _report_rows(document) if row.name != OVERALL]
@@ -154,7 +158,7 @@ def overall_speed(document: Document) -> Summary:
     """Request speed over all cases and iterations, as the 2025 report has it."""
     row = _row(document, OVERALL)
     if row is not None:
-        return row.all.get("request_tps", Summary())
+        return _speed(row)
     return stats.summarize(_values(document, "request_tps", steady=None)) or Summary()
 
 

@@ -265,11 +265,11 @@ def run(
     for other in others:
         progress(other)
         with opener(chosen[other]) as vlm:
-            found = [against(vlm, one, max_tokens=max_tokens) for one in known]
+            case_drifts = [against(vlm, one, max_tokens=max_tokens) for one in known]
             where = environment.of(vlm)
-        tokens = sum(case.tokens for case in found)
+        tokens = sum(case.tokens for case in case_drifts)
         equal, mean, kl = (
-            sum(getattr(case, name) * case.tokens for case in found) / tokens
+            sum(getattr(case, name) * case.tokens for case in case_drifts) / tokens
             for name in ("equal_greedy", "mean_abs_dlogprob", "mean_kl")
         )
         drift = Drift(
@@ -278,10 +278,10 @@ def run(
             environment=where,
             equal_greedy=equal,
             mean_abs_dlogprob=mean,
-            max_abs_dlogprob=max(case.max_abs_dlogprob for case in found),
+            max_abs_dlogprob=max(case.max_abs_dlogprob for case in case_drifts),
             mean_kl=kl,
             passed=equal >= min_equal and kl <= max_kl,
-            cases=found,
+            cases=case_drifts,
         )
         document.drifts.append(drift)
         save(document)

@@ -86,13 +86,13 @@ class RunOptions:
                 raise BenchmarkError(f"{name} of a benchmark must be {expected}")
 
     @classmethod
-    def choose(cls, random_weights: bool, **given: Any) -> RunOptions:
+    def choose(cls, random_weights: bool, **values: Any) -> RunOptions:
         """The given options that are not None; defaults depend on the weights.
 
         Random weights never end an answer by themselves, so their answers have a fixed length; and
         the stub is tried by people who wait, so its time limit is firm unless one is given.
         """
-        known = {name: value for name, value in given.items() if value is not None}
+        known = {name: value for name, value in values.items() if value is not None}
         defaults: dict[str, Any] = {"max_iterations": 2 * known.get("iterations", cls.iterations)}
         if random_weights:
             firm = not known.keys() & {"iterations", "time_limit_s"}
@@ -422,11 +422,11 @@ def _summaries(
         if name == "itl_s":
             values = list(itertools.chain.from_iterable(values))
         series[name] = [value for value in values if value is not None]
-    made = {
+    summaries = {
         name: stats.summarize(values, confidence=options.confidence, seed=options.seed)
         for name, values in series.items()
     }
-    return {name: summary for name, summary in made.items() if summary is not None}
+    return {name: summary for name, summary in summaries.items() if summary is not None}
 
 
 def cache_proof(row: Row, on: bool) -> CacheProof:

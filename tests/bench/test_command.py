@@ -45,19 +45,19 @@ def test_no_arguments_measure_the_three_cases_on_the_stub(
     opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    done = run()
-    assert done.exit_code == 0, done.output
+    result = run()
+    assert result.exit_code == 0, result.output
     target, caches = opened[0]
     assert (target.model, target.config, caches) == ("stub", None, False)
     for text in ("Boardwalk Photo", "Complex Plot", "Data Interpretation", "random weights"):
-        assert text in done.stdout
-    assert "vLLM 0.32.0, torch 2.13.0+cpu, transformers 5.17.0" in " ".join(done.stdout.split())
+        assert text in result.stdout
+    assert "vLLM 0.32.0, torch 2.13.0+cpu, transformers 5.17.0" in " ".join(result.stdout.split())
     written = sorted((tmp_path / "bench-results").iterdir())
     assert [path.suffix for path in written] == [".json", ".md"]
-    result = document.load(written[0])
-    assert result.complete
-    assert [row.name for row in result.scenarios[0].rows] == ["boardwalk", "panels", "linechart"]
-    assert all(len(row.samples) >= 10 for row in result.scenarios[0].rows)
+    written_document = document.load(written[0])
+    assert written_document.complete
+    assert [row.name for row in written_document.scenarios[0].rows] == ["boardwalk", "panels", "linechart"]
+    assert all(len(row.samples) >= 10 for row in written_document.scenarios[0].rows)
     assert "random weights" in written[1].read_text()
 
 
@@ -95,8 +95,8 @@ def test_every_form_of_the_users_own_image_goes_to_standard_output_alone(
     image, target = tmp_path / "mug.png", tmp_path / "deep" / "mine.json"
     Image.new("RGB", (30, 20)).save(image)
     picked = ["--image", str(image), "--question", "What?", "--output", str(target)]
-    done = run(*QUICK, *picked, "-o", form)
-    assert done.exit_code == 0 and check(done.stdout)
+    result = run(*QUICK, *picked, "-o", form)
+    assert result.exit_code == 0 and check(result.stdout)
     row = document.load(target).scenarios[0].rows[0]
     assert (row.name, row.prompt) == ("mug", "What?")
     assert target.with_suffix(".md").exists()
@@ -118,10 +118,10 @@ def test_every_form_of_the_users_own_image_goes_to_standard_output_alone(
 def test_bad_input_is_one_clear_line_before_any_engine(
     opened: Opened, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    done = run("--output", str(tmp_path / "out"), *arguments)
-    assert done.exit_code == 2 and opened == []
-    assert done.stderr.startswith("BenchmarkError: ") and message in done.stderr
-    assert "Traceback" not in done.output
+    result = run("--output", str(tmp_path / "out"), *arguments)
+    assert result.exit_code == 2 and opened == []
+    assert result.stderr.startswith("BenchmarkError: ") and message in result.stderr
+    assert "Traceback" not in result.output
 
 
 def test_an_engine_that_cannot_start_and_ctrl_c_have_their_exit_status(
@@ -135,22 +135,22 @@ def test_an_engine_that_cannot_start_and_ctrl_c_have_their_exit_status(
 
     target = tmp_path / "r.json"
     monkeypatch.setattr(Target, "open", broken)
-    done = run("--output", str(target))
-    assert done.exit_code == 2 and "no memory for the KV cache" in done.stderr
+    result = run("--output", str(target))
+    assert result.exit_code == 2 and "no memory for the KV cache" in result.stderr
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(Target, "open", interrupted)
-    done = run("--output", str(target))
-    assert done.exit_code == 130 and "INCOMPLETE" in done.stdout
+    result = run("--output", str(target))
+    assert result.exit_code == 130 and "INCOMPLETE" in result.stdout
     assert not document.load(target).complete
 
 
 def test_compare_prints_the_2025_table_beside_a_result(opened: Opened, tmp_path: Path) -> None:
     mine = str(tmp_path / "mine.json")
     assert run(*QUICK, "--output", mine).exit_code == 0
-    done = run("compare", *HISTORIC, mine)
-    assert done.exit_code == 0
-    assert "103.8 (5.0)" in done.stdout and "11.1 (3.1)" in done.stdout
-    assert "not comparable: power mode is unknown" in done.stdout
+    result = run("compare", *HISTORIC, mine)
+    assert result.exit_code == 0
+    assert "103.8 (5.0)" in result.stdout and "11.1 (3.1)" in result.stdout
+    assert "not comparable: power mode is unknown" in result.stdout
     assert run("compare", *HISTORIC, mine, "--strict").exit_code == 1
     assert "| 103.8 (5.0) |" in run("compare", *HISTORIC, "-o", "md").stdout
 
@@ -159,15 +159,15 @@ def test_compare_prints_the_2025_table_beside_a_result(opened: Opened, tmp_path:
 def test_foreign_files_are_refused(tmp_path: Path, verb: str) -> None:
     path = tmp_path / "other.json"
     path.write_text('{"model": "x"}')
-    done = run(verb, str(path))
-    assert done.exit_code == 2 and "not a benchmark result" in done.stderr
+    result = run(verb, str(path))
+    assert result.exit_code == 2 and "not a benchmark result" in result.stderr
 
 
 def test_report_writes_a_page_and_plots(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     page, directory = tmp_path / "r.html", tmp_path / "png"
-    done = run("report", *HISTORIC, "--output", str(page), "--png", str(directory))
-    assert done.exit_code == 0, done.output
+    result = run("report", *HISTORIC, "--output", str(page), "--png", str(directory))
+    assert result.exit_code == 0, result.output
     assert page.read_text().startswith("<!doctype html>")
     assert [path.name for path in directory.iterdir()] == ["devices.png"]
 
@@ -179,8 +179,8 @@ def test_the_schemas_are_printed() -> None:
 
 @pytest.mark.parametrize("wrong", [["--max-tokens", "0"], ["--dtype", "a,b"], ["--max-kl", "-1"]])
 def test_drift_refuses_bad_bounds(tmp_path: Path, wrong: list[str]) -> None:
-    done = run("drift", "--kv-cache-dtype", "auto,fp8", "--output", str(tmp_path), *wrong)
-    assert done.exit_code == 2 and done.stderr.startswith("BenchmarkError: ")
+    result = run("drift", "--kv-cache-dtype", "auto,fp8", "--output", str(tmp_path), *wrong)
+    assert result.exit_code == 2 and result.stderr.startswith("BenchmarkError: ")
 
 
 @pytest.mark.parametrize("text", ["0x10", "10", "axb", "1e3x10", "640x480;1x1"])

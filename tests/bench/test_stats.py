@@ -71,11 +71,11 @@ def test_a_ratio_has_an_interval_that_holds_it() -> None:
 
 def test_the_2025_report_warmed_up_over_four_runs() -> None:
     runs = [7.5, 7.6, 7.7, 7.6, 12.9, 13.9, 14.0, 13.8, 13.9, 13.9]
-    found = stats.steady_state(runs)
-    assert found.start == 4
-    assert [level.start for level in found.levels] == [0, 4]
-    assert [level.median for level in found.levels] == pytest.approx([7.6, 13.9])
-    assert not found.slowed
+    steady = stats.steady_state(runs)
+    assert steady.start == 4
+    assert [level.start for level in steady.levels] == [0, 4]
+    assert [level.median for level in steady.levels] == pytest.approx([7.6, 13.9])
+    assert not steady.slowed
 
 
 def test_a_single_cold_iteration_is_warm_up() -> None:
@@ -88,9 +88,9 @@ def test_a_single_slow_iteration_in_the_middle_is_not_a_level() -> None:
 
 
 def test_throttling_makes_the_slower_level_the_steady_one() -> None:
-    found = stats.steady_state([14.0, 14.1, 13.9, 14.0, 14.0, 11.0, 11.1, 10.9, 11.0, 11.0])
-    assert found.start == 5
-    assert found.slowed
+    steady = stats.steady_state([14.0, 14.1, 13.9, 14.0, 14.0, 11.0, 11.1, 10.9, 11.0, 11.0])
+    assert steady.start == 5
+    assert steady.slowed
 
 
 def test_a_ripple_below_three_percent_decides_nothing() -> None:
@@ -99,8 +99,8 @@ def test_a_ripple_below_three_percent_decides_nothing() -> None:
 
 def test_a_ramp_that_ends_too_late_is_not_steady() -> None:
     ramp = [float(2**i) for i in range(9)]
-    found = stats.steady_state(ramp)
-    assert found.start is None or found.start > 0
+    steady = stats.steady_state(ramp)
+    assert steady.start is None or steady.start > 0
     assert stats.steady_state([5.0, 5.0, 5.0]).start is None
     assert stats.steady_state([]) == stats.steady_state([])
 
@@ -119,11 +119,11 @@ def test_noise_alone_is_hardly_ever_cut(n: int, sigma: float) -> None:
 def test_a_jump_in_noise_is_found_where_it_is(n: int) -> None:
     rng = np.random.default_rng(n)
     at = n * 4 // 10
-    found = 0
+    steady = 0
     for _ in range(100):
         series = np.where(np.arange(n) < at, 7.6, 13.9) * np.exp(rng.normal(0, 0.03, n))
-        found += stats.steady_state(series.tolist()).start == at
-    assert found >= 95
+        steady += stats.steady_state(series.tolist()).start == at
+    assert steady >= 95
 
 
 @settings(max_examples=60, deadline=None)

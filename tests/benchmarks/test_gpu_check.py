@@ -50,15 +50,15 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_child_keeps_what_it_measured_and_its_failure(
     script: str, name: str, status: str, error: str | None
 ) -> None:
-    found = harness.run_child(script, name, {"speeds": [1, 2]}, limit_s=60)
-    assert found["status"] == status and (error or "") in (found["error"] or "")
+    outcome = harness.run_child(script, name, {"speeds": [1, 2]}, limit_s=60)
+    assert outcome["status"] == status and (error or "") in (outcome["error"] or "")
     expected = {"works": [1, 2], "fails": [1], "crashes": [1]}.get(name)
-    assert found["values"].get("speed") == expected
+    assert outcome["values"].get("speed") == expected
 
 
 def test_a_child_that_takes_too_long_is_ended(script: str) -> None:
-    found = harness.run_child(script, "sleeps", {}, limit_s=5)
-    assert found["status"] == "timeout" and found["seconds"] < 30
+    outcome = harness.run_child(script, "sleeps", {}, limit_s=5)
+    assert outcome["status"] == "timeout" and outcome["seconds"] < 30
 
 
 class Children:
@@ -111,13 +111,13 @@ def test_a_file_of_something_else_or_of_other_software_is_not_continued(tmp_path
 
 @pytest.mark.parametrize("cases", [gpu_check.cuda_cases, gpu_check.cpu_cases])
 def test_every_stage_has_cases_with_names_of_their_own(cases: Any) -> None:
-    found = list(cases())
-    assert {case.stage for case in found} == set(gpu_check.LIMITS_S)
+    planned_cases = list(cases())
+    assert {case.stage for case in planned_cases} == set(gpu_check.LIMITS_S)
     assert sum(gpu_check.LIMITS_S.values()) <= 15 * 60
-    names = [(case.stage, case.name) for case in found]
+    names = [(case.stage, case.name) for case in planned_cases]
     assert len(set(names)) == len(names)
-    assert all(case.function in gpu_check.MEASUREMENTS for case in found)
-    json.dumps([dict(case.options) for case in found])
+    assert all(case.function in gpu_check.MEASUREMENTS for case in planned_cases)
+    json.dumps([dict(case.options) for case in planned_cases])
 
 
 def test_the_gpu_plan_has_every_backend_fp8_and_the_7b_shape() -> None:

@@ -38,40 +38,40 @@ EQUAL = {"ours": 0.0100, "bare": 0.0100, "again": 0.0100}
 
 
 def test_decode_is_what_the_long_answer_takes_beyond_the_short_one() -> None:
-    found = overhead.evaluate([rounds({**EQUAL, "bare": 0.00995})])
-    assert found["decode_tps"]["median"] == pytest.approx(0.995)
-    assert found["ttft_s"]["median"] == pytest.approx(1.0)
-    assert found["cost_us"]["median"] == pytest.approx(50.0)
-    assert found["passed"] and found["equal_texts"] == 1.0 and found["equal_prompts"]
+    figures = overhead.evaluate([rounds({**EQUAL, "bare": 0.00995})])
+    assert figures["decode_tps"]["median"] == pytest.approx(0.995)
+    assert figures["ttft_s"]["median"] == pytest.approx(1.0)
+    assert figures["cost_us"]["median"] == pytest.approx(50.0)
+    assert figures["passed"] and figures["equal_texts"] == 1.0 and figures["equal_prompts"]
 
 
 @pytest.mark.parametrize("bare", [0.0095, 0.0098])
 def test_a_slower_decode_or_a_higher_cost_than_promised_does_not_pass(bare: float) -> None:
-    found = overhead.evaluate([rounds({**EQUAL, "bare": bare})])
-    assert not found["passed"]
+    figures = overhead.evaluate([rounds({**EQUAL, "bare": bare})])
+    assert not figures["passed"]
 
 
 def test_bare_against_itself_stands_beside_every_ratio() -> None:
-    found = overhead.evaluate([rounds({**EQUAL, "again": 0.0102})])
-    assert found["decode_tps"]["floor"]["median"] == pytest.approx(0.98, abs=0.001)
-    assert found["cost_us"]["floor"]["median"] == pytest.approx(200.0)
-    text = overhead.table(found)
+    figures = overhead.evaluate([rounds({**EQUAL, "again": 0.0102})])
+    assert figures["decode_tps"]["floor"]["median"] == pytest.approx(0.98, abs=0.001)
+    assert figures["cost_us"]["floor"]["median"] == pytest.approx(200.0)
+    text = overhead.table(figures)
     assert "| decode tok/s, ours ÷ bare | 1.000 (1.000 to 1.000) | 0.980" in text
     assert "| CPU µs per token, ours − bare | 0.0" in text
 
 
 def test_every_start_counts_and_is_reported_apart() -> None:
     slow = {**EQUAL, "bare": 0.0098}
-    found = overhead.evaluate([rounds(slow), rounds(EQUAL), rounds(EQUAL)])
-    assert found["decode_tps"]["starts"] == pytest.approx([0.98, 1.0, 1.0])
-    assert found["decode_tps"]["median"] == pytest.approx(1.0)
-    assert found["decode_tps"]["count"] == 18
+    figures = overhead.evaluate([rounds(slow), rounds(EQUAL), rounds(EQUAL)])
+    assert figures["decode_tps"]["starts"] == pytest.approx([0.98, 1.0, 1.0])
+    assert figures["decode_tps"]["median"] == pytest.approx(1.0)
+    assert figures["decode_tps"]["count"] == 18
 
 
 def test_a_disturbed_one_token_answer_makes_no_long_one_look_fast() -> None:
-    done = [{kind: dict(sides) for kind, sides in one.items()} for one in rounds(EQUAL)]
-    done[2]["text_first"]["bare"] = {**done[2]["text_first"]["bare"], "seconds": 0.31}
-    assert overhead.series(done, "bare")["decode_tps"] == pytest.approx([100.0] * 6)
+    disturbed = [{kind: dict(sides) for kind, sides in one.items()} for one in rounds(EQUAL)]
+    disturbed[2]["text_first"]["bare"] = {**disturbed[2]["text_first"]["bare"], "seconds": 0.31}
+    assert overhead.series(disturbed, "bare")["decode_tps"] == pytest.approx([100.0] * 6)
 
 
 def test_each_request_has_its_own_image_or_is_text(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,17 +16,17 @@ SO = os.urandom(200_000)
 @pytest.fixture
 def wheel(tmp_path: Path) -> Path:
     path = tmp_path / "small_vllm-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as made:
-        made.writestr("small_vllm/__init__.py", "VALUE = 41 + 1\n")
-        made.writestr("small_vllm/kernels.bin", SO)
-        made.writestr("small_vllm/broken.py", "import does_not_exist\n")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("small_vllm/__init__.py", "VALUE = 41 + 1\n")
+        archive.writestr("small_vllm/kernels.bin", SO)
+        archive.writestr("small_vllm/broken.py", "import does_not_exist\n")
         tool = zipfile.ZipInfo("small_vllm/ptxas")
         tool.external_attr = 0o755 << 16
-        made.writestr(tool, "#!/bin/sh\n")
-        made.writestr("vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so", b"x" * 1000)
-        made.writestr("small_vllm-1.0.data/purelib/small_more.py", "MORE = 1\n")
-        made.writestr("small_vllm-1.0.data/scripts/small", "#!/bin/sh\n")
-        made.writestr("small_vllm-1.0.dist-info/METADATA", "Name: small_vllm\nVersion: 1.0\n")
+        archive.writestr(tool, "#!/bin/sh\n")
+        archive.writestr("vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so", b"x" * 1000)
+        archive.writestr("small_vllm-1.0.data/purelib/small_more.py", "MORE = 1\n")
+        archive.writestr("small_vllm-1.0.data/scripts/small", "#!/bin/sh\n")
+        archive.writestr("small_vllm-1.0.dist-info/METADATA", "Name: small_vllm\nVersion: 1.0\n")
     return path
 
 
@@ -59,9 +59,9 @@ def test_what_is_not_needed_stays_out_and_is_counted(wheel: Path, tmp_path: Path
 
 def test_what_imports_is_separated_from_what_does_not(wheel: Path, tmp_path: Path) -> None:
     pack_wheels.unpack(packed(wheel, tmp_path / "parts"), tmp_path / "site")
-    found = pack_wheels.check(tmp_path / "site", ["small_vllm", "small_vllm.broken"])
-    assert found["small_vllm"] is None
-    assert "does_not_exist" in (found["small_vllm.broken"] or "")
+    errors = pack_wheels.check(tmp_path / "site", ["small_vllm", "small_vllm.broken"])
+    assert errors["small_vllm"] is None
+    assert "does_not_exist" in (errors["small_vllm.broken"] or "")
     with pytest.raises(pack_wheels.PackError, match="from elsewhere"):
         pack_wheels.check(tmp_path / "site", ["json.decoder"])
 
@@ -85,8 +85,8 @@ def test_a_directory_in_use_and_a_path_that_leaves_the_wheel_are_refused(
     with pytest.raises(pack_wheels.PackError, match="not empty"):
         pack_wheels.pack([wheel], wheel.parent)
     evil = tmp_path / "evil.whl"
-    with zipfile.ZipFile(evil, "w") as made:
-        made.writestr("../outside.py", "")
+    with zipfile.ZipFile(evil, "w") as archive:
+        archive.writestr("../outside.py", "")
     with pytest.raises(pack_wheels.PackError, match="outside"):
         pack_wheels.pack([evil], tmp_path / "other")
 
