@@ -54,10 +54,10 @@ def test_no_arguments_measure_the_three_cases_on_the_stub(
     assert "vLLM 0.32.0, torch 2.13.0+cpu, transformers 5.17.0" in " ".join(result.stdout.split())
     written = sorted((tmp_path / "bench-results").iterdir())
     assert [path.suffix for path in written] == [".json", ".md"]
-    written_document = document.load(written[0])
-    assert written_document.complete
-    assert [row.name for row in written_document.scenarios[0].rows] == ["boardwalk", "panels", "linechart"]
-    assert all(len(row.samples) >= 10 for row in written_document.scenarios[0].rows)
+    kept = document.load(written[0])
+    assert kept.complete
+    assert [row.name for row in kept.scenarios[0].rows] == ["boardwalk", "panels", "linechart"]
+    assert all(len(row.samples) >= 10 for row in kept.scenarios[0].rows)
     assert "random weights" in written[1].read_text()
 
 
