@@ -19,6 +19,8 @@ from molmo_edge.sampling import Sampling
 # vLLM keeps the forward context and the parallel groups in globals of the process. Held from the
 # start of an engine's construction to the end of its close.
 _ONLY_ENGINE = threading.Lock()
+# Held while the environment differs from the user's.
+_ENVIRONMENT = threading.Lock()
 
 
 def start_llm(args: Mapping[str, Any]) -> Any:
@@ -181,17 +183,18 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
     """Change environment variables while vLLM starts, whatever the user set for other engines."""
     from vllm import envs
 
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    # vLLM caches what it read once an engine is up.
-    envs.disable_envs_cache()
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    with _ENVIRONMENT:
+        before = {name: os.environ.get(name) for name in values}
+        os.environ.update(values)
+        # vLLM caches what it read once an engine is up.
         envs.disable_envs_cache()
-        envs.enable_envs_cache()
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+            envs.disable_envs_cache()
+            envs.enable_envs_cache()
