@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from molmo_edge.errors import QuantizeError
 from molmo_edge.models.molmo.synthetic import Family, Shape, random_weights, write_checkpoint
+from molmo_edge.models.molmo.tensors import BLOCKS
 from molmo_edge.quantize import activations as quant_activations
 from molmo_edge.quantize import calibrate as quant_calibrate
 from molmo_edge.quantize import plan as quant_plan
@@ -22,7 +23,6 @@ from molmo_edge.quantize.activations import Streamed, picture_files, read_pictur
 from molmo_edge.quantize.fold import LAYERS, Calibration
 from molmo_edge.quantize.formats import format_of
 from molmo_edge.reference.molmo import ReferenceInputs, ReferenceMolmo
-from molmo_edge.reference.molmo_checkpoint import BLOCKS
 from molmo_edge.reference.verify import synthetic_image as picture
 from tests.quant_support import Killed, plain_tensors, tensors_of, threads
 

@@ -17,16 +17,10 @@ import torch
 from safetensors import safe_open
 
 from molmo_edge.errors import ImageError, QuantizeError
+from molmo_edge.models.molmo.tensors import BLOCKS, TEXT, VISION, VIT_BLOCKS
 from molmo_edge.quantize.fold import LAYERS
 from molmo_edge.reference.molmo import ReferenceInputs, ReferenceMolmo, preprocess, sequence
-from molmo_edge.reference.molmo_checkpoint import (
-    BLOCKS,
-    TEXT,
-    VISION,
-    VIT_BLOCKS,
-    TextConfig,
-    count_blocks,
-)
+from molmo_edge.reference.molmo_checkpoint import TextConfig, count_blocks
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 # Statistics settle soon; a picture is up to 1,600 tokens.
@@ -116,7 +110,7 @@ class Streamed(ReferenceMolmo):
         self._folder, self._files = folder, files
         self._w: dict[str, torch.Tensor] = {}
         self._vit_blocks = count_blocks(dict.fromkeys(files, torch.empty(0)), VIT_BLOCKS)
-        self._seen = None
+        self._cached = None
         self._watch: Callable[[str, torch.Tensor], None] | None = None
 
     def states(self, prompts: Sequence[tuple[Any, ReferenceInputs]]) -> list[torch.Tensor]:
@@ -131,7 +125,7 @@ class Streamed(ReferenceMolmo):
         self._hold(VISION)
         with torch.no_grad():
             out = [self._embed(np.searchsorted(used, ids), seen) for ids, seen in prompts]
-        self._w, self._seen = {}, None
+        self._w, self._cached = {}, None
         return out
 
     def blocks(

@@ -122,23 +122,11 @@ def _header(path: Path) -> list[tuple[str, str, tuple[int, ...]]]:
 
 
 def _check_names(config: Mapping[str, Any], family: Any, found: Mapping[str, Tensor]) -> None:
-    from molmo_edge.models.molmo.synthetic import Shape, tensor_shapes
+    from molmo_edge.models.molmo.tensors import Tower, tensor_shapes
 
-    heads = int(config["num_attention_heads"])
     blocks = re.compile(r".*\.resblocks\.(\d+)\.")
     tower = [int(m[1]) for name in found if (m := blocks.match(name))]
-    expected = tensor_shapes(
-        family,
-        Shape(
-            hidden_size=int(config["hidden_size"]),
-            layers=int(config["num_hidden_layers"]),
-            heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            mlp=int(config["intermediate_size"]) // 2,
-            embedding_size=int(config.get("embedding_size") or config["vocab_size"]),
-            vit_blocks=max(tower, default=0) + 1,
-        ),
-    )
+    expected = tensor_shapes(config, Tower(blocks=max(tower, default=0) + 1))
     if missing := sorted(expected.keys() - found.keys()):
         raise QuantizeError(
             f"The checkpoint lacks {len(missing)} tensors, first '{missing[0]}'. Finish the "

@@ -23,14 +23,8 @@ import torch
 import torch.nn.functional as F
 
 from molmo_edge.errors import InputError, SamplingError
+from molmo_edge.models.molmo.tensors import BLOCKS, POOL, PROJECTOR, TEXT, VISION, VIT, VIT_BLOCKS
 from molmo_edge.reference.molmo_checkpoint import (
-    BLOCKS,
-    POOL,
-    PROJECTOR,
-    TEXT,
-    VISION,
-    VIT,
-    VIT_BLOCKS,
     VIT_HEAD,
     TextConfig,
     count_blocks,

@@ -18,18 +18,10 @@ from safetensors import SafetensorError, safe_open
 
 from molmo_edge.checkpoint_files import read_json, weight_files
 from molmo_edge.errors import ModelError
-
-TEXT = "model.transformer."
-VISION = "model.vision_backbone."
-VIT = VISION + "image_vit."
-POOL = VISION + "image_pooling_2d."
-PROJECTOR = VISION + "image_projector."
-BLOCKS = TEXT + "blocks."
-VIT_BLOCKS = VIT + "transformer.resblocks."
+from molmo_edge.models.molmo.tensors import POOL, VIT, VIT_BLOCKS, Tower, tensor_shapes
 
 # config.json does not state these.
 VIT_HEAD = 64  # head size of the vision tower and of the pooling
-NEW_TOKENS = 128  # rows of `new_embedding`
 OLDEST_STATE = 9  # the features use the tower's hidden states -2 and -9
 
 # What `config.json` may say where the reference implementation computes one thing only.
@@ -73,14 +65,15 @@ def read_checkpoint(directory: Path) -> tuple[TextConfig, dict[str, torch.Tensor
     Raises ModelError when a file or tensor is missing, broken, of another shape, or of a layout
     that the reference implementation does not compute.
     """
-    config = text_config(read_json(directory / "config.json"))
+    stated = read_json(directory / "config.json")
+    config = text_config(stated)
     weights: dict[str, torch.Tensor] = {}
     files = weight_files(directory)
     if not files:
         raise ModelError(f"'{directory}' contains no *.safetensors. Finish the download.")
     for file in files:
         weights.update(_read_tensors(file))
-    shapes = _shapes(config, weights)
+    shapes = tensor_shapes(stated, _tower(weights))
     _refuse("lacks", sorted(shapes.keys() - weights.keys()))
     _refuse("has unknown", sorted(weights.keys() - shapes.keys()))
     _refuse("has wrong shapes in", sorted(n for n in shapes if weights[n].shape != shapes[n]))
@@ -160,65 +153,24 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _shapes(config: TextConfig, weights: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the checkpoint. The vision tower's sizes are read off its own tensors."""
+def _tower(weights: Mapping[str, torch.Tensor]) -> Tower:
+    """Sizes of the vision tower, read from its own tensors."""
 
     def rows(name: str) -> int:
         if name not in weights or weights[name].ndim == 0:
             _refuse("lacks", [name])
         return int(weights[name].shape[0])
 
-    width, head, half = config.width, config.head, config.ff // 2
-    kv = config.kv_heads * head
-    shapes: dict[str, tuple[int, ...]] = {
-        TEXT + "wte.embedding": (config.vocabulary, width),
-        TEXT + "wte.new_embedding": (NEW_TOKENS, width),
-        TEXT + "ln_f.weight": (width,),
-        TEXT + "ff_out.weight": (config.vocabulary, width),
-    }
-    for i in range(config.layers):
-        block: dict[str, tuple[int, ...]] = {
-            "att_proj.weight": (width + 2 * kv, width),
-            "attn_out.weight": (width, width),
-            "ff_proj.weight": (config.ff, width),
-            "ff_out.weight": (width, half),
-            "attn_norm.weight": (width,),
-            "ff_norm.weight": (width,),
-        }
-        if config.qkv_bias:
-            block["att_proj.bias"] = (width + 2 * kv,)
-        if config.qk_norm:
-            block |= {"q_norm.weight": (width,), "k_norm.weight": (kv,)}
-        shapes |= {f"{BLOCKS}{i}.{name}": shape for name, shape in block.items()}
-
-    vit, pooled = rows(VIT + "class_embedding"), rows(POOL + "wo.weight")
-    vit_blocks = count_blocks(weights, VIT_BLOCKS)
-    if vit % VIT_HEAD or pooled % VIT_HEAD or vit_blocks < OLDEST_STATE:
+    tower = Tower(
+        width=rows(VIT + "class_embedding"),
+        mlp=rows(VIT_BLOCKS + "0.feed_forward.w1.weight"),
+        blocks=count_blocks(weights, VIT_BLOCKS),
+        pooled=rows(POOL + "wo.weight"),
+    )
+    if tower.width % VIT_HEAD or tower.pooled % VIT_HEAD or tower.blocks < OLDEST_STATE:
         raise ModelError(
-            f"The vision tower has width {vit}, pooled width {pooled} and {vit_blocks} blocks; "
-            f"widths must be multiples of {VIT_HEAD} and at least {OLDEST_STATE} blocks are used."
+            f"The vision tower has width {tower.width}, pooled width {tower.pooled} and "
+            f"{tower.blocks} blocks; widths must be multiples of {VIT_HEAD} and at least "
+            f"{OLDEST_STATE} blocks are used."
         )
-    shapes |= {
-        VIT + "class_embedding": (vit,),
-        VIT + "positional_embedding": (577, vit),
-        VIT + "patch_embedding.weight": (vit, 588),
-        VIT + "pre_ln.weight": (vit,),
-        VIT + "pre_ln.bias": (vit,),
-        VISION + "pad_embed": (2, 2 * vit),
-        PROJECTOR + "w1.weight": (half, pooled),
-        PROJECTOR + "w3.weight": (half, pooled),
-        PROJECTOR + "w2.weight": (width, half),
-    }
-    linears = {POOL + name: (pooled, 2 * vit) for name in ("wq", "wk", "wv")}
-    linears[POOL + "wo"] = (pooled, pooled)
-    for i in range(vit_blocks):
-        prefix = f"{VIT_BLOCKS}{i}."
-        hidden = rows(prefix + "feed_forward.w1.weight")
-        linears |= {f"{prefix}attention.{name}": (vit, vit) for name in ("wq", "wk", "wv", "wo")}
-        linears[prefix + "feed_forward.w1"] = (hidden, vit)
-        linears[prefix + "feed_forward.w2"] = (vit, hidden)
-        for name in ("attention_norm", "ffn_norm"):
-            shapes |= {f"{prefix}{name}.weight": (vit,), f"{prefix}{name}.bias": (vit,)}
-    for name, shape in linears.items():
-        shapes |= {name + ".weight": shape, name + ".bias": shape[:1]}
-    return shapes
+    return tower

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from molmo_edge.models.molmo.tensors import Tower, tensor_shapes
 from molmo_edge.reference.molmo import SpecialTokens
 
 IDS = SpecialTokens(start=208, end=209, patch=210, col=211)
@@ -45,77 +46,33 @@ def weights(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
     """Seeded random tensors; norms near one, the rest scaled so that activations stay near one."""
     random = torch.Generator().manual_seed(seed)
 
-    def draw(*shape: int, scale: float | None = None, around: float = 0.0) -> torch.Tensor:
-        scale = shape[-1] ** -0.5 if scale is None else scale
-        return torch.randn(*shape, generator=random) * scale + around
+    def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        values = torch.randn(*shape, generator=random)
+        if name.endswith(("norm.weight", "ln.weight", "ln_f.weight")):
+            return values * 0.1 + 1.0
+        if name.endswith(".bias"):
+            return values * (0.5 if "att_proj" in name else 0.1)
+        if name.endswith("transformer.ff_out.weight"):
+            return values * 0.3
+        return values * shape[-1] ** -0.5 if name.endswith(".weight") else values
 
-    d, half = config["hidden_size"], config["intermediate_size"] // 2
-    rows = config["embedding_size"] or config["vocab_size"]
-    heads = config["num_attention_heads"]
-    kv = (config["num_key_value_heads"] or heads) * (d // heads)
-    out = {
-        "wte.embedding": draw(rows, d, scale=1.0),
-        "wte.new_embedding": draw(128, d, scale=1.0),
-        "ln_f.weight": draw(d, scale=0.1, around=1.0),
-        "ff_out.weight": draw(rows, d, scale=0.3),
-    }
-    for i in range(config["num_hidden_layers"]):
-        block = {
-            "att_proj.weight": draw(d + 2 * kv, d),
-            "attn_out.weight": draw(d, d),
-            "ff_proj.weight": draw(2 * half, d),
-            "ff_out.weight": draw(d, half),
-            "attn_norm.weight": draw(d, scale=0.1, around=1.0),
-            "ff_norm.weight": draw(d, scale=0.1, around=1.0),
-        }
-        if config["qkv_bias"]:
-            block["att_proj.bias"] = draw(d + 2 * kv, scale=0.5)
-        if config["attention_layer_norm"]:
-            block["q_norm.weight"] = draw(d, scale=0.1, around=1.0)
-            block["k_norm.weight"] = draw(kv, scale=0.1, around=1.0)
-        out |= {f"blocks.{i}.{name}": tensor for name, tensor in block.items()}
-    out = {f"model.transformer.{name}": tensor for name, tensor in out.items()}
-
-    v = VIT_WIDTH
-    vision = {
-        "image_vit.class_embedding": draw(v, scale=1.0),
-        "image_vit.positional_embedding": draw(577, v, scale=1.0),
-        "image_vit.patch_embedding.weight": draw(v, 588),
-        "pad_embed": draw(2, 2 * v, scale=1.0),
-        "image_projector.w1.weight": draw(half, POOLED),
-        "image_projector.w3.weight": draw(half, POOLED),
-        "image_projector.w2.weight": draw(d, half),
-    }
-    linears = {f"image_pooling_2d.{name}": (POOLED, 2 * v) for name in ("wq", "wk", "wv")}
-    linears["image_pooling_2d.wo"] = (POOLED, POOLED)
-    norms = ["image_vit.pre_ln"]
-    for i in range(VIT_BLOCKS):
-        block_name = f"image_vit.transformer.resblocks.{i}"
-        linears |= {f"{block_name}.attention.{n}": (v, v) for n in ("wq", "wk", "wv", "wo")}
-        linears[f"{block_name}.feed_forward.w1"] = (VIT_MLP, v)
-        linears[f"{block_name}.feed_forward.w2"] = (v, VIT_MLP)
-        norms += [f"{block_name}.attention_norm", f"{block_name}.ffn_norm"]
-    for name, shape in linears.items():
-        vision |= {f"{name}.weight": draw(*shape), f"{name}.bias": draw(shape[0], scale=0.1)}
-    for name in norms:
-        vision[f"{name}.weight"] = draw(v, scale=0.1, around=1.0)
-        vision[f"{name}.bias"] = draw(v, scale=0.1)
-    return out | {f"model.vision_backbone.{name}": tensor for name, tensor in vision.items()}
+    tower = Tower(VIT_WIDTH, VIT_MLP, VIT_BLOCKS, POOLED)
+    return {name: draw(name, shape) for name, shape in tensor_shapes(config, tower).items()}
 
 
 def write(
-    folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], shards: int = 1
+    directory: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], shards: int = 1
 ) -> Path:
-    """A checkpoint folder: one file, or several with an index."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    """A checkpoint directory: one file, or several with an index."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
     if shards == 1:
-        save_file(tensors, folder / "model.safetensors")
-        return folder
+        save_file(tensors, directory / "model.safetensors")
+        return directory
     names = sorted(tensors)
     place = {name: f"model-{i % shards}.safetensors" for i, name in enumerate(names)}
     for file in set(place.values()):
-        save_file({n: tensors[n] for n in names if place[n] == file}, folder / file)
+        save_file({n: tensors[n] for n in names if place[n] == file}, directory / file)
     index = json.dumps({"metadata": {}, "weight_map": place})
-    (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
-    return folder
+    (directory / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+    return directory

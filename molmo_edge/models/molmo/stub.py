@@ -53,14 +53,11 @@ def ensure_description(name: str, cache_dir: Path) -> Path:
     """
 
     def write(directory: Path) -> None:
-        from molmo_edge.models.molmo.synthetic import Shape, write_description
+        from molmo_edge.models.molmo.synthetic import Shape, hub_config, write_description
 
-        config = KNOWN[name]
-        write_description(
-            directory,
-            "molmo-o" if config["attention_layer_norm"] else "molmo-d",
-            Shape.of_config(config),
-        )
+        sizes = KNOWN[name]
+        config = hub_config("molmo-d" if sizes["qkv_bias"] else "molmo-o", Shape())
+        write_description(directory, {**config, **sizes, "vocab_size": sizes["embedding_size"]})
 
     directory = cache_dir / f"shaped-{_DESCRIPTION_VERSION}" / name.rsplit("/", 1)[-1]
     return _ensure(directory, write, f"The description of {name} (a few MB)")

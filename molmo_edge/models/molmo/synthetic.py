@@ -22,7 +22,7 @@ from molmo_edge.models.molmo.config import Family
 from molmo_edge.models.molmo.image_processor import MolmoImageProcessor
 from molmo_edge.models.molmo.prompts import IMAGE_TOKENS
 from molmo_edge.models.molmo.stub import TOKENS
-from molmo_edge.models.molmo.tiling import PATCH_PX
+from molmo_edge.models.molmo.tensors import Tower, tensor_shapes
 
 END_OF_TEXT = "<|endoftext|>"
 # Whole-word tokens of the synthetic tokenizer; everything else is split into bytes.
@@ -34,8 +34,6 @@ _WORDS = (
 # Added tokens are searched for one by one; the hub's tokenizers have some 400 fillers.
 _MAX_ADDED = 1024
 
-VIT_WIDTH, VIT_MLP, VIT_BLOCKS, VIT_POSITIONS = 1024, 4096, 23, 577
-ADDITIONAL_VOCAB_SIZE = 128  # rows of `new_embedding`, after the text vocabulary
 STUB_SEED = 20251208
 
 
@@ -50,21 +48,7 @@ class Shape:
     mlp: int = 512
     embedding_size: int = 512
     max_position_embeddings: int = 4096
-    vit_blocks: int = VIT_BLOCKS
-
-    @classmethod
-    def of_config(cls, config: Mapping[str, Any], vit_blocks: int = VIT_BLOCKS) -> Shape:
-        """The sizes that a `config.json` gives."""
-        heads = int(config["num_attention_heads"])
-        return cls(
-            hidden_size=int(config["hidden_size"]),
-            layers=int(config["num_hidden_layers"]),
-            heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            mlp=int(config["intermediate_size"]) // 2,
-            embedding_size=int(config.get("embedding_size") or config["vocab_size"]),
-            vit_blocks=vit_blocks,
-        )
+    vit_blocks: int = Tower().blocks
 
 
 Weights = Callable[[str, tuple[int, ...]], torch.Tensor]
@@ -91,66 +75,6 @@ def random_weights(seed: int) -> Weights:
         return random_tensor(name, shape, seed, scale)
 
     return weight
-
-
-def tensor_shapes(family: Family, shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors, as on the hub."""
-    d, head = shape.hidden_size, shape.hidden_size // shape.heads
-    qkv = d + 2 * shape.kv_heads * head
-    out: dict[str, tuple[int, ...]] = {
-        "model.transformer.wte.embedding": (shape.embedding_size, d),
-        "model.transformer.wte.new_embedding": (ADDITIONAL_VOCAB_SIZE, d),
-        "model.transformer.ln_f.weight": (d,),
-        "model.transformer.ff_out.weight": (shape.embedding_size, d),
-    }
-    for i in range(shape.layers):
-        block = f"model.transformer.blocks.{i}."
-        out |= {
-            f"{block}att_proj.weight": (qkv, d),
-            f"{block}attn_out.weight": (d, d),
-            f"{block}ff_proj.weight": (2 * shape.mlp, d),
-            f"{block}ff_out.weight": (d, shape.mlp),
-            f"{block}attn_norm.weight": (d,),
-            f"{block}ff_norm.weight": (d,),
-        }
-        if family == "molmo-d":
-            out[f"{block}att_proj.bias"] = (qkv,)
-        else:
-            out[f"{block}q_norm.weight"] = (d,)
-            out[f"{block}k_norm.weight"] = (shape.kv_heads * head,)
-    return out | _vision_shapes(shape)
-
-
-def _vision_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
-    top = "model.vision_backbone."
-    vit = f"{top}image_vit."
-    w, mlp = VIT_WIDTH, VIT_MLP
-
-    def linear(name: str, rows: int, cols: int) -> dict[str, tuple[int, ...]]:
-        return {f"{name}.weight": (rows, cols), f"{name}.bias": (rows,)}
-
-    out: dict[str, tuple[int, ...]] = {
-        f"{vit}class_embedding": (w,),
-        f"{vit}positional_embedding": (VIT_POSITIONS, w),
-        f"{vit}patch_embedding.weight": (w, PATCH_PX * PATCH_PX * 3),
-        f"{vit}pre_ln.weight": (w,),
-        f"{vit}pre_ln.bias": (w,),
-        f"{top}pad_embed": (2, 2 * w),
-        f"{top}image_projector.w1.weight": (shape.mlp, w),
-        f"{top}image_projector.w2.weight": (shape.hidden_size, shape.mlp),
-        f"{top}image_projector.w3.weight": (shape.mlp, w),
-    }
-    for i in range(shape.vit_blocks):
-        block = f"{vit}transformer.resblocks.{i}."
-        for name in ("wq", "wk", "wv", "wo"):
-            out |= linear(f"{block}attention.{name}", w, w)
-        out |= linear(f"{block}feed_forward.w1", mlp, w)
-        out |= linear(f"{block}feed_forward.w2", w, mlp)
-        for name in ("attention_norm", "ffn_norm"):
-            out |= {f"{block}{name}.weight": (w,), f"{block}{name}.bias": (w,)}
-    for name in ("wq", "wk", "wv"):
-        out |= linear(f"{top}image_pooling_2d.{name}", w, 2 * w)
-    return out | linear(f"{top}image_pooling_2d.wo", w, w)
 
 
 def hub_config(family: Family, shape: Shape) -> dict[str, Any]:
@@ -206,18 +130,18 @@ def write_checkpoint(
 
     shape = shape or Shape()
     make = weights or random_weights(seed)
-    write_description(directory, family, shape)
-    tensors = {
-        name: make(name, size).to(dtype) for name, size in tensor_shapes(family, shape).items()
-    }
+    config = hub_config(family, shape)
+    write_description(directory, config)
+    shapes = tensor_shapes(config, Tower(blocks=shape.vit_blocks))
+    tensors = {name: make(name, size).to(dtype) for name, size in shapes.items()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
 
-def write_description(directory: Path, family: Family, shape: Shape) -> Path:
+def write_description(directory: Path, config: Mapping[str, Any]) -> None:
     """Write a checkpoint without its weights: configuration, processor and tokenizer."""
     directory.mkdir(parents=True, exist_ok=True)
-    _write_json(directory / "config.json", hub_config(family, shape))
+    _write_json(directory / "config.json", config)
     auto_map = {
         "AutoImageProcessor": "image_preprocessing_molmo.MolmoImageProcessor",
         "AutoProcessor": "preprocessing_molmo.MolmoProcessor",
@@ -232,8 +156,7 @@ def write_description(directory: Path, family: Family, shape: Shape) -> Path:
         directory / "generation_config.json",
         {"eos_token_id": len(vocabulary()), "do_sample": False},
     )
-    _write_tokenizer(directory, family, shape)
-    return directory
+    _write_tokenizer(directory, config)
 
 
 def stub_weights(shape: Shape) -> Weights:
@@ -272,11 +195,11 @@ def vocabulary() -> dict[str, int]:
     return {piece: i for i, piece in enumerate(pieces)}
 
 
-def _write_tokenizer(directory: Path, family: Family, shape: Shape) -> None:
+def _write_tokenizer(directory: Path, config: Mapping[str, Any]) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     vocab = vocabulary()
-    fillers = [f"|<EXTRA_TOKENS_{i}>|" for i in range(shape.embedding_size - len(vocab) - 1)]
+    fillers = [f"|<EXTRA_TOKENS_{i}>|" for i in range(config["embedding_size"] - len(vocab) - 1)]
     if len(fillers) > _MAX_ADDED:
         # Only their ids matter, and plain tokens are not searched for in every text.
         vocab |= {token: i for i, token in enumerate([END_OF_TEXT, *fillers], len(vocab))}
@@ -292,11 +215,11 @@ def _write_tokenizer(directory: Path, family: Family, shape: Shape) -> None:
         {
             "add_prefix_space": False,
             "additional_special_tokens": added[1:],
-            "bos_token": None if family == "molmo-d" else END_OF_TEXT,
+            "bos_token": None if config["qkv_bias"] else END_OF_TEXT,
             "chat_template": CHAT_TEMPLATE,
             "clean_up_tokenization_spaces": False,
             "eos_token": END_OF_TEXT,
-            "model_max_length": shape.max_position_embeddings,
+            "model_max_length": config["max_position_embeddings"],
             "pad_token": END_OF_TEXT,
             "processor_class": "MolmoProcessor",
             "tokenizer_class": "PreTrainedTokenizerFast",
