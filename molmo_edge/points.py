@@ -327,9 +327,7 @@ _START = re.compile(
 )
 _NEXT_TAG = re.compile(_TAG, re.I)
 _TAG_STARTS = ("<points", "<tracks", "</points", "</tracks")
-_IN_TAG = re.compile(
-    rf"/?>|{_TAG}|(?P<name>(?a:\w[\w:.-]{{0,31}}))(?P<equals>\s*+=\s*+)?", re.I
-)
+_IN_TAG = re.compile(rf"/?>|{_TAG}|(?P<name>(?a:\w[\w:.-]{{0,31}}))(?P<equals>\s*+=\s*+)?", re.I)
 _COORDINATE = re.compile(r"([xy])(\d{0,6})", re.A)
 _NUMBERED = re.compile(r"p|\d{1,6}", re.A)
 _QUOTED = re.compile(r"[-+.,\d\s]{0,64}", re.A)

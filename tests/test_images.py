@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import os
 import struct
-import subprocess
-import sys
 import threading
 import time
 import tracemalloc
@@ -134,14 +132,10 @@ def test_metadata_bombs_take_no_time() -> None:
 # Paths
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://example.com/cat.png", "HTTPS://example.com/cat.png", " https://example.com/a.png",
-        "file:///etc/hostname", "data:image/png;base64,AAAA", "s3://bucket/cat.png",
-        "gopher+x.y-z://host/1", "",
-    ],
-)  # fmt: skip
+URLS = "http://host/a.png|HTTPS://host/a|  https://host/a|file:///etc/a|data:image/png;base64,AAAA"
+
+
+@pytest.mark.parametrize("url", [*URLS.split("|"), "s3://bucket/a.png", "gopher+x.y://host/1", ""])
 def test_a_str_is_never_a_url(url: str) -> None:
     with pytest.raises(ImageError, match="fetches nothing"):
         load(url)
@@ -173,12 +167,6 @@ def test_pipes_devices_and_directories_are_refused_without_blocking(
         load(pipe)
 
 
-def test_symbolic_links_to_files_load(tmp_path: Path) -> None:
-    (tmp_path / "image").write_bytes(PNG)
-    (tmp_path / "link").symlink_to(tmp_path / "image")
-    assert load(tmp_path / "link").size == (48, 32)
-
-
 def test_the_byte_cap_is_checked_before_reading(tmp_path: Path) -> None:
     path = tmp_path / "sparse.png"
     with path.open("wb") as file:
@@ -194,10 +182,11 @@ def test_the_byte_cap_is_checked_before_reading(tmp_path: Path) -> None:
 def test_no_more_is_read_than_the_file_said_it_holds(limits: ImageLimits, tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="empty"):
         load("/proc/self/status", limits)  # says 0 bytes and would then deliver some
-    path = tmp_path / "corners.png"
+    path, link = tmp_path / "corners.png", tmp_path / "link"
     path.write_bytes(PNG)
+    link.symlink_to(path)
     with Image.open(path) as lazy:
-        assert load(path, limits) == load(lazy, limits)
+        assert load(path, limits) == load(lazy, limits) == load(link, limits)
 
 
 # Limits
@@ -262,12 +251,6 @@ def test_global_settings_are_untouched() -> None:
     assert warnings.filters == before
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
     assert Image.MAX_IMAGE_PIXELS == 1024 * 1024 * 1024 // 4 // 3
-
-
-def test_importing_the_module_loads_no_model_code() -> None:
-    code = "import sys, molmo_edge.images; print(sorted({'torch','vllm'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 PROPERTIES: list[Callable[[], None]] = [
@@ -409,13 +392,10 @@ def test_fully_transparent_is_white_and_opaque_is_the_colour_in_every_mode(mode:
     image.putpixel((0, 0), (*[value] * (bands - 1), 255))
     image.putpixel((1, 0), (*[0] * (bands - 1), 0))
     assert pixels(load(image)) == [(10, 10, 10), WHITE]
-
-
-def test_palettes_with_alpha_are_composited() -> None:
-    image = Image.new("P", (2, 1))
-    image.putpalette([10, 20, 30, 255, 40, 50, 60, 0], "RGBA")
-    image.putpixel((1, 0), 1)
-    assert pixels(load(image)) == [(10, 20, 30), WHITE]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 255, 40, 50, 60, 0], "RGBA")
+    palette.putpixel((1, 0), 1)
+    assert pixels(load(palette)) == [(10, 20, 30), WHITE]
 
 
 @pytest.mark.parametrize("mode", ["I", "I;16", "I;16B", "I;16L", "I;16N"])
@@ -447,27 +427,17 @@ def test_every_mode_of_this_pillow_loads_or_is_refused_by_name() -> None:
 # PIL images
 
 
-class Labelled(Image.Image):
-    """A caller's own subclass."""
-
-    label = "mine"
-
-
 def test_pil_images_are_left_as_they_are_and_nothing_is_shared() -> None:
     image = image_of_mode("P", (9, 9))
     image.info.update(transparency=bytes(range(200)), exif=exif(6), note=["x"])
     before = image.tobytes(), dict(image.info), image.getpalette("RGBA"), image.mode
     load(image).paste((0, 0, 0), (0, 0, 9, 9))
     assert (image.tobytes(), dict(image.info), image.getpalette("RGBA"), image.mode) == before
-    source = corners()
-    load(source).paste((0, 0, 0), (0, 0, 48, 32))
-    assert source == corners()
-
-
-def test_subclasses_load() -> None:
-    image = Labelled()
-    image.__setstate__(corners().__getstate__())
-    assert type(load(image)) is Image.Image and pixels(load(image)) == pixels(corners())
+    source = type("Labelled", (Image.Image,), {})()
+    source.__setstate__(corners().__getstate__())
+    loaded = load(source)
+    loaded.paste((0, 0, 0), (0, 0, 24, 16))
+    assert type(loaded) is Image.Image and pixels(source) == pixels(corners())
 
 
 @quiet
@@ -529,10 +499,8 @@ def test_lazy_images_of_other_formats_are_not_decoded(
 @pytest.mark.parametrize(
     "array",
     [
-        np.zeros((4, 5, 3), np.float32), np.zeros((4, 5, 3), np.int8),
-        np.zeros((4, 5, 3), np.uint16), np.zeros((4, 5, 3), bool), np.zeros((3, 4, 5), np.uint8),
-        np.zeros((4, 5, 4), np.uint8), np.zeros((4, 5), np.uint8), np.zeros((), np.uint8),
-        np.zeros((1, 4, 5, 3), np.uint8), np.zeros((4, 5, 3), [("r", "u1")]), np.array([[None]]),
+        np.zeros((4, 5, 3), np.float32), np.zeros((4, 5, 4), np.uint8), np.zeros((), np.uint8),
+        np.zeros((4, 5, 3), [("r", "u1")]), np.array([[None]]),
     ],
     ids=lambda array: f"{array.dtype.name}-{array.shape}",
 )  # fmt: skip
