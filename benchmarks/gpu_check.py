@@ -248,7 +248,7 @@ def begin(output: Path) -> dict[str, Any]:
 
 def run(
     cases: Sequence[Case], output: Path, *, limits_s: Mapping[str, float] = LIMITS_S,
-    again: bool = False,
+    again: bool = False, threads: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Run the cases that the file lacks, writing it after each; returns the document."""
     document = begin(output)
@@ -264,7 +264,13 @@ def run(
                     case.name, {"status": "not run", "error": "no time left", "values": {}}
                 )
                 continue
-            child = harness.run_child(__file__, case.function, case.options, limit_s=left)
+            child = harness.run_child(
+                __file__,
+                case.function,
+                case.options,
+                limit_s=left,
+                environ=harness.cpu_threads(threads),
+            )
             results[case.name] = {"options": dict(case.options), **child}
             harness.progress(f"{stage}: {case.name}: {child['status']}, {child['seconds']:.0f} s")
             harness.write(document, output)
@@ -373,7 +379,10 @@ def main() -> None:
             if case.stage in stages
         ]
         limits = {name: arguments.limit or limit for name, limit in LIMITS_S.items()}
-        document = run(cases, arguments.output, limits_s=limits, again=arguments.again)
+        threads = 1 if arguments.device == "cpu" else 0
+        document = run(
+            cases, arguments.output, limits_s=limits, again=arguments.again, threads=threads
+        )
     except MolmoEdgeError as exc:
         sys.exit(f"error: {exc}")
     print(markdown(document))

@@ -82,6 +82,17 @@ def run_child(
     return {**outcome, "seconds": round(seconds, 2), "values": values}
 
 
+def cpu_threads(threads: int) -> dict[str, str]:
+    """Environment that holds a CPU engine to so many threads, bound to no core; 0: vLLM's choice.
+
+    Where other programs compute too, OpenMP threads wait for each other at the end of every kernel
+    far longer than the kernel takes; one thread does not.
+    """
+    if not threads:
+        return {}
+    return {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
 def serve_child(measurements: Mapping[str, Measure]) -> None:
     """In a process that `run_child` started, measure and exit; elsewhere do nothing."""
     if sys.argv[1:2] != [CHILD]:

@@ -191,13 +191,14 @@ def run(
         raise BenchmarkError("overhead needs at least one start, one pair and two tokens.")
     plan = {"pairs": pairs, "warm_up": warm_up, "tokens": tokens, "rest_s": rest_s,
             "limit_s": limit_s}  # fmt: skip
-    environ = {}
-    if threads:
-        environ = {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     all_rounds, environment = [], None
     for start in range(starts):
         child = harness.run_child(
-            __file__, "start", {"engine": engine, **plan}, limit_s=limit_s + 900, environ=environ
+            __file__,
+            "start",
+            {"engine": engine, **plan},
+            limit_s=limit_s + 900,
+            environ=harness.cpu_threads(threads),
         )
         if not child["values"].get("rounds"):
             raise BenchmarkError(f"start {start + 1} measured nothing: {child['error']}")

@@ -6,8 +6,6 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from molmo_edge.bench import cases
@@ -67,14 +65,8 @@ def test_a_sweep_has_every_size_with_every_number_of_crops() -> None:
         ("In 2018 it was 10, in 2019 15, then 25 and finally 40.0 TWh.", 4),
         ("40, 25, 15, 10", 1),
         ("10 then 20 then 25", 2),
-        ("No idea.", 0),
+        ("No idea. 1.2.3 ٣ 1e9 ..", 0),
     ],
 )
 def test_known_values_count_in_their_order(answer: str, right: int) -> None:
     assert cases.count_matches(("10", "15", "25", "40"), answer) == right
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.text(max_size=60))
-def test_matching_survives_any_answer(answer: str) -> None:
-    assert 0 <= cases.count_matches(("10", "15"), answer) <= 2

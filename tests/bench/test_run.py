@@ -223,26 +223,24 @@ def test_progress_has_every_iteration_and_the_time_left() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("kind", "wrong"),
     [
-        {"iterations": 0},
-        {"iterations": 5, "max_iterations": 4},
-        {"max_tokens": 0},
-        {"temperature": -1},
-        {"width": 0},
-        {"time_limit_s": 0},
-        {"confidence": 1.0},
+        (RunOptions, {"iterations": 0}),
+        (RunOptions, {"iterations": 5, "max_iterations": 4}),
+        (RunOptions, {"max_tokens": 0}),
+        (RunOptions, {"temperature": -1}),
+        (RunOptions, {"width": 0}),
+        (RunOptions, {"time_limit_s": 0}),
+        (RunOptions, {"confidence": 1.0}),
+        (Load, {"batches": (0,)}),
+        (Load, {"users": ()}),
+        (Load, {"fps": 0}),
+        (Load, {"rates": (-1,)}),
     ],
 )
-def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
+def test_options_and_loads_out_of_range_are_refused(kind: Any, wrong: dict[str, Any]) -> None:
     with pytest.raises(BenchmarkError, match="must be"):
-        RunOptions(**wrong)
-
-
-@pytest.mark.parametrize("wrong", [{"batches": (0,)}, {"users": ()}, {"fps": 0}, {"rates": (-1,)}])
-def test_a_load_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(BenchmarkError):
-        Load(**wrong)
+        kind(**wrong)
 
 
 def test_an_unknown_scenario_lists_the_known_ones() -> None:

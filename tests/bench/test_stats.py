@@ -78,13 +78,20 @@ def test_the_2025_report_warmed_up_over_four_runs() -> None:
     assert not steady.slowed
 
 
-def test_a_single_cold_iteration_is_warm_up() -> None:
-    assert stats.steady_state([3.0, 10.1, 10.0, 9.9, 10.0, 10.1]).start == 1
-
-
-def test_a_single_slow_iteration_in_the_middle_is_not_a_level() -> None:
-    series = [10.0, 10.1, 9.9, 10.0, 6.0, 10.0, 10.1, 9.9, 10.0, 10.0]
-    assert stats.steady_state(series).start == 0
+@pytest.mark.parametrize(
+    ("series", "start"),
+    [
+        ([3.0, 10.1, 10.0, 9.9, 10.0, 10.1], 1),  # one cold iteration
+        ([10.0, 10.1, 9.9, 10.0, 6.0, 10.0, 10.1, 9.9, 10.0, 10.0], 0),  # one slow in the middle
+        ([10.0] * 5 + [10.2] * 5, 0),  # a ripple below three percent
+        ([5.0, 5.0, 5.0], None),  # too few
+        ([], None),
+    ],
+)
+def test_the_steady_state_begins_after_the_cold_level(
+    series: list[float], start: int | None
+) -> None:
+    assert stats.steady_state(series).start == start
 
 
 def test_throttling_makes_the_slower_level_the_steady_one() -> None:
@@ -93,16 +100,10 @@ def test_throttling_makes_the_slower_level_the_steady_one() -> None:
     assert steady.slowed
 
 
-def test_a_ripple_below_three_percent_decides_nothing() -> None:
-    assert stats.steady_state([10.0] * 5 + [10.2] * 5).start == 0
-
-
 def test_a_ramp_that_ends_too_late_is_not_steady() -> None:
     ramp = [float(2**i) for i in range(9)]
     steady = stats.steady_state(ramp)
     assert steady.start is None or steady.start > 0
-    assert stats.steady_state([5.0, 5.0, 5.0]).start is None
-    assert stats.steady_state([]) == stats.steady_state([])
 
 
 @pytest.mark.parametrize("sigma", [0.01, 0.05])
