@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from molmo_edge.checkpoint_files import read_config
 from molmo_edge.devices.detect import DeviceInfo
 from molmo_edge.devices.plan import Plan, plan
 from molmo_edge.devices.profiles import load_profile, select_profile
@@ -30,7 +31,6 @@ from molmo_edge.errors import ConfigError, EngineClosedError
 from molmo_edge.images import ImageLimits
 from molmo_edge.interface import Engine, ModelFamily
 from molmo_edge.models.hub import default_cache_dir, locate
-from molmo_edge.models.molmo.layout import read_config
 from molmo_edge.models.registry import family_of
 from molmo_edge.requests import Request
 from molmo_edge.settings import EdgeSettings, Resolved, resolve

@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from molmo_edge.checkpoint_files import Tensor, read_headers, read_json
+from molmo_edge.checkpoint_files import Tensor, read_config, tensors
 from molmo_edge.devices.model_configs import KNOWN, from_config
 from molmo_edge.devices.shapes import ModelShape
 from molmo_edge.errors import ModelError
@@ -23,9 +23,9 @@ def model_shape(model: str | Path) -> ModelShape:
     """
     folder = Path(model)
     if folder.is_dir():
-        shape = from_config(folder.name, read_json(folder / "config.json"))
-        tensors = read_headers(folder)
-        return from_headers(shape, tensors) if tensors else shape
+        shape = from_config(folder.name, read_config(folder))
+        stored = tensors(folder)
+        return from_headers(shape, stored) if stored else shape
     name = str(model)
     if name in KNOWN:
         return from_config(name, KNOWN[name])
@@ -37,12 +37,12 @@ def model_shape(model: str | Path) -> ModelShape:
     )
 
 
-def from_headers(shape: ModelShape, tensors: list[Tensor]) -> ModelShape:
+def from_headers(shape: ModelShape, found: list[Tensor]) -> ModelShape:
     """The same shape with what is really in the files."""
     linears: dict[tuple[int, int], int] = {}
     counts = {"embedding": 0, "head": 0, "tower": 0, "other": 0}
     stored = 0
-    for tensor in tensors:
+    for tensor in found:
         part = part_of(tensor.name)
         if part != "blocks":
             counts[part] += tensor.numel
@@ -54,7 +54,7 @@ def from_headers(shape: ModelShape, tensors: list[Tensor]) -> ModelShape:
             linears[rows, cols] = linears.get((rows, cols), 0) + 1
         else:
             counts["other"] += tensor.numel
-    found = replace(
+    sized = replace(
         shape,
         embedding=counts["embedding"],
         head=counts["head"],
@@ -63,9 +63,9 @@ def from_headers(shape: ModelShape, tensors: list[Tensor]) -> ModelShape:
     )
     if shape.stored is not None:
         # Packed matrices hide their shape; the configuration's stays, the bytes are the files'.
-        return replace(found, stored_blocks=stored)
+        return replace(sized, stored_blocks=stored)
     return replace(
-        found,
+        sized,
         linears=tuple((rows, cols, count) for (rows, cols), count in sorted(linears.items())),
         block_other=counts["other"],
     )

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from molmo_edge.checkpoint_files import check_weights
 from molmo_edge.errors import (
     ImageError,
     ModelError,
@@ -18,7 +19,6 @@ from molmo_edge.errors import (
     SamplingError,
 )
 from molmo_edge.interface import Rendered, Renderer, Resize, Turn
-from molmo_edge.models.molmo.layout import check_weights
 from molmo_edge.models.molmo.prompts import check_turns, refuse_special
 
 # Added tokens that users may write: line breaks, spaces, HTML tags. All others are control tokens.

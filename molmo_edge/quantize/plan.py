@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from molmo_edge.checkpoint_files import check_weights, read_config
 from molmo_edge.errors import ModelError, QuantizeError
 from molmo_edge.models.molmo.config import check_layout
-from molmo_edge.models.molmo.layout import check_weights, read_config
 from molmo_edge.quantize.formats import Format
 
 # Linear layers of the language model. Every MLP ends in `.ff_out` and so does the LM head.

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from molmo_edge.checkpoint_files import check_weights
 from molmo_edge.errors import ImageError, PromptTooLongError
 from molmo_edge.interface import Rendered, Renderer, Resize, Turn
 from molmo_edge.models.molmo.config import check_layout
-from molmo_edge.models.molmo.layout import check_weights
 from molmo_edge.models.molmo.prompts import ONE_IMAGE, ImageTokenIds, PromptEncoder
 from molmo_edge.models.molmo.tiling import tiling_for
 

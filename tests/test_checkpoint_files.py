@@ -1,0 +1,137 @@
+"""A checkpoint's metadata is read without torch; whatever is broken is a ModelError."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from molmo_edge import checkpoint_files
+from molmo_edge.checkpoint_files import (
+    INDEX,
+    check_weights,
+    read_config,
+    read_header,
+    tensors,
+    weight_files,
+)
+from molmo_edge.errors import ModelError
+from tests.sparse_checkpoint import write_sparse
+
+
+def test_tensors_of_all_shards_with_dtype_shape_and_bytes(tmp_path: Path) -> None:
+    write_sparse(tmp_path / "b.safetensors", {"x": ("F8_E4M3", (3, 5)), "s": ("I64", ())})
+    write_sparse(tmp_path / "a.safetensors", {"y": ("BF16", (2, 2))})
+    write_sparse(tmp_path / "extra.safetensors", {"z": ("F32", (1,))})
+    weight_map = {"y": "a.safetensors", "x": "b.safetensors", "s": "b.safetensors"}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    read = [(t.name, t.file.name, t.dtype, t.shape, t.nbytes) for t in tensors(tmp_path)]
+    assert read == [
+        ("y", "a.safetensors", "BF16", (2, 2), 8),
+        ("s", "b.safetensors", "I64", (), 8),
+        ("x", "b.safetensors", "F8_E4M3", (3, 5), 15),
+    ]
+    assert weight_files(tmp_path) == [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+
+
+def test_torch_is_not_imported(tmp_path: Path) -> None:
+    write_sparse(tmp_path / "a.safetensors", {"y": ("BF16", (2, 2))})
+    code = (
+        "import pathlib, sys; from molmo_edge.checkpoint_files import tensors; "
+        "assert tensors(pathlib.Path(sys.argv[1])); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "is missing"), ("{", "not valid JSON"), ("[]", "must hold a JSON object"),
+     ("\xff", "not valid JSON"), ("[" * 100_000, "not valid JSON")],
+)  # fmt: skip
+def test_broken_config(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ModelError, match=message):
+        read_config(tmp_path)
+
+
+def test_an_oversized_json_file_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_files, "_MAX_JSON_BYTES", 10)
+    (tmp_path / "config.json").write_text('{"model_type": "molmo"}')
+    with pytest.raises(ModelError, match="too large for a JSON file"):
+        read_config(tmp_path)
+
+
+def header(tensor: Any) -> bytes:
+    raw = json.dumps({"t": tensor}).encode()
+    return len(raw).to_bytes(8, "little") + raw
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x08\0\0\0",
+        (1 << 62).to_bytes(8, "little"),
+        (2).to_bytes(8, "little") + b"[]",
+        (4).to_bytes(8, "little") + b"{{{{",
+        header(3),
+        header({"dtype": "F32"}),
+        header({"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}) + b"1234",
+        header({"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}) + b"1234",
+        header({"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}),
+        header({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}) + b"1234",
+    ],
+)
+def test_broken_headers(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"model\.safetensors' is not a complete safetensors"):
+        read_header(path)
+
+
+@given(st.binary(max_size=200), st.integers(0, 2**64 - 1))
+@settings(deadline=None, max_examples=100)
+def test_any_bytes_are_a_header_or_a_model_error(
+    tmp_path_factory: pytest.TempPathFactory, body: bytes, length: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzz.safetensors"
+    for claimed in (length, len(body)):
+        path.write_bytes(claimed.to_bytes(8, "little") + body)
+        try:
+            read_header(path)
+        except ModelError as exc:
+            assert "object at 0x" not in str(exc)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"weight_map": {"a": "../../x.safetensors"}}, "not a safetensors file beside it"),
+        ({"weight_map": {"a": "weights.bin"}}, "not a safetensors file beside it"),
+        ({"weight_map": {"a": "m-1.safetensors"}}, "lacks 1 of 1 weight files, first 'm-1"),
+        ({"weight_map": {}}, "has no weight_map"),
+    ],
+)
+def test_broken_index(tmp_path: Path, index: Any, message: str) -> None:
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=message):
+        check_weights(tmp_path)
+
+
+def test_a_tensor_in_two_files_and_a_directory_without_weights(tmp_path: Path) -> None:
+    assert tensors(tmp_path) == []
+    with pytest.raises(ModelError, match=r"holds no \*\.safetensors"):
+        check_weights(tmp_path)
+    for name in ("a.safetensors", "b.safetensors"):
+        write_sparse(tmp_path / name, {"lm_head.weight": ("BF16", (2, 2))})
+    with pytest.raises(ModelError, match=r"'lm_head\.weight' is stored in both 'a\.saf"):
+        tensors(tmp_path)
