@@ -304,17 +304,19 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     """Return a new RGB image without metadata, turned as the EXIF data of `image` says."""
     with _translated(f"convert the image from mode {image.mode} to RGB"):
         rgb = _rgb(image)
-        # The orientation alone: Pillow writes all other EXIF data anew, which can fail.
-        rgb.info = dict(image.info)
-        orientation = 1
-        with suppress(*FOREIGN_ERRORS):
-            orientation = rgb.getexif().get(ExifTags.Base.Orientation, 1)
         rgb.info = {}
-        exif = rgb.getexif()
-        exif.clear()
-        exif[ExifTags.Base.Orientation] = orientation
+        # The orientation alone: Pillow writes all other EXIF data anew, which can fail.
+        rgb.getexif()[ExifTags.Base.Orientation] = _orientation(image.info)
         ImageOps.exif_transpose(rgb, in_place=True)
     return rgb
+
+
+def _orientation(info: dict[str | tuple[int, int], Any]) -> Any:
+    holder = Image.new("1", (1, 1))  # the caller's image would keep what is read
+    holder.info = dict(info)
+    with suppress(*FOREIGN_ERRORS):
+        return holder.getexif().get(ExifTags.Base.Orientation, 1)
+    return 1
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -42,6 +42,16 @@ fuzz = settings(
 )
 pytestmark = pytest.mark.timeout(60 + EXAMPLES)
 
+# A tag that Pillow may read, of any type, count and value or offset.
+tiff_entry = st.builds(
+    struct.pack,
+    st.just(">HHII"),
+    st.sampled_from([0x0112, 0x010E, 0x011A, 0x0128, 0x8769, 0x8825]),
+    st.integers(0, 16),
+    st.integers(0, 9) | st.integers(0, 2**32 - 1),
+    st.integers(0, 9) | st.integers(0, 2**32 - 1) | st.integers(1, 8).map(lambda v: v << 16),
+)
+
 
 def seeds() -> dict[str, bytes]:
     """Every mode in every format that can hold it, and all crafted files."""
@@ -183,7 +193,15 @@ def test_random_bytes_load_or_are_image_errors(magic: bytes, rest: bytes) -> Non
         st.tuples(*[st.integers(0, 65_535)] * 3),
         st.text(max_size=4),
     ),
-    exif=st.one_of(st.none(), st.binary(max_size=60), st.text(max_size=5)),
+    exif=st.one_of(
+        st.none(),
+        st.binary(max_size=60),
+        st.text(max_size=5),
+        st.binary(max_size=80).map(lambda entries: b"Exif\0\0II*\0\x08\0\0\0" + entries),
+        st.lists(tiff_entry, max_size=5).map(
+            lambda entries: b"MM\0*\0\0\0\x08" + struct.pack(">H", len(entries)) + b"".join(entries)
+        ),
+    ),
 )
 def test_pil_images_of_any_mode_load_unchanged(
     mode: str, size: tuple[int, int], noise: bytes, key: Any, exif: Any
