@@ -75,7 +75,9 @@ def prepare_child() -> None:
     if not family or int(pid) == os.getpid():
         return
     from molmo_edge.models.registry import by_name
+    from molmo_edge.models.vllm_workarounds import ignore_scan_warning
 
+    ignore_scan_warning()
     # Ctrl-C reaches every process of the terminal; the parent decides what it ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A killed parent must not leave a process that holds the device's memory.

@@ -31,11 +31,16 @@ def llvmlite_hidden() -> Iterator[None]:
     table = sys.modules.pop(_LLVMLITE_TABLE, None)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r".*torch\.distributed\.reduce_op", FutureWarning)
+            ignore_scan_warning()
             yield
     finally:
         if table is not None:
             sys.modules[_LLVMLITE_TABLE] = table
+
+
+def ignore_scan_warning() -> None:
+    """Ignore what torch says when vLLM's scan touches its deprecated name."""
+    warnings.filterwarnings("ignore", r".*torch\.distributed\.reduce_op", FutureWarning)
 
 
 @contextmanager
