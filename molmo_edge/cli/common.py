@@ -56,8 +56,8 @@ class EngineOptions:
         """The engine for one command."""
         with messages.status("Starting the engine …"):
             vlm = make_vlm(self.model, self.config, max_crops=self.max_crops)
-        with vlm:
-            yield vlm
+        with vlm as engine:
+            yield engine
 
     def load_image(self, name: str) -> Image.Image:
         """Load an image, before the engine starts so that a wrong name is reported at once.
