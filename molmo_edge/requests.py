@@ -1,33 +1,39 @@
-"""What a caller asks: `Request`, its options, and their way into turns and `Sampling`."""
+"""What a caller asks for: `Request`, its options, chat messages, and the checks on all of them.
+
+vLLM masks the tokens that would break a JSON Schema; this module only prepares the schema and reads
+the answer.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypedDict, cast
 
-from PIL import Image
+from pydantic import BaseModel, ValidationError
+from pydantic.errors import PydanticUserError
 
-from molmo_edge.errors import ImageError, PromptError, SamplingError
-from molmo_edge.images import ImageLike
+from molmo_edge.errors import GenerationError, ImageError, PromptError, SamplingError
+from molmo_edge.images import ImageLike, ImageLimits, load
 from molmo_edge.interface import Turn
+from molmo_edge.results import Result
 from molmo_edge.sampling import DEFAULT_MAX_TOKENS, Sampling, check_timeout
-from molmo_edge.structured import JsonSchema, Reader, prepare
 
-Loader: TypeAlias = Callable[[ImageLike], Image.Image]
-"""Loads an image within the engine's limits. Raises ImageError."""
+JsonSchema: TypeAlias = Mapping[str, Any] | type[BaseModel]
 
 
 class Options(TypedDict, total=False):
-    """Options of one request; see `Sampling` for those not told here.
+    """Options of one request; `Sampling` describes those not listed here.
 
     json_schema: a JSON Schema, or a pydantic model class, that the answer must follow;
         `Result.parsed` is then its value. An answer that is cut off before it is complete is a
         GenerationError, which keeps the text in `.partial`.
-    max_crops: high-resolution crops of the picture, at least 1; fewer answer sooner.
-    timeout: seconds for the whole request, queue, prefill and decode.
+    max_crops: high-resolution crops of the image, at least 1; fewer answer sooner.
+    timeout: seconds for the whole request: queueing, prefill and decode.
     """
 
     max_tokens: int
@@ -44,7 +50,7 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Request:
-    """One item of a batch: a picture (or None), a text, and options as in `Options`."""
+    """One item of a batch: an image (or None), a text, and options as in `Options`."""
 
     image: ImageLike | None
     text: str
@@ -65,67 +71,140 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Options taken apart and checked; `read` makes the result of a structured answer."""
+class CheckedOptions:
+    """Options of one request, checked.
+
+    Attributes:
+        sampling: how to choose tokens.
+        max_crops: None for the engine's.
+        timeout: seconds, None for no limit.
+        model: pydantic class that reads the answer of a `json_schema`, if one was given.
+    """
 
     sampling: Sampling
-    max_crops: int | None
-    timeout: float | None
-    read: Reader | None = None
+    max_crops: int | None = None
+    timeout: float | None = None
+    model: type[BaseModel] | None = None
+
+    def read(self, result: Result) -> Result:
+        """Return the result with `parsed` set if a JSON Schema was given.
+
+        Raises:
+            GenerationError: the answer is cut off, or the pydantic model refuses it.
+        """
+        if self.sampling.json_schema is None:
+            return result
+        truncated = result.finish_reason == "length"
+        try:
+            value = json.loads(result.text)
+        except ValueError as exc:
+            raise GenerationError(_CUT if truncated else _STOPPED, partial=result.text) from exc
+        if truncated and type(value) in (int, float):  # any part of a number reads as a number
+            raise GenerationError(_CUT, partial=result.text)
+        if self.model is None:
+            return dataclasses.replace(result, parsed=value)
+        try:
+            return dataclasses.replace(
+                result, parsed=self.model.model_validate_json(result.text)
+            )
+        except ValidationError as exc:
+            raise GenerationError(
+                f"The answer follows the schema, but {self.model.__name__} refuses it "
+                f"({exc.error_count()} errors); the chained error says why.",
+                partial=result.text,
+            ) from exc
 
 
-def check_options(options: Mapping[str, Any], most_crops: int) -> Asked:
-    """Raises SamplingError for an unknown name or a wrong value.
+_CUT = (
+    "The answer was cut off before its JSON was complete; raise max_tokens, or bound the schema's "
+    "strings and lists (maxLength, maxItems, enum)."
+)
+_STOPPED = "The answer is not complete JSON; a stop string may have ended it."
 
-    `most_crops` is the engine's own `max_crops`, which its memory was planned for.
+
+def check_options(options: Mapping[str, Any], max_crops_limit: int) -> CheckedOptions:
+    """Check the options of a request.
+
+    `max_crops_limit` is the engine's own `max_crops`, for which its memory was planned.
+
+    Raises:
+        SamplingError: an unknown name or a wrong value.
     """
     for name in options:
         if name not in Options.__annotations__:
             near = difflib.get_close_matches(name, Options.__annotations__, n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise SamplingError(f"Unknown option {name}.{hint}")
-    names = {field.name for field in dataclasses.fields(Sampling)}
     max_crops = options.get("max_crops")
     if max_crops is not None and (
         isinstance(max_crops, bool)
         or not isinstance(max_crops, int)
-        or not 1 <= max_crops <= most_crops
+        or not 1 <= max_crops <= max_crops_limit
     ):
         raise SamplingError(
-            f"max_crops must be a whole number from 1 to the engine's {most_crops}; build "
-            "EdgeVLM with a higher max_crops for more."
+            f"max_crops must be an integer from 1 to the engine's {max_crops_limit}; build EdgeVLM "
+            "with a higher max_crops for more."
         )
-    chosen = {name: options[name] for name in names if name in options}
-    read: Reader | None = None
-    if chosen.get("json_schema") is not None:
-        chosen["json_schema"], read = prepare(chosen["json_schema"])
-        if chosen.get("ignore_eos"):
+    names = {field.name for field in dataclasses.fields(Sampling)}
+    values = {name: value for name, value in options.items() if name in names}
+    model: type[BaseModel] | None = None
+    if values.get("json_schema") is not None:
+        values["json_schema"], model = _read_schema(values["json_schema"])
+        if values.get("ignore_eos"):
             raise SamplingError("ignore_eos and json_schema exclude each other.")
-    return Asked(
-        sampling=Sampling(**chosen),
-        max_crops=max_crops,
-        timeout=check_timeout(options.get("timeout")),
-        read=read,
+    return CheckedOptions(
+        Sampling(**values), max_crops, check_timeout(options.get("timeout")), model
     )
 
 
+def _read_schema(given: object) -> tuple[dict[str, Any], type[BaseModel] | None]:
+    """The schema as plain JSON, and the pydantic class it was taken from."""
+    model: type[BaseModel] | None = None
+    if inspect.isclass(given) and issubclass(given, BaseModel):
+        model = given
+        try:
+            given = model.model_json_schema()
+        except PydanticUserError as exc:
+            raise SamplingError(
+                f"The pydantic model {model.__name__} has no JSON Schema; the cause is chained."
+            ) from exc
+    if not isinstance(given, Mapping) or not given:
+        raise SamplingError(
+            "json_schema must be a JSON Schema as a non-empty mapping, or a pydantic model class."
+        )
+    try:
+        # A copy: the caller may change theirs while the request waits.
+        return json.loads(json.dumps(dict(given), allow_nan=False)), model
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise SamplingError("json_schema contains values that are not JSON.") from exc
+
+
 def check_token_ids(answer: Sequence[int]) -> list[int]:
-    """The ids as a list. Raises PromptError when there are none, or what is there is no id."""
+    """Return the ids as a list. Raises PromptError unless it is at least one token id."""
     ids = list(answer)
     if not ids or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
         raise PromptError("An answer to score is a list of at least one token id.")
     return ids
 
 
-def single_turn(image: ImageLike | None, text: str, load: Loader) -> list[Turn]:
-    """One user turn. Raises ImageError for a picture that cannot be used."""
-    return [Turn("user", text, () if image is None else (load(image),))]
+@dataclass(frozen=True)
+class Message:
+    """One message of a conversation, its images not loaded yet."""
+
+    role: str
+    text: str
+    images: tuple[ImageLike, ...] = ()
 
 
-def turns_of(messages: Sequence[Mapping[str, Any]], load: Loader) -> list[Turn]:
-    """Chat messages to turns.
+def question(image: ImageLike | None, text: str) -> list[Message]:
+    """A conversation of one user message."""
+    return [Message("user", text, () if image is None else (image,))]
 
-    Each message is ``{"role": "user" | "assistant", "content": …}``, its content a text or a list
+
+def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Check the structure of chat messages.
+
+    Each message is ``{"role": "user" | "assistant", "content": …}``, its content a string or a list
     of ``{"type": "text", "text": …}`` and ``{"type": "image", "image": …}``.
 
     Raises:
@@ -133,31 +212,97 @@ def turns_of(messages: Sequence[Mapping[str, Any]], load: Loader) -> list[Turn]:
     """
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
         raise PromptError("messages must be a list of {'role': …, 'content': …}.")
-    return [_turn(i, message, load) for i, message in enumerate(messages, start=1)]
+    return [_read_message(i, message) for i, message in enumerate(messages, start=1)]
 
 
-def _turn(number: int, message: Mapping[str, Any], load: Loader) -> Turn:
+def _read_message(number: int, message: Mapping[str, Any]) -> Message:
     if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-        raise PromptError(f"Message {number} must be a mapping with 'role' and 'content' alone.")
+        raise PromptError(f"Message {number} must be a mapping with only 'role' and 'content'.")
     role, content = message["role"], message["content"]
     if role not in ("user", "assistant"):
         raise PromptError(f"Message {number}: role must be 'user' or 'assistant'.")
     if isinstance(content, str):
-        return Turn(role, content)
+        return Message(role, content)
     if not isinstance(content, Sequence) or isinstance(content, bytes):
-        raise PromptError(f"Message {number}: content must be a text or a list of parts.")
+        raise PromptError(f"Message {number}: content must be a string or a list of parts.")
     texts, images = [], []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
         elif kind == "image" and part.get("image") is not None:
-            images.append(load(part["image"]))
+            images.append(part["image"])
         else:
             raise PromptError(
                 f"Message {number}: a part must be {{'type': 'text', 'text': …}} or "
                 "{'type': 'image', 'image': …}."
             )
     if images and role == "assistant":
-        raise ImageError(f"Message {number}: an assistant's message cannot hold an image.")
-    return Turn(role, "\n".join(texts), tuple(images))
+        raise ImageError(f"Message {number}: an assistant message cannot contain an image.")
+    return Message(role, "\n".join(texts), tuple(images))
+
+
+def load_turns(messages: Sequence[Message], limits: ImageLimits) -> list[Turn]:
+    """Load the images of a conversation. Raises ImageError."""
+    return [
+        Turn(one.role, one.text, tuple(load(image, limits) for image in one.images))
+        for one in messages
+    ]
+
+
+def read_labels(given: object) -> list[str]:
+    """Labels as in training: lower-cased and stripped. Raises PromptError."""
+    if isinstance(given, str):
+        given = [given]
+    if isinstance(given, bytes) or not isinstance(given, Sequence) or not given:
+        raise PromptError("Give a label, or a list of at least one label.")
+    return [_read_label(one) for one in given]
+
+
+def _read_label(given: object) -> str:
+    if not isinstance(given, str):
+        raise PromptError(f"A label must be a str, not {type(given).__name__}.")
+    label = " ".join(given.lower().split())
+    if not label:
+        raise PromptError("A label is empty; say what to look for, such as 'the red mug'.")
+    if "<" in label or ">" in label or not label.isprintable():
+        raise PromptError(
+            "A label contains '<', '>' or characters that cannot be printed; use plain words."
+        )
+    return label
+
+
+def refuse_special(ids: Sequence[int], special: Mapping[int, str]) -> None:
+    """Raise PromptError when tokens of user text are among `special`: id → spelling."""
+    if names := sorted({special[i] for i in ids if i in special}):
+        raise PromptError(
+            f"The text contains {', '.join(names[:3])}: special tokens of the model, which no user "
+            "text may contain. Remove or respell them."
+        )
+
+
+def check_turns(turns: Sequence[Turn]) -> None:
+    """Raise PromptError unless turns alternate, start and end with the user, and contain text."""
+    if not turns:
+        raise PromptError("The conversation is empty; give at least one user turn.")
+    for i, turn in enumerate(turns):
+        expected = "user" if i % 2 == 0 else "assistant"
+        if turn.role != expected:
+            raise PromptError(
+                f"Turn {i + 1} must be the {expected}'s: roles alternate, starting with the user."
+            )
+        check_text(turn.text)
+    if len(turns) % 2 == 0:
+        raise PromptError("The last turn must be the user's.")
+
+
+def check_text(text: object) -> None:
+    """Raise PromptError when it is not a string, is empty, or is not valid Unicode."""
+    if not isinstance(text, str):
+        raise PromptError(f"The text must be a str, not {type(text).__name__}.")
+    if not text.strip():
+        raise PromptError("The text is empty.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise PromptError("The text contains lone surrogates, which are not valid Unicode.") from None

@@ -29,7 +29,6 @@ class Metrics:
         cached_tokens: prompt tokens found in the prefix cache.
         output_tps: decode speed: tokens after the first ÷ their time.
         request_tps: output tokens ÷ e2e_s, the "tok/s" of HTTP-style reports.
-        energy_j: joules used by the device meanwhile; None without a power sensor.
     """
 
     queue_s: float | None = None
@@ -44,7 +43,6 @@ class Metrics:
     cached_tokens: int | None = None
     output_tps: float | None = None
     request_tps: float | None = None
-    energy_j: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`Stream`: an answer while it is being generated, for threads and for asyncio."""
+"""`Stream`: an answer while it is generated, for threads and for asyncio."""
 
 from __future__ import annotations
 
@@ -8,69 +8,66 @@ from collections.abc import Awaitable, Callable, Generator
 from types import TracebackType
 from typing import Any, Self
 
-from molmo_edge.engine.loop import EngineLoop
-from molmo_edge.engine.pending import Ticket
-from molmo_edge.engine.runner import timed_out
+from molmo_edge.engine.loop import EngineLoop, timed_out
+from molmo_edge.engine.pending import PendingRequest
+from molmo_edge.requests import CheckedOptions
 from molmo_edge.results import Result
 
 
 class Stream:
-    """Iterates over text deltas, never half a character; `str` pieces that join to `Result.text`.
+    """Iterates over text deltas: `str` pieces of whole characters that join to `Result.text`.
 
     Works as an iterator and as an async iterator. Leaving the loop early, dropping the stream,
     `cancel()`, a passed deadline and a cancelled task each free the sequence in the engine.
 
-    Raises while iterating, behind the text that came first:
+    Raises while iterating, after the text that was generated before:
         RequestTimeout, RequestCancelled, GenerationError, EngineDeadError, EngineClosedError.
     """
 
     def __init__(
-        self,
-        loop: EngineLoop,
-        ticket: Ticket,
-        read: Callable[[Result], Result] | None = None,
+        self, loop: EngineLoop, request: PendingRequest, options: CheckedOptions
     ) -> None:
         self._loop = loop
-        self._ticket = ticket
-        self._read = read
+        self._request = request
+        self._options = options
         self._seen = 0
-        self._finalizer = weakref.finalize(self, loop.abandon, ticket)
+        self._finalizer = weakref.finalize(self, loop.abandon, request)
         # At exit the whole engine goes; one command for each stream would only slow it.
         self._finalizer.atexit = False
 
     @property
     def text(self) -> str:
-        """What was generated so far."""
-        return self._ticket.text
+        """The text generated so far."""
+        return self._request.text
 
     @property
     def done(self) -> bool:
         """Whether the answer is complete or has failed."""
-        return self._ticket.done
+        return self._request.done
 
     def cancel(self) -> None:
-        """Stops generating; the text so far stays in `text`. Does nothing when it has ended."""
-        self._loop.cancel(self._ticket)
+        """Stop generating; the text so far stays in `text`. Does nothing after the end."""
+        self._loop.cancel(self._request)
 
     def result(self) -> Result:
-        """Waits for the end. Raises what iterating would raise."""
+        """Wait for the end. Raises what iterating would raise."""
         try:
-            while not self._ticket.done:
+            while not self._request.done:
                 self._wait(None)
-        except BaseException:  # Ctrl-C among them: nobody waits any more
+        except BaseException:  # Ctrl-C included: nobody waits any more
             self.cancel()
             raise
         return self._result()
 
     @property
     def prompt_token_ids(self) -> tuple[int, ...] | None:
-        """The prompt as the model got it, image tokens included; None when not known."""
-        ids = self._ticket.prompt_token_ids
+        """The prompt as the model received it, image tokens included; None when not known."""
+        ids = self._request.prompt_token_ids
         return None if ids is None else tuple(ids)
 
     async def aresult(self) -> Result:
-        """Waits for the end without blocking the event loop."""
-        while not self._ticket.done:
+        """Wait for the end without blocking the event loop."""
+        while not self._request.done:
             await self._await(None)
         return self._result()
 
@@ -79,8 +76,8 @@ class Stream:
 
     def __next__(self) -> str:
         while True:
-            # Asked first: what comes between the two looks must not be taken for the end.
-            done = self._ticket.done
+            # Read first: text that arrives between the two reads must not be taken for the end.
+            done = self._request.done
             if (delta := self._unread()) is not None:
                 return delta
             if done:
@@ -97,7 +94,7 @@ class Stream:
 
     async def __anext__(self) -> str:
         while True:
-            done = self._ticket.done
+            done = self._request.done
             if (delta := self._unread()) is not None:
                 return delta
             if done:
@@ -128,7 +125,7 @@ class Stream:
         self.cancel()
 
     def _unread(self) -> str | None:
-        text = self._ticket.text
+        text = self._request.text
         if len(text) == self._seen:
             return None
         delta, self._seen = text[self._seen :], len(text)
@@ -136,28 +133,28 @@ class Stream:
 
     def _result(self) -> Result:
         self._end()
-        result = self._ticket.result()
-        return result if self._read is None else self._read(result)
+        result = self._request.result()
+        return self._options.read(result)
 
     def _end(self) -> None:
         self._finalizer.detach()
-        self._ticket.raise_error()
+        self._request.raise_error()
 
     def _left(self) -> float | None:
-        deadline = self._ticket.deadline
+        deadline = self._request.deadline
         return None if deadline is None else max(0.0, deadline - time.monotonic())
 
     def _wait(self, seen: int | None) -> None:
-        """Waits for a change; ends the request at its deadline."""
+        """Wait for a change; end the request at its deadline."""
         self._loop.check_may_wait()
-        if not self._ticket.wait(seen, self._left()):
-            self._loop.cancel(self._ticket, timed_out())
+        if not self._request.wait(seen, self._left()):
+            self._loop.cancel(self._request, timed_out())
 
     async def _await(self, seen: int | None) -> None:
         self._loop.check_may_wait()
         try:
-            if not await self._ticket.async_wait(seen, self._left()):
-                self._loop.cancel(self._ticket, timed_out())
+            if not await self._request.async_wait(seen, self._left()):
+                self._loop.cancel(self._request, timed_out())
         except BaseException:  # the task was cancelled
             self.cancel()
             raise
@@ -166,7 +163,7 @@ class Stream:
 class AStream:
     """What `EdgeVLM.astream` returns: await it for the `Stream`, or iterate over its deltas.
 
-    Nothing is asked before the first of the two.
+    The request is submitted at the first of the two.
     """
 
     def __init__(self, open_stream: Callable[[], Awaitable[Stream]]) -> None:

@@ -1,15 +1,27 @@
-"""`EdgeVLM`: the one class users meet. It only joins the other rooms of the house."""
+"""`EdgeVLM`: every method that users call.
+
+A request's way: options and messages are checked, images loaded and the prompt rendered in the
+caller's thread; the engine's thread generates; a `Stream` brings the answer back.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    Callable,
+    Generator,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 from molmo_edge.checkpoint_files import read_config
 from molmo_edge.devices.detect import DeviceInfo
@@ -25,44 +37,71 @@ from molmo_edge.engine.build import (
     require_vllm,
     set_environment,
 )
-from molmo_edge.engine.loop import EngineLoop, State
-from molmo_edge.engine.pool import RenderPool
-from molmo_edge.errors import ConfigError, EngineClosedError
-from molmo_edge.images import ImageLimits
-from molmo_edge.interface import Engine, ModelFamily
+from molmo_edge.engine.loop import EngineLoop, State, timed_out
+from molmo_edge.engine.pending import PendingRequest
+from molmo_edge.engine.vllm_errors import mapped
+from molmo_edge.errors import ConfigError, EngineClosedError, MolmoEdgeError, PromptError
+from molmo_edge.images import ImageLike, ImageLimits, load
+from molmo_edge.interface import Engine, ModelFamily, Turn
 from molmo_edge.models.hub import default_cache_dir, locate
 from molmo_edge.models.registry import family_of
-from molmo_edge.requests import Request
+from molmo_edge.points import CountResult, PointAnswer, parse_points
+from molmo_edge.requests import (
+    CheckedOptions,
+    Message,
+    Options,
+    Request,
+    check_options,
+    check_token_ids,
+    load_turns,
+    question,
+    read_labels,
+    read_messages,
+)
+from molmo_edge.results import Result, Score
+from molmo_edge.sampling import Sampling
 from molmo_edge.settings import EdgeSettings, Resolved, resolve
-from molmo_edge.verbs import Verbs
+from molmo_edge.stream import AStream, Stream
 from molmo_edge.warmup import WarmupReport, warm
+from molmo_edge.watch import Seen, Source, WatchOptions, arun, run
 
 __all__ = ["EdgeVLM", "Request"]
 
 T = TypeVar("T")
 
+# The prompts Molmo was trained with (PixMo-Cap, PixMo-Points, PixMo-Count).
+CAPTION_PROMPTS: Mapping[str, str] = {
+    "short": "Describe this image in one sentence.",
+    "normal": "Describe this image.",
+    "long": "Describe this image in detail.",
+}
+POINT_PROMPT = "Point to "
+COUNT_PROMPT = "How many {} are there?"
 
-class EdgeVLM(Verbs):
+
+class EdgeVLM:
     """A vision-language model in this process.
 
     Safe to use from many threads and from asyncio at once: one engine thread serves them all.
 
     Args:
-        model: checkpoint folder, hub name, or ``"stub"`` (the default: real architecture, made-up
-            weights, no download).
+        model: checkpoint directory, hub name, or ``"stub"`` (the default: real architecture,
+            random weights, no download).
         config: a TOML file of settings.
-        profile: device profile by name; found out when not given.
-        engine: ``"thread"`` (the default) or ``"process"``, the setting of that name; or what
-            builds another engine than vLLM's, such as `molmo_edge.engine.fake.FakeEngine`, called
-            in the engine's thread. Model and device settings then mean nothing.
-        engine_args: further arguments of `vllm.LLM`, as given.
-        settings: any field of `EdgeSettings`. Arguments beat the environment (`MOLMO_EDGE_*`),
-            which beats `.env`, which beats the config file, which beats the profile.
+        profile: device profile by name; detected when not given.
+        engine: ``"thread"`` (the default) or ``"process"``, the setting of that name; or a callable
+            that builds another engine than vLLM's, such as
+            `molmo_edge.engine.fake.FakeEngine.factory()`, called in the engine's thread. Model and
+            device settings then mean nothing.
+        engine_args: further arguments of `vllm.LLM`, passed on unchanged.
+        settings: any field of `EdgeSettings`. Arguments override the environment
+            (`MOLMO_EDGE_*`), which overrides `.env`, which overrides the config file, which
+            overrides the profile.
 
     Raises:
-        ConfigError: a setting is unknown or wrong.
+        ConfigError: a setting is unknown or wrong, or a vLLM engine runs in this process already.
         ModelError: no such checkpoint, or a layout that is not supported.
-        MissingDependencyError: no vLLM is installed.
+        MissingDependencyError: vLLM is not installed.
         EngineStartError: vLLM could not be started; the cause is chained.
     """
 
@@ -86,7 +125,6 @@ class EdgeVLM(Verbs):
     ) -> None:
         began = time.perf_counter()
         self.device: DeviceInfo = engine_device()
-        self._shape: ModelShape | None = None
         resolved = resolve(
             {
                 "model": None if model is None else str(model),
@@ -108,20 +146,310 @@ class EdgeVLM(Verbs):
         )
         self.settings: EdgeSettings = resolved.settings
         self.family: ModelFamily | None = None
+        self._shape: ModelShape | None = None
         self._limits = ImageLimits(self.settings.max_image_bytes, self.settings.max_image_pixels)
         self._factory = engine if callable(engine) else self._vllm_factory(resolved, began)
         self._ids = itertools.count()
-        self._pool = RenderPool()
         self._closed = False
         self._restarting = threading.Lock()
-        self._dropped: weakref.finalize[..., EdgeVLM] | None = None
+        self._finalizer: weakref.finalize[..., EdgeVLM] | None = None
         self._start()
+
+    # Questions.
+
+    def query(self, image: ImageLike | None, text: str, **options: Unpack[Options]) -> Result:
+        """Answer one question about an image, or about none.
+
+        Args:
+            image: bytes, path, PIL image, H x W x 3 uint8 RGB array, or None.
+            text: the question.
+            options: see `Options`.
+
+        Raises:
+            InputError: refused before it reached the engine; the next call works.
+            RequestTimeout: `timeout` passed; its `.partial` has the text so far.
+            QueueFull, EngineDeadError, EngineClosedError, EngineForkedError.
+        """
+        return self.stream(image, text, **options).result()
+
+    def stream(self, image: ImageLike | None, text: str, **options: Unpack[Options]) -> Stream:
+        """Like `query`, but return at once with the answer's text as it is generated."""
+        return self._open(question(image, text), options)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[Options]) -> Result:
+        """Answer the last message of a conversation.
+
+        Messages are ``{"role": "user", "content": …}``, content being a string or a list of
+        ``{"type": "text", "text": …}`` and ``{"type": "image", "image": …}``. Molmo 1 takes one
+        image, in the first message. Raises as `query`.
+        """
+        return self.chat_stream(messages, **options).result()
+
+    def chat_stream(
+        self, messages: Sequence[Mapping[str, Any]], **options: Unpack[Options]
+    ) -> Stream:
+        """Like `chat`, but return at once with the answer's text as it is generated."""
+        return self._open(read_messages(messages), options)
+
+    @overload
+    def batch(
+        self,
+        requests: Iterable[Request],
+        *,
+        return_exceptions: Literal[False] = False,
+        progress: bool = False,
+    ) -> list[Result]: ...
+
+    @overload
+    def batch(
+        self,
+        requests: Iterable[Request],
+        *,
+        return_exceptions: Literal[True],
+        progress: bool = False,
+    ) -> list[Result | MolmoEdgeError]: ...
+
+    def batch(
+        self,
+        requests: Iterable[Request],
+        *,
+        return_exceptions: bool = False,
+        progress: bool = False,
+    ) -> list[Result] | list[Result | MolmoEdgeError]:
+        """Answer many requests by continuous batching; results in order.
+
+        A request that fails is its own failure: the others finish. Then the first error is raised,
+        or with `return_exceptions` errors stand in the list.
+        """
+        opened: list[Stream | MolmoEdgeError] = []
+        results: list[Result | MolmoEdgeError] = []
+        try:
+            for request in requests:
+                try:
+                    messages = question(request.image, request.text)
+                    opened.append(self._open(messages, request.options(), wait=True))
+                except MolmoEdgeError as exc:
+                    opened.append(exc)
+            for one in _tracked(opened) if progress else opened:
+                try:
+                    results.append(one.result() if isinstance(one, Stream) else one)
+                except MolmoEdgeError as exc:
+                    results.append(exc)
+        finally:
+            _cancel(opened)
+        return results if return_exceptions else _raise_first(results)
+
+    def score(
+        self,
+        image: ImageLike | None,
+        text: str,
+        answer: Sequence[int],
+        *,
+        candidates: Sequence[Sequence[int]] | None = None,
+        max_crops: int | None = None,
+    ) -> Score:
+        """Teacher-forced log-probabilities of an answer's tokens; what drift is measured with.
+
+        Each token is one request that follows the tokens before it, so that the KV cache is read as
+        in decoding; with `enable_prefix_caching` all but the first cost one token.
+
+        Args:
+            answer: token ids, as in `Result.token_ids`; at least one.
+            candidates: for each token of the answer, further token ids to score in its place.
+
+        Raises:
+            PromptError: the answer is empty or not token ids, or candidates do not match it.
+            SamplingError: `max_crops` is not from 1 to the engine's.
+        """
+        ids = check_token_ids(answer)
+        others = [[] for _ in ids] if candidates is None else [list(c) for c in candidates]
+        if len(others) != len(ids):
+            raise PromptError("Give candidates for each token of the answer, or none at all.")
+        crops = check_options({"max_crops": max_crops}, self.settings.max_crops).max_crops
+        turns = load_turns(question(image, text), self._limits)
+        streams: list[Stream] = []
+        results: list[Result] = []
+        for i, token in enumerate(ids):
+            scored = tuple(dict.fromkeys([token, *others[i]]))
+            options = CheckedOptions(Sampling(max_tokens=1, logprob_token_ids=scored), crops)
+            streams.append(self._submit(turns, options, answer=ids[:i], wait=True))
+            if i == 0:  # the others share its prefix
+                results.append(streams[0].result())
+        results += [stream.result() for stream in streams[1:]]
+        entries = [result.top_logprobs[0] for result in results if result.top_logprobs]
+        return Score(
+            token_ids=tuple(ids),
+            logprobs=tuple(entry[token] for token, entry in zip(ids, entries, strict=True)),
+            candidates=tuple(
+                {token: entry[token] for token in scored}
+                for scored, entry in zip(others, entries, strict=True)
+            ),
+            prompt_token_ids=streams[0].prompt_token_ids or (),
+            # Each request generated one token greedily, which is not among the answer's.
+            greedy_token_ids=tuple(result.token_ids[0] for result in results),
+        )
+
+    # Questions, for asyncio.
+
+    async def aquery(
+        self, image: ImageLike | None, text: str, **options: Unpack[Options]
+    ) -> Result:
+        """`query` for asyncio; cancelling the task frees the sequence."""
+        stream = await self._aopen(question(image, text), options)
+        return await stream.aresult()
+
+    def astream(self, image: ImageLike | None, text: str, **options: Unpack[Options]) -> AStream:
+        """`stream` for asyncio: ``async for`` over it, or ``await`` it for the `Stream`."""
+        return AStream(lambda: self._aopen(question(image, text), options))
+
+    async def abatch(
+        self, requests: Iterable[Request], *, return_exceptions: bool = False
+    ) -> list[Result] | list[Result | MolmoEdgeError]:
+        """`batch` for asyncio; one request at a time is prepared, all others are answered."""
+        opened: list[Stream | MolmoEdgeError] = []
+        results: list[Result | MolmoEdgeError] = []
+        try:
+            for request in requests:
+                try:
+                    messages = question(request.image, request.text)
+                    opened.append(await self._aopen(messages, request.options(), wait=True))
+                except MolmoEdgeError as exc:
+                    opened.append(exc)
+            for one in opened:
+                try:
+                    results.append(await one.aresult() if isinstance(one, Stream) else one)
+                except MolmoEdgeError as exc:
+                    results.append(exc)
+        finally:
+            _cancel(opened)
+        return results if return_exceptions else _raise_first(results)
+
+    # Tasks with Molmo's own prompts.
+
+    def supports(self, verb: str) -> bool:
+        """Whether the model can do it: query, chat, caption, point, count."""
+        return self.family is None or verb in self.family.verbs
+
+    def caption(
+        self,
+        image: ImageLike,
+        length: Literal["short", "normal", "long"] = "normal",
+        **options: Unpack[Options],
+    ) -> Result:
+        """Describe an image. Raises as `query`, and PromptError for another length."""
+        self._require("caption")
+        if length not in CAPTION_PROMPTS:
+            raise PromptError(f"length must be one of {', '.join(CAPTION_PROMPTS)}.")
+        return self.query(image, CAPTION_PROMPTS[length], **options)
+
+    @overload
+    def point(self, image: ImageLike, label: str, **options: Unpack[Options]) -> PointAnswer: ...
+
+    @overload
+    def point(
+        self, image: ImageLike, label: list[str] | tuple[str, ...], **options: Unpack[Options]
+    ) -> list[PointAnswer]: ...
+
+    def point(
+        self, image: ImageLike, label: str | Sequence[str], **options: Unpack[Options]
+    ) -> PointAnswer | list[PointAnswer]:
+        """Point to what a label names.
+
+        Args:
+            image: as in `query`; ``Point.px`` takes its upright size.
+            label: "the red mug"; lower-cased and stripped, as in training. Several labels are one
+                batch, answered in order.
+            options: see `Options`.
+
+        Returns:
+            A `PointResult` that also has `.result`; a list of them for a list of labels. An answer
+            cut off by `max_tokens` is `truncated` and keeps its complete points.
+
+        Raises:
+            ConfigError: the model cannot point; see `supports`.
+            PromptError: a label is empty, or contains markup or unprintable characters.
+            As `query`; the first failure of a batch ends the others.
+        """
+        self._require("point")
+        labels = read_labels(label)
+        prompts = [POINT_PROMPT + one for one in labels]
+        answers = self._locate(image, labels, prompts, options)
+        return answers[0] if isinstance(label, str) else answers
+
+    def count(self, image: ImageLike, label: str, **options: Unpack[Options]) -> CountResult:
+        """Count what a label names, by the points of the answer where it has any.
+
+        Raises:
+            ConfigError: the model cannot count; see `supports`.
+            As `point`.
+        """
+        self._require("count")
+        labels = read_labels([label])
+        prompts = [COUNT_PROMPT.format(labels[0])]
+        return CountResult.of(self._locate(image, labels, prompts, options)[0])
+
+    def watch(
+        self,
+        source: Source,
+        question: str = CAPTION_PROMPTS["short"],
+        *,
+        drop: Literal["oldest", "none"] = "oldest",
+        max_fps: float | None = None,
+        frame_timeout: float | None = 10.0,
+        on_stall: Literal["raise", "reconnect"] = "raise",
+        **options: Unpack[Options],
+    ) -> Generator[Seen, None, None]:
+        """Ask the same question about a camera's newest frame, again and again.
+
+        Args:
+            source: see `molmo_edge.watch.open_source`.
+            question: asked about every frame.
+            drop: ``"oldest"``: a frame that arrives while another is answered replaces the one that
+                waits; ``"none"``: the source is read only as fast as frames are answered.
+            max_fps: maximum number of frames to ask about per second.
+            frame_timeout: seconds without a new frame after which the source has stalled; None
+                waits forever.
+            on_stall: ``"raise"`` CameraError, or ``"reconnect"``: open the source again, with
+                growing pauses, until it delivers.
+            options: see `Options`; `timeout` is each frame's deadline, and a frame that misses it
+                is yielded with `error`.
+
+        Returns:
+            An iterator of `Seen`, ending where the source ends. Closing or dropping it closes the
+            source and joins its thread.
+
+        Raises:
+            ConfigError: at once, for a wrong argument.
+            CameraError, MissingDependencyError: while iterating.
+            As `query`, while iterating, about the question, the options or the engine.
+        """
+        how = WatchOptions(source, drop, max_fps, frame_timeout, on_stall)
+        return run(how, lambda image: self.query(image, question, **options))
+
+    def awatch(
+        self,
+        source: Source,
+        question: str = CAPTION_PROMPTS["short"],
+        *,
+        drop: Literal["oldest", "none"] = "oldest",
+        max_fps: float | None = None,
+        frame_timeout: float | None = 10.0,
+        on_stall: Literal["raise", "reconnect"] = "raise",
+        **options: Unpack[Options],
+    ) -> AsyncGenerator[Seen, None]:
+        """`watch` for asyncio: ``async for`` over it; the event loop is never blocked.
+
+        Leaving the loop early leaves the source open until the iterator is closed: use
+        ``contextlib.aclosing`` where that matters.
+        """
+        how = WatchOptions(source, drop, max_fps, frame_timeout, on_stall)
+        return arun(how, lambda image: self.aquery(image, question, **options))
 
     # The engine.
 
     @property
     def state(self) -> State:
-        """Where the engine stands: new, starting, ready, stalled, closing, closed or dead."""
+        """State of the engine: new, starting, ready, stalled, closing, closed or dead."""
         return self._loop.state
 
     @property
@@ -151,38 +479,49 @@ class EdgeVLM(Verbs):
         """
         if self._shape is None:
             raise ConfigError("plan() needs a checkpoint, and this engine was built without one.")
-        mine = {"kv_cache_dtype": self.settings.kv_cache_dtype, "batch": self.settings.max_num_seqs}
-        return plan(self._shape, self.device, profile=self._profile, **{**mine, **request})
+        defaults = {
+            "kv_cache_dtype": self.settings.kv_cache_dtype,
+            "batch": self.settings.max_num_seqs,
+        }
+        return plan(self._shape, self.device, profile=self._profile, **{**defaults, **request})
 
     def warmup(self, *, tokens: int = 32, max_rounds: int = 10) -> WarmupReport:
-        """Runs the shapes that requests will have, until decode speed is steady.
+        """Run the shapes that requests will have, until decode speed is steady.
 
         After it no request pays for kernels, graphs or caches that the first of its kind needs.
 
         Args:
-            tokens: generated in each request, 2 or more; fewer where `max_model_len` is short.
-            max_rounds: most decode speeds to measure, 2 or more.
+            tokens: generated in each request, at least 2; fewer where `max_model_len` is short.
+            max_rounds: maximum number of decode speeds to measure, at least 2.
 
         Raises:
             MolmoEdgeError: as `query`.
         """
-        return warm(self, tokens=tokens, max_rounds=max_rounds)
+        return warm(
+            self.batch,
+            self.settings,
+            self.family,
+            dict(self.startup),
+            tokens=tokens,
+            max_rounds=max_rounds,
+        )
 
     def reset_caches(self) -> None:
-        """Empties prefix, picture and encoder caches, between steps."""
+        """Empty prefix, image and encoder caches, between steps."""
         self.in_engine_thread(lambda engine: engine.reset_caches())
 
     def in_engine_thread(self, function: Callable[[Any], T]) -> T:
-        """Runs `function(engine)` between steps in the thread that owns the engine.
+        """Run `function(engine)` between steps in the thread that owns the engine.
 
-        For what this class does not offer: with vLLM, ``engine.llm`` is the `vllm.LLM`.
+        For what this class does not offer: with vLLM in this process, ``engine.llm`` is the
+        `vllm.LLM`.
         """
         return self._loop.call(function)
 
     def restart(self) -> None:
-        """Frees the engine, dead or alive, and builds a new one with the same settings.
+        """Free the engine, dead or alive, and build a new one with the same settings.
 
-        Raises as the constructor; EngineClosedError behind `close`.
+        Raises as the constructor; EngineClosedError after `close`.
         """
         self._loop.check_may_wait()
         with self._restarting:
@@ -193,20 +532,17 @@ class EdgeVLM(Verbs):
         raise EngineClosedError("The engine is closed; an engine cannot be reopened.")
 
     def close(self, timeout: float | None = None, *, drain: bool = False) -> bool:
-        """Ends the engine and gives its memory back; from any thread, any number of times.
+        """End the engine and free its memory; from any thread, any number of times.
 
         Args:
-            timeout: most seconds to wait; None for as long as it takes.
+            timeout: maximum seconds to wait; None for as long as it takes.
             drain: let requests in flight finish; otherwise they end with EngineClosedError.
 
         Returns:
-            Whether the engine is gone. With False it goes as soon as its current step ends.
+            Whether the engine is gone. If False, it ends after its current step.
         """
         self._closed = True
-        gone = self._loop.close(timeout, drain=drain)
-        if gone and self._loop.own:
-            self._pool.close(timeout)
-        return gone
+        return self._loop.close(timeout, drain=drain)
 
     def __enter__(self) -> Self:
         return self
@@ -219,8 +555,131 @@ class EdgeVLM(Verbs):
     ) -> None:
         self.close()
 
-    def _load_profile(self, asked: str) -> tuple[str, dict[str, Any]]:
-        self._profile = select_profile(self.device)[0] if asked == "auto" else load_profile(asked)
+    # A request's way.
+
+    def _open(
+        self, messages: Sequence[Message], options: Options, *, wait: bool = False
+    ) -> Stream:
+        """Prepare a request in this thread and submit it; `wait` for room in a full queue."""
+        checked, started = check_options(options, self.settings.max_crops), time.monotonic()
+        self._loop.check()
+        turns = load_turns(messages, self._limits)
+        return self._submit(turns, checked, started=started, wait=wait)
+
+    async def _aopen(
+        self, messages: Sequence[Message], options: Options, *, wait: bool = False
+    ) -> Stream:
+        """`_open` for asyncio; the request is prepared in another thread."""
+        checked, started = check_options(options, self.settings.max_crops), time.monotonic()
+        loop = self._loop
+        loop.check()
+
+        def prepare() -> PendingRequest:
+            turns = load_turns(messages, self._limits)
+            return self._render(loop, turns, checked, (), started)
+
+        try:
+            async with asyncio.timeout(checked.timeout):
+                pending = await asyncio.to_thread(prepare)
+        except TimeoutError as exc:
+            if isinstance(exc, MolmoEdgeError):
+                raise
+            raise timed_out() from None
+        stream = Stream(loop, pending, checked)
+        await loop.async_submit(pending, wait=wait)
+        return stream
+
+    def _submit(
+        self,
+        turns: Sequence[Turn],
+        options: CheckedOptions,
+        *,
+        answer: Sequence[int] = (),
+        started: float | None = None,
+        wait: bool = False,
+    ) -> Stream:
+        loop = self._loop
+        started = time.monotonic() if started is None else started
+        pending = self._render(loop, turns, options, answer, started)
+        # Before it is submitted, so that Ctrl-C in between leaves nothing in the engine.
+        stream = Stream(loop, pending, options)
+        try:
+            loop.submit(pending, wait=wait)
+        except BaseException:
+            stream.cancel()
+            raise
+        return stream
+
+    def _render(
+        self,
+        loop: EngineLoop,
+        turns: Sequence[Turn],
+        options: CheckedOptions,
+        answer: Sequence[int],
+        started: float,
+    ) -> PendingRequest:
+        engine = loop.engine
+        if options.sampling.json_schema is not None:
+            engine.check_schema(options.sampling.json_schema)
+        with mapped("render"):
+            rendered = engine.render(turns, {"max_crops": options.max_crops, "answer": answer})
+        return PendingRequest(
+            f"request-{next(self._ids)}",
+            rendered,
+            options.sampling,
+            started=started,
+            preprocess_s=time.monotonic() - started,
+            deadline=None if options.timeout is None else started + options.timeout,
+            environment=engine.info.environment,
+        )
+
+    def _require(self, verb: str) -> None:
+        if self.family is not None and verb not in self.family.verbs:
+            raise ConfigError(
+                f"This model's family, {self.family.name}, cannot {verb}; it supports "
+                f"{', '.join(sorted(self.family.verbs))}. Use a Molmo checkpoint."
+            )
+
+    def _locate(
+        self,
+        image: ImageLike,
+        labels: Sequence[str],
+        prompts: Sequence[str],
+        options: Options,
+    ) -> list[PointAnswer]:
+        """One request per prompt, all about one image, and the points of each answer."""
+        checked = check_options(options, self.settings.max_crops)
+        started: float | None = time.monotonic()
+        self._loop.check()
+        loaded = load(image, self._limits)
+        streams: list[Stream] = []
+        try:
+            for prompt in prompts:
+                turn = Turn("user", prompt, (loaded,))
+                streams.append(
+                    self._submit([turn], checked, started=started, wait=len(prompts) > 1)
+                )
+                started = None  # loading the image belongs to the first request
+            results = [stream.result() for stream in streams]
+        finally:
+            _cancel(streams)
+        return [
+            PointAnswer(
+                **vars(
+                    parse_points(
+                        result.text, truncated=result.finish_reason == "length", image=loaded
+                    )
+                ),
+                label=label,
+                result=result,
+            )
+            for label, result in zip(labels, results, strict=True)
+        ]
+
+    # The engine's start.
+
+    def _load_profile(self, name: str) -> tuple[str, dict[str, Any]]:
+        self._profile = select_profile(self.device)[0] if name == "auto" else load_profile(name)
         return self._profile.name, self._profile.as_settings()
 
     def _vllm_factory(self, resolved: Resolved, began: float) -> Callable[[], Engine]:
@@ -229,15 +688,17 @@ class EdgeVLM(Verbs):
         settings = self.settings
         set_environment(engine_environment(settings, self.device, self._profile))
         root = settings.cache_dir or default_cache_dir()
-        folder = locate(settings.model, root, settings.load_format)
-        config = read_config(folder)
+        directory = locate(settings.model, root, settings.load_format)
+        config = read_config(directory)
         self.family = family_of(config)
-        self.family.check(config, folder, settings.load_format)
-        ready = plan_build(resolved, self.device, self.family, folder, config, self._profile)
-        self._shape = ready.shape
+        self.family.check(config, directory, settings.load_format)
+        build_plan = plan_build(
+            resolved, self.device, self.family, directory, config, self._profile
+        )
+        self._shape = build_plan.shape
         # A restart finds all of this done.
-        spent = iter([time.perf_counter() - began])
-        return lambda: build(ready, next(spent, 0.0))
+        config_s = iter([time.perf_counter() - began])
+        return lambda: build(build_plan, next(config_s, 0.0))
 
     def _start(self) -> None:
         loop = self._loop = EngineLoop(
@@ -250,8 +711,28 @@ class EdgeVLM(Verbs):
         except BaseException:
             loop.close(timeout=0)
             raise
-        if self._dropped is not None:
-            self._dropped.detach()
-        self._dropped = weakref.finalize(self, loop.abandon_engine)
-        # At exit loop.py closes what is left.
-        self._dropped.atexit = False
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        self._finalizer = weakref.finalize(self, loop.abandon_engine)
+        self._finalizer.atexit = False  # at exit the loop closes what is left
+
+
+def _cancel(streams: Iterable[Stream | MolmoEdgeError]) -> None:
+    for one in streams:
+        if isinstance(one, Stream):
+            one.cancel()
+
+
+def _tracked(items: Sequence[T]) -> Iterable[T]:
+    from rich.progress import track
+
+    return track(items, description="Answering")
+
+
+def _raise_first(results: Sequence[Result | MolmoEdgeError]) -> list[Result]:
+    answers: list[Result] = []
+    for one in results:
+        if isinstance(one, MolmoEdgeError):
+            raise one
+        answers.append(one)
+    return answers

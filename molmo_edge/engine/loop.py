@@ -1,50 +1,74 @@
-"""The one thread that owns an engine, from its building to its end.
+"""The one thread that owns an engine, from its construction to its end.
 
-Everybody else talks to it through a queue that needs no lock, so that a garbage collector running
-anywhere may cancel. The loop knows nothing of prompts, pictures or vLLM.
+All other threads talk to it through a queue that needs no lock, so that a finalizer running anywhere
+may cancel. The loop knows nothing about prompts, images or vLLM.
 """
 
 from __future__ import annotations
 
 import atexit
 import logging
+import os
 import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from enum import StrEnum
+from typing import Any, TypeAlias, TypeVar
 
-from molmo_edge.engine.gate import Answer
-from molmo_edge.engine.pending import Ticket
-from molmo_edge.engine.runner import Command, Runner, timed_out
-from molmo_edge.engine.status import State, Status
-from molmo_edge.engine.vllm_errors import drop_frames
-from molmo_edge.engine.watchdog import Watchdog
+from molmo_edge.engine.pending import PendingRequest, Waiters
+from molmo_edge.engine.vllm_errors import advice, drop_frames, mapped
 from molmo_edge.errors import (
     EngineClosedError,
+    EngineDeadError,
     EngineError,
+    EngineForkedError,
     EngineStartError,
+    GenerationError,
     MolmoEdgeError,
     QueueFull,
     RequestCancelled,
+    RequestTimeout,
 )
 from molmo_edge.interface import Engine
 
-__all__ = ["EngineLoop", "State"]
-
 logger = logging.getLogger("molmo_edge")
 T = TypeVar("T")
+Command: TypeAlias = Callable[[], None]
 
-# How long interpreter exit waits for an engine that nobody closed.
+# Seconds that interpreter exit waits for an engine that nobody closed.
 _EXIT_S = 5.0
+# Finish reasons that make a `Result`; None: not finished.
+_FINISHED = (None, "stop", "length")
+_CLOSED = "The engine is closed; an engine cannot be reopened."
+
+
+class State(StrEnum):
+    """NEW → STARTING → READY → CLOSING → CLOSED; DEAD after a failed start or step.
+
+    READY shows as STALLED while one step lasts longer than `stall_s`.
+    """
+
+    NEW = "new"
+    STARTING = "starting"
+    READY = "ready"
+    STALLED = "stalled"
+    CLOSING = "closing"
+    CLOSED = "closed"
+    DEAD = "dead"
+
+
+def timed_out() -> RequestTimeout:
+    """The error of a request whose deadline passed."""
+    return RequestTimeout("The request's deadline passed; `.partial` has the text generated so far.")
 
 
 class EngineLoop:
-    """Owns one engine from its building to its end; never reused, see `EdgeVLM.restart`.
+    """Owns one engine from its construction to its end; never reused, see `EdgeVLM.restart`.
 
     Args:
         factory: builds the engine; called once, in the loop's thread.
-        max_queue: most requests in flight, running or waiting.
+        max_queue: maximum number of requests in flight, running or waiting.
         stall_s: a step longer than this many seconds is reported as a stall.
     """
 
@@ -53,55 +77,91 @@ class EngineLoop:
     ) -> None:
         self._factory: Callable[[], Engine] | None = factory
         self._max_queue = max_queue
-        self._status = Status()
+        self._stall_s = stall_s
+        self._pid = os.getpid()
+        # Guards what follows; reentrant, since a finalizer may run while it is held.
+        self._lock = threading.RLock()
+        self._changed = Waiters()
+        self._state = State.NEW
+        self._cause: BaseException | None = None
+        self._engine: Engine | None = None
+        self._built = False
+        self._drain = False
+        self._gone = False  # the engine's memory is freed
+        self._in_flight = 0  # requests that the engine has or will have
+        self._has_room = Waiters()
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._runner: Runner | None = None
-        self._watchdog = Watchdog(stall_s)
+        self._active: dict[str, PendingRequest] = {}  # the engine thread's alone
+        self._step_began: float | None = None
         self._thread = threading.Thread(target=self._run, name="molmo-edge-engine", daemon=True)
+        self._watchdog = threading.Thread(
+            target=self._watch_steps, name="molmo-edge-watchdog", daemon=True
+        )
+        self._watchdog_end: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     # Any thread.
 
     @property
     def state(self) -> State:
-        """Where the engine stands now."""
-        state = self._status.state
-        return State.STALLED if state is State.READY and self._watchdog.stalled else state
+        """State of the engine now."""
+        stalled = self._state is State.READY and self._is_stalled(self._step_began)
+        return State.STALLED if stalled else self._state
 
     @property
     def cause(self) -> BaseException | None:
         """What killed the engine, or that it hangs; None unless DEAD or STALLED."""
-        if self.state is State.STALLED:
-            return EngineError(self._watchdog.report)
-        return self._status.cause
-
-    @property
-    def own(self) -> bool:
-        """False in a forked child, where the engine's threads do not exist."""
-        return self._status.own
+        return EngineError(self._stall_report) if self.state is State.STALLED else self._cause
 
     @property
     def engine(self) -> Engine:
-        """The engine, for `render` and `info` alone. Raises as `submit` when it is not up."""
-        self._status.check()
-        engine = None if self._runner is None else self._runner.engine
+        """The engine, for `render`, `check_schema` and `info` alone. Raises as `check`."""
+        self.check()
+        engine = self._engine
         if engine is None:  # it ended meanwhile
-            self._status.check()
-            raise EngineClosedError("The engine is closed; an engine cannot be reopened.")
+            self.check()
+            raise EngineClosedError(_CLOSED)
         return engine
 
+    def check(self) -> None:
+        """Raise what a request submitted now would get: EngineDeadError, EngineClosedError, …"""
+        self._check_owner()
+        state = self._state
+        if state is State.READY:
+            return
+        if state is State.DEAD:
+            assert self._cause is not None
+            raise EngineDeadError(
+                f"The engine is dead ({type(self._cause).__name__}). {advice(self._cause)}"
+                "The chained error says why; restart() builds a new one."
+            ) from self._cause
+        if state in (State.CLOSING, State.CLOSED):
+            raise EngineClosedError(_CLOSED)
+        raise EngineClosedError("The engine is not ready yet.")
+
+    def check_may_wait(self) -> None:
+        """Raise an EngineError where waiting for an answer can never end.
+
+        EngineForkedError in a forked child of the process that built the engine.
+        """
+        self._check_owner()
+        if threading.current_thread() is self._thread:
+            raise EngineError(
+                "The engine's own thread asked it a question, and would wait for itself. Ask from "
+                "another thread."
+            )
+
     def start(self) -> None:
-        """Builds the engine and waits until it is up.
+        """Build the engine and wait until it is ready.
 
         Raises:
             MolmoEdgeError: what the factory raised, when it is one of ours.
             EngineStartError: any other failure, chained.
-            EngineClosedError: `close()` came in between.
+            EngineClosedError: `close()` was called meanwhile.
         """
-        status = self._status
-        with status.gate.lock:
-            if status.state is not State.NEW:
+        with self._lock:
+            if self._state is not State.NEW:
                 raise EngineClosedError("An engine loop starts once; build a new one.")
-            status.state = State.STARTING
+            self._state = State.STARTING
         _LIVE.add(self)
         try:
             self._thread.start()
@@ -109,26 +169,26 @@ class EngineLoop:
         except RuntimeError as exc:
             self.close(timeout=0.0)
             raise EngineStartError(
-                "No thread could be started for the engine: the process has too many, or is "
-                "about to exit."
+                "No thread could be started for the engine: the process has too many, or is about "
+                "to exit."
             ) from exc
-        status.gate.wait_for(lambda: status.state is not State.STARTING)
-        # Behind whatever the engine's own modules registered, so that at exit it is first.
+        self._changed.wait(lambda: self._state is not State.STARTING)
+        # After whatever the engine's own modules registered, so that at exit it runs first.
         atexit.unregister(_close_all)
         atexit.register(_close_all)
-        if status.state is State.DEAD and self._runner is None:
-            cause = status.cause
+        if self._state is State.DEAD and not self._built:
+            cause = self._cause
             self.close(timeout=_EXIT_S)
             if isinstance(cause, MolmoEdgeError):
                 raise cause
             raise EngineStartError(
-                f"The engine could not be built: {type(cause).__name__}. "
-                "The chained error says why."
+                f"The engine could not be built: {type(cause).__name__}. The chained error says "
+                "why."
             ) from cause
-        status.check()
+        self.check()
 
-    def submit(self, ticket: Ticket, *, wait: bool = False) -> None:
-        """Hands a request to the engine.
+    def submit(self, request: PendingRequest, *, wait: bool = False) -> None:
+        """Hand a request to the engine.
 
         Waits for room in the queue until the request's deadline; without one not at all, or with
         `wait` as long as it takes.
@@ -137,187 +197,305 @@ class EngineLoop:
             QueueFull, RequestTimeout, EngineDeadError, EngineClosedError, EngineForkedError.
         """
         self.check_may_wait()
-        while not self._submitted(ticket):
-            left = self._patience(ticket, wait)
-            if not self._status.gate.wait_for(self._has_room, left, small=True):
+        while not self._try_submit(request):
+            if not self._has_room.wait(self._may_submit, self._patience_s(request, wait)):
                 raise timed_out()
 
-    async def async_submit(self, ticket: Ticket, *, wait: bool = False) -> None:
+    async def async_submit(self, request: PendingRequest, *, wait: bool = False) -> None:
         """`submit` without blocking the event loop."""
-        while not self._submitted(ticket):
-            left = self._patience(ticket, wait)
-            if not await self._status.gate.async_wait_for(self._has_room, left, small=True):
+        while not self._try_submit(request):
+            patience = self._patience_s(request, wait)
+            if not await self._has_room.async_wait(self._may_submit, patience):
                 raise timed_out()
 
-    def cancel(self, ticket: Ticket, error: MolmoEdgeError | None = None) -> None:
-        """Ends a request early; safe from any thread, and when it has ended already."""
-        if self._status.own and ticket.fail(
-            error or RequestCancelled("The request was cancelled.")
-        ):
-            self._inbox.put(lambda runner: runner.abort(ticket))
+    def cancel(self, request: PendingRequest, error: MolmoEdgeError | None = None) -> None:
+        """End a request early; from any thread, also when it has ended already."""
+        error = error or RequestCancelled("The request was cancelled.")
+        if self._is_owner() and request.fail(error):
+            self._inbox.put(lambda: self._abort(request))
 
-    def abandon(self, ticket: Ticket) -> None:
-        """Ends a request that nobody waits for any more; takes no lock, so finalizers may call."""
+    def abandon(self, request: PendingRequest) -> None:
+        """End a request that nobody waits for any more; takes no lock, so finalizers may call."""
 
-        def forget(runner: Runner) -> None:
-            ticket.fail(RequestCancelled("The request was dropped."))
-            runner.abort(ticket)
+        def drop() -> None:
+            request.fail(RequestCancelled("The request was dropped."))
+            self._abort(request)
 
-        if self._status.own:
-            self._inbox.put(forget)
+        if self._is_owner():
+            self._inbox.put(drop)
 
     def abandon_engine(self) -> None:
-        """Closes an engine that nobody holds any more, behind the answers still being read.
+        """Close an engine that nobody holds any more, after the answers still being read.
 
         Takes no lock, so finalizers may call.
         """
-        if self._status.own:
-            self._inbox.put(lambda runner: self._status.leave(drain=True))
+        if self._is_owner():
+            self._inbox.put(lambda: self._leave(drain=True))
 
     def call(self, function: Callable[[Any], T]) -> T:
-        """Runs `function(engine)` in the engine's thread, between steps, and returns its result."""
+        """Run `function(engine)` in the engine's thread, between steps, and return its result."""
         engine = self.engine
         if threading.current_thread() is self._thread:
             return function(engine)
-        answer: Answer[T] = Answer()
+        results: queue.SimpleQueue[T] = queue.SimpleQueue()
+        errors: list[BaseException] = []
 
-        def run(runner: Runner) -> None:
-            if runner.engine is None:
-                answer.fail(self._status.last_word())
-            else:
-                answer.run(function, runner.engine)
+        def run() -> None:
+            try:
+                if self._engine is None:
+                    raise self._end_error()
+                results.put(function(self._engine))
+            except BaseException as exc:
+                errors.append(exc)
+                results.put(None)  # type: ignore[arg-type]
+                if not isinstance(exc, Exception):
+                    raise
 
-        with self._status.gate.lock:
-            self._status.check()
+        with self._lock:
+            self.check()
             self._inbox.put(run)
-        return answer.get()
+        result = results.get()
+        if errors:
+            raise errors.pop()
+        return result
 
     def close(self, timeout: float | None = None, *, drain: bool = False) -> bool:
-        """Ends the engine; from any thread, any number of times, in any state.
+        """End the engine; from any thread, any number of times, in any state.
 
         Args:
-            timeout: most seconds to wait, None for as long as it takes.
+            timeout: maximum seconds to wait, None for as long as it takes.
             drain: let requests in flight finish first; otherwise they end with EngineClosedError.
 
         Returns:
-            Whether the engine is gone. With False it goes as soon as its current step ends.
+            Whether the engine is gone. If False, it ends after its current step.
         """
-        status = self._status
-        if not status.own:
+        if not self._is_owner():
             return True
-        status.leave(drain=drain)
-        self._inbox.put(_nothing)
-        with status.gate.lock:
+        self._leave(drain=drain)
+        self._inbox.put(lambda: None)  # wakes the thread
+        with self._lock:
             if self._thread.ident is None:  # never started; `_run` looks at the state first
-                status.state, status.gone = State.CLOSED, True
+                self._state, self._gone = State.CLOSED, True
                 _LIVE.discard(self)
         if threading.current_thread() is self._thread:
             return False
-        if not status.gate.wait_for(lambda: status.gone, timeout):
+        if not self._changed.wait(lambda: self._gone, timeout):
             return False
-        if self._thread.ident is not None:
-            self._thread.join()
-        self._watchdog.join()
+        for thread in (self._thread, self._watchdog):
+            if thread.ident is not None:
+                thread.join()
         return True
 
-    def check_may_wait(self) -> None:
-        """Raises an EngineError where waiting for an answer can never end.
+    def _is_owner(self) -> bool:
+        """False in a forked child, where the engine's threads do not exist."""
+        return os.getpid() == self._pid
 
-        EngineForkedError in a forked child of the process that built the engine.
-        """
-        self._status.check_owner()
-        if threading.current_thread() is self._thread:
-            raise EngineError(
-                "The engine's own thread asked it a question, and would wait for itself. Ask "
-                "from another thread."
+    def _check_owner(self) -> None:
+        if not self._is_owner():
+            raise EngineForkedError(
+                "This engine belongs to the parent process. Build one in the child, or start "
+                'children with multiprocessing\'s "spawn" method.'
             )
 
-    def _submitted(self, ticket: Ticket) -> bool:
-        status = self._status
-        status.check()
-        with status.gate.lock:
-            status.check()
-            if status.in_flight >= self._max_queue:
+    def _leave(self, *, drain: bool) -> None:
+        """Begin to close, unless that or worse has begun; draining takes every caller's consent."""
+        with self._lock:
+            if self._state in (State.STARTING, State.READY):
+                self._state, self._drain = State.CLOSING, drain
+            self._drain = self._drain and drain
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.wake()
+        self._has_room.wake()
+
+    def _try_submit(self, request: PendingRequest) -> bool:
+        self._check_owner()  # before the lock, which a forked child may have inherited locked
+        with self._lock:
+            self.check()
+            if self._in_flight >= self._max_queue:
                 return False
-            status.in_flight += 1
-            # Put under the lock: an ending engine empties the inbox only after its state is set.
-            self._inbox.put(lambda runner: runner.add(ticket))
+            self._in_flight += 1
+            # Under the lock: an ending engine empties the inbox only after its state is set.
+            self._inbox.put(lambda: self._add(request))
         return True
 
-    def _has_room(self) -> bool:
-        status = self._status
-        return status.in_flight < self._max_queue or status.state is not State.READY
+    def _may_submit(self) -> bool:
+        return self._in_flight < self._max_queue or self._state is not State.READY
 
-    def _patience(self, ticket: Ticket, wait: bool) -> float | None:
-        if ticket.deadline is not None:
-            return max(0.0, ticket.deadline - time.monotonic())
+    def _patience_s(self, request: PendingRequest, wait: bool) -> float | None:
+        if request.deadline is not None:
+            return max(0.0, request.deadline - time.monotonic())
         if wait:
             return None
         raise QueueFull(
-            f"{self._max_queue} requests are in flight already; ask again later, give a "
-            "timeout to wait for room, or raise max_queue."
+            f"{self._max_queue} requests are in flight already; ask again later, give a timeout to "
+            "wait for room, or raise max_queue."
         )
+
+    def _end_error(self) -> MolmoEdgeError:
+        """The error of a request that the engine's end left unfinished."""
+        if self._cause is None:
+            return EngineClosedError("The engine was closed before the request finished.")
+        error = EngineDeadError(
+            f"The engine died while the request was in flight: {type(self._cause).__name__}. "
+            f"{advice(self._cause)}restart() builds a new one."
+        )
+        error.__cause__ = self._cause
+        return error
 
     # The engine's thread.
 
     def _run(self) -> None:
         cause: BaseException | None = None
         try:
-            self._build_and_serve()
+            if self._state is State.STARTING:
+                self._build()
+                self._serve()
         except BaseException as exc:
             cause = exc
             drop_frames(exc)
         self._end(cause)
 
-    def _build_and_serve(self) -> None:
-        status = self._status
-        if status.state is not State.STARTING:
-            return
+    def _build(self) -> None:
         assert self._factory is not None
-        self._runner = Runner(self._factory(), self._inbox, self._watchdog, self._retired)
-        with status.gate.lock:
-            if status.state is State.STARTING:
-                status.state = State.READY
-            status.gate.wake()
-        self._runner.serve(
-            lambda busy: status.state is State.CLOSING and not (status.drain and busy)
-        )
+        self._engine = self._factory()
+        with self._lock:
+            self._built = True
+            if self._state is State.STARTING:
+                self._state = State.READY
+        self._changed.wake()
 
-    def _retired(self) -> None:
-        with self._status.gate.lock:
-            self._status.in_flight -= 1
-            self._status.gate.wake(big=False)
+    def _serve(self) -> None:
+        """Run commands between steps, and steps while there are requests, until closing.
+
+        Whoever wants the loop to end puts a command after setting the state, so there is nothing to
+        check between two steps without a command.
+        """
+        while True:
+            if not self._active and self._state is not State.CLOSING:
+                self._inbox.get()()
+            if not self._active or not self._inbox.empty():
+                self._run_commands()
+                if self._state is State.CLOSING and not (self._drain and self._active):
+                    return
+            if self._active:
+                self._step()
+
+    def _run_commands(self) -> None:
+        # Nobody else takes from the inbox, so what is there stays there.
+        while not self._inbox.empty():
+            self._inbox.get_nowait()()
+
+    def _step(self) -> None:
+        assert self._engine is not None
+        self._step_began = time.monotonic()
+        updates = self._engine.step()
+        self._step_began = None
+        now = time.monotonic()
+        for update in updates:
+            request = self._active.get(update.request_id)
+            if request is None:
+                continue
+            if update.finish_reason in _FINISHED:
+                request.feed(update, now)
+            else:
+                request.feed(update._replace(finish_reason=None), now)
+                request.fail(GenerationError("The engine aborted the request."))
+            if update.finish_reason is not None:
+                self._retire(request)
+        # Those ended by their consumer have a command on its way too, unless Ctrl-C came first.
+        ended = [r for r in self._active.values() if r.done or self._is_late(r, now)]
+        for request in ended:
+            self._abort(request)
+
+    def _add(self, request: PendingRequest) -> None:
+        """Hand a request to the engine, unless it has ended already."""
+        self._active[request.request_id] = request
+        if self._engine is None:
+            return  # `_end` fails it
+        rendered = request.rendered
+        if request.done or rendered is None or self._is_late(request, time.monotonic()):
+            self._retire(request)
+            return
+        try:
+            with mapped("add"):
+                self._engine.add(request.request_id, rendered, request.sampling)
+        except MolmoEdgeError as exc:
+            request.fail(exc)
+            self._retire(request)
+        else:
+            request.accept()
+
+    def _abort(self, request: PendingRequest) -> None:
+        """Take a request that has ended out of the engine, if it is still there."""
+        if request.request_id in self._active:
+            if self._engine is not None:
+                self._engine.abort([request.request_id])
+            self._retire(request)
+
+    def _is_late(self, request: PendingRequest, now: float) -> bool:
+        if request.deadline is None or now < request.deadline:
+            return False
+        request.fail(timed_out())
+        return True
+
+    def _retire(self, request: PendingRequest) -> None:
+        if self._active.pop(request.request_id, None) is not None:
+            with self._lock:
+                self._in_flight -= 1
+            self._has_room.wake()
 
     def _end(self, cause: BaseException | None) -> None:
-        """The last thing the thread does: wakes every waiter, then frees the engine."""
-        status = self._status
-        with status.gate.lock:
-            status.cause = cause
-            if status.state in (State.STARTING, State.READY):
-                status.state = State.CLOSING if cause is None else State.DEAD
-            status.gate.wake()
-        if self._runner is not None:
+        """The last thing the thread does: wake every waiter, then free the engine."""
+        with self._lock:
+            self._cause = cause
+            if self._state in (State.STARTING, State.READY):
+                self._state = State.CLOSING if cause is None else State.DEAD
+        self._wake()
+        engine, self._engine = self._engine, None
+        if engine is not None:
             if cause is not None:
                 logger.error("The engine died: %s", type(cause).__name__, exc_info=cause)
-            engine = self._runner.end(status.last_word)
+            self._step_began = None
+            self._run_commands()
+            for request in list(self._active.values()):
+                request.fail(self._end_error())
+                self._retire(request)
             try:
-                if engine is not None:
-                    engine.close()
+                engine.close()
             except BaseException as exc:
                 drop_frames(exc)
                 logger.warning("Closing the engine failed: %s", type(exc).__name__, exc_info=exc)
         self._factory = None
         _LIVE.discard(self)
-        self._watchdog.stop()
-        with status.gate.lock:
-            if status.state is State.CLOSING:
-                status.state = State.CLOSED
-            status.gone = True
-            status.gate.wake()
+        self._watchdog_end.put(None)
+        with self._lock:
+            if self._state is State.CLOSING:
+                self._state = State.CLOSED
+            self._gone = True
+        self._changed.wake()
 
+    # The watchdog's thread, which shares no lock with a step.
 
-def _nothing(runner: Runner) -> None:
-    """A command that only wakes the thread."""
+    @property
+    def _stall_report(self) -> str:
+        return f"One engine step has lasted longer than {self._stall_s:g} s; it may be stuck."
+
+    def _is_stalled(self, began: float | None) -> bool:
+        return began is not None and time.monotonic() - began > self._stall_s
+
+    def _watch_steps(self) -> None:
+        reported: float | None = None
+        while True:
+            try:
+                self._watchdog_end.get(timeout=min(1.0, self._stall_s / 4))
+                return
+            except queue.Empty:
+                began = self._step_began
+            if self._is_stalled(began) and began != reported:
+                reported = began
+                logger.error("%s", self._stall_report)
 
 
 # Engines whose threads run; their threads hold them anyway.

@@ -1,32 +1,95 @@
-"""One request in flight, as the engine thread and its consumer share it.
+"""One request in flight, shared by the engine thread, which writes, and its consumer, which reads.
 
-The engine thread writes, any other thread reads. A ticket ends exactly once, by whoever comes
-first. It knows nothing of engines and queues.
+It ends exactly once, by whoever comes first.
 """
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import itertools
+import queue
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
-from molmo_edge.engine.gate import Gate
 from molmo_edge.errors import MolmoEdgeError, RequestError
 from molmo_edge.interface import Rendered, Update
 from molmo_edge.results import Metrics, Result
 from molmo_edge.sampling import Sampling
 
 
-class Ticket:
+class Waiters:
+    """Threads and asyncio tasks that wait until some shared state changes.
+
+    Built on `queue.SimpleQueue`: Condition, Event and Future can stay locked for good when Ctrl-C
+    arrives inside one of their methods. `wake` takes no lock, so a finalizer may call it anywhere.
+    """
+
+    def __init__(self) -> None:
+        self._wakes: list[Callable[[], None]] = []
+
+    def wake(self) -> None:
+        """Make every waiter look at the state again; call after changing it."""
+        if self._wakes:
+            for wake in tuple(self._wakes):
+                wake()
+
+    def wait(self, ready: Callable[[], bool], timeout: float | None = None) -> bool:
+        """Block until `ready()`; False when `timeout` seconds pass first."""
+        changed: queue.SimpleQueue[None] = queue.SimpleQueue()
+        end = None if timeout is None else time.monotonic() + timeout
+
+        def wake() -> None:
+            changed.put(None)
+
+        self._wakes.append(wake)  # before looking: no change is missed
+        try:
+            while not ready():
+                left = None if end is None else end - time.monotonic()
+                if left is not None and left <= 0:
+                    return False
+                with suppress(queue.Empty):
+                    changed.get(timeout=None if left is None else min(left, threading.TIMEOUT_MAX))
+            return True
+        finally:
+            self._wakes.remove(wake)
+
+    async def async_wait(self, ready: Callable[[], bool], timeout: float | None = None) -> bool:
+        """`wait` without blocking the event loop."""
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            with suppress(RuntimeError):  # the event loop was closed while the engine generates
+                loop.call_soon_threadsafe(changed.set)
+
+        self._wakes.append(wake)
+        try:
+            async with asyncio.timeout(timeout):
+                while not ready():
+                    await changed.wait()
+                    changed.clear()
+            return True
+        except TimeoutError:
+            return ready()
+        finally:
+            self._wakes.remove(wake)
+
+
+class PendingRequest:
     """State of one request.
 
     Unread text is one growing string, so a consumer that never reads costs no more memory than
     the answer itself, which `max_tokens` bounds.
 
     Attributes:
-        done: whether the request has ended, well or not.
+        text: what was generated so far.
+        done: whether the request has ended, successfully or not.
+        deadline: on the monotonic clock, None for none.
+        rendered: the engine's input, None once the engine has it.
+        prompt_token_ids: the prompt's tokens, image tokens included; None when not known.
     """
 
     def __init__(
@@ -42,43 +105,47 @@ class Ticket:
     ) -> None:
         self.request_id = request_id
         self.rendered: Rendered | None = rendered
+        self.prompt_token_ids = rendered.token_ids
         self.sampling = sampling
-        self.started = started
         self.deadline = deadline
-        self.submitted = time.monotonic()
+        self.text = ""
+        self.done = False
+        self._started = started
+        self._submitted = time.monotonic()
+        self._accepted: float | None = None
         self._preprocess_s = preprocess_s
         self._counts = (rendered.prompt_tokens, rendered.image_tokens)
-        self._environment = environment
         self._answer_prefix = rendered.answer_prefix
-        self._taken: float | None = None
-        self._text = ""
+        self._environment = environment
         self._token_ids: list[int] = []
         self._token_times: list[float] = []
         self._logprobs: list[float] = []
         self._top_logprobs: list[Mapping[int, float]] = []
         self._cached_tokens: int | None = None
-        self.prompt_token_ids = rendered.token_ids
         self._finish_reason: str | None = None
         self._error: MolmoEdgeError | None = None
-        self.done = False
-        self._gate = Gate()
+        # Reentrant: a finalizer may run anywhere, and cancel what this thread is busy with.
+        self._lock = threading.RLock()
+        self._text_waiters = Waiters()
+        self._end_waiters = Waiters()
 
     # The engine thread's side.
 
-    def taken(self) -> None:
-        """The engine has the request now; its input is no longer needed here."""
-        self._taken = time.monotonic()
+    def accept(self) -> None:
+        """The engine has the request; its input is no longer needed here."""
+        self._accepted = time.monotonic()
         self.rendered = None
 
-    def feed(self, update: Update, now: float) -> bool:
-        """Adds what a step brought at `now`; False when the request had ended before."""
-        with self._gate.lock:
+    def feed(self, update: Update, now: float) -> None:
+        """Add what a step produced at `now`; nothing when the request has ended before."""
+        with self._lock:
             if self.done:
-                return False
+                return
             text = update.text
-            if not self._text:
+            if text and not self.text:
                 text = text.removeprefix(self._answer_prefix)
-            self._text += text
+                self._answer_prefix = ""
+            self.text += text
             self._token_ids += update.token_ids
             self._token_times += [now] * len(update.token_ids)
             if update.logprobs is not None:
@@ -87,70 +154,68 @@ class Ticket:
                 self._top_logprobs.extend(update.top_logprobs)
             if update.cached_tokens is not None:
                 self._cached_tokens = update.cached_tokens
-            ended = update.finish_reason is not None
-            if ended:
+            if update.finish_reason is not None:
                 self._finish_reason = update.finish_reason
-                # Last: readers look at `done` without the lock, and then find everything there.
-                self.done = True
-            if ended or text:
-                self._gate.wake(big=ended)
-            return True
+                self._end()
+            elif text:
+                self._text_waiters.wake()
 
     def fail(self, error: MolmoEdgeError) -> bool:
-        """Ends the request with `error`; False when it had ended already."""
-        with self._gate.lock:
+        """End the request with `error`, from any thread; False when it had ended already."""
+        with self._lock:
             if self.done:
                 return False
             if isinstance(error, RequestError) and not error.partial:
-                error.partial = self._text
+                error.partial = self.text
             self._error = error
             self.rendered = None
-            self.done = True
-            self._gate.wake()
+            self._end()
             return True
+
+    def _end(self) -> None:
+        # Last: readers look at `done` without the lock, and then find everything in place.
+        self.done = True
+        self._text_waiters.wake()
+        self._end_waiters.wake()
 
     # The consumer's side.
 
-    @property
-    def text(self) -> str:
-        """What was generated so far."""
-        return self._text
-
     def wait(self, seen: int | None, timeout: float | None) -> bool:
-        """Waits for text beyond `seen` characters, or with None for the end.
+        """Wait for text beyond `seen` characters, or with None for the end.
 
         Returns False when `timeout` seconds pass first.
         """
-        return self._gate.wait_for(lambda: self._has(seen), timeout, small=seen is not None)
+        if seen is None:
+            return self._end_waiters.wait(lambda: self.done, timeout)
+        return self._text_waiters.wait(lambda: self.done or len(self.text) > seen, timeout)
 
     async def async_wait(self, seen: int | None, timeout: float | None) -> bool:
         """`wait` without blocking the event loop."""
-        return await self._gate.async_wait_for(
-            lambda: self._has(seen), timeout, small=seen is not None
+        if seen is None:
+            return await self._end_waiters.async_wait(lambda: self.done, timeout)
+        return await self._text_waiters.async_wait(
+            lambda: self.done or len(self.text) > seen, timeout
         )
 
-    def _has(self, seen: int | None) -> bool:
-        return self.done or (seen is not None and len(self._text) > seen)
-
     def raise_error(self) -> None:
-        """Raises the error that ended the request, if one did.
+        """Raise the error that ended the request, if one did.
 
-        A copy each time: its traceback holds the caller's frames, and this ticket lives in them.
+        A copy each time: its traceback holds the caller's frames, and this object lives in them.
         """
         if self._error is not None:
-            raise _copied(self._error)
+            raise _copy(self._error)
 
     def result(self) -> Result:
-        """The finished answer. Raises the request's error if it ended with one."""
+        """Return the finished answer. Raises the request's error if it ended with one."""
         self.raise_error()
         assert self._finish_reason is not None
-        asked = self.sampling.logprobs or 2 * len(self.sampling.logprob_token_ids)
+        requested = self.sampling.logprobs or 2 * len(self.sampling.logprob_token_ids)
         return Result(
-            text=self._text,
+            text=self.text,
             finish_reason=self._finish_reason,
             token_ids=tuple(self._token_ids),
-            logprobs=tuple(self._logprobs) if asked else None,
-            top_logprobs=tuple(self._top_logprobs) if asked > 1 else None,
+            logprobs=tuple(self._logprobs) if requested else None,
+            top_logprobs=tuple(self._top_logprobs) if requested > 1 else None,
             metrics=self._metrics(),
             environment=self._environment,
         )
@@ -159,11 +224,11 @@ class Ticket:
         times = self._token_times
         count = len(times)
         decode_s = times[-1] - times[0] if count > 1 else None
-        e2e_s = times[-1] - self.started if times else None
+        e2e_s = times[-1] - self._started if times else None
         return Metrics(
-            queue_s=None if self._taken is None else self._taken - self.submitted,
+            queue_s=None if self._accepted is None else self._accepted - self._submitted,
             preprocess_s=self._preprocess_s,
-            ttft_s=times[0] - self.started if times else None,
+            ttft_s=times[0] - self._started if times else None,
             itl_s=tuple(b - a for a, b in itertools.pairwise(times)),
             tpot_s=decode_s / (count - 1) if decode_s is not None else None,
             e2e_s=e2e_s,
@@ -176,10 +241,10 @@ class Ticket:
         )
 
 
-def _copied(error: MolmoEdgeError) -> MolmoEdgeError:
+def _copy(error: MolmoEdgeError) -> MolmoEdgeError:
     try:
         twin = copy.copy(error)
-    except TypeError:  # a class of somebody else's engine, with arguments of its own
+    except TypeError:  # a class of a custom engine, with arguments of its own
         return error
     twin.__cause__, twin.__suppress_context__ = error.__cause__, error.__suppress_context__
     return twin

@@ -19,7 +19,7 @@ from molmo_edge.errors import (
     SamplingError,
 )
 from molmo_edge.interface import Rendered, Renderer, Resize, Turn
-from molmo_edge.models.molmo.prompts import check_turns, refuse_special
+from molmo_edge.requests import check_turns, refuse_special
 
 # Added tokens that users may write: line breaks, spaces, HTML tags. All others are control tokens.
 _PLAIN = re.compile(

@@ -8,8 +8,8 @@ import threading
 import time
 
 import pytest
-
 from molmo_edge.engine.gate import Answer, Gate
+
 from tests.engine.support import eventually, in_threads
 
 pytestmark = pytest.mark.timeout(30)

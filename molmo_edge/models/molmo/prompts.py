@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from molmo_edge.errors import ModelError, PromptError, PromptTooLongError
+from molmo_edge.errors import ModelError, PromptTooLongError
 from molmo_edge.interface import Turn
+from molmo_edge.requests import check_turns, refuse_special
 
 IMAGE_TOKENS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<|image|>")
 ONE_IMAGE = (
@@ -87,40 +88,3 @@ class PromptEncoder:
             ]
         refuse_special(ids, self.special)
         return ids
-
-
-def refuse_special(ids: Sequence[int], special: Mapping[int, str]) -> None:
-    """Raise PromptError when tokens of user text are among `special`: id → spelling."""
-    if names := sorted({special[i] for i in ids if i in special}):
-        raise PromptError(
-            f"The text contains {', '.join(names[:3])}: special tokens of the model, which no user "
-            "text may contain. Remove or respell them."
-        )
-
-
-def check_turns(turns: Sequence[Turn]) -> None:
-    """Raises PromptError unless turns alternate, start and end with the user, and hold text."""
-    if not turns:
-        raise PromptError("The conversation is empty; give at least one user turn.")
-    for i, turn in enumerate(turns):
-        expected = "user" if i % 2 == 0 else "assistant"
-        if turn.role != expected:
-            raise PromptError(
-                f"Turn {i + 1} must be the {expected}'s: roles alternate, the user's first."
-            )
-        check_text(turn.text)
-    if len(turns) % 2 == 0:
-        raise PromptError("The last turn must be the user's.")
-
-
-def check_text(text: object) -> str:
-    """The text itself. Raises PromptError when it is no text, empty, or not valid Unicode."""
-    if not isinstance(text, str):
-        raise PromptError(f"The text must be a str, not {type(text).__name__}.")
-    if not text.strip():
-        raise PromptError("The text is empty.")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise PromptError("The text holds lone surrogates, which are not valid Unicode.") from None
-    return text
