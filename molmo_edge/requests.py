@@ -305,4 +305,4 @@ def check_text(text: object) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise PromptError("The text contains lone surrogates, which are not valid Unicode.") from None
+        raise PromptError("The text contains lone surrogates; it must be valid Unicode.") from None

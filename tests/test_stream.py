@@ -5,14 +5,16 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from molmo_edge import EdgeVLM
 from molmo_edge.engine.fake import FakeEngine, FakeFactory, Fault
-from molmo_edge.engine.pending import Ticket
+from molmo_edge.engine.pending import PendingRequest
 from molmo_edge.errors import EngineDeadError, RequestCancelled, RequestTimeout
 from molmo_edge.interface import Rendered, Update
+from molmo_edge.requests import CheckedOptions
 from molmo_edge.sampling import Sampling
 from molmo_edge.stream import Stream
 from tests.engine.support import (
@@ -71,20 +73,20 @@ def test_the_result_is_there_after_iterating_halfway(vlm: EdgeVLM) -> None:
 def test_text_that_came_with_the_end_is_not_lost() -> None:
     """The last words may arrive between a reader's two looks at the request."""
 
-    class Late(Ticket):
-        looks = 0
+    class Late(PendingRequest):
+        reads = 0
 
-        @property
-        def text(self) -> str:
-            self.looks += 1
-            seen = super().text
-            if self.looks == 1:
-                self.feed(Update(self.request_id, "the end", (1,), finish_reason="stop"), 0.0)
-            return seen
+        def __getattribute__(self, name: str) -> Any:
+            value = super().__getattribute__(name)
+            if name == "text":
+                self.reads += 1
+                if self.reads == 1:
+                    self.feed(Update(self.request_id, "the end", (1,), finish_reason="stop"), 0.0)
+            return value
 
     with EdgeVLM(engine=FakeEngine.factory()) as vlm:
-        ticket = Late("r", Rendered(None), Sampling(), started=0.0)
-        assert list(Stream(vlm._loop, ticket)) == ["the end"]
+        request = Late("r", Rendered(None), Sampling(), started=0.0)
+        assert list(Stream(vlm._loop, request, CheckedOptions(Sampling()))) == ["the end"]
 
 
 @pytest.mark.parametrize("way", ["break", "context", "drop", "cycle", "cancel", "error"])
@@ -217,8 +219,8 @@ def test_errors_are_raised_afresh_so_that_they_hold_no_callers() -> None:
             except RequestCancelled as exc:
                 caught.append(exc)
         assert caught[0] is not caught[1]
-        assert stream._ticket._error is not None
-        assert stream._ticket._error.__traceback__ is None
+        assert stream._request._error is not None
+        assert stream._request._error.__traceback__ is None
 
 
 def test_two_threads_may_wait_for_one_answer(vlm: EdgeVLM) -> None:

@@ -143,7 +143,7 @@ def test_a_deadline_covers_the_whole_way(where: str) -> None:
         assert caught.value.partial.startswith("q one") == (where == "decode")
         for hold in fake.hooks.holds.values():
             hold.set()
-        eventually(lambda: vlm._loop._status.in_flight == 0)
+        eventually(lambda: vlm._loop._in_flight == 0)
     if where == "render":
         # Too late already: the engine was spared.
         assert fake.engine.added == []

@@ -39,7 +39,7 @@ class Scripted:
 
 
 def asked_of(vlm: Any, **options: Any) -> Any:
-    return warm(vlm, **options)
+    return warm(vlm.batch, vlm.settings, vlm.family, vlm.startup, **options)
 
 
 def test_every_kind_of_request_runs_once_before_speed_is_measured() -> None:

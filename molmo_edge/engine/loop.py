@@ -1,7 +1,7 @@
 """The one thread that owns an engine, from its construction to its end.
 
-All other threads talk to it through a queue that needs no lock, so that a finalizer running anywhere
-may cancel. The loop knows nothing about prompts, images or vLLM.
+All other threads talk to it through a queue that needs no lock, so that a finalizer running
+anywhere may cancel. The loop knows nothing about prompts, images or vLLM.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class State(StrEnum):
 
 def timed_out() -> RequestTimeout:
     """The error of a request whose deadline passed."""
-    return RequestTimeout("The request's deadline passed; `.partial` has the text generated so far.")
+    return RequestTimeout("The request's deadline passed; `.partial` has the text until then.")
 
 
 class EngineLoop:

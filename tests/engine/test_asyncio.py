@@ -37,7 +37,7 @@ def run(fake: FakeFactory, body: Any, **settings: Any) -> None:
     with opened(fake, **settings) as vlm:
         asyncio.run(body(vlm))
         eventually(lambda: not fake.engine.running)
-        eventually(lambda: vlm._loop._status.in_flight == 0)
+        eventually(lambda: vlm._loop._in_flight == 0)
         assert vlm.query(None, "after").text == f"after {WORDS}"
     for engine in fake.engines:
         assert_each_ended_once(engine)
@@ -154,11 +154,11 @@ def test_a_task_cancelled_while_it_waits_for_room() -> None:
     async def body(vlm: EdgeVLM) -> None:
         first = vlm.stream(None, "first")
         task = asyncio.create_task(vlm.aquery(None, "q", timeout=20))
-        await asyncio.to_thread(eventually, lambda: vlm._loop._status.gate.waiting)
+        await asyncio.to_thread(eventually, lambda: vlm._loop._has_room._wakes)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert not vlm._loop._status.gate.waiting
+        assert not vlm._loop._has_room._wakes
         with pytest.raises(QueueFull):
             await vlm.aquery(None, "q")
         step.set()

@@ -46,7 +46,7 @@ def vlm(request: pytest.FixtureRequest) -> Iterator[EdgeVLM]:
 
 
 def _nothing_is_left(vlm: EdgeVLM) -> None:
-    eventually(lambda: vlm._loop._status.in_flight == 0)
+    eventually(lambda: vlm._loop._in_flight == 0)
     assert vlm.state == "ready"
     assert vlm.query(None, "What is this?", timeout=60).text == SENTENCE
 

@@ -102,7 +102,7 @@ def test_an_interrupted_call_leaves_the_next_one_right(ctrl_c: CtrlC, kind: str)
         if other is not None:
             other.cancel()
         eventually(lambda: not fake.engine.running)
-        eventually(lambda: vlm._loop._status.in_flight == 0)
+        eventually(lambda: vlm._loop._in_flight == 0)
         assert vlm.query(None, "next").text == f"next {WORDS}"
     assert_each_ended_once(fake.engine)
 
@@ -119,7 +119,7 @@ def test_a_storm_of_interrupts_at_any_moment_leaves_no_lock_and_no_request(ctrl_
                 hits += ctrl_c.hits(calls[kind])
             assert vlm.query(None, f"n{i}", timeout=30).text == f"n{i} {WORDS}"
         eventually(lambda: not fake.engine.running)
-        assert vlm._loop._status.in_flight == 0
+        assert vlm._loop._in_flight == 0
     assert hits > 120
     assert_each_ended_once(fake.engine)
 

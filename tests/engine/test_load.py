@@ -76,7 +76,7 @@ def test_a_crowd_of_callers_each_gets_what_it_asked_for(seed: int) -> None:
         in_threads([lambda n=n: caller(n) for n in range(THREADS)])  # type: ignore[misc]
         eventually(lambda: not fake.engine.running)
         # The loop has heard of every end, so the queue is empty again.
-        assert vlm._loop._status.in_flight == 0
+        assert vlm._loop._in_flight == 0
         assert vlm.query(None, "and now").text == f"and now {WORDS}"
     assert sum(kinds.values()) == THREADS * REQUESTS
     assert_each_ended_once(fake.engine)
@@ -135,7 +135,7 @@ def test_a_consumer_that_never_reads_holds_its_answer_and_no_more() -> None:
         eventually(lambda: unread.done)
         waiting = [
             value
-            for value in vars(unread._ticket).values()
+            for value in vars(unread._request).values()
             if isinstance(value, list | dict | str) and len(value) > 2000
         ]
         # The text, once; tokens and times are counted by max_tokens.
@@ -165,7 +165,7 @@ def test_a_request_that_the_engine_refuses_is_its_own_failure() -> None:
         assert isinstance(results[1].__cause__, RuntimeError)
         assert str(results[2]) == f"c {WORDS}"
         assert vlm.state == "ready"
-        assert vlm._loop._status.in_flight == 0
+        assert vlm._loop._in_flight == 0
 
 
 @pytest.mark.timeout(30)
@@ -184,7 +184,7 @@ def test_a_full_queue_refuses_at_once_or_waits_for_room_until_the_deadline() -> 
             target=lambda: answers.append(vlm.query(None, "d", timeout=20).text)
         )
         waiting.start()
-        eventually(lambda: vlm._loop._status.gate.waiting)
+        eventually(lambda: vlm._loop._has_room._wakes)
         step.set()
         waiting.join()
         assert answers == [f"d {WORDS}"]
@@ -212,7 +212,7 @@ def test_waiting_for_room_ends_with_the_engine() -> None:
 
         thread = threading.Thread(target=caller)
         thread.start()
-        eventually(lambda: vlm._loop._status.gate.waiting)
+        eventually(lambda: vlm._loop._has_room._wakes)
         step.set()
         thread.join()
     assert [type(end) for end in ends] == [EngineDeadError] * 3
