@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
+from molmo_edge.checkpoint_files import read_config
 from molmo_edge.devices.detect import DeviceInfo
 from molmo_edge.devices.plan import Plan, plan
 from molmo_edge.devices.profiles import load_profile, select_profile
@@ -43,7 +44,6 @@ from molmo_edge.errors import ConfigError, EngineClosedError, MolmoEdgeError, Pr
 from molmo_edge.images import ImageLike, ImageLimits, load
 from molmo_edge.interface import Engine, ModelFamily, Turn
 from molmo_edge.models.hub import default_cache_dir, locate
-from molmo_edge.models.molmo.layout import read_config
 from molmo_edge.models.registry import family_of
 from molmo_edge.points import CountResult, PointAnswer, parse_points
 from molmo_edge.requests import (
