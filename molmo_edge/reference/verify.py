@@ -125,7 +125,7 @@ def verify(
     layout: Literal["7b-d", "7b-o"] = "7b-d",
     dtype: str = "float32",
     kv_cache_dtype: str = "auto",
-    engine: Literal["thread", "process"] = "thread",
+    engine: Literal["thread", "process"] | None = None,
     stock: bool = False,
     images: Images | None = None,
     max_tokens: int = 12,
@@ -139,7 +139,8 @@ def verify(
         dtype, kv_cache_dtype: of the engine. Equality is required in float32 with an unquantised
             KV cache; otherwise the reference's tokens are forced and the drift of their
             log-probabilities must stay below `DRIFT_BOUND`.
-        engine: as in `EdgeSettings.engine`; vLLM's own model always runs in its own process.
+        engine: as in `EdgeSettings.engine`, which decides when None; vLLM's own model always runs
+            in its own process.
         images: name → image, or None for text only.
         engine_args: further settings of `EdgeVLM`, of which vLLM's own model gets the backends.
 
@@ -164,7 +165,9 @@ def verify(
         # One request at a time, and room for vLLM's own worst-case image.
         args: dict[str, Any] = {"max_model_len": max(2048, longest + 1), "max_num_seqs": 1}
         args |= {"dtype": dtype, "kv_cache_dtype": kv_cache_dtype}
-        settings = {"precision": "bf16", "engine": engine, **settings, **args}
+        settings = {"precision": "bf16", **settings, **args}
+        if engine is not None:
+            settings["engine"] = engine
         answers, environment = _engine_answers(directory, images, expected, settings)
         yield _report(expected, answers, environment, False, exact, bound)
         if stock:

@@ -1,3 +1,5 @@
+"""The reference reads a checkpoint strictly: what it would compute wrongly is refused by name."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -13,97 +15,64 @@ from tests.reference import tiny_reference as tiny
 IDS = [tiny.BOS, 5, 6, 7]
 BLOCK = "model.transformer.blocks.1."
 VISION = "model.vision_backbone."
+Tensors = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
-def tensors() -> dict[str, torch.Tensor]:
+def tensors() -> Tensors:
     return tiny.weights(tiny.CONFIG)
 
 
-def load(
-    directory: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]
-) -> ReferenceMolmo:
+def load(directory: Path, config: dict[str, Any], tensors: Tensors) -> ReferenceMolmo:
     return ReferenceMolmo.load(tiny.write(directory, config, tensors))
 
 
-def test_shards_with_an_index_are_the_same_checkpoint(
-    tmp_path: Path, tensors: dict[str, torch.Tensor]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_shards_and_half_precision_are_the_same_checkpoint_in_float32(
+    tmp_path: Path, tensors: Tensors, dtype: torch.dtype
 ) -> None:
-    one = load(tmp_path / "one", tiny.CONFIG, tensors)
-    three = ReferenceMolmo.load(tiny.write(tmp_path / "three", tiny.CONFIG, tensors, shards=3))
-    assert torch.equal(one.logits(IDS), three.logits(IDS))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_weights_are_computed_in_float32(
-    tmp_path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype
-) -> None:
-    half = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    rounded = {name: tensor.float() for name, tensor in half.items()}
-    found = load(tmp_path / "half", tiny.CONFIG, half).logits(IDS)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, load(tmp_path / "full", tiny.CONFIG, rounded).logits(IDS))
+    stored = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    rounded = {name: tensor.float() for name, tensor in stored.items()}
+    three = ReferenceMolmo.load(tiny.write(tmp_path / "three", tiny.CONFIG, stored, shards=3))
+    logits = three.logits(IDS)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, load(tmp_path / "one", tiny.CONFIG, rounded).logits(IDS))
 
 
 def test_null_in_the_config_means_as_many_as_the_heads_and_the_vocabulary(tmp_path: Path) -> None:
-    spelled = tiny.config(num_key_value_heads=4, embedding_size=200)
+    stated = tiny.config(num_key_value_heads=4, embedding_size=200)
     null = tiny.config(num_key_value_heads=None, embedding_size=None)
-    tensors = tiny.weights(spelled)
-    found = load(tmp_path / "null", null, tensors).logits(IDS)
-    assert found.shape == (4, 200)
-    assert torch.equal(found, load(tmp_path / "spelled", spelled, tensors).logits(IDS))
-
-
-def test_the_number_of_tower_blocks_is_that_of_the_tensors(tmp_path: Path) -> None:
-    short = {n: t for n, t in tiny.weights(tiny.CONFIG).items() if "resblocks.8." not in n}
-    with pytest.raises(ModelError, match="8 blocks"):
-        load(tmp_path, tiny.CONFIG, short)
+    tensors = tiny.weights(stated)
+    logits = load(tmp_path / "null", null, tensors).logits(IDS)
+    assert logits.shape == (4, 200)
+    assert torch.equal(logits, load(tmp_path / "stated", stated, tensors).logits(IDS))
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("changes", "message"),
     [
-        ("model_type", "molmo2"),
-        ("model_type", None),
-        ("layer_norm_type", "default"),
-        ("clip_qkv", 8.0),
-        ("weight_tying", True),
-        ("rope_scaling", {"rope_type": "linear", "factor": 2.0}),
+        ({"model_type": "molmo2"}, "says model_type=.*7B-D, 7B-O or 72B"),
+        ({"model_type": None}, "says model_type="),
+        ({"layer_norm_type": "default"}, "says layer_norm_type="),
+        ({"clip_qkv": 8.0}, "says clip_qkv="),
+        ({"weight_tying": True}, "says weight_tying="),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "says rope_scaling="),
+        ({"hidden_size": None}, "must give hidden_size as an integer"),
+        ({"hidden_size": "64"}, "must give hidden_size as"),
+        ({"num_hidden_layers": 0}, "must give num_hidden_layers as"),
+        ({"num_attention_heads": True}, "must give num_attention_heads as"),
+        ({"rope_theta": float("inf")}, "must give rope_theta as a number"),
+        ({"layer_norm_eps": -1e-6}, "must give layer_norm_eps as"),
+        ({"num_attention_heads": 3}, "does not fit together"),
+        ({"num_key_value_heads": 3}, "does not fit together"),
+        ({"intermediate_size": 97}, "does not fit together"),
     ],
 )
-def test_another_layout_is_refused(
-    tmp_path: Path, tensors: dict[str, torch.Tensor], key: str, value: Any
+def test_another_layout_or_unusable_sizes_are_refused(
+    tmp_path: Path, tensors: Tensors, changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ModelError, match=f"says {key}=.*7B-D, 7B-O or 72B"):
-        load(tmp_path, tiny.config(**{key: value}), tensors)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("hidden_size", None),
-        ("hidden_size", "64"),
-        ("num_hidden_layers", 0),
-        ("num_attention_heads", True),
-        ("rope_theta", float("inf")),
-        ("layer_norm_eps", -1e-6),
-    ],
-)
-def test_a_config_without_usable_numbers_is_refused(
-    tmp_path: Path, tensors: dict[str, torch.Tensor], key: str, value: Any
-) -> None:
-    with pytest.raises(ModelError, match=f"must give {key} as a"):
-        load(tmp_path, tiny.CONFIG | {key: value}, tensors)
-
-
-@pytest.mark.parametrize(
-    "changes", [{"num_attention_heads": 3}, {"num_key_value_heads": 3}, {"intermediate_size": 97}]
-)
-def test_a_config_whose_numbers_do_not_fit_is_refused(
-    tmp_path: Path, tensors: dict[str, torch.Tensor], changes: dict[str, int]
-) -> None:
-    with pytest.raises(ModelError, match="does not fit together"):
-        load(tmp_path, tiny.config(**changes), tensors)
+    with pytest.raises(ModelError, match=message):
+        load(tmp_path, tiny.CONFIG | changes, tensors)
 
 
 @pytest.mark.parametrize(
@@ -117,60 +86,46 @@ def test_a_config_whose_numbers_do_not_fit_is_refused(
         VISION + "pad_embed",
     ],
 )
-def test_a_missing_tensor_is_named(
-    tmp_path: Path, tensors: dict[str, torch.Tensor], name: str
-) -> None:
+def test_a_missing_tensor_is_named(tmp_path: Path, tensors: Tensors, name: str) -> None:
     rest = {n: t for n, t in tensors.items() if n != name}
     with pytest.raises(ModelError, match=f"lacks 1 tensors, first '{name}'"):
         load(tmp_path, tiny.CONFIG, rest)
 
 
 @pytest.mark.parametrize(
-    "name", [BLOCK + "ff_proj.bias", BLOCK + "q_norm.weight", "lm_head.weight"]
+    ("name", "tensor", "message"),
+    [
+        (BLOCK + "ff_proj.bias", torch.ones(64), "has unknown 1 tensors, first"),
+        (BLOCK + "q_norm.weight", torch.ones(64), "has unknown 1 tensors, first"),
+        ("lm_head.weight", torch.ones(64), "has unknown 1 tensors, first"),
+        (BLOCK + "attn_out.weight", torch.ones(64, 32), "wrong shapes in 1 tensors, first"),
+        (BLOCK + "attn_out.weight", torch.ones(64, 64).to(torch.int8), "not quantised"),
+        (BLOCK + "attn_out.weight", torch.ones(64, 64).to(torch.float8_e4m3fn), "not quantised"),
+    ],
 )
-def test_a_tensor_that_would_be_ignored_is_named(
-    tmp_path: Path, tensors: dict[str, torch.Tensor], name: str
+def test_a_tensor_that_would_be_ignored_or_misread_is_named(
+    tmp_path: Path, tensors: Tensors, name: str, tensor: torch.Tensor, message: str
 ) -> None:
-    with pytest.raises(ModelError, match=f"has unknown 1 tensors, first '{name}'"):
-        load(tmp_path, tiny.CONFIG, tensors | {name: torch.ones(64)})
+    with pytest.raises(ModelError, match=message) as caught:
+        load(tmp_path, tiny.CONFIG, tensors | {name: tensor})
+    assert f"'{name}'" in str(caught.value)
 
 
-def test_a_tensor_of_another_shape_is_named(
-    tmp_path: Path, tensors: dict[str, torch.Tensor]
-) -> None:
-    name = BLOCK + "attn_out.weight"
-    with pytest.raises(ModelError, match=f"wrong shapes in 1 tensors, first '{name}'"):
-        load(tmp_path, tiny.CONFIG, tensors | {name: torch.ones(64, 32)})
+def test_too_few_tower_blocks_are_refused(tmp_path: Path, tensors: Tensors) -> None:
+    short = {n: t for n, t in tensors.items() if "resblocks.8." not in n}
+    with pytest.raises(ModelError, match="8 blocks"):
+        load(tmp_path, tiny.CONFIG, short)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_quantised_weights_are_refused(
-    tmp_path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype
-) -> None:
-    name = BLOCK + "attn_out.weight"
-    with pytest.raises(ModelError, match="not quantised weights"):
-        load(tmp_path, tiny.CONFIG, tensors | {name: tensors[name].to(dtype)})
-
-
-def test_missing_and_broken_files_are_named(
-    tmp_path: Path, tensors: dict[str, torch.Tensor]
-) -> None:
-    with pytest.raises(ModelError, match=r"config\.json"):
-        ReferenceMolmo.load(tmp_path / "nowhere")
-    directory = tiny.write(tmp_path / "one", tiny.CONFIG, tensors)
-    (directory / "model.safetensors").write_bytes(b"not safetensors at all")
+def test_missing_and_broken_files_are_named(tmp_path: Path, tensors: Tensors) -> None:
+    directory = tiny.write(tmp_path, tiny.CONFIG, tensors)
+    file = directory / "model.safetensors"
+    file.write_bytes(b"not safetensors at all")
     with pytest.raises(ModelError, match=r"model\.safetensors"):
         ReferenceMolmo.load(directory)
-    (directory / "model.safetensors").unlink()
+    file.unlink()
     with pytest.raises(ModelError, match=r"no \*\.safetensors"):
         ReferenceMolmo.load(directory)
-    directory = tiny.write(tmp_path / "two", tiny.CONFIG, tensors, shards=2)
-    (directory / "model-1.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"model-1\.safetensors"):
-        ReferenceMolmo.load(directory)
-    (directory / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ModelError, match="weight_map"):
-        ReferenceMolmo.load(directory)
-    (directory / "config.json").write_text("{")
-    with pytest.raises(ModelError, match="JSON"):
+    (directory / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"config\.json"):
         ReferenceMolmo.load(directory)
