@@ -13,14 +13,14 @@ ARG CONFIG=thor
 FROM python:3.12.12-slim-bookworm AS build
 ARG LOCK
 ARG MACHINE
-# Only for resize = "tensorflow": --build-arg TENSORFLOW=1
-ARG TENSORFLOW=0
 WORKDIR /build
 RUN test "$(uname -m)" = "$MACHINE"
 RUN python -m venv /opt/molmo-edge
 COPY requirements/${LOCK}.lock requirements/${LOCK}-tensorflow.lock requirements/
 RUN /opt/molmo-edge/bin/pip install --no-cache-dir --require-hashes --only-binary :all: \
         -r requirements/${LOCK}.lock
+# Only for resize = "tensorflow": --build-arg TENSORFLOW=1
+ARG TENSORFLOW=0
 RUN if [ "$TENSORFLOW" = 1 ]; then \
         /opt/molmo-edge/bin/pip install --no-cache-dir --require-hashes --only-binary :all: \
             -r requirements/${LOCK}-tensorflow.lock; \
