@@ -35,7 +35,7 @@ def ensure_stub(cache_dir: Path) -> Path:
     def write(directory: Path) -> None:
         from molmo_edge.models.molmo.synthetic import Shape, stub_weights, write_checkpoint
 
-        write_checkpoint(directory, weights=stub_weights(Shape()))
+        write_checkpoint(directory, weights=stub_weights(Shape(), TOKENS))
 
     return _ensure(cache_dir / f"stub-{_STUB_VERSION}", write, "The stub checkpoint (0.6 GB)")
 

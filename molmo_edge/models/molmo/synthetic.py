@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ import torch
 from molmo_edge.models.molmo.config import Family
 from molmo_edge.models.molmo.image_processor import MolmoImageProcessor
 from molmo_edge.models.molmo.prompts import IMAGE_TOKENS
-from molmo_edge.models.molmo.stub import TOKENS
 from molmo_edge.models.molmo.tensors import Tower, tensor_shapes
 
 END_OF_TEXT = "<|endoftext|>"
@@ -159,15 +158,15 @@ def write_description(directory: Path, config: Mapping[str, Any]) -> None:
     _write_tokenizer(directory, config)
 
 
-def stub_weights(shape: Shape) -> Weights:
-    """Weights of the built-in stub: a next-token table that spells its sentence."""
+def stub_weights(shape: Shape, sentence_tokens: Sequence[str]) -> Weights:
+    """Weights of the built-in stub: a next-token table that spells a sentence, in tokens."""
     random = random_weights(STUB_SEED)
     size = (shape.embedding_size, shape.hidden_size)
     embedding = random_tensor("model.transformer.wte.embedding", size, STUB_SEED, 1.0)
     # Each token's row of the head answers to the embedding of the token before it.
     head = random_tensor("model.transformer.ff_out.weight", size, STUB_SEED, 0.02)
     vocab = vocabulary()
-    sentence = [vocab[token] for token in TOKENS]
+    sentence = [vocab[token] for token in sentence_tokens]
     # After its end the sentence starts again, for benchmarks that ignore the end.
     chain = [vocab[":"], *sentence, len(vocab), sentence[0]]
     for before, after in itertools.pairwise(chain):
