@@ -1,24 +1,25 @@
-"""Caches on disk that make a second start shorter: where they are and how full.
+"""Caches of compiled code on disk, which make a second start shorter.
 
-One root holds them all: torch.compile and inductor (below vLLM's), Triton, FlashInfer and what the
-CUDA driver compiles from PTX. What is compiled for one vLLM, torch or GPU is of no use to another,
-so the folders are keyed by them. A variable that the user has set wins over the root.
+One root holds them all, in a directory per vLLM, torch and GPU, because code compiled for one is
+useless to another. A variable that the user has set takes precedence over the root.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from molmo_edge.devices.info import DeviceInfo
 from molmo_edge.devices.sources import Sources
 
-_MAX_FILES = 20_000  # a doctor takes a second, not a minute
+_MAX_FILES = 20_000  # keeps doctor fast
 
-# What it is, the variable that moves it, its folder below the root, and what only a GPU fills.
+# Owner, environment variable, directory below the root, and whether only a GPU fills it.
 _KINDS = (
     ("vLLM and torch.compile", "VLLM_CACHE_ROOT", "vllm", False),
     # vLLM moves this one below its own as soon as it compiles.
@@ -28,19 +29,18 @@ _KINDS = (
     ("CUDA driver's compiler", "CUDA_CACHE_PATH", "cuda", True),
 )
 CACHE_VARIABLES = frozenset(variable for _, variable, _, _ in _KINDS)
-"""Names that ``cache_environment`` may give; each value is a folder."""
+"""Variables that ``cache_environment`` may set; each value is a directory."""
 
 
 @dataclass(frozen=True)
 class Cache:
-    """One cache.
+    """One cache directory.
 
     Attributes:
-        what: whose it is.
-        path: its folder.
-        size_bytes: of its files, at least: counting stops after 20,000; ``None`` if the folder
-            is not there.
-        writable: whether it, or the nearest folder above it, can be written.
+        what: its owner.
+        path: the directory.
+        size_bytes: of its files, a lower bound beyond 20,000 files; ``None`` if it does not exist.
+        writable: whether it, or its nearest existing parent, can be written.
         variable: environment variable that moves it.
     """
 
@@ -57,20 +57,16 @@ def cache_environment(
     """Environment variables that put every cache of compiled code below ``root``.
 
     Args:
-        root: molmo_edge's cache folder.
-        device: that the code is compiled for.
+        root: molmo_edge's cache directory.
+        device: the device that code is compiled for.
         versions: of "vllm" and "torch", ``None`` or missing where not installed.
     """
-    folder = root.expanduser().absolute() / "compiled" / cache_key(device, versions)
-    return {
-        variable: str(folder / place)
-        for _, variable, place, for_gpu in _KINDS
-        if device.kind == "cuda" or not for_gpu
-    }
+    directory = root.expanduser().absolute() / "compiled" / cache_key(device, versions)
+    return {variable: str(directory / name) for _, variable, name in _kinds(device)}
 
 
 def cache_key(device: DeviceInfo, versions: Mapping[str, str | None]) -> str:
-    """Folder name for what compiled code depends on: vLLM, torch, and the GPU or processor."""
+    """Directory name for what compiled code depends on: vLLM, torch, and the GPU or processor."""
     parts = [f"{name}-{versions.get(name) or 'unknown'}" for name in ("vllm", "torch")]
     if device.kind == "cuda":
         parts += [device.sm or "sm_unknown", device.name]
@@ -85,49 +81,36 @@ def caches(
     cache_dir: Path | None = None,
     versions: Mapping[str, str | None] | None = None,
 ) -> list[Cache]:
-    """molmo_edge's cache root and the caches of what it uses, for this kind of device."""
+    """molmo_edge's cache root, and the caches of its dependencies on this kind of device."""
     env = src.environ
-    home = env.get("HOME") or (str(Path.home()) if src.live else "/root")
-    xdg = env.get("XDG_CACHE_HOME") or f"{home}/.cache"
+    xdg = env.get("XDG_CACHE_HOME") or f"{env.get('HOME') or Path.home()}/.cache"
     own = str(cache_dir) if cache_dir else env.get("MOLMO_EDGE_CACHE_DIR") or f"{xdg}/molmo_edge"
-    places = cache_environment(Path(own), device, versions or {}) | dict(env)
-    rows = [("molmo_edge", own, "MOLMO_EDGE_CACHE_DIR")]
-    rows += [
-        (what, places[variable], variable)
-        for what, variable, _, for_gpu in _KINDS
-        if device.kind == "cuda" or not for_gpu
-    ]
+    paths = cache_environment(Path(own), device, versions or {}) | dict(env)
+    rows = [("molmo_edge", "MOLMO_EDGE_CACHE_DIR", own)]
+    rows += [(what, variable, paths[variable]) for what, variable, _ in _kinds(device)]
     return [
         Cache(what, path, _size(src.path(path)), _writable(src.path(path)), variable)
-        for what, path, variable in rows
+        for what, variable, path in rows
     ]
 
 
-def _size(folder: Path) -> int | None:
-    if not folder.is_dir():
+def _kinds(device: DeviceInfo) -> list[tuple[str, str, str]]:
+    return [kind[:3] for kind in _KINDS if device.kind == "cuda" or not kind[3]]
+
+
+def _size(directory: Path) -> int | None:
+    if not directory.is_dir():
         return None
+    files = (Path(path, name) for path, _, names in os.walk(directory) for name in names)
     total = 0
-    for count, size in enumerate(_file_sizes(folder)):
-        total += size
-        if count >= _MAX_FILES:
-            break
+    for file in islice(files, _MAX_FILES):
+        with suppress(OSError):
+            total += file.lstat().st_size
     return total
 
 
-def _file_sizes(folder: Path) -> Iterator[int]:
-    for path, _, names in os.walk(folder, onerror=None):
-        for name in names:
-            try:
-                yield Path(path, name).lstat().st_size
-            except OSError:
-                continue
-
-
-def _writable(folder: Path) -> bool:
-    for candidate in (folder, *folder.parents):
-        try:
-            if candidate.exists():
-                return candidate.is_dir() and os.access(candidate, os.W_OK | os.X_OK)
-        except OSError:
-            return False
+def _writable(directory: Path) -> bool:
+    for candidate in (directory, *directory.parents):
+        if os.path.exists(candidate):  # noqa: PTH110  never raises, unlike Path.exists
+            return candidate.is_dir() and os.access(candidate, os.W_OK | os.X_OK)
     return False

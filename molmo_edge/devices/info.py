@@ -1,10 +1,10 @@
-"""One machine as far as it is known."""
+"""Description of one machine."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Clock = tuple[int | None, int | None]
@@ -12,32 +12,32 @@ Clock = tuple[int | None, int | None]
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """One machine as far as it is known; ``None`` means unknown, never zero.
+    """Description of one machine; ``None`` means unknown, never zero.
 
     Attributes:
-        name: of the GPU as NVML gives it, else of the processor.
+        name: the GPU's name from NVML, else the processor's.
         kind: "cuda" if this process can use an NVIDIA GPU, else "cpu".
         compute_capability: such as "11.0".
         integrated: whether GPU and CPU share one memory.
-        memory_total_bytes, memory_available_bytes: GPU memory, or main memory where the GPU is
-            integrated or absent (then within the container's limit).
+        memory_total_bytes, memory_available_bytes: GPU memory, or main memory (within the
+            container's limit) where the GPU is integrated or absent.
         memory_bandwidth_bytes_s: published peak, bytes per second.
         bf16_flops, fp8_flops, fp4_flops: published dense peaks with FP32 accumulation, FLOP/s.
-        known_as: the name ``known_device`` has for it.
+        known_as: the name that ``known_device`` takes for it.
         figures_source: where bandwidth and FLOP/s are published.
-        driver, cuda: NVIDIA driver version, and the newest CUDA it runs.
-        cpu_name, cpu_isa, cpu_count: processor, instruction sets known to be there (empty when
-            nothing is known), logical processors.
+        driver, cuda: NVIDIA driver version, and the newest CUDA version it supports.
+        cpu_name, cpu_isa, cpu_count: processor, its instruction sets (empty when unknown), and
+            the number of logical processors.
         cpu_governor: cpufreq governor of the first core.
-        power_mode: nvpmodel's mode on a Jetson, such as "MAXN".
+        power_mode: nvpmodel mode of a Jetson, such as "MAXN".
         power_limit_w: (enforced, default) board power limit in watts.
         clocks: name ("gpu", "memory", "cpu") to (current, maximum) in MHz.
         jetson_model: board name from the device tree.
-        machine: architecture as ``uname -m`` names it.
-        is_wsl, in_container: whether this runs in WSL, in a container.
-        gpu_index, gpu_count: NVML index of the GPU described, and how many NVML sees.
-        nvml_error: what NVML said when it was there and failed.
-        assumed: names of fields taken from published figures because the machine did not say.
+        machine: architecture as ``uname -m`` prints it.
+        is_wsl, in_container: whether this process runs in WSL, in a container.
+        gpu_index, gpu_count: NVML index of this GPU, and the number of GPUs NVML lists.
+        nvml_error: NVML's error message if it is installed and failed.
+        assumed: fields taken from published figures because the machine does not report them.
     """
 
     name: str
@@ -60,7 +60,7 @@ class DeviceInfo:
     cpu_governor: str | None = None
     power_mode: str | None = None
     power_limit_w: tuple[float | None, float | None] | None = None
-    clocks: Mapping[str, Clock] = field(default_factory=lambda: MappingProxyType({}))
+    clocks: Mapping[str, Clock] = field(default_factory=dict)
     jetson_model: str | None = None
     machine: str | None = None
     is_wsl: bool = False
@@ -84,10 +84,6 @@ class DeviceInfo:
         return None if self.capability is None else "sm_{}{}".format(*self.capability)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: sets and tuples as lists."""
-        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        plain["cpu_isa"] = sorted(self.cpu_isa)
-        plain["clocks"] = {name: list(clock) for name, clock in self.clocks.items()}
-        plain["assumed"] = list(self.assumed)
-        plain["power_limit_w"] = None if self.power_limit_w is None else list(self.power_limit_w)
+        """Return the fields as JSON values."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=sorted))
         return plain

@@ -1,7 +1,7 @@
-"""Device profiles: the starting settings for each kind of device, as data.
+"""Device profiles: default settings for each kind of device, as TOML files.
 
-A profile is a TOML file beside this module. Which one fits is decided by its ``[match]`` table
-alone, so a device is added by adding a file. This module knows no setting's meaning.
+A profile fits the devices that its ``[match]`` table describes, so a device is added by adding a
+file to ``profiles/``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from molmo_edge.devices.info import DeviceInfo
 from molmo_edge.devices.specs import GIB
 from molmo_edge.errors import ConfigError
 
-_FOLDER = Path(__file__).with_name("profiles")
+_DIRECTORY = Path(__file__).with_name("profiles")
 _TABLES = ("match", "settings", "engine_args", "env")
 _MATCH = ("kind", "capability", "integrated", "memory_gb_min", "memory_gb_max")
 
@@ -31,11 +31,11 @@ class Profile:
     Attributes:
         name: as ``--profile`` takes it.
         description: one line.
-        match: what a device must be: ``kind``, ``capability`` (a list), ``integrated``,
+        match: conditions on the device: ``kind``, ``capability`` (a list), ``integrated``,
             ``memory_gb_min`` and ``memory_gb_max`` (GiB).
-        settings: names of ``EdgeSettings`` to values.
-        engine_args: names of ``vllm.EngineArgs`` to values.
-        env: environment variables to strings, to be set before CUDA starts.
+        settings: values of ``EdgeSettings``.
+        engine_args: values of ``vllm.EngineArgs``.
+        env: environment variables to set before CUDA starts.
     """
 
     name: str
@@ -46,50 +46,46 @@ class Profile:
     env: Mapping[str, str]
 
     def as_settings(self) -> dict[str, Any]:
-        """A fresh plain copy: the settings, with ``engine_args`` among them if there are any."""
+        """Return a mutable copy of the settings, ``engine_args`` included if there are any."""
         values: dict[str, Any] = _thaw(self.settings)
-        if self.engine_args:
-            values["engine_args"] = _thaw(self.engine_args)
-        return values
+        return values | ({"engine_args": _thaw(self.engine_args)} if self.engine_args else {})
 
 
 @cache
 def profile_names() -> tuple[str, ...]:
     """Names of the profiles, sorted."""
-    return tuple(sorted(path.stem for path in _FOLDER.glob("*.toml")))
+    return tuple(sorted(path.stem for path in _DIRECTORY.glob("*.toml")))
 
 
 @cache
 def load_profile(name: str) -> Profile:
-    """The profile of a name.
+    """Load a profile by name.
 
     Raises:
-        ConfigError: there is none; the message suggests the nearest and lists all.
+        ConfigError: no such profile; the message suggests the nearest and lists all.
     """
     names = profile_names()
     if name not in names:
         near = difflib.get_close_matches(name[:60].lower(), names, n=1, cutoff=0.3)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        shown = name if len(name) <= 60 else name[:57] + "..."
         raise ConfigError(
-            f"unknown profile {shown!r}: {hint}profiles are {', '.join(names)}, "
+            f"unknown profile {name[:60]!r}: {hint}profiles are {', '.join(names)}, "
             "or auto to choose by the device"
         )
-    return parse_profile(name, (_FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
+    return parse_profile(name, (_DIRECTORY / f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def parse_profile(name: str, text: str) -> Profile:
-    """A profile from the text of its file.
+    """Parse the text of a profile's file.
 
     Raises:
-        ConfigError: not TOML, an unknown table or condition, or a value of the wrong kind.
+        ConfigError: invalid TOML, an unknown table or condition, or a value of the wrong type.
     """
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as exc:
         raise ConfigError(f"profile {name} is not valid TOML: {exc}") from exc
-    unknown = sorted(set(data) - {"name", "description", *_TABLES})
-    if unknown:
+    if unknown := sorted(set(data) - {"name", "description", *_TABLES}):
         raise ConfigError(f"profile {name} has unknown entries: {', '.join(unknown)}")
     if data.get("name") != name:
         raise ConfigError(f"profile {name} must have name = {name!r} at its top")
@@ -97,60 +93,58 @@ def parse_profile(name: str, text: str) -> Profile:
     for table, values in tables.items():
         if not isinstance(values, dict):
             raise ConfigError(f"profile {name}: {table} must be a table")
-    wrong = sorted(set(tables["match"]) - set(_MATCH))
-    if wrong or "kind" not in tables["match"]:
-        expected = f"expected kind and any of {', '.join(_MATCH[1:])}"
+    unknown = sorted(set(tables["match"]) - set(_MATCH))
+    if unknown or "kind" not in tables["match"]:
         raise ConfigError(
-            f"profile {name}: [match] has {', '.join(wrong) or 'no kind'}; {expected}"
+            f"profile {name}: [match] has {', '.join(unknown) or 'no kind'}; "
+            f"expected kind and any of {', '.join(_MATCH[1:])}"
         )
-    not_text = sorted(k for k, value in tables["env"].items() if not isinstance(value, str))
-    if not_text:
-        raise ConfigError(f"profile {name}: [env] values must be strings: {', '.join(not_text)}")
+    if wrong := sorted(k for k, value in tables["env"].items() if not isinstance(value, str)):
+        raise ConfigError(f"profile {name}: [env] values must be strings: {', '.join(wrong)}")
     description = str(data.get("description", ""))
     return Profile(name, description, **{table: _freeze(tables[table]) for table in _TABLES})
 
 
 def select_profile(device: DeviceInfo) -> tuple[Profile, str]:
-    """The profile whose conditions fit the device, the most specific first, and why.
+    """Return the most specific profile that fits the device, and the reason.
 
     Never fails: ``cuda`` fits every NVIDIA GPU and ``cpu`` everything else.
     """
-    fitting = [p for p in map(load_profile, profile_names()) if not mismatches(p, device)]
-    chosen = max(fitting, key=lambda profile: len(profile.match))
+    matches = [p for p in map(load_profile, profile_names()) if not mismatches(p, device)]
+    chosen = max(matches, key=lambda profile: len(profile.match))
     return chosen, f"{chosen.name}: {_traits(device)}"
 
 
 def mismatches(profile: Profile, device: DeviceInfo) -> list[str]:
-    """Conditions of a profile that a device does not meet, in words; empty when it fits.
+    """Describe the conditions of a profile that a device does not meet; empty when it fits.
 
     What is unknown about the device counts as not met.
     """
     size = None if device.memory_total_bytes is None else device.memory_total_bytes / GIB
-    found = []
+    unmet = []
     for condition, wanted in profile.match.items():
         if condition == "kind" and device.kind != wanted:
-            found.append(f"it is for kind {wanted}, this device is {device.kind}")
+            unmet.append(f"it is for kind {wanted}, this device is {device.kind}")
         elif condition == "capability" and device.compute_capability not in wanted:
-            is_now = device.compute_capability or "unknown"
-            found.append(f"it is for capability {' or '.join(wanted)}, this device's is {is_now}")
+            has = device.compute_capability or "unknown"
+            unmet.append(f"it is for capability {' or '.join(wanted)}, this device's is {has}")
         elif condition == "integrated" and device.integrated is not wanted:
-            found.append(f"it is for {'shared' if wanted else 'separate'} GPU memory")
+            unmet.append(f"it is for {'shared' if wanted else 'separate'} GPU memory")
         elif condition == "memory_gb_min" and (size is None or size < wanted):
-            found.append(f"it is for {wanted} GiB or more")
+            unmet.append(f"it is for {wanted} GiB or more")
         elif condition == "memory_gb_max" and (size is None or size > wanted):
-            found.append(f"it is for {wanted} GiB or less")
-    return found
+            unmet.append(f"it is for {wanted} GiB or less")
+    return unmet
 
 
 def profile_warning(profile: Profile, device: DeviceInfo) -> str | None:
     """One line when a profile was written for another device than this one, else ``None``."""
-    wrong = mismatches(profile, device)
-    if not wrong:
+    unmet = mismatches(profile, device)
+    if not unmet:
         return None
-    better, _ = select_profile(device)
     return (
-        f"profile {profile.name} was written for another device: {'; '.join(wrong)}. "
-        f"{better.name} would fit {device.name}"
+        f"profile {profile.name} was written for another device: {'; '.join(unmet)}. "
+        f"{select_profile(device)[0].name} would fit {device.name}"
     )
 
 

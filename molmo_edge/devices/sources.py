@@ -1,13 +1,13 @@
-"""Where device facts are read from, each injectable, so that recorded machines can be replayed.
+"""Where device facts are read from, injectable so that recorded machines can be replayed.
 
-This module knows no device: it reads files below a root, calls NVML functions by name and runs
-short commands. Nothing in it raises for a source that is missing, unreadable or failing.
+A source that is missing, unreadable or failing gives ``None``; nothing here raises.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +18,89 @@ _MAX_BYTES = 1 << 20  # procfs and sysfs files are small; never read a huge file
 _COMMAND_TIMEOUT_S = 2.0
 
 
-def run_command(command: Sequence[str]) -> str | None:
-    """Standard output of a command that ends well within 2 s, else ``None``."""
+@dataclass(frozen=True)
+class Sources:
+    """Everything that detection may look at.
+
+    Attributes:
+        root: stands for ``/``; ``/proc``, ``/sys``, ``/dev`` and ``/etc`` are read below it.
+        nvml: the ``pynvml`` module or an object with its functions; ``None``: no NVML.
+        memory: returns (total, available) main memory in bytes, or ``None`` if unknown.
+        run: maps a command to its standard output, or to ``None`` when it fails.
+        environ: environment variables.
+        machine: processor architecture as ``uname -m`` prints it.
+    """
+
+    root: Path = Path("/")
+    nvml: Any = None
+    memory: Callable[[], tuple[int, int] | None] = lambda: None
+    run: Callable[[Sequence[str]], str | None] = lambda command: None
+    environ: Mapping[str, str] = field(default_factory=dict)
+    machine: str = ""
+
+    def path(self, path: str | Path) -> Path:
+        """Resolve a string below the root; a ``Path`` is below it already."""
+        return self.root / path.lstrip("/") if isinstance(path, str) else path
+
+    def read(self, path: str | Path) -> str | None:
+        """Text of a small file without surrounding whitespace and NULs."""
+        try:
+            with self.path(path).open("rb") as file:
+                raw = file.read(_MAX_BYTES)
+        except (OSError, ValueError):
+            return None
+        return raw.decode("utf-8", errors="replace").strip("\0 \t\r\n")
+
+    def read_int(self, path: str | Path) -> int | None:
+        """A file that holds one integer."""
+        try:
+            return int(self.read(path) or "")
+        except ValueError:
+            return None
+
+    def entries(self, path: str | Path) -> list[Path]:
+        """Sorted entries of a directory; empty when it cannot be listed."""
+        try:
+            return sorted(self.path(path).iterdir())
+        except (OSError, ValueError):
+            return []
+
+    def exists(self, path: str) -> bool:
+        return os.path.exists(self.path(path))  # noqa: PTH110  never raises, unlike Path.exists
+
+    def which(self, program: str) -> str | None:
+        """First match of a program on ``PATH``, below the root."""
+        directories = self.environ.get("PATH", "").split(os.pathsep)
+        search = os.pathsep.join(str(self.path(d)) for d in directories if d)
+        return shutil.which(program, path=search or os.devnull)
+
+
+def system_sources() -> Sources:
+    """The sources of this machine. Imports ``pynvml`` if it is installed; starts nothing."""
+    try:
+        import pynvml
+    except Exception:  # a broken installation must not stop detection
+        pynvml = None
+    return Sources(
+        nvml=pynvml,
+        memory=_memory,
+        run=_run,
+        environ=dict(os.environ),
+        machine=platform.machine(),
+    )
+
+
+def _memory() -> tuple[int, int] | None:
+    try:
+        import psutil
+
+        memory = psutil.virtual_memory()
+    except Exception:  # the same
+        return None
+    return int(memory.total), int(memory.available)
+
+
+def _run(command: Sequence[str]) -> str | None:
     try:
         done = subprocess.run(
             list(command),
@@ -32,92 +113,3 @@ def run_command(command: Sequence[str]) -> str | None:
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
     return done.stdout if done.returncode == 0 else None
-
-
-def _no_command(command: Sequence[str]) -> str | None:
-    return None
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Everything detection may look at.
-
-    Attributes:
-        root: what stands for ``/``; ``/proc``, ``/sys``, ``/dev`` and ``/etc`` are read below it.
-        nvml: the ``pynvml`` module or anything with its functions; ``None``: no NVML here.
-        run: a command to its standard output, or ``None`` when it fails.
-        environ: the environment variables.
-        machine: the processor architecture as ``uname -m`` names it.
-    """
-
-    root: Path = Path("/")
-    nvml: Any = None
-    run: Callable[[Sequence[str]], str | None] = _no_command
-    environ: Mapping[str, str] = field(default_factory=dict)
-    machine: str = ""
-
-    @property
-    def live(self) -> bool:
-        """Whether these are this machine's own files and not a recording."""
-        return self.root == Path("/")
-
-    def path(self, path: str) -> Path:
-        return self.root / path.lstrip("/")
-
-    def read(self, path: str | Path) -> str | None:
-        """Text of a small file without surrounding blanks and NULs; ``None`` if unreadable."""
-        target = self.path(path) if isinstance(path, str) else path
-        try:
-            with target.open("rb") as handle:
-                raw = handle.read(_MAX_BYTES)
-        except (OSError, ValueError):
-            return None
-        return raw.decode("utf-8", errors="replace").strip("\0 \t\r\n")
-
-    def read_int(self, path: str | Path) -> int | None:
-        """A file that holds one whole number, else ``None``."""
-        text = self.read(path)
-        try:
-            return None if text is None else int(text)
-        except ValueError:
-            return None
-
-    def entries(self, path: str | Path) -> list[Path]:
-        """Sorted children of a folder; empty when it cannot be listed."""
-        target = self.path(path) if isinstance(path, str) else path
-        try:
-            return sorted(target.iterdir())
-        except (OSError, ValueError):
-            return []
-
-    def exists(self, path: str) -> bool:
-        try:
-            return self.path(path).exists()
-        except (OSError, ValueError):
-            return False
-
-    def which(self, program: str) -> Path | None:
-        """First match of a program on this environment's ``PATH``, below the root."""
-        for folder in self.environ.get("PATH", "").split(os.pathsep):
-            candidate = self.path(folder) / program
-            try:
-                if folder and candidate.is_file() and os.access(candidate, os.X_OK):
-                    return candidate
-            except (OSError, ValueError):
-                continue
-        return None
-
-
-def system_sources() -> Sources:
-    """The sources of this machine. Imports ``pynvml`` if it is installed; starts nothing."""
-    try:
-        import pynvml
-    except Exception:  # a broken install must not stop detection
-        pynvml = None
-    return Sources(
-        root=Path("/"),
-        nvml=pynvml,
-        run=run_command,
-        environ=dict(os.environ),
-        machine=platform.machine(),
-    )

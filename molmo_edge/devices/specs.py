@@ -1,8 +1,8 @@
 """Published figures of GPUs: memory size and bandwidth, dense matrix throughput.
 
-Every row names where its figures stand. FLOP/s are dense (vendors print twice as much for 2:4
-sparsity) and count FP32 accumulation, which is what vLLM's kernels use; on GeForce cards that is
-half of the FP16-accumulation figure. What is not published is ``None``, never a guess.
+Every row names its source. FLOP/s are dense (vendors print twice as much for 2:4 sparsity) with
+FP32 accumulation, which vLLM's kernels use; on GeForce cards that is half of the figure with FP16
+accumulation. What is not published is ``None``, never a guess.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Spec:
     Attributes:
         key: the name ``known_device`` takes.
         name: the name NVML reports, or the board's name for a Jetson.
-        pattern: regular expression for the whole of what NVML reports, or, on a Jetson, for a
+        pattern: regular expression for the whole name that NVML reports, or, for a Jetson, for
             part of its device tree's model and compatible strings.
         capability: CUDA compute capability.
         integrated: whether GPU and CPU share one memory.
@@ -31,7 +31,7 @@ class Spec:
         bandwidth_gb_s: peak memory bandwidth, 10^9 bytes per second.
         bf16_tflops, fp8_tflops, fp4_tflops: dense peaks, 10^12 FLOP/s; ``None``: not published,
             or the GPU has no such unit.
-        source: where the figures stand.
+        source: where the figures are published.
     """
 
     key: str
@@ -45,6 +45,10 @@ class Spec:
     fp8_tflops: float | None
     fp4_tflops: float | None
     source: str
+
+    @property
+    def is_jetson(self) -> bool:
+        return self.name.startswith("NVIDIA Jetson")
 
 
 _RTX50 = "NVIDIA RTX Blackwell GPU Architecture whitepaper, appendix tables"
@@ -107,11 +111,10 @@ def spec_of_jetson(identity: str, memory_bytes: int | None) -> Spec | None:
 
     Returns ``None`` when the memory that would decide between two modules is not known.
     """
-    jetsons = [spec for spec in SPECS if spec.name.startswith("NVIDIA Jetson")]
-    fitting = [spec for spec in jetsons if re.search(spec.pattern, identity)]
-    if len(fitting) <= 1 or memory_bytes is None:
-        return fitting[0] if len(fitting) == 1 else None
-    return min(fitting, key=lambda spec: abs(spec.memory_gib - memory_bytes / GIB))
+    matches = [s for s in SPECS if s.is_jetson and re.search(s.pattern, identity)]
+    if len(matches) > 1 and memory_bytes is not None:
+        return min(matches, key=lambda spec: abs(spec.memory_gib - memory_bytes / GIB))
+    return matches[0] if len(matches) == 1 else None
 
 
 def spec_named(key: str) -> Spec:
@@ -120,11 +123,10 @@ def spec_named(key: str) -> Spec:
     Raises:
         ConfigError: no such row; the message suggests the nearest and lists all.
     """
+    rows = {spec.key: spec for spec in SPECS}
     wanted = key.strip().lower()
-    found = next((spec for spec in SPECS if spec.key == wanted), None)
-    if found is not None:
-        return found
-    keys = [spec.key for spec in SPECS]
-    near = difflib.get_close_matches(wanted, keys, n=1)
+    if wanted in rows:
+        return rows[wanted]
+    near = difflib.get_close_matches(wanted, rows, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigError(f"unknown device {key!r}: {hint}known devices are {', '.join(keys)}")
+    raise ConfigError(f"unknown device {key!r}: {hint}known devices are {', '.join(rows)}")

@@ -107,9 +107,17 @@ def machine(name: str, root: Path | None = None, **changes: Any) -> Sources:
     def run(command: Sequence[str]) -> str | None:
         return answers.get(" ".join(command))
 
-    nvml = recording["nvml"]
+    nvml, root = recording["nvml"], root or DATA / name / "root"
+    meminfo = root / "proc/meminfo"
+
+    def memory() -> tuple[int, int] | None:
+        kib = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        total, available = (int(kib[k].split()[0]) for k in ("MemTotal", "MemAvailable"))
+        return total * 1024, available * 1024
+
     values: dict[str, Any] = {
-        "root": root or DATA / name / "root",
+        "root": root,
+        "memory": memory,
         "nvml": None if nvml is None else RecordedNvml(nvml),
         "run": run,
         "environ": recording["environ"],

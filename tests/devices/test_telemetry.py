@@ -13,9 +13,8 @@ import pynvml
 import pytest
 
 from molmo_edge.devices.nvml import Nvml
-from molmo_edge.devices.probes import find_probes
 from molmo_edge.devices.sources import Sources, system_sources
-from molmo_edge.devices.telemetry import Sampler, Summary
+from molmo_edge.devices.telemetry import Sampler, TelemetrySummary, find_sensors
 from molmo_edge.errors import ConfigError
 from tests.devices.recorded import MACHINES, copied, machine
 from tests.engine.support import eventually
@@ -33,7 +32,7 @@ def finished(sources: Sources, interval_s: float = 0.01) -> Sampler:
     return sampler
 
 
-def sampled(sources: Sources) -> Summary:
+def sampled(sources: Sources) -> TelemetrySummary:
     return finished(sources).summary()
 
 
@@ -185,7 +184,7 @@ def test_an_interval_out_of_range_is_refused(interval: float) -> None:
 def test_a_sampler_is_opened_once() -> None:
     with Sampler(1, machine("cpu")) as sampler:
         pass
-    with pytest.raises(ConfigError, match="cannot be opened again"):
+    with pytest.raises(ConfigError, match="cannot be started again"):
         sampler.__enter__()
 
 
@@ -240,9 +239,9 @@ def test_probes_are_chosen_once() -> None:
     """A sensor that answers only later is not picked up, so that columns stay the same."""
     sources = machine("cpu")
     with Nvml(sources) as nvml:
-        probes = find_probes(sources, nvml)
-    assert set(probes.clocks_mhz) == {"cpu"}
-    assert probes.temperature_c is not None and probes.temperature_c() == 51.0
+        probes = find_sensors(sources, nvml).probes
+    assert set(probes) == {"clock cpu", "temperature_c", "memory_used_bytes"}
+    assert probes["temperature_c"]() == 51.0
 
 
 @pytest.mark.parametrize("name", ["clocks_event_reasons", "clocks_throttle_reasons"])
