@@ -8,7 +8,7 @@ from molmo_edge.devices.caches import Cache
 from molmo_edge.devices.checkpoint import model_shape
 from molmo_edge.devices.findings import Finding
 from molmo_edge.devices.info import DeviceInfo
-from molmo_edge.devices.nvml import gpus_hidden
+from molmo_edge.devices.nvml import visible_gpu
 from molmo_edge.devices.precision import DEFAULT_UTILIZATION, choose_precision
 from molmo_edge.devices.profiles import Profile, profile_warning
 from molmo_edge.devices.sources import Sources
@@ -29,7 +29,7 @@ def device_findings(src: Sources, device: DeviceInfo) -> Iterator[Finding]:
                                                  "neon", "bf16", "sve"}))  # fmt: skip
         detail = f"none; {device.cpu_name or 'processor unknown'} ({isa or 'instructions unknown'})"
         yield Finding("note", "GPU", detail)
-    if device.kind == "cpu" and gpus_hidden(src):
+    if device.kind == "cpu" and visible_gpu(src) is None:
         yield Finding(
             "warn",
             "CUDA_VISIBLE_DEVICES",
