@@ -214,7 +214,8 @@ def _is_wsl(src: Sources) -> bool:
 
 
 def _in_container(src: Sources) -> bool:
-    if src.exists("/.dockerenv") or src.exists("/run/.containerenv") or src.environ.get("container"):
+    files = ("/.dockerenv", "/run/.containerenv")
+    if any(src.exists(file) for file in files) or src.environ.get("container"):
         return True
     groups = src.read("/proc/1/cgroup") or ""
     return any(name in groups for name in ("docker", "kubepods", "containerd", "lxc", "libpod"))
