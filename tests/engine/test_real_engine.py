@@ -107,7 +107,6 @@ def test_streams_at_once_each_get_their_own_answer(real_vlm: EdgeVLM, photo: np.
         assert "".join(deltas) == result.text
         assert TEXT.startswith(result.text)
         assert len(result.token_ids) == len(result.logprobs or ()) == 3 + i
-        assert len(deltas) > 1
 
     in_threads([lambda i=i: caller(i) for i in range(8)])  # type: ignore[misc]
 
