@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from molmo_edge.devices.tensors import BLOCKS
 from molmo_edge.errors import QuantizeError
 from molmo_edge.models.molmo.synthetic import Family, Shape, random_weights, write_checkpoint
-from molmo_edge.models.molmo.tensors import BLOCKS
 from molmo_edge.quantize import activations as quant_activations
 from molmo_edge.quantize import calibrate as quant_calibrate
 from molmo_edge.quantize import plan as quant_plan

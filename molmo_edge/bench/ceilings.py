@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from molmo_edge.bench.document import Ceiling, Environment, Row
-from molmo_edge.devices import checkpoint, shapes
+from molmo_edge.devices import shapes
 from molmo_edge.devices.telemetry import Sampler
 from molmo_edge.errors import MolmoEdgeError
 from molmo_edge.models.hub import default_cache_dir, locate
@@ -40,7 +40,7 @@ def shape_of(vlm: Any) -> shapes.ModelShape | None:
         return None
     try:
         root = settings.cache_dir or default_cache_dir()
-        return checkpoint.model_shape(locate(settings.model, root, settings.load_format))
+        return shapes.model_shape(locate(settings.model, root, settings.load_format))
     except MolmoEdgeError:
         return None
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from molmo_edge.devices.caches import Cache
-from molmo_edge.devices.checkpoint import model_shape
 from molmo_edge.devices.findings import Finding
 from molmo_edge.devices.info import DeviceInfo
 from molmo_edge.devices.nvml import visible_gpu
 from molmo_edge.devices.precision import DEFAULT_UTILIZATION, choose_precision
 from molmo_edge.devices.profiles import Profile, profile_warning
+from molmo_edge.devices.shapes import model_shape
 from molmo_edge.devices.sources import Sources
 from molmo_edge.devices.specs import GIB
 from molmo_edge.errors import ConfigError

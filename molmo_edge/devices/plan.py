@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from molmo_edge.devices.checkpoint import model_shape
 from molmo_edge.devices.history import Share, shares
 from molmo_edge.devices.info import DeviceInfo
 from molmo_edge.devices.kv_cache import planned_dtype
 from molmo_edge.devices.precision import choose_precision, usable_bytes
 from molmo_edge.devices.profiles import Profile, select_profile
 from molmo_edge.devices.roof import FORMULAS, Roof
-from molmo_edge.devices.shapes import KV_DTYPES, ModelShape, Weights
+from molmo_edge.devices.shapes import KV_DTYPES, ModelShape, Weights, model_shape
 from molmo_edge.errors import ConfigError
 
 __all__ = ["Plan", "PrecisionPlan", "model_shape", "plan"]

@@ -16,7 +16,6 @@ from typing import Any
 
 from molmo_edge._version import __version__
 from molmo_edge.devices.caches import cache_environment
-from molmo_edge.devices.checkpoint import model_shape
 from molmo_edge.devices.detect import DeviceInfo, detect
 from molmo_edge.devices.kv_cache import (
     check_kv_cache_dtype,
@@ -26,7 +25,7 @@ from molmo_edge.devices.kv_cache import (
 )
 from molmo_edge.devices.precision import Choice, choose_precision
 from molmo_edge.devices.profiles import Profile, profile_warning
-from molmo_edge.devices.shapes import ModelShape
+from molmo_edge.devices.shapes import ModelShape, model_shape
 from molmo_edge.errors import ConfigError, MissingDependencyError
 from molmo_edge.interface import ModelFamily
 from molmo_edge.models.hub import default_cache_dir

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from molmo_edge.devices.tensors import BLOCKS, TEXT, VISION, VIT_BLOCKS
 from molmo_edge.errors import ImageError, QuantizeError
-from molmo_edge.models.molmo.tensors import BLOCKS, TEXT, VISION, VIT_BLOCKS
 from molmo_edge.quantize.fold import LAYERS
 from molmo_edge.reference.molmo import ReferenceInputs, ReferenceMolmo, preprocess, sequence
 from molmo_edge.reference.molmo_checkpoint import TextConfig, count_blocks

@@ -122,7 +122,7 @@ def _header(path: Path) -> list[tuple[str, str, tuple[int, ...]]]:
 
 
 def _check_names(config: Mapping[str, Any], family: Any, found: Mapping[str, Tensor]) -> None:
-    from molmo_edge.models.molmo.tensors import Tower, tensor_shapes
+    from molmo_edge.devices.tensors import Tower, tensor_shapes
 
     blocks = re.compile(r".*\.resblocks\.(\d+)\.")
     tower = [int(m[1]) for name in found if (m := blocks.match(name))]

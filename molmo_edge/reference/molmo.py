@@ -22,8 +22,8 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from molmo_edge.devices.tensors import BLOCKS, POOL, PROJECTOR, TEXT, VISION, VIT, VIT_BLOCKS
 from molmo_edge.errors import InputError, SamplingError
-from molmo_edge.models.molmo.tensors import BLOCKS, POOL, PROJECTOR, TEXT, VISION, VIT, VIT_BLOCKS
 from molmo_edge.reference.molmo_checkpoint import (
     VIT_HEAD,
     TextConfig,

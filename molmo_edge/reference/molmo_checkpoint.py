@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from molmo_edge.checkpoint_files import read_json, weight_files
+from molmo_edge.devices.tensors import POOL, VIT, VIT_BLOCKS, Tower, tensor_shapes
 from molmo_edge.errors import ModelError
-from molmo_edge.models.molmo.tensors import POOL, VIT, VIT_BLOCKS, Tower, tensor_shapes
 
 # config.json does not state these.
 VIT_HEAD = 64  # head size of the vision tower and of the pooling

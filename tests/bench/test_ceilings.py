@@ -9,7 +9,7 @@ import pytest
 
 from molmo_edge.bench import ceilings
 from molmo_edge.bench.document import Ceiling, Environment, Row, Sample, Summary
-from molmo_edge.devices.checkpoint import model_shape
+from molmo_edge.devices.shapes import model_shape
 
 SHAPE = model_shape("allenai/Molmo-7B-D-0924")
 

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from molmo_edge.devices.checkpoint import model_shape
 from molmo_edge.devices.detect import detect, known_device, known_devices
 from molmo_edge.devices.info import DeviceInfo
 from molmo_edge.devices.kv_cache import check_kv_cache_dtype, kv_cache_warning
 from molmo_edge.devices.precision import NAMES, choose_precision, usable_bytes
 from molmo_edge.devices.profiles import load_profile
+from molmo_edge.devices.shapes import model_shape
 from molmo_edge.errors import ConfigError
 from tests.devices.recorded import machine
 

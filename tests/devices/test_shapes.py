@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from molmo_edge.devices.checkpoint import model_shape, part_of
-from molmo_edge.devices.model_configs import KNOWN
-from molmo_edge.devices.quantized import stored_precision
+from molmo_edge.devices.shapes import model_shape, part_of, stored_precision
+from molmo_edge.devices.tensors import KNOWN
 from molmo_edge.errors import ModelError
 from tests.sparse_checkpoint import write_sparse
 
@@ -214,7 +213,7 @@ def test_unknown_model_names_the_nearest() -> None:
     ("config", "message"),
     [
         ('{"model_type": "llama"}', "model_type 'llama'; planning knows molmo or gemma3"),
-        ('{"model_type": "molmo"}', "lacks a size or has a wrong one: hidden_size"),
+        ('{"model_type": "molmo"}', "lacks a size or has a wrong one: num_attention_heads"),
         ('{"model_type": "gemma3", "text_config": 3, "vision_config": {}}', "lacks a size"),
     ],
 )

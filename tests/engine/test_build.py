@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from molmo_edge.devices.detect import DeviceInfo, detect, known_device
-from molmo_edge.devices.model_configs import KNOWN
 from molmo_edge.devices.profiles import load_profile, select_profile
+from molmo_edge.devices.tensors import KNOWN
 from molmo_edge.engine import build, vllm_args
 from molmo_edge.engine.vllm_args import BuildPlan, engine_environment, is_cpu_build, plan_build
 from molmo_edge.errors import ConfigError

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from molmo_edge.checkpoint_files import read_json
-from molmo_edge.devices.checkpoint import model_shape
+from molmo_edge.devices.shapes import model_shape
 from molmo_edge.errors import ModelError
 from molmo_edge.models.hub import locate
 from molmo_edge.models.molmo import stub, synthetic

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from molmo_edge.models.molmo.tensors import Tower, tensor_shapes
+from molmo_edge.devices.tensors import Tower, tensor_shapes
 from molmo_edge.reference.molmo import SpecialTokens
 
 IDS = SpecialTokens(start=208, end=209, patch=210, col=211)

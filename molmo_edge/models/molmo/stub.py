@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from molmo_edge.devices.model_configs import KNOWN
+from molmo_edge.devices.tensors import KNOWN
 from molmo_edge.errors import ModelError
 
 NAME = "stub"

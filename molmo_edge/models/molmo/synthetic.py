@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from molmo_edge.devices.tensors import Tower, tensor_shapes
 from molmo_edge.models.molmo.config import Family
 from molmo_edge.models.molmo.image_processor import MolmoImageProcessor
 from molmo_edge.models.molmo.prompts import IMAGE_TOKENS
-from molmo_edge.models.molmo.tensors import Tower, tensor_shapes
 
 END_OF_TEXT = "<|endoftext|>"
 # Whole-word tokens of the synthetic tokenizer; everything else is split into bytes.
