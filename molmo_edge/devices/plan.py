@@ -13,8 +13,7 @@ from typing import Any
 
 from molmo_edge.devices.history import Share, shares
 from molmo_edge.devices.info import DeviceInfo
-from molmo_edge.devices.kv_cache import planned_dtype
-from molmo_edge.devices.precision import choose_precision, usable_bytes
+from molmo_edge.devices.precision import choose_precision, planned_dtype, usable_bytes
 from molmo_edge.devices.profiles import Profile, select_profile
 from molmo_edge.devices.roof import FORMULAS, Roof
 from molmo_edge.devices.shapes import KV_DTYPES, ModelShape, Weights, model_shape

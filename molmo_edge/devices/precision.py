@@ -1,55 +1,37 @@
-"""Which precision the weights get.
+"""Choose the precision of the weights and check the KV cache, before anything is loaded.
 
-Decided before anything is loaded: a load that runs out of memory after minutes, or one that
-silently leaves the weights unquantised, is what these rules are for.
+A load that runs out of memory after minutes, or one that silently leaves the weights unquantised,
+is what these rules prevent.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from molmo_edge.devices.info import DeviceInfo
 from molmo_edge.devices.profiles import Profile, select_profile
+from molmo_edge.devices.shapes import ModelShape
 from molmo_edge.errors import ConfigError
+from molmo_edge.settings import REFUSED_PRECISIONS
 
 WORKSPACE_BYTES = 1 << 30
-"""Set aside beside weights and cache for the CUDA context, activations and graphs: an allowance."""
+"""Allowance beside weights and cache for the CUDA context, activations and graphs."""
 
-SYSTEM_SHARE = 0.15
-"""Share of shared or main memory left to everything else where free memory is not known."""
+SYSTEM_FRACTION = 0.15
+"""Fraction of shared or main memory left to other programs where free memory is not known."""
 
 DEFAULT_UTILIZATION = 0.9
-
-NAMES = ("auto", "bf16", "fp8", "w4a16", "nvfp4")
-
-_REFUSED = {
-    "nvfp4_per_token": (
-        "vLLM applies it to mixture-of-experts layers only and would silently leave every dense "
-        "layer in BF16; use a checkpoint quantised to nvfp4"
-    ),
-    "int8_per_channel_weight_only": (
-        "vLLM applies it to mixture-of-experts layers only and would silently leave every dense "
-        "layer in BF16; use fp8, or a checkpoint quantised to w4a16"
-    ),
-    "bitsandbytes": (
-        "vLLM 0.32 no longer loads bitsandbytes; use fp8, or a checkpoint quantised to w4a16"
-    ),
-    "bnb": "vLLM 0.32 no longer loads bitsandbytes; use fp8, or a checkpoint quantised to w4a16",
-}
-
-_Fits = Callable[[str], bool]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A precision and why.
+    """A precision and the reason for it.
 
     Attributes:
         precision: "bf16", "fp8", "w4a16", "nvfp4", or what a quantised checkpoint holds.
-        reason: one line for a person.
-        fallback: whether it is not what was wished for, so that the reason should be shown.
+        reason: one line.
+        fallback: whether the preferred precision did not fit, so that the reason should be shown.
     """
 
     precision: str
@@ -58,10 +40,10 @@ class Choice:
 
 
 def usable_bytes(device: DeviceInfo, utilization: float | None = None) -> int | None:
-    """Memory that weights and KV cache may take, workspace already taken off.
+    """Return the memory for weights and KV cache in bytes, without the workspace.
 
-    On a separate GPU ``utilization`` (default 0.9) of its memory, and no more than is free; on
-    shared or main memory what is free. ``None`` if the device's memory is not known.
+    A discrete GPU gives ``utilization`` (default 0.9) of its memory, and no more than is free;
+    shared or main memory gives what is free. ``None`` if the device's memory is not known.
     """
     total, free = device.memory_total_bytes, device.memory_available_bytes
     if total is None:
@@ -69,7 +51,7 @@ def usable_bytes(device: DeviceInfo, utilization: float | None = None) -> int | 
     if device.kind == "cuda" and not device.integrated:
         limit = int(total * (DEFAULT_UTILIZATION if utilization is None else utilization))
     else:
-        limit = int(total * (1 - SYSTEM_SHARE)) if free is None else free
+        limit = int(total * (1 - SYSTEM_FRACTION)) if free is None else free
     return max(0, (limit if free is None else min(limit, free)) - WORKSPACE_BYTES)
 
 
@@ -83,134 +65,158 @@ def choose_precision(
     utilization: float | None = None,
     plain: str = "BF16",
 ) -> Choice:
-    """The precision to load a model in.
+    """Choose the precision to load a model in.
 
     Args:
-        requested: "auto" or a name of ``NAMES``.
-        device: where it will run.
+        requested: a name of ``settings.PRECISIONS``.
+        device: the device that the model will run on.
         model_bytes_by_precision: bytes of all weights at each precision this checkpoint can be
-            loaded in, as ``ModelShape.bytes_by_precision()`` gives them.
-        profile: whose ``precision`` "auto" stands for; the device's own if ``None``.
+            loaded in (``ModelShape.bytes_by_precision()``).
+        profile: its ``precision`` is what "auto" prefers; ``None``: the device's own profile.
         kv_bytes: KV cache that must fit beside the weights.
-        utilization: share of a separate GPU's memory that may be used.
+        utilization: usable fraction of a discrete GPU's memory.
         plain: what messages call weights that are not quantised.
 
     Raises:
-        ConfigError: an unknown name, one that would leave dense weights unquantised, a precision
-            this checkpoint does not have, or weights that do not fit. "auto" fails only when
-            nothing fits.
+        ConfigError: a precision this checkpoint does not have, one that would leave dense weights
+            unquantised, or weights that do not fit. "auto" fails only when nothing fits.
     """
-    check_precision_name(requested)
     available = dict(model_bytes_by_precision)
     if not available:
         raise ConfigError("the model can be loaded in no precision that this library knows")
     usable = usable_bytes(device, utilization)
-
-    def fits(name: str) -> bool:
-        return usable is None or available[name] + kv_bytes <= usable
-
-    stored = next(iter(available)) if len(available) == 1 else None
-    if stored is not None and stored != "bf16":
-        if stored in _REFUSED:
-            raise ConfigError(f"the checkpoint is quantised with {stored}: {_REFUSED[stored]}")
-        if requested not in ("auto", stored):
-            raise ConfigError(
-                f"precision {requested} was asked for, but the checkpoint is quantised to "
-                f"{stored}; use precision auto, or the unquantised checkpoint"
-            )
-        if not fits(stored):
-            raise _no_room(stored, device, available, kv_bytes, usable, plain)
-        return Choice(stored, "as stored")
-    if requested != "auto":
-        if requested not in available:
-            raise ConfigError(
-                f"precision {requested} needs a checkpoint that is already quantised, and this one "
-                f"is not: molmo-edge quantize MODEL OUT --scheme {requested}"
-            )
-        if not fits(requested):
-            raise _no_room(requested, device, available, kv_bytes, usable, plain)
-        return Choice(requested, "asked for")
-    return _automatic(device, available, profile, fits, kv_bytes, usable, plain)
-
-
-def _automatic(
-    device: DeviceInfo,
-    available: Mapping[str, int],
-    profile: Profile | None,
-    fits: _Fits,
-    kv_bytes: int,
-    usable: int | None,
-    plain: str,
-) -> Choice:
-    source = profile or select_profile(device)[0]
-    wished = str(source.settings.get("precision", "auto"))
-    if wished not in available:
-        wished = "bf16" if "bf16" in available else next(iter(available))
-    if fits(wished):
-        known = "" if usable is not None else "; memory unknown, so not checked"
-        return Choice(wished, f"profile {source.name}{known}")
-    # FP8 on a CPU is emulated: slower than not starting would be honest about.
-    if wished == "bf16" and "fp8" in available and device.kind == "cuda" and fits("fp8"):
-        return Choice(
-            "fp8",
-            f"{plain} weights ({_gb(available['bf16'])}) do not fit {_gb(usable)} of usable memory "
-            f"on {device.name}: loading them in FP8 ({_gb(available['fp8'])})",
-            fallback=True,
+    room = [n for n, size in available.items() if usable is None or size + kv_bytes <= usable]
+    precision, reason = _preferred(requested, available, device, profile)
+    if precision in room:
+        unchecked = usable is None and requested == "auto" and reason != "as stored"
+        return Choice(precision, reason + "; memory unknown, so not checked" * unchecked)
+    size, memory = _gb(available[precision]), f"{_gb(usable)} of usable memory on {device.name}"
+    if requested == "auto" and precision == "bf16" and device.kind == "cuda" and "fp8" in room:
+        reason = (
+            f"{plain} weights ({size}) do not fit {memory}: loading them in FP8 "
+            f"({_gb(available['fp8'])})"
         )
-    raise _no_room(wished, device, available, kv_bytes, usable, plain)
-
-
-def check_quantization(name: str) -> None:
-    """Refuses a value of vLLM's own ``quantization`` that leaves dense weights as they are.
-
-    Raises:
-        ConfigError: with the reason. Names this library knows nothing of are let through.
-    """
-    if (why := _REFUSED.get(name.strip().lower())) is not None:
-        raise ConfigError(f"quantization {name.strip().lower()} is refused: {why}")
-
-
-def check_precision_name(name: str) -> None:
-    """Refuses a name that is not one of ``NAMES``.
-
-    Raises:
-        ConfigError: with the reason for a name vLLM knows but that must not be used.
-    """
-    if name in NAMES:
-        return
-    folded = name.strip().lower()
-    for refused, why in _REFUSED.items():
-        if folded == refused:
-            raise ConfigError(f"precision {refused} is refused: {why}")
-    near = difflib.get_close_matches(folded[:60], NAMES, n=1, cutoff=0.3)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigError(f"unknown precision {name[:60]!r}: {hint}expected {', '.join(NAMES)}")
-
-
-def _no_room(
-    name: str,
-    device: DeviceInfo,
-    available: Mapping[str, int],
-    kv_bytes: int,
-    usable: int | None,
-    plain: str,
-) -> ConfigError:
-    room = 0 if usable is None else usable
-    smaller = [n for n, size in available.items() if n != name and size + kv_bytes <= room]
+        return Choice("fp8", reason, fallback=True)
     if device.kind == "cpu":
-        # FP8 fits a CPU's memory, but saying so must not look like advice.
+        # FP8 is emulated on CPUs: where it fits, it is still no advice.
         advice = "use a checkpoint quantised to w4a16, or a machine with more memory"
-    elif smaller:
-        advice = f"precision {' or '.join(smaller)} fits"
+    elif room:
+        advice = f"precision {' or '.join(room)} fits"
     else:
         advice = "use a checkpoint quantised to w4a16 or nvfp4, or free memory"
-    kv = f" and {_gb(kv_bytes)} of KV cache" if kv_bytes else ""
-    label = plain if name == "bf16" else name.upper()
-    return ConfigError(
-        f"{label} weights ({_gb(available[name])}){kv} do not fit {_gb(usable)} of usable "
-        f"memory on {device.name}; {advice}"
-    )
+    label = plain if precision == "bf16" else precision.upper()
+    cache = f" and {_gb(kv_bytes)} of KV cache" if kv_bytes else ""
+    raise ConfigError(f"{label} weights ({size}){cache} do not fit {memory}; {advice}")
+
+
+def _preferred(
+    requested: str, available: Mapping[str, int], device: DeviceInfo, profile: Profile | None
+) -> tuple[str, str]:
+    """Return the precision to load if it fits, and why."""
+    stored = next(iter(available))
+    if len(available) == 1 and stored != "bf16":
+        if stored in REFUSED_PRECISIONS:
+            raise ConfigError(
+                f"the checkpoint is quantised with {stored}: {REFUSED_PRECISIONS[stored]}"
+            )
+        if requested not in ("auto", stored):
+            raise ConfigError(
+                f"precision {requested} was requested, but the checkpoint is quantised to "
+                f"{stored}; use precision auto, or the unquantised checkpoint"
+            )
+        return stored, "as stored"
+    if requested == "auto":
+        source = profile or select_profile(device)[0]
+        wish = str(source.settings.get("precision", "auto"))
+        if wish not in available:
+            wish = "bf16" if "bf16" in available else stored
+        return wish, f"profile {source.name}"
+    if requested not in available:
+        raise ConfigError(
+            f"precision {requested} needs a checkpoint that is already quantised, and this one "
+            f"is not: molmo-edge quantize MODEL OUT --scheme {requested}"
+        )
+    return requested, "requested"
 
 
 def _gb(count: int | None) -> str:
     return "unknown" if count is None else f"{count / 1e9:.1f} GB"
+
+
+def check_kv_cache_dtype(
+    kv_cache_dtype: str, device: DeviceInfo, attention_backend: str | None = None
+) -> None:
+    """Refuse a KV cache dtype that vLLM 0.32 does not support on this device or backend.
+
+    What is not known about the device is not checked.
+
+    Raises:
+        ConfigError: with what to use instead.
+    """
+    capability, backend = device.capability, (attention_backend or "").upper()
+    per_head = kv_cache_dtype.endswith("per_token_head")
+    if kv_cache_dtype in ("auto", "bfloat16"):
+        return
+    if device.kind == "cpu":
+        if per_head:
+            raise ConfigError(f"kv_cache_dtype {kv_cache_dtype} needs a GPU; use fp8 or auto")
+        if device.cpu_isa and "avx512f" not in device.cpu_isa:
+            raise ConfigError("kv_cache_dtype fp8 needs AVX-512 on a CPU; use auto")
+        return
+    if kv_cache_dtype.startswith("fp8") and capability is not None and capability < (8, 9):
+        raise ConfigError(
+            f"kv_cache_dtype {kv_cache_dtype} needs compute capability 8.9 or newer, "
+            f"{device.name} has {device.compute_capability}; use auto, or int8_per_token_head"
+        )
+    if per_head and backend not in ("", "TRITON_ATTN"):
+        raise ConfigError(
+            f"kv_cache_dtype {kv_cache_dtype} works with attention_backend TRITON_ATTN only, "
+            f"not {backend}"
+        )
+    data_centre = capability is None or capability[0] in (9, 10)
+    if kv_cache_dtype == "fp8" and backend == "FLASH_ATTN" and not data_centre:
+        raise ConfigError(
+            f"FLASH_ATTN has no FP8 KV cache on {device.sm}; use attention_backend TRITON_ATTN"
+        )
+
+
+def kv_cache_warning(kv_cache_dtype: str, *, qwen2: bool) -> str | None:
+    """Return a warning if the plain FP8 cache may cost quality.
+
+    ``qwen2`` says whether the decoder is of the Qwen2 class (``ModelShape.qwen2``).
+    """
+    if kv_cache_dtype not in ("fp8", "fp8_e4m3") or not qwen2:
+        return None
+    return (
+        f"kv_cache_dtype {kv_cache_dtype} uses a scale of 1.0, and Qwen2-class models such as "
+        "Molmo-7B-D have large key outliers: measure it with the benchmark's drift check, or use "
+        "fp8_per_token_head"
+    )
+
+
+def planned_dtype(kv_cache_dtype: str) -> str:
+    """Return the name in ``KV_DTYPES`` that has a setting's size; "auto" is BF16."""
+    return {"auto": "bfloat16", "fp8_e4m3": "fp8", "fp8_e5m2": "fp8"}.get(
+        kv_cache_dtype, kv_cache_dtype
+    )
+
+
+def request_bytes(
+    shape: ModelShape, tokens: int, kv_cache_dtype: str, *, float32: bool = False
+) -> int:
+    """Bytes of the KV cache of one request; with ``float32`` activations "auto" is float32."""
+    size = shape.kv_bytes(tokens, planned_dtype(kv_cache_dtype))
+    return 2 * size if float32 and kv_cache_dtype == "auto" else size
+
+
+def check_kv_room(longest: int, given: int | None) -> None:
+    """Refuse a KV cache of ``given`` bytes that cannot hold one request of ``longest`` bytes.
+
+    Raises:
+        ConfigError: vLLM would refuse it too, after loading the model.
+    """
+    if given is not None and longest > given:
+        raise ConfigError(
+            f"kv_cache_memory_gb {given / 2**30:g} is too small: one request of max_model_len "
+            f"needs {longest / 2**30:.3g} GiB; raise it, or lower max_model_len"
+        )

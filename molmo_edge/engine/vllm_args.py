@@ -17,13 +17,14 @@ from typing import Any
 from molmo_edge._version import __version__
 from molmo_edge.devices.caches import cache_environment
 from molmo_edge.devices.detect import DeviceInfo, detect
-from molmo_edge.devices.kv_cache import (
+from molmo_edge.devices.precision import (
+    Choice,
     check_kv_cache_dtype,
     check_kv_room,
+    choose_precision,
     kv_cache_warning,
     request_bytes,
 )
-from molmo_edge.devices.precision import Choice, choose_precision
 from molmo_edge.devices.profiles import Profile, profile_warning
 from molmo_edge.devices.shapes import ModelShape, model_shape
 from molmo_edge.errors import ConfigError, MissingDependencyError

@@ -14,6 +14,7 @@ import pytest
 from molmo_edge.devices import profiles
 from molmo_edge.devices.detect import detect, known_device, known_devices
 from molmo_edge.devices.info import DeviceInfo
+from molmo_edge.devices.precision import check_kv_cache_dtype
 from molmo_edge.devices.profiles import (
     load_profile,
     parse_profile,
@@ -150,8 +151,6 @@ def test_shared_memory_is_given_in_bytes(name: str) -> None:
 
 @pytest.mark.parametrize("known", known_devices())
 def test_profile_asks_no_device_for_what_it_cannot_do(known: str) -> None:
-    from molmo_edge.devices.kv_cache import check_kv_cache_dtype
-
     device = known_device(known)
     settings = select_profile(device)[0].settings
     check_kv_cache_dtype(settings["kv_cache_dtype"], device, settings.get("attention_backend"))
