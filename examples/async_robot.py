@@ -2,9 +2,9 @@
 
     python examples/async_robot.py --seconds 20
 
-Both are tasks of one event loop; the camera and the engine have threads of their own. It prints how
-late the loop's ticks were, first alone, then beside the model. A loop that must never be late
-belongs into a process of its own: here they share the interpreter's lock.
+Both are tasks of one event loop; the camera and the engine have their own threads. Prints how late
+the ticks were, first alone, then while the model answers. They share the interpreter's lock: run a
+control loop that must never be late in a process of its own.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Robot:
         self.answers = 0
 
     async def control(self) -> None:
-        """Ticks at fixed times, so that a late tick does not shift those behind it."""
+        """Tick at fixed times, so that a late tick does not delay the next ones."""
         due = time.perf_counter()
         while True:
             due += PERIOD_S
@@ -49,7 +49,7 @@ class Robot:
             due += skipped * PERIOD_S
 
     async def look(self, vlm: EdgeVLM) -> None:
-        """Follows what the model points at."""
+        """Follow the object that the model points at."""
         async for seen in vlm.awatch(camera, "Point to the mug", max_crops=1, max_tokens=40):
             self.answers += 1
             if seen.result is not None and (points := parse_points(seen.result.text).points):
@@ -57,7 +57,7 @@ class Robot:
 
 
 def camera() -> Iterator[np.ndarray]:
-    """Ten frames a second of a red square that wanders."""
+    """Yield ten frames per second of a moving red square."""
     for i in itertools.count():
         frame = np.full((480, 640, 3), 90, np.uint8)
         left = 40 + i * 7 % 500
@@ -94,9 +94,9 @@ async def run(vlm: EdgeVLM, seconds: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="left out: settings decide, then the built-in stub")
+    parser.add_argument("--model", help="default: from the settings, else the built-in stub")
     parser.add_argument("--seconds", type=float, default=10)
-    parser.add_argument("--fake", action="store_true", help="no model: scripted answers")
+    parser.add_argument("--fake", action="store_true", help="scripted answers, no model")
     args = parser.parse_args()
     answer = '<point x="30.0" y="50.0">mug</point>'
     engine = FakeEngine.factory(answer, step_s=0.02) if args.fake else None

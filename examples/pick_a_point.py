@@ -1,11 +1,10 @@
-"""From words to a place in space: label → point → pixel → metres in the camera's frame.
+"""Locate an object in space: label → point → pixel → metres in the camera's frame.
 
     python examples/pick_a_point.py colour.png depth.png "the red mug" \\
         --fx 615.3 --fy 615.6 --cx 320.5 --cy 241.2
 
-The depth picture must be aligned with the colour picture: 16-bit PNG in millimetres, or .npy in
-metres, 0 or NaN where nothing was measured. Axes are the optical frame's: x to the right, y down,
-z forward.
+The depth image must be aligned with the colour image: 16-bit PNG in millimetres, or .npy in metres,
+0 or NaN where unknown. Axes are those of the optical frame: x right, y down, z forward.
 """
 
 from __future__ import annotations
@@ -22,28 +21,28 @@ from molmo_edge.engine.fake import FakeEngine
 
 
 def read_depth(path: Path) -> np.ndarray:
-    """Depth in metres, H x W float, NaN where unknown."""
+    """Read depth in metres, H x W float, NaN where unknown."""
     if path.suffix == ".npy":
         metres = np.load(path).astype(float)
     else:
-        with Image.open(path) as picture:
-            metres = np.asarray(picture).astype(float) / 1000.0
+        with Image.open(path) as image:
+            metres = np.asarray(image).astype(float) / 1000.0
     return np.where(metres > 0, metres, np.nan)
 
 
-def depth_at(depth: np.ndarray, column: int, row: int, reach: int = 3) -> float:
-    """Median of the depths around a pixel; a single one is often missing or an edge's."""
-    rows = slice(max(0, row - reach), row + reach + 1)
-    columns = slice(max(0, column - reach), column + reach + 1)
-    around = depth[rows, columns]
-    return float(np.nanmedian(around)) if np.isfinite(around).any() else float("nan")
+def depth_at(depth: np.ndarray, column: int, row: int, radius: int = 3) -> float:
+    """Median depth around a pixel: a single value is often missing, or on an edge."""
+    rows = slice(max(0, row - radius), row + radius + 1)
+    columns = slice(max(0, column - radius), column + radius + 1)
+    window = depth[rows, columns]
+    return float(np.nanmedian(window)) if np.isfinite(window).any() else float("nan")
 
 
 def deproject(
     column: int, row: int, z: float, fx: float, fy: float, cx: float, cy: float
 ) -> tuple[float, float, float]:
-    """Metres in the camera's optical frame, by the pinhole model without distortion."""
-    # A point names the middle of its pixel.
+    """Return metres in the optical frame, by the pinhole model without distortion."""
+    # A point is at the centre of its pixel.
     return (column + 0.5 - cx) * z / fx, (row + 0.5 - cy) * z / fy, z
 
 
@@ -54,24 +53,27 @@ def main() -> None:
     parser.add_argument("label")
     for name in ("fx", "fy", "cx", "cy"):
         parser.add_argument(f"--{name}", type=float, required=True, help="pixels")
-    parser.add_argument("--model", help="left out: settings decide, then the built-in stub")
-    parser.add_argument("--fake", action="store_true", help="no model: points at the middle")
+    parser.add_argument("--model", help="default: from the settings, else the built-in stub")
+    parser.add_argument("--fake", action="store_true", help="point at the centre, no model")
     args = parser.parse_args()
 
     engine = FakeEngine.factory('<point x="50.0" y="50.0">it</point>') if args.fake else None
     with EdgeVLM(args.model, engine=engine) as vlm:
-        found = vlm.point(args.image, args.label)
-        upright = found.image  # what the points refer to, EXIF rotation applied
+        answer = vlm.point(args.image, args.label)
+        upright = answer.image  # EXIF rotation applied; points refer to it
     depth = read_depth(args.depth)
     if depth.shape != (upright.height, upright.width):
-        sys.exit(f"depth is {depth.shape[1]} x {depth.shape[0]}, the picture is {upright.size}")
-    if not found.points:
-        sys.exit(f"nothing to point at; the model said: {found.text}")
-    for point in found.points:
+        sys.exit(
+            f"The depth image is {depth.shape[1]} x {depth.shape[0]}, the colour image "
+            f"{upright.width} x {upright.height}; align them."
+        )
+    if not answer.points:
+        sys.exit(f"No points; the answer is: {answer.text}")
+    for point in answer.points:
         column, row = point.px(upright.size)
         z = depth_at(depth, column, row)
         if np.isnan(z):
-            print(f"pixel ({column}, {row}): no depth there")
+            print(f"pixel ({column}, {row}): depth unknown")
             continue
         x, y, z = deproject(column, row, z, args.fx, args.fy, args.cx, args.cy)
         print(f"pixel ({column}, {row}): x {x:+.3f} m, y {y:+.3f} m, z {z:.3f} m")

@@ -1,31 +1,31 @@
-"""Every error molmo_edge raises, in one tree.
+"""All errors that molmo_edge raises, in one tree.
 
 ::
 
     MolmoEdgeError
     ├── ConfigError (ValueError)         a setting, profile or engine argument is unknown or wrong
-    ├── ModelError                       the model folder is missing, broken or not supported
+    ├── ModelError                       the model directory is missing, broken or not supported
     ├── MissingDependencyError (ImportError)   a package is needed; the message names the extra
     ├── InputError (ValueError)          one request was refused before it reached the engine
-    │   ├── ImageError                   the picture cannot be used; the cause is chained
+    │   ├── ImageError                   the image cannot be used; the cause is chained
     │   ├── PromptError                  the text cannot be used
     │   │   └── PromptTooLongError       prompt (and image) tokens do not fit the context
     │   └── SamplingError                a sampling option is out of range
     ├── RequestError                     one request ended early; `.partial` keeps its text
     │   ├── RequestTimeout (TimeoutError)    its deadline passed
     │   ├── RequestCancelled             it was cancelled
-    │   └── GenerationError              the engine refused or lost this one request
+    │   └── GenerationError              the engine rejected or lost this one request
     ├── EngineError                      the engine as a whole cannot answer
     │   ├── EngineStartError             it could not be built; the cause is chained
     │   ├── EngineDeadError              a step failed; the cause is chained
     │   ├── EngineClosedError            `close()` was called
-    │   ├── EngineForkedError            a forked child touched its parent's engine
+    │   ├── EngineForkedError            a forked child used its parent's engine
     │   └── QueueFull                    the bounded queue has no room for another request
-    ├── CameraError                      a picture source stalled or ended unexpectedly
+    ├── CameraError                      an image source stalled or ended unexpectedly
     ├── QuantizeError                    a checkpoint cannot be quantised
     └── BenchmarkError                   a benchmark or one of its result files cannot be used
 
-Messages say what was wrong, what was expected and what to do. They hold no object reprs,
+Messages say what was wrong, what was expected and what to do. They contain no object reprs,
 memory addresses or prompt text.
 """
 
@@ -41,7 +41,7 @@ class ConfigError(MolmoEdgeError, ValueError):
 
 
 class ModelError(MolmoEdgeError):
-    """A model folder is missing, broken, or holds a layout that is not supported."""
+    """A model directory is missing, broken, or has a layout that is not supported."""
 
 
 class MissingDependencyError(MolmoEdgeError, ImportError):
@@ -53,11 +53,11 @@ class InputError(MolmoEdgeError, ValueError):
 
 
 class ImageError(InputError):
-    """A picture cannot be read or is outside the limits. The cause, if any, is chained."""
+    """An image cannot be read or is outside the limits. The cause, if any, is chained."""
 
 
 class PromptError(InputError):
-    """A prompt is empty, not text, or holds special tokens of the model."""
+    """A prompt is empty, not a string, or contains special tokens of the model."""
 
 
 class PromptTooLongError(PromptError):
@@ -89,7 +89,7 @@ class RequestCancelled(RequestError):
 
 
 class GenerationError(RequestError):
-    """The engine refused or lost this one request; the engine itself goes on."""
+    """The engine rejected or lost this one request; the engine itself continues."""
 
 
 class EngineError(MolmoEdgeError):
@@ -109,7 +109,7 @@ class EngineClosedError(EngineError):
 
 
 class EngineForkedError(EngineError):
-    """A forked child process touched an engine that belongs to its parent."""
+    """A forked child process used an engine that belongs to its parent."""
 
 
 class QueueFull(EngineError):
@@ -117,7 +117,7 @@ class QueueFull(EngineError):
 
 
 class CameraError(MolmoEdgeError):
-    """A picture source stalled, disappeared or never delivered a frame."""
+    """An image source stalled, disappeared or never delivered a frame."""
 
 
 class QuantizeError(MolmoEdgeError):

@@ -1,4 +1,4 @@
-"""Types that the engine and the model families share; neither room imports the other for them.
+"""Types that the engine and the model families share.
 
 An engine is owned by one thread. `render` and `check_schema` alone may be called from any thread.
 """
@@ -38,11 +38,11 @@ class Rendered:
     """A request ready for the engine.
 
     Attributes:
-        prompt: what the engine's `add` takes; nobody else looks inside.
+        prompt: input of the engine's `add`; opaque to everything else.
         prompt_tokens, image_tokens: counts, None when the engine does not know them.
         token_ids: the prompt's tokens, None when the engine does not know them.
-        answer_prefix: what the family's answers start with and is no part of the answer, such as
-            Molmo's space after "Assistant:"; removed once if the answer starts with it.
+        answer_prefix: removed once from the start of the answer if the answer starts with it, such
+            as Molmo's space after "Assistant:".
     """
 
     prompt: Any
@@ -141,9 +141,9 @@ class ModelFamily(Protocol):
     Attributes:
         name: as it appears in results and reports.
         verbs: the methods of `EdgeVLM` that it supports.
-        max_images: most images of one request.
-        crops: whether `max_crops` and `resize` mean something.
-        unquantized: module patterns of the vision tower, which online quantisation leaves alone.
+        max_images: maximum number of images per request.
+        crops: whether `max_crops` and `resize` apply.
+        unquantized: module patterns of the vision tower, which online quantisation skips.
     """
 
     name: str

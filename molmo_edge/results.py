@@ -1,4 +1,4 @@
-"""What a request gives back: `Result` and `Metrics`, frozen values.
+"""Results of requests: `Result`, `Score` and `Metrics`, frozen values.
 
 Times are seconds on the monotonic clock, counts are tokens; unknown is None, never 0.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Metrics:
-    """Where the time of one request went.
+    """Timings and counts of one request.
 
     Attributes:
         queue_s: from the end of preprocessing until the engine took the request; waiting for a free
@@ -24,7 +24,7 @@ class Metrics:
         tpot_s: mean time per output token after the first.
         e2e_s: the whole request, from the call to its last token.
         prompt_tokens: prompt length, image tokens included.
-        image_tokens: tokens of the prompt that belong to the picture.
+        image_tokens: tokens of the prompt that belong to the image.
         output_tokens: generated tokens, the end-of-text token included.
         cached_tokens: prompt tokens found in the prefix cache.
         output_tps: decode speed: tokens after the first ÷ their time.
@@ -51,16 +51,16 @@ class Result:
 
     Attributes:
         text: the answer, without the leading space that Molmo starts with.
-        finish_reason: ``"stop"`` (end of text or a stop text) or ``"length"`` (`max_tokens` or the
-            context is used up).
+        finish_reason: ``"stop"`` (end of text or a stop string) or ``"length"`` (`max_tokens` or
+            the context is used up).
         token_ids: generated tokens, the end-of-text token included when it was generated.
         logprobs: natural-log probability of each generated token under the model's raw
-            distribution, aligned with `token_ids`; None unless asked for.
+            distribution, aligned with `token_ids`; None unless requested.
         top_logprobs: for each generated token, token id → log-probability of the most likely ones;
-            None unless more than one was asked for.
-        parsed: what the text holds when `json_schema` was given: JSON's own types, or an instance
-            of the pydantic model; None otherwise.
-        metrics: where the time went.
+            None unless more than one was requested.
+        parsed: value of the text when `json_schema` was given: JSON's own types, or an instance of
+            the pydantic model; None otherwise.
+        metrics: timings and counts.
         environment: versions and settings that produced it (vLLM, torch, transformers, model, …).
     """
 
@@ -79,15 +79,15 @@ class Result:
 
 @dataclass(frozen=True)
 class Score:
-    """How likely a model finds a given answer, each token following the given ones before it.
+    """Teacher-forced log-probabilities of a given answer.
 
     Attributes:
         token_ids: the answer.
         logprobs: natural-log probability of each of its tokens.
-        candidates: for each, token id → log-probability of the candidates that were asked for.
-        prompt_token_ids: what stood before the answer, image tokens included.
-        greedy_token_ids: for each, the token that the model itself finds likeliest there, over the
-            whole vocabulary.
+        candidates: for each, token id → log-probability of the candidates that were requested.
+        prompt_token_ids: the prompt before the answer, image tokens included.
+        greedy_token_ids: for each, the model's most likely token at that position, over the whole
+            vocabulary.
     """
 
     token_ids: tuple[int, ...]

@@ -18,16 +18,16 @@ class Sampling:
     """How to choose tokens. Greedy by default: a robot wants the same answer twice.
 
     Attributes:
-        max_tokens: most tokens to generate, at least 1.
+        max_tokens: maximum number of tokens to generate, at least 1.
         temperature: 0 is greedy.
-        top_p: share of probability to sample from, 0 < top_p <= 1.
+        top_p: cumulative probability of the tokens to sample from, 0 < top_p <= 1.
         seed: for repeatable sampling at temperature > 0.
-        stop: texts that end the answer and are left out of it.
-        logprobs: None, or how many log-probabilities a token to return, 1 to 20.
+        stop: strings that end the answer and are not part of it.
+        logprobs: number of log-probabilities to return per token, 1 to 20, or None.
         json_schema: a JSON Schema that the answer must follow.
-        ignore_eos: go on behind the end-of-text token; for benchmarks.
-        logprob_token_ids: tokens whose log-probabilities to return instead of the most likely
-            ones'; what `EdgeVLM.score` is made of.
+        ignore_eos: continue after the end-of-text token; for benchmarks.
+        logprob_token_ids: tokens whose log-probabilities to return instead of those of the most
+            likely ones; used by `EdgeVLM.score`.
 
     Raises:
         SamplingError: a value is not a number, out of range, or of the wrong type.
@@ -44,36 +44,36 @@ class Sampling:
     logprob_token_ids: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        _whole("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        _finite("temperature", self.temperature, 0.0, 100.0)
-        _finite("top_p", self.top_p, 0.0, 1.0)
+        _check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _check_number("temperature", self.temperature, 0.0, 100.0)
+        _check_number("top_p", self.top_p, 0.0, 1.0)
         if self.top_p == 0:
             raise SamplingError("top_p must be above 0; use temperature=0 for greedy decoding.")
         if self.seed is not None:
-            _whole("seed", self.seed, -(2**63), 2**63 - 1)
+            _check_integer("seed", self.seed, -(2**63), 2**63 - 1)
         if self.logprobs is True:
             object.__setattr__(self, "logprobs", 1)
         elif self.logprobs is False:
             object.__setattr__(self, "logprobs", None)
         if self.logprobs is not None:
-            _whole("logprobs", self.logprobs, 1, MAX_LOGPROBS)
+            _check_integer("logprobs", self.logprobs, 1, MAX_LOGPROBS)
         if not isinstance(self.ignore_eos, bool):
             raise SamplingError("ignore_eos must be True or False.")
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, Sequence) or not all(isinstance(s, str) and s for s in stop):
-            raise SamplingError("stop must be a text or a list of texts, none of them empty.")
+            raise SamplingError("stop must be a string or a list of strings, none of them empty.")
         object.__setattr__(self, "stop", tuple(stop))
         if self.json_schema is not None and not isinstance(self.json_schema, Mapping):
-            raise SamplingError("json_schema must be a mapping holding a JSON Schema.")
+            raise SamplingError("json_schema must be a JSON Schema as a mapping.")
 
 
-def _whole(name: str, value: object, low: int, high: int) -> None:
+def _check_integer(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         shown = value if isinstance(value, int | float) else type(value).__name__
-        raise SamplingError(f"{name} must be a whole number from {low} to {high}, not {shown}.")
+        raise SamplingError(f"{name} must be an integer from {low} to {high}, not {shown}.")
 
 
-def _finite(name: str, value: object, low: float, high: float) -> None:
+def _check_number(name: str, value: object, low: float, high: float) -> None:
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float)
@@ -85,7 +85,7 @@ def _finite(name: str, value: object, low: float, high: float) -> None:
 
 
 def check_timeout(timeout: float | None) -> float | None:
-    """A time-out in seconds, or None. Raises SamplingError unless it is a positive number."""
+    """Return the timeout in seconds, or None. Raises SamplingError unless it is positive."""
     if timeout is None:
         return None
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:

@@ -1,4 +1,4 @@
-"""`Stream`: an answer while it is generated, for threads and for asyncio."""
+"""`Stream`: an answer while it is generated, as an iterator and as an async iterator."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Stream:
     Works as an iterator and as an async iterator. Leaving the loop early, dropping the stream,
     `cancel()`, a passed deadline and a cancelled task each free the sequence in the engine.
 
-    Raises while iterating, after the text that was generated before:
+    Raises while iterating, after the text generated before it:
         RequestTimeout, RequestCancelled, GenerationError, EngineDeadError, EngineClosedError.
     """
 
@@ -54,14 +54,14 @@ class Stream:
         try:
             while not self._request.done:
                 self._wait(None)
-        except BaseException:  # Ctrl-C included: nobody waits any more
+        except BaseException:  # Ctrl-C included: nobody waits any longer
             self.cancel()
             raise
         return self._result()
 
     @property
     def prompt_token_ids(self) -> tuple[int, ...] | None:
-        """The prompt as the model received it, image tokens included; None when not known."""
+        """Tokens of the prompt, image tokens included; None when unknown."""
         ids = self._request.prompt_token_ids
         return None if ids is None else tuple(ids)
 
@@ -161,7 +161,7 @@ class Stream:
 
 
 class AStream:
-    """What `EdgeVLM.astream` returns: await it for the `Stream`, or iterate over its deltas.
+    """Result of `EdgeVLM.astream`: await it for the `Stream`, or iterate over its deltas.
 
     The request is submitted at the first of the two.
     """

@@ -403,7 +403,7 @@ class EdgeVLM:
 
         Args:
             source: see `molmo_edge.watch.WatchOptions`.
-            question: asked about every frame.
+            question: the prompt for every frame.
             drop: ``"oldest"``: a frame that arrives while another is answered replaces the one that
                 waits; ``"none"``: the source is read only as fast as frames are answered.
             max_fps: maximum number of frames to ask about per second.
@@ -535,7 +535,8 @@ class EdgeVLM:
         """End the engine and free its memory; from any thread, any number of times.
 
         Args:
-            timeout: maximum seconds to wait; None for as long as it takes.
+            timeout: maximum seconds to wait; None for as long as it takes. Signal handlers must
+                give one: the engine may wait for the code that they interrupt.
             drain: let requests in flight finish; otherwise they end with EngineClosedError.
 
         Returns:
@@ -619,9 +620,9 @@ class EdgeVLM:
         started: float,
     ) -> PendingRequest:
         engine = loop.engine
-        if options.sampling.json_schema is not None:
-            engine.check_schema(options.sampling.json_schema)
         with mapped("render"):
+            if options.sampling.json_schema is not None:
+                engine.check_schema(options.sampling.json_schema)
             rendered = engine.render(turns, {"max_crops": options.max_crops, "answer": answer})
         return PendingRequest(
             f"request-{next(self._ids)}",

@@ -1,4 +1,4 @@
-"""Warm an engine up: every kind of request once, then decode until the speed is steady."""
+"""Warm up an engine: run every kind of request once, then decode until the speed is steady."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class WarmupStep:
 
 @dataclass(frozen=True)
 class WarmupReport:
-    """What a warm-up measured.
+    """Result of a warm-up.
 
     Attributes:
         steps: each kind of request, in order.
@@ -122,7 +122,7 @@ def warm(
 
 
 def batch_sizes(settings: EdgeSettings) -> tuple[int, ...]:
-    """Batch sizes that are worth a run: those that graphs are captured for, else 1, 2, 4 …
+    """Batch sizes to run: those that graphs are captured for, else 1, 2, 4 …
 
     None is above `max_num_seqs`, which is always the last.
     """
@@ -143,7 +143,7 @@ class _Kind:
     max_crops: int | None = None
 
     def request(self, seed: int, tokens: int) -> Request:
-        # Another image and text each time: a cache would hide what the first one costs.
+        # Another image and text each time: a cache would hide the cost of the first.
         image = None
         if self.size is not None:
             shape = (*self.size, 3)

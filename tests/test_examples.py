@@ -73,9 +73,9 @@ def test_depth_that_does_not_fit_is_told(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(colour)
     np.save(depth, np.ones((24, 32)))
     said = run("pick_a_point", colour, depth, "mug", *INTRINSICS, status=1)
-    assert "depth is 32 x 24" in said
+    assert "depth image is 32 x 24" in said
     np.save(depth, np.zeros((48, 64)))
-    assert "no depth there" in run("pick_a_point", colour, depth, "mug", *INTRINSICS)
+    assert "depth unknown" in run("pick_a_point", colour, depth, "mug", *INTRINSICS)
 
 
 TICKS = re.compile(r"(\d+) ticks in .* (\d+) missed, (\d+) answers")

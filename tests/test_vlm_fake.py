@@ -113,7 +113,7 @@ def test_a_batch_is_decoded_together(fake: FakeFactory) -> None:
     with opened(fake) as vlm:
         vlm.batch([Request(None, f"q{i}") for i in range(4)])
     # 48 tokens: one at a time would be 48 steps; requests join as they are rendered.
-    assert fake.hooks.calls["step"] < 40
+    assert fake.calls["step"] < 40
 
 
 def test_a_batch_shows_its_progress(vlm: EdgeVLM, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,7 +141,7 @@ def test_a_deadline_covers_the_whole_way(where: str) -> None:
             vlm.query(None, "q", timeout=0.08, **FOREVER)
         assert time.monotonic() - began < 10
         assert caught.value.partial.startswith("q one") == (where == "decode")
-        for hold in fake.hooks.holds.values():
+        for hold in fake.holds.values():
             hold.set()
         eventually(lambda: vlm._loop._in_flight == 0)
     if where == "render":
@@ -209,4 +209,4 @@ def test_scores_ask_for_each_token_behind_those_before_it(vlm: EdgeVLM, fake: Fa
 
 def test_caches_are_emptied_between_steps(vlm: EdgeVLM, fake: FakeFactory) -> None:
     vlm.reset_caches()
-    assert fake.hooks.calls["reset_caches"] == 1
+    assert fake.calls["reset_caches"] == 1

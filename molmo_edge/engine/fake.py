@@ -1,6 +1,6 @@
-"""An engine without a model: scripted answers, at once or slowly, with failures on request.
+"""An engine without a model: scripted answers, delays and failures.
 
-For tests of whatever is built on molmo_edge; needs neither vLLM nor torch nor a checkpoint::
+For tests of code built on molmo_edge; needs neither vLLM nor torch nor a checkpoint::
 
     from molmo_edge import EdgeVLM
     from molmo_edge.engine.fake import FakeEngine
@@ -11,9 +11,9 @@ For tests of whatever is built on molmo_edge; needs neither vLLM nor torch nor a
             assert my_robot(vlm).look() == "On the table."
         assert fake.engine.prompts == ["Where is the mug?"]
 
-Everything is deterministic: the same questions in the same order give the same steps. Prompts are
-checked as the real engine checks them. It keeps to the rules of `Engine` itself: whoever calls it
-from another thread than the one that built it gets a RuntimeError.
+Deterministic: the same questions in the same order give the same steps. Prompts are checked as the
+real engine checks them. Calls from another thread than the one that built the engine raise
+RuntimeError, except for `render` and `check_schema`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from typing import Any, Literal, TypeAlias
 
 from molmo_edge.errors import ImageError, PromptError, PromptTooLongError
 from molmo_edge.interface import EngineInfo, Rendered, Turn, Update
-from molmo_edge.requests import check_turns
+from molmo_edge.requests import check_turns, refuse_special
 from molmo_edge.sampling import Sampling
 
 __all__ = ["FakeEngine", "FakeFactory", "Fault"]
 
 Answers: TypeAlias = "str | Mapping[str, str] | Callable[[Sequence[Turn]], str]"
 
-END_OF_TEXT = 0  # token id; every other piece of text has a higher one
+END_OF_TEXT = 0  # token id; all other tokens have a higher one
 _IMAGE_TOKENS = 144
 _SPECIAL = (
     "<|endoftext|>", "<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<|image|>",
@@ -45,14 +45,14 @@ _SPECIAL = (
 
 @dataclass(frozen=True)
 class Fault:
-    """An exception that a call raises.
+    """An exception for a call to raise.
 
     Attributes:
         call: ``"build"``, ``"render"``, ``"add"``, ``"step"``, ``"abort"``, ``"reset_caches"`` or
             ``"close"``.
-        error: what is raised.
-        number: which of these calls fails, counted from 1 over all engines of a factory; None
-            for all.
+        error: the exception.
+        number: which of these calls fails, counted from 1 over all engines of a factory; None for
+            all of them.
     """
 
     call: str
@@ -60,59 +60,22 @@ class Fault:
     number: int | None = None
 
 
-class Hooks:
-    """Shared by the engines of one factory; its methods may be called from any thread.
-
-    Attributes:
-        calls: how often each call has begun.
-        holds: call name → event that the call waits for.
-    """
-
-    def __init__(
-        self, faults: Sequence[Fault] = (), holds: Mapping[str, threading.Event] | None = None
-    ) -> None:
-        self.calls: Counter[str] = Counter()
-        self._faults = tuple(faults)
-        self.holds = dict(holds or {})
-        self._changed = threading.Condition()
-
-    def enter(self, call: str) -> None:
-        """Counts the call, waits where it is held, and raises its fault."""
-        with self._changed:
-            self.calls[call] += 1
-            number = self.calls[call]
-            self._changed.notify_all()
-        if call in self.holds:
-            self.holds[call].wait()
-        for fault in self._faults:
-            if fault.call == call and fault.number in (None, number):
-                raise fault.error
-
-    def wait_for(self, call: str, count: int, timeout: float) -> None:
-        """Waits until the call has begun `count` times. Raises TimeoutError."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: self.calls[call] >= count, timeout):
-                raise TimeoutError(
-                    f"{call}() began {self.calls[call]} times in {timeout:g} s, not {count}."
-                )
-
-
 class FakeEngine:
-    """One fake engine; build it through `factory`.
+    """A fake engine; usually built by `FakeEngine.factory`.
 
     Args:
-        answers: one text for every question; or question → answer, with ``""`` for any other; or
-            a function of the turns. A mapping without ``""`` raises PromptError for a question
-            that is not in it.
-        pieces: what one step brings: a word with the space before it, or a character.
-        max_num_seqs: requests decoded together; the others wait.
-        max_model_len: tokens of prompt and answer together; a piece is a token.
-        step_s, prefill_s, render_s, build_s: seconds that each step, each new request's first
-            step, each rendering and the building take.
-        hooks: faults and holds, and the count of calls; see `FakeFactory`.
+        answers: one answer for every question; or question → answer, with ``""`` for any other
+            question; or a function of the turns. A mapping without ``""`` raises PromptError for
+            any other question.
+        pieces: a token is a word with the space before it (``"words"``) or a character.
+        max_num_seqs: number of requests decoded together; the others wait.
+        max_model_len: tokens of prompt and answer together.
+        step_s, prefill_s, render_s, build_s: seconds that each step, the first step of a request,
+            each rendering and the building take.
+        factory: its faults, holds and counts apply to this engine.
 
     Attributes:
-        prompts: last user text of every request that was added, in order.
+        prompts: last user text of every added request, in order.
         added, finished, aborted: request ids in order; `aborted` as given to `abort`.
         closed: whether `close` was called.
     """
@@ -128,13 +91,13 @@ class FakeEngine:
         prefill_s: float = 0.0,
         render_s: float = 0.0,
         build_s: float = 0.0,
-        hooks: Hooks | None = None,
+        factory: FakeFactory | None = None,
     ) -> None:
         self._answers = answers
         self._split = re.compile(r"\s*\S+|\s+$" if pieces == "words" else r"(?s).")
         self._max_num_seqs = max_num_seqs
         self._times = {"step": step_s, "prefill": prefill_s, "render": render_s, "build": build_s}
-        self._hooks = hooks or Hooks()
+        self._factory = factory or FakeFactory()
         self._thread = threading.get_ident()
         self._requests: dict[str, _Request] = {}
         self.prompts: list[str] = []
@@ -151,22 +114,20 @@ class FakeEngine:
 
     @staticmethod
     def factory(answers: Answers = "This is a fake answer.", **options: Any) -> FakeFactory:
-        """What `EdgeVLM(engine=…)` takes; the arguments are those of `FakeFactory`."""
+        """Return a `FakeFactory` with these arguments, for `EdgeVLM(engine=…)`."""
         return FakeFactory(answers, **options)
 
     def render(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> Rendered:
-        """As the real one: PromptError, PromptTooLongError and ImageError for the same reasons."""
+        """Raises PromptError, PromptTooLongError and ImageError as the real engine does."""
         self._call("render")
         check_turns(turns)
         text = "".join(f" {turn.role.capitalize()}: {turn.text}" for turn in turns)
-        if found := [token for token in _SPECIAL if token in text]:
-            raise PromptError(
-                f"The text holds {', '.join(found[:3])}: special tokens of the model, which no "
-                "user text may contain. Remove or respell them."
-            )
+        for i, token in enumerate(_SPECIAL):
+            if token in text:
+                refuse_special([i], {i: token})
         images = [image for turn in turns for image in turn.images]
         if len(images) > 1 or (images and not turns[0].images):
-            raise ImageError("A request holds one image at most, in its first turn.")
+            raise ImageError("A request may contain one image, in its first turn.")
         ids = [END_OF_TEXT, *self._ids(f"{text} Assistant:"), *options.get("answer", ())]
         image_tokens = _IMAGE_TOKENS * len(images)
         total = len(ids) + image_tokens
@@ -176,11 +137,10 @@ class FakeEngine:
                 f"{self.info.max_model_len}."
             )
         script = _Script(turns[-1].text, self._answer(turns), total)
-        return Rendered(
-            script, total, image_tokens, None if images else ids, answer_prefix=" "
-        )
+        return Rendered(script, total, image_tokens, None if images else ids, answer_prefix=" ")
 
     def add(self, request_id: str, rendered: Rendered, sampling: Sampling) -> None:
+        """Start to answer a request."""
         self._call("add")
         script: _Script = rendered.prompt
         self.prompts.append(script.question)
@@ -190,7 +150,7 @@ class FakeEngine:
         self._requests[request_id] = _Request(pieces, sampling, min(sampling.max_tokens, room))
 
     def step(self) -> list[Update]:
-        """One token for each of the first `max_num_seqs` requests."""
+        """Generate one token for each of the first `max_num_seqs` requests."""
         running = list(self._requests)[: self._max_num_seqs]
         if any(not self._requests[i].token_ids for i in running):
             self._sleep("prefill")
@@ -203,19 +163,21 @@ class FakeEngine:
         return updates
 
     def abort(self, request_ids: Sequence[str]) -> None:
+        """Drop requests; unknown ids are ignored."""
         self._call("abort")
         self.aborted.extend(request_ids)
         for request_id in request_ids:
             self._requests.pop(request_id, None)
 
     def check_schema(self, schema: Mapping[str, Any]) -> None:
-        """Every schema is accepted; answers are scripted."""
+        """Accept any schema; answers are scripted."""
 
     def reset_caches(self) -> None:
-        """There are none."""
+        """Count the call; there are no caches."""
         self._call("reset_caches")
 
     def close(self) -> None:
+        """Drop all requests."""
         self._requests.clear()
         self.closed = True
         self._call("close")
@@ -229,7 +191,7 @@ class FakeEngine:
         if name != "render" and threading.get_ident() != self._thread:
             raise RuntimeError(f"{name}() was called outside the thread that built the engine.")
         self._sleep(name)
-        self._hooks.enter(name)
+        self._factory.enter(name)
 
     def _sleep(self, name: str) -> None:
         if seconds := self._times.get(name):
@@ -245,21 +207,23 @@ class FakeEngine:
             return self._answers(turns)
         answer = self._answers.get(turns[-1].text, self._answers.get(""))
         if answer is None:
-            raise PromptError("The fake engine has no answer to this question, nor one for others.")
+            raise PromptError('The fake engine has no answer to this question; add it, or "".')
         return answer
 
 
 class FakeFactory:
-    """Builds fake engines, and remembers them.
+    """Builds fake engines and keeps them.
 
     Args:
         answers, options: those of `FakeEngine`.
-        faults: what fails, and when.
-        holds: call name → event: that call waits until the event is set, so that a test can look
-            at an engine which is stuck in a step, or still starting.
+        faults: calls that fail.
+        holds: call name → event that the call waits for, so that a test can look at an engine that
+            is stuck in a step, or still starting.
 
     Attributes:
-        engines: every engine built, the oldest first: one for each start and restart.
+        engines: every engine built, oldest first: one for each start and restart.
+        calls: how often each call has begun, over all engines.
+        holds: as given.
     """
 
     def __init__(
@@ -270,13 +234,16 @@ class FakeFactory:
         holds: Mapping[str, threading.Event] | None = None,
         **options: Any,
     ) -> None:
-        self.hooks = Hooks(faults, holds or {})
         self.engines: list[FakeEngine] = []
+        self.calls: Counter[str] = Counter()
+        self.holds = dict(holds or {})
+        self._faults = tuple(faults)
         self._answers = answers
         self._options = options
+        self._changed = threading.Condition()
 
     def __call__(self) -> FakeEngine:
-        engine = FakeEngine(self._answers, hooks=self.hooks, **self._options)
+        engine = FakeEngine(self._answers, factory=self, **self._options)
         self.engines.append(engine)
         return engine
 
@@ -286,8 +253,24 @@ class FakeFactory:
         return self.engines[-1]
 
     def wait_for(self, call: str, count: int = 1, timeout: float = 10.0) -> None:
-        """Waits until a call has begun `count` times in all. Raises TimeoutError."""
-        self.hooks.wait_for(call, count, timeout)
+        """Wait until a call has begun `count` times in all. Raises TimeoutError."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.calls[call] >= count, timeout):
+                raise TimeoutError(
+                    f"{call}() began {self.calls[call]} times in {timeout:g} s, not {count}."
+                )
+
+    def enter(self, call: str) -> None:
+        """Count a call, wait while it is held, and raise its fault; in any thread."""
+        with self._changed:
+            self.calls[call] += 1
+            number = self.calls[call]
+            self._changed.notify_all()
+        if call in self.holds:
+            self.holds[call].wait()
+        for fault in self._faults:
+            if fault.call == call and fault.number in (None, number):
+                raise fault.error
 
 
 @dataclass(frozen=True)
@@ -299,7 +282,7 @@ class _Script:
 
 @dataclass
 class _Request:
-    """One answer being spelt."""
+    """A request that is being answered."""
 
     pieces: Sequence[tuple[str, int]]
     sampling: Sampling
@@ -318,10 +301,10 @@ class _Request:
         reason = "stop" if ended else "length" if at + 1 >= self.max_tokens else None
         end = len(self.text)
         stops = [self.text.find(stop) for stop in self.sampling.stop]
-        if found := [place for place in stops if place >= 0]:
-            reason, end = "stop", min(found)
+        if places := [place for place in stops if place >= 0]:
+            reason, end = "stop", min(places)
         elif reason is None and self.sampling.stop:
-            # What may yet turn out to be the beginning of a stop text is kept back.
+            # Hold back text that may be the beginning of a stop string.
             end = max(self.shown, end - max(map(len, self.sampling.stop)) + 1)
         text, self.shown = self.text[self.shown : end], max(self.shown, end)
         logprobs, top = self._logprobs(token)

@@ -146,8 +146,8 @@ class EngineLoop:
         self._check_owner()
         if threading.current_thread() is self._thread:
             raise EngineError(
-                "The engine's own thread asked it a question, and would wait for itself. Ask from "
-                "another thread."
+                "The engine's own thread cannot wait for an answer that it has to generate itself. "
+                "Call from another thread."
             )
 
     def start(self) -> None:
@@ -160,7 +160,7 @@ class EngineLoop:
         """
         with self._lock:
             if self._state is not State.NEW:
-                raise EngineClosedError("An engine loop starts once; build a new one.")
+                raise EngineClosedError(_CLOSED)
             self._state = State.STARTING
         _LIVE.add(self)
         try:
@@ -203,6 +203,7 @@ class EngineLoop:
 
     async def async_submit(self, request: PendingRequest, *, wait: bool = False) -> None:
         """`submit` without blocking the event loop."""
+        self.check_may_wait()
         while not self._try_submit(request):
             patience = self._patience_s(request, wait)
             if not await self._has_room.async_wait(self._may_submit, patience):
@@ -282,7 +283,8 @@ class EngineLoop:
         if not self._changed.wait(lambda: self._gone, timeout):
             return False
         for thread in (self._thread, self._watchdog):
-            if thread.ident is not None:
+            # Not started, or the watchdog itself, in which a log handler closes a stalled engine.
+            if thread.ident not in (None, threading.get_ident()):
                 thread.join()
         return True
 
@@ -329,7 +331,7 @@ class EngineLoop:
         if wait:
             return None
         raise QueueFull(
-            f"{self._max_queue} requests are in flight already; ask again later, give a timeout to "
+            f"{self._max_queue} requests are in flight already; try again later, give a timeout to "
             "wait for room, or raise max_queue."
         )
 
@@ -455,13 +457,13 @@ class EngineLoop:
         self._wake()
         engine, self._engine = self._engine, None
         if engine is not None:
-            if cause is not None:
-                logger.error("The engine died: %s", type(cause).__name__, exc_info=cause)
             self._step_began = None
             self._run_commands()
             for request in list(self._active.values()):
                 request.fail(self._end_error())
                 self._retire(request)
+            if cause is not None:  # after the waiters, which a log handler must not hold up
+                logger.error("The engine died: %s", type(cause).__name__, exc_info=cause)
             try:
                 engine.close()
             except BaseException as exc:

@@ -45,8 +45,8 @@ class Waiters:
         def wake() -> None:
             changed.put(None)
 
-        self._wakes.append(wake)  # before looking: no change is missed
         try:
+            self._wakes.append(wake)  # before looking: no change is missed
             while not ready():
                 left = None if end is None else end - time.monotonic()
                 if left is not None and left <= 0:
@@ -55,7 +55,7 @@ class Waiters:
                     changed.get(timeout=None if left is None else min(left, threading.TIMEOUT_MAX))
             return True
         finally:
-            self._wakes.remove(wake)
+            self._remove(wake)
 
     async def async_wait(self, ready: Callable[[], bool], timeout: float | None = None) -> bool:
         """`wait` without blocking the event loop."""
@@ -65,8 +65,8 @@ class Waiters:
             with suppress(RuntimeError):  # the event loop was closed while the engine generates
                 loop.call_soon_threadsafe(changed.set)
 
-        self._wakes.append(wake)
         try:
+            self._wakes.append(wake)
             async with asyncio.timeout(timeout):
                 while not ready():
                     await changed.wait()
@@ -75,6 +75,10 @@ class Waiters:
         except TimeoutError:
             return ready()
         finally:
+            self._remove(wake)
+
+    def _remove(self, wake: Callable[[], None]) -> None:
+        with suppress(ValueError):  # Ctrl-C came before it was added
             self._wakes.remove(wake)
 
 
@@ -116,6 +120,7 @@ class PendingRequest:
         self._preprocess_s = preprocess_s
         self._counts = (rendered.prompt_tokens, rendered.image_tokens)
         self._answer_prefix = rendered.answer_prefix
+        self._start = ""  # of the answer, while it may be the beginning of its prefix
         self._environment = environment
         self._token_ids: list[int] = []
         self._token_times: list[float] = []
@@ -141,10 +146,7 @@ class PendingRequest:
         with self._lock:
             if self.done:
                 return
-            text = update.text
-            if text and not self.text:
-                text = text.removeprefix(self._answer_prefix)
-                self._answer_prefix = ""
+            text = self._without_prefix(update)
             self.text += text
             self._token_ids += update.token_ids
             self._token_times += [now] * len(update.token_ids)
@@ -159,6 +161,14 @@ class PendingRequest:
                 self._end()
             elif text:
                 self._text_waiters.wake()
+
+    def _without_prefix(self, update: Update) -> str:
+        prefix, text = self._answer_prefix, self._start + update.text
+        if len(text) < len(prefix) and prefix.startswith(text) and update.finish_reason is None:
+            self._start = text
+            return ""
+        self._start = self._answer_prefix = ""
+        return text.removeprefix(prefix)
 
     def fail(self, error: MolmoEdgeError) -> bool:
         """End the request with `error`, from any thread; False when it had ended already."""
@@ -200,7 +210,7 @@ class PendingRequest:
     def raise_error(self) -> None:
         """Raise the error that ended the request, if one did.
 
-        A copy each time: its traceback holds the caller's frames, and this object lives in them.
+        A copy each time: a traceback keeps the caller's frames alive, and they this object.
         """
         if self._error is not None:
             raise _copy(self._error)

@@ -27,7 +27,7 @@ def opened(fake: FakeFactory, **settings: Any) -> Iterator[EdgeVLM]:
     try:
         yield vlm
     finally:
-        for hold in fake.hooks.holds.values():
+        for hold in fake.holds.values():
             hold.set()
         vlm.close()
 

@@ -81,7 +81,7 @@ def test_the_event_loop_is_never_blocked() -> None:
     async def body(vlm: EdgeVLM) -> None:
         asks = [asyncio.create_task(vlm.aquery(None, "q", timeout=20)) for _ in range(4)]
         for call, hold in holds.items():
-            while not fake.hooks.calls[call]:
+            while not fake.calls[call]:
                 await asyncio.sleep(0.001)
             hold.set()
         await asyncio.gather(*asks)
@@ -328,7 +328,7 @@ def test_a_burst_that_is_still_being_rendered_when_the_engine_closes() -> None:
 
     assert {type(end) for end in asyncio.run(body())} == {EngineClosedError}
     assert vlm.close()
-    assert fake.hooks.calls["render"] < 20
+    assert fake.calls["render"] < 20
 
 
 def test_many_tasks_with_random_ends() -> None:

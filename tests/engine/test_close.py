@@ -101,7 +101,7 @@ def test_closing_an_idle_engine_twice_and_from_many_threads() -> None:
     assert vlm.state == "ready"
     in_threads([vlm.close] * 8)
     assert vlm.close() and vlm.state == "closed"
-    assert fake.hooks.calls["close"] == 1
+    assert fake.calls["close"] == 1
 
 
 def test_closing_a_busy_engine_ends_its_requests() -> None:

@@ -25,7 +25,7 @@ from molmo_edge.errors import (
 from tests.engine.support import FOREVER, eventually
 
 pytestmark = pytest.mark.timeout(600)
-SENTENCE = "This is the molmo_edge stub (real architecture, made-up weights)."
+SENTENCE = "This is the molmo_edge stub (real architecture, random weights)."
 LONG: dict[str, Any] = {**FOREVER, "max_tokens": 1500}
 PICTURE = np.random.default_rng(3).integers(0, 256, (60, 80, 3), dtype=np.uint8)
 

@@ -121,8 +121,8 @@ def test_a_dead_engine_does_not_try_again() -> None:
         for _ in range(5):
             with pytest.raises(EngineDeadError):
                 vlm.query(None, "q")
-        assert fake.hooks.calls["step"] == 1
-        assert fake.hooks.calls["build"] == 1
+        assert fake.calls["step"] == 1
+        assert fake.calls["build"] == 1
 
 
 @pytest.mark.timeout(30)
