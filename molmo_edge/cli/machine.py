@@ -67,9 +67,9 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """What fits a device, in which precision, and the upper bound of its speed."""
+    from molmo_edge.cli.plan_table import plan_table
     from molmo_edge.devices import plan as planning
     from molmo_edge.devices.detect import detect, known_device
-    from molmo_edge.devices.plan_view import plan_table
     from molmo_edge.devices.shapes import model_shape
 
     made = planning.plan(

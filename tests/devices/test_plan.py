@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from molmo_edge.cli.plan_table import plan_table
 from molmo_edge.devices.detect import detect, known_device, known_devices
 from molmo_edge.devices.info import DeviceInfo
 from molmo_edge.devices.plan import Plan, PrecisionPlan, plan
-from molmo_edge.devices.plan_view import plan_table
 from molmo_edge.devices.shapes import model_shape
 from molmo_edge.devices.tensors import KNOWN
 from molmo_edge.errors import ConfigError

@@ -1,21 +1,16 @@
-"""A plan as tables and lines for a terminal. It only prints what ``plan`` worked out."""
+"""A plan as tables and lines for a terminal."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 
 from molmo_edge.devices.plan import Plan, PrecisionPlan
 
-if TYPE_CHECKING:
-    from rich.console import Group
-    from rich.table import Table
-
 
 def plan_table(plan: Plan) -> Group:
-    """A rich renderable: bytes, requests and ceilings for each precision, then how and why."""
-    from rich.console import Group
-    from rich.text import Text
-
+    """Render bytes, requests and ceilings for each precision, then formulas and notes."""
     lines = [
         f"Model    {plan.model} ({plan.parameters / 1e9:.2f} B parameters)",
         f"Device   {plan.device} ({_bandwidth(plan)}, {_gb(plan.usable_bytes)} usable)",
@@ -24,10 +19,10 @@ def plan_table(plan: Plan) -> Group:
     ]
     below = [f"· {formula}" for formula in plan.formulas]
     below += [f"· {note}" for note in plan.notes]
-    for share in plan.history:
+    for past in plan.history:
         below.append(
-            f"· {share.label}: {share.tps:.1f} tok/s = {share.share:.0%} of the decode ceiling "
-            f"{share.ceiling_tps:.1f} (its figure counts prefill and HTTP)"
+            f"· {past.label}: {past.tps:.1f} tok/s = {past.share:.0%} of the decode ceiling "
+            f"{past.ceiling_tps:.1f} (with prefill and HTTP in its time)"
         )
     return Group(
         Text("\n".join(lines)), _memory(plan), _requests(plan), _speed(plan), Text("\n".join(below))
@@ -35,27 +30,23 @@ def plan_table(plan: Plan) -> Group:
 
 
 def _memory(plan: Plan) -> Table:
-    from rich.table import Table
-
     table = Table(title="Weights, GB", title_justify="left")
     for name in ("precision", "embedding", "blocks", "head", "tower", "total", "fits", "note"):
         table.add_column(name, justify="left" if name in ("precision", "note") else "right")
     for row in plan.rows:
         w = row.weights
         parts = (f"{n / 1e9:.2f}" for n in (w.embedding, w.blocks, w.head, w.tower, w.total))
-        table.add_row(_named(plan, row), *parts, _yes(row.fits), row.note)
+        table.add_row(_label(plan, row), *parts, _yes_or_no(row.fits), row.note)
     return table
 
 
 def _requests(plan: Plan) -> Table:
-    from rich.table import Table
-
-    table = Table(title="Requests that fit at once", title_justify="left")
-    for name in ("KV cache dtype", "bytes a token", "tokens a request"):
+    table = Table(title="Concurrent requests that fit", title_justify="left")
+    for name in ("KV cache dtype", "bytes per token", "tokens per request"):
         table.add_column(name, justify="left" if name == "KV cache dtype" else "right")
     for row in plan.rows:
         size = "?" if row.kv_budget_bytes is None else f"{row.kv_budget_bytes / 1e9:.2f} GB"
-        table.add_column(f"{_named(plan, row)}\n{size}", justify="right")
+        table.add_column(f"{_label(plan, row)}\n{size}", justify="right")
     for dtype, size_of_token in plan.kv_bytes_per_token.items():
         for tokens in plan.rows[0].requests:
             counts = (_count(row.requests[tokens][dtype]) for row in plan.rows)
@@ -64,19 +55,17 @@ def _requests(plan: Plan) -> Table:
 
 
 def _speed(plan: Plan) -> Table:
-    from rich.table import Table
-
     title = (
         f"Ceilings, tok/s ({plan.prompt_tokens} prompt and {plan.output_tokens} output tokens, "
         f"KV {plan.kv_cache_dtype})"
     )
     table = Table(title=title, title_justify="left")
     table.add_column("precision")
-    for name in ("GB a step", "decode", f"decode, {plan.batch} at once", "prefill", "bound by"):
+    for name in ("GB/step", "decode", f"decode, {plan.batch} requests", "prefill", "limit"):
         table.add_column(name, justify="right")
     for row in plan.rows:
         table.add_row(
-            _named(plan, row),
+            _label(plan, row),
             f"{row.decode_bytes / 1e9:.2f}",
             _tps(row.decode_tps),
             _tps(row.decode_tps_batch),
@@ -86,7 +75,7 @@ def _speed(plan: Plan) -> Table:
     return table
 
 
-def _named(plan: Plan, row: PrecisionPlan) -> str:
+def _label(plan: Plan, row: PrecisionPlan) -> str:
     return f"{row.precision} *" if row.precision == plan.chosen else row.precision
 
 
@@ -99,7 +88,7 @@ def _gb(count: int | None) -> str:
     return "memory unknown" if count is None else f"{count / 1e9:.1f} GB"
 
 
-def _yes(value: bool | None) -> str:
+def _yes_or_no(value: bool | None) -> str:
     return "?" if value is None else "yes" if value else "no"
 
 
