@@ -1,8 +1,7 @@
-"""Which GPU architectures a compiled library holds code for, read off its fat binaries.
+"""Read which GPU architectures a compiled library holds code for.
 
-A CUDA library carries its device code in the ELF section ``.nv_fatbin``: a row of containers, each
-with entries of machine code (cubin) or PTX, and each entry's header names its architecture. Only
-headers are read, so a 300 MB library takes milliseconds. Nothing is executed or imported.
+The ELF section ``.nv_fatbin`` is a row of containers, each with entries of machine code (cubin) or
+PTX whose headers name the architecture. Only headers are read, and nothing is executed.
 """
 
 from __future__ import annotations
@@ -10,30 +9,21 @@ from __future__ import annotations
 import mmap
 import re
 import struct
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-_SECTIONS = (b".nv_fatbin", b"__nv_relfatbin")
-_CONTAINER = 0xBA55ED50
-_PTX, _CUBIN = 1, 2
-# Entry flags, as nvcc sets them for sm_90a and sm_120f.
-_ARCH_SPECIFIC, _FAMILY = 1 << 20, 1 << 21
-_MAX_ENTRIES = 1_000_000
-
-# NVIDIA promises that machine code runs on later chips of its generation for desktop chips only:
-# on a Jetson's chip, only code made for that very chip counts (CUDA C++ Programming Guide, binary
-# compatibility).
+_CONTAINER, _PTX, _CUBIN = 0xBA55ED50, 1, 2
+_SUFFIXES = ((1 << 20, "a"), (1 << 21, "f"))  # entry flags, as nvcc sets them
+# Machine code runs on later chips of its generation on desktops only: on a Jetson's chip, only code
+# for that very chip counts (CUDA C++ Programming Guide, binary compatibility).
 _JETSON_CHIPS = ((7, 2), (8, 7), (11, 0))
-
-Support = Literal["native", "ptx", "none"]
 
 
 @dataclass(frozen=True, order=True)
 class Code:
-    """Device code of one kind: ``arch`` 120 is sm_120, ``suffix`` "", "a" (that chip only) or "f"
-    (its family), ``ptx`` whether the driver must still compile it."""
+    """Kind of device code; ``suffix`` "a" means that chip only, "f" its family."""
 
     arch: int
     suffix: str
@@ -42,101 +32,70 @@ class Code:
     def __str__(self) -> str:
         return f"{'compute' if self.ptx else 'sm'}_{self.arch}{self.suffix}"
 
+    def runs_on(self, capability: tuple[int, int]) -> bool:
+        own = divmod(self.arch, 10)
+        if self.ptx and not self.suffix:
+            return own <= capability
+        if self.suffix == "a" or own in _JETSON_CHIPS or capability in _JETSON_CHIPS:
+            return own == capability
+        return own[0] == capability[0] and own[1] <= capability[1]
+
 
 @dataclass(frozen=True)
 class Library:
-    """One compiled library.
-
-    Attributes:
-        name: file name.
-        code: device code to how many entries of it; empty for a library without any.
-        cuda_major: of the CUDA runtime it is linked to, ``None`` if it names none.
-    """
+    """One compiled library: entries of each kind of code, and the CUDA version it links to."""
 
     name: str
-    code: dict[Code, int]
+    code: Mapping[Code, int]
     cuda_major: int | None
 
-    def support(self, capability: tuple[int, int]) -> Support | None:
-        """What this library has for a GPU: machine code, PTX only, or none.
-
-        ``None`` for a library that holds no device code at all.
-        """
-        if not self.code:
-            return None
-        if any(_runs(code, capability) for code in self.code if not code.ptx):
-            return "native"
-        return "ptx" if any(_runs(code, capability) for code in self.code if code.ptx) else "none"
+    def support(self, capability: tuple[int, int]) -> str | None:
+        """Return "native", "ptx" or "none"; ``None`` for a library without device code."""
+        kinds = {code.ptx for code in self.code if code.runs_on(capability)}
+        return ("native" if False in kinds else "ptx" if kinds else "none") if self.code else None
 
 
 def scan(path: Path) -> Library | None:
-    """The device code in a library; ``None`` when it is no readable 64-bit ELF file."""
+    """Read the device code of a library; ``None`` when it is no readable 64-bit ELF file."""
+    code: Counter[Code] = Counter()
+    cuda = None
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            counts: dict[Code, int] = {}
-            strings = b""
-            for name, begin, size in _elf_sections(data):
-                if name in _SECTIONS:
-                    for code in _entries(data, begin, begin + size):
-                        counts[code] = counts.get(code, 0) + 1
+            for name, begin, end in _sections(data):
+                if name in (b".nv_fatbin", b"__nv_relfatbin"):
+                    code.update(_entries(data, begin, end))
                 elif name == b".dynstr":
-                    strings = data[begin : begin + size]
-            linked = re.search(rb"libcudart\.so\.(\d+)", strings)
-            return Library(path.name, counts, int(linked[1]) if linked else None)
+                    cuda = re.search(rb"libcudart\.so\.(\d+)", data[begin:end]) or cuda
     except (OSError, ValueError, struct.error):
         return None
+    return Library(path.name, code, None if cuda is None else int(cuda[1]))
 
 
-def _runs(code: Code, capability: tuple[int, int]) -> bool:
-    major, minor = divmod(code.arch, 10)
-    if code.suffix == "a":
-        return (major, minor) == capability
-    if code.ptx and not code.suffix:
-        return (major, minor) <= capability
-    if (major, minor) in _JETSON_CHIPS or capability in _JETSON_CHIPS:
-        return (major, minor) == capability
-    return major == capability[0] and minor <= capability[1]
-
-
-def _elf_sections(data: mmap.mmap) -> Iterator[tuple[bytes, int, int]]:
-    if len(data) < 64 or data[:6] != b"\x7fELF\x02\x01":  # 64-bit, little-endian
-        raise ValueError("not an ELF file this can read")
-    (table,) = struct.unpack_from("<Q", data, 0x28)
-    entry, count, names = struct.unpack_from("<HHH", data, 0x3A)
-    if table + count * entry > len(data):
-        raise ValueError("the section table lies behind the end")
-    headers = []
-    for index in range(count):
-        name, _, _, _, offset, size = struct.unpack_from("<IIQQQQ", data, table + index * entry)
-        headers.append((name, offset, size))
-    if names >= len(headers):
-        return
-    base, length = headers[names][1], headers[names][2]
-    if base + length > len(data):  # offsets have 64 bits, which `find` does not take
-        return
-    for name, offset, size in headers:
-        end = data.find(b"\0", base + name, base + length)
-        if end >= 0 and offset + size <= len(data):
-            yield data[base + name : end], offset, size
+def _sections(data: mmap.mmap) -> Iterator[tuple[bytes, int, int]]:
+    table, size, count, names = struct.unpack_from("<Q10xHHH", data, 0x28)
+    if data[:6] != b"\x7fELF\x02\x01" or size < 64 or table + count * size > len(data):
+        raise ValueError("not a 64-bit little-endian ELF file")
+    headers = [struct.unpack_from("<I20xQQ", data, table + i * size) for i in range(count)]
+    base, length = headers[names][1:] if names < count else (len(data), 0)
+    for name, offset, extent in headers:  # offsets have 64 bits, which `find` does not take
+        end = data.find(b"\0", base + name, base + length) if base + length <= len(data) else -1
+        if end >= 0 and offset + extent <= len(data):
+            yield data[base + name : end], offset, offset + extent
 
 
 def _entries(data: mmap.mmap, position: int, end: int) -> Iterator[Code]:
-    budget = _MAX_ENTRIES
-    while position + 16 <= end and budget > 0:
-        budget -= 1
-        magic, _, header, size = struct.unpack_from("<IHHQ", data, position)
+    for _ in range(1_000_000):  # bounds the time that a damaged file takes
+        if position + 16 > end:
+            return
+        magic, header, size = struct.unpack_from("<I2xHQ", data, position)
         if magic != _CONTAINER or header < 16:
             position += 8  # containers are aligned to 8 bytes, with padding between them
             continue
         entry, stop = position + header, min(position + header + size, end)
         while entry + 48 <= stop:
-            kind, _, own, body = struct.unpack_from("<HHIQ", data, entry)
-            (arch,) = struct.unpack_from("<I", data, entry + 28)
-            (flags,) = struct.unpack_from("<Q", data, entry + 40)
-            if own < 48:
-                break
+            kind, own, body, arch, flags = struct.unpack_from("<H2xIQ12xI8xQ", data, entry)
             if kind in (_PTX, _CUBIN):
-                suffix = "a" if flags & _ARCH_SPECIFIC else "f" if flags & _FAMILY else ""
+                suffix = next((name for flag, name in _SUFFIXES if flags & flag), "")
                 yield Code(arch, suffix, kind == _PTX)
-            entry += own + body
+            entry += max(own, 48) + body
         position = stop + (-stop % 8)

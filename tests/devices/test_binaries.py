@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import time
 from pathlib import Path
 
 import pytest
@@ -109,6 +108,7 @@ def test_damaged_libraries_neither_crash_nor_hang(
         position = data.draw(st.integers(0, len(content) - 1))
         content[position] = data.draw(st.integers(0, 255))
     path.write_bytes(content[: data.draw(st.integers(1, len(content)))])
-    began = time.process_time()
-    scan(path)
-    assert time.process_time() - began < 2
+    found = scan(path)
+    # Each section once, each entry once: at most this many steps.
+    most = len(content) // 64 * (len(content) // 48)
+    assert found is None or sum(found.code.values()) <= most

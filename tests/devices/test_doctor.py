@@ -9,8 +9,14 @@ import pynvml
 import pytest
 
 from molmo_edge.devices.binaries import Library, scan
-from molmo_edge.devices.doctor import Diagnosis, Finding, diagnose, diagnosis_lines
-from molmo_edge.devices.installs import Install, installed
+from molmo_edge.devices.doctor import (
+    Diagnosis,
+    Finding,
+    Install,
+    diagnose,
+    diagnosis_lines,
+    installed,
+)
 from molmo_edge.devices.profiles import load_profile
 from molmo_edge.devices.sources import Sources
 from tests.devices.elf import write_library
@@ -285,7 +291,7 @@ def test_this_installation_is_read_without_importing_it() -> None:
     import sys
 
     code = (
-        "import sys; from molmo_edge.devices.installs import installed; i = installed();"
+        "import sys; from molmo_edge.devices.doctor import installed; i = installed();"
         "print(sorted(i.versions)); print([m for m in ('vllm', 'torch') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
