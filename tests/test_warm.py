@@ -1,4 +1,4 @@
-"""Warming up: which requests it runs, when it stops, and what it says of them."""
+"""Warm-up: which requests it runs, when it stops, and its report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from molmo_edge import EdgeVLM
-from molmo_edge.engine.fake import FakeEngine
+from molmo_edge.engine.fake import FakeEngine, Fault
 from molmo_edge.errors import ConfigError, EngineDeadError
 from molmo_edge.models.gemma3 import Gemma3, Gemma3Text
 from molmo_edge.requests import Request
@@ -21,24 +21,24 @@ from molmo_edge.warmup import AGREEMENT, batch_sizes, warm
 
 
 class Scripted:
-    """Stands for an `EdgeVLM` whose single requests have the given decode speeds, in order."""
+    """Stands in for an `EdgeVLM` whose single requests have these decode speeds, in order."""
 
     def __init__(self, speeds: Iterable[float | None], family: Any = None, **settings: Any) -> None:
         self.settings = EdgeSettings(**settings)
         self.family = family
         self.startup = {"total": 3.0}
-        self.asked: list[list[Request]] = []
+        self.batches: list[list[Request]] = []
         self._speeds = iter(speeds)
 
     def batch(self, requests: Sequence[Request]) -> list[Result]:
-        self.asked.append(list(requests))
+        self.batches.append(list(requests))
         measured = "100" in requests[0].text  # rounds of decode have numbers of their own
         speed = next(self._speeds) if measured else 1.0
         metrics = Metrics(ttft_s=0.1, prompt_tokens=9, output_tokens=4, output_tps=speed)
         return [Result("x", "length", (1,), metrics=metrics) for _ in requests]
 
 
-def asked_of(vlm: Any, **options: Any) -> Any:
+def warm_up(vlm: Any, **options: Any) -> Any:
     return warm(vlm.batch, vlm.settings, vlm.family, vlm.startup, **options)
 
 
@@ -70,14 +70,14 @@ def test_every_kind_of_request_runs_once_before_speed_is_measured() -> None:
 def test_it_ends_when_two_successive_speeds_agree(
     speeds: list[float | None], taken: int, steady: bool
 ) -> None:
-    report = asked_of(Scripted(speeds), max_rounds=5)
+    report = warm_up(Scripted(speeds), max_rounds=5)
     assert (len(report.decode_tps), report.steady) == (taken, steady)
     if steady:
         last, before = report.decode_tps[-1], report.decode_tps[-2]
         assert abs(last - before) <= AGREEMENT * max(last, before)
 
 
-def test_what_exceeds_the_context_is_left_out_with_the_reason() -> None:
+def test_requests_longer_than_the_context_are_skipped_with_the_reason() -> None:
     with EdgeVLM(engine=FakeEngine.factory(max_model_len=80), max_num_seqs=1) as vlm:
         report = vlm.warmup(tokens=4, max_rounds=2)
     skipped = {step.name: step.skipped for step in report.steps}
@@ -86,26 +86,26 @@ def test_what_exceeds_the_context_is_left_out_with_the_reason() -> None:
     assert len(report.decode_tps) == 2  # measured on what fits
 
 
-def test_no_picture_and_no_text_comes_twice() -> None:
+def test_no_image_and_no_text_is_repeated() -> None:
     vlm = Scripted([10, 20, 20])
-    asked_of(vlm)
-    for batch in vlm.asked:
+    warm_up(vlm)
+    for batch in vlm.batches:
         assert len({request.text for request in batch}) == len(batch)
-        pictures = [request.image for request in batch if request.image is not None]
-        assert len({np.asarray(picture).tobytes() for picture in pictures}) == len(pictures)
-    rounds = [batch[0] for batch in vlm.asked if "100" in batch[0].text]
+        images = [request.image for request in batch if request.image is not None]
+        assert len({np.asarray(image).tobytes() for image in images}) == len(images)
+    rounds = [batch[0] for batch in vlm.batches if "100" in batch[0].text]
     assert len({np.asarray(request.image).tobytes() for request in rounds}) == 3
-    assert all(request.ignore_eos for batch in vlm.asked for request in batch)
+    assert all(request.ignore_eos for batch in vlm.batches for request in batch)
 
 
-def test_families_without_crops_or_pictures_are_asked_for_neither() -> None:
+def test_families_without_crops_or_images_get_neither() -> None:
     gemma = Scripted([5, 5], Gemma3(), max_num_seqs=1)
-    names = [step.name for step in asked_of(gemma).steps]
+    names = [step.name for step in warm_up(gemma).steps]
     assert names == ["text", "image"]
-    assert all(request.max_crops is None for batch in gemma.asked for request in batch)
+    assert all(request.max_crops is None for batch in gemma.batches for request in batch)
     text = Scripted([5, 5], Gemma3Text(), max_num_seqs=2)
-    assert [step.name for step in asked_of(text).steps] == ["text", "batch of 2"]
-    assert all(request.image is None for batch in text.asked for request in batch)
+    assert [step.name for step in warm_up(text).steps] == ["text", "batch of 2"]
+    assert all(request.image is None for batch in text.batches for request in batch)
 
 
 @pytest.mark.parametrize(
@@ -123,26 +123,26 @@ def test_families_without_crops_or_pictures_are_asked_for_neither() -> None:
         ),
     ],
 )
-def test_batches_are_those_that_happen(settings: dict[str, Any], sizes: tuple[int, ...]) -> None:
+def test_batch_sizes_are_graph_sizes_or_powers_of_two(
+    settings: dict[str, Any], sizes: tuple[int, ...]
+) -> None:
     assert batch_sizes(EdgeSettings(**settings)) == sizes
 
 
 @pytest.mark.parametrize("options", [{"tokens": 1}, {"max_rounds": 1}, {"tokens": True}])
-def test_counts_from_which_nothing_can_be_measured_are_refused(options: dict[str, Any]) -> None:
+def test_counts_below_two_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
-        asked_of(Scripted([]), **options)
+        warm_up(Scripted([]), **options)
 
 
-def test_an_engine_that_dies_meanwhile_is_no_warm_one() -> None:
-    from molmo_edge.engine.fake import Fault
-
+def test_an_engine_that_dies_during_the_warm_up_raises() -> None:
     fake = FakeEngine.factory(faults=[Fault("step", RuntimeError("lost"), 5)])
     with EdgeVLM(engine=fake) as vlm, pytest.raises(EngineDeadError):
         vlm.warmup()
 
 
-def test_a_report_is_frozen_and_goes_into_json() -> None:
-    report = asked_of(Scripted([10, 10]))
+def test_a_report_is_frozen_and_serialises() -> None:
+    report = warm_up(Scripted([10, 10]))
     with pytest.raises(dataclasses.FrozenInstanceError):
         report.steady = False
     plain = json.loads(json.dumps(report.as_dict()))
@@ -154,7 +154,7 @@ def test_a_report_is_frozen_and_goes_into_json() -> None:
 @pytest.mark.engine
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_real_engine_warms_up_and_goes_on(stub_vlm: EdgeVLM) -> None:
+def test_the_real_engine_warms_up_and_continues(stub_vlm: EdgeVLM) -> None:
     report = stub_vlm.warmup(tokens=4, max_rounds=2)
     tokens = {step.name: step.prompt_tokens for step in report.steps}
     assert tokens["text"] is not None and tokens["text"] < 64

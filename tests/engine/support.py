@@ -1,4 +1,4 @@
-"""What the engine's tests share."""
+"""Helpers of the engine's tests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WORDS = "one two three four five six seven eight nine ten"
 
 @contextmanager
 def opened(fake: FakeFactory, **settings: Any) -> Iterator[EdgeVLM]:
-    """An EdgeVLM over the fake; whatever it holds is let go before it is closed."""
+    """An EdgeVLM over the fake; all holds are released before it is closed."""
     vlm = EdgeVLM(engine=fake, **settings)
     try:
         yield vlm
@@ -33,26 +33,26 @@ def opened(fake: FakeFactory, **settings: Any) -> Iterator[EdgeVLM]:
 
 
 def echo(turns: Sequence[Turn]) -> str:
-    """An answer that only this question has."""
+    """An answer that is different for each question."""
     return f"{turns[-1].text} {WORDS}"
 
 
 def assert_each_ended_once(engine: FakeEngine) -> None:
-    """Every request that the engine took was either finished by it or aborted, and only once."""
+    """Every request that the engine took was either finished or aborted, and only once."""
     assert sorted(engine.finished + engine.aborted) == sorted(engine.added)
     assert engine.running == []
 
 
-def eventually(condition: Callable[[], object], timeout: float = 10.0) -> None:
-    """Waits for another thread to get there."""
+def eventually(condition: Callable[[], object], timeout: float = 20.0) -> None:
+    """Wait for another thread."""
     end = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < end, "it never came true"
+        assert time.monotonic() < end, "the condition never became true"
         time.sleep(0.001)
 
 
 def in_threads(functions: Sequence[Callable[[], object]]) -> None:
-    """Runs each in a thread of its own; raises the first thing that any of them raised."""
+    """Run each function in its own thread; raise the first exception of any."""
     errors: list[BaseException] = []
 
     def run(function: Callable[[], object]) -> None:
@@ -70,8 +70,27 @@ def in_threads(functions: Sequence[Callable[[], object]]) -> None:
         raise errors[0]
 
 
-def run_script(script: str, timeout: float = 40.0) -> subprocess.CompletedProcess[str]:
-    """Runs a script in an interpreter of its own; a hang is a failure."""
+@contextmanager
+def meanwhile(function: Callable[[], object]) -> Iterator[list[object]]:
+    """Run a function in a thread during the block; the list then has its result or error."""
+    ends: list[object] = []
+
+    def run() -> None:
+        try:
+            ends.append(function())
+        except BaseException as exc:
+            ends.append(exc)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield ends
+    finally:
+        thread.join()
+
+
+def run_script(script: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
+    """Run a script in its own interpreter; a hang is a failure."""
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""One contract, kept by the fake engine and by the real one: the same assertions on both."""
+"""The same promises, kept by the fake engine and by the real one."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from molmo_edge.errors import (
     RequestTimeout,
     SamplingError,
 )
+from molmo_edge.models.molmo.stub import TEXT as SENTENCE
 from tests.engine.support import FOREVER, eventually
 
 pytestmark = pytest.mark.timeout(600)
-SENTENCE = "This is the molmo_edge stub (real architecture, random weights)."
 LONG: dict[str, Any] = {**FOREVER, "max_tokens": 1500}
-PICTURE = np.random.default_rng(3).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+IMAGE = np.random.default_rng(3).integers(0, 256, (60, 80, 3), dtype=np.uint8)
 
 
 @pytest.fixture(params=["fake", pytest.param("real", marks=pytest.mark.engine)])
 def vlm(request: pytest.FixtureRequest) -> Iterator[EdgeVLM]:
-    """An engine that answers SENTENCE; nothing may be left in it by a test."""
+    """An engine that answers SENTENCE; every test leaves it empty."""
     if request.param == "real":
         one: EdgeVLM = request.getfixturevalue("stub_vlm")
         yield one
         _nothing_is_left(one)
         return
-    # As slow as a real step, so that a request can be caught in the middle.
+    # As slow as a real step, so that a request can be interrupted.
     fake = FakeEngine.factory(SENTENCE, step_s=0.001, max_model_len=2048)
     with EdgeVLM(engine=fake) as one:
         yield one
@@ -51,8 +51,8 @@ def _nothing_is_left(vlm: EdgeVLM) -> None:
     assert vlm.query(None, "What is this?", timeout=60).text == SENTENCE
 
 
-def test_an_answer_is_whole(vlm: EdgeVLM) -> None:
-    result = vlm.query(PICTURE, "What is this?", max_crops=1, logprobs=2)
+def test_an_answer_has_text_tokens_logprobs_and_metrics(vlm: EdgeVLM) -> None:
+    result = vlm.query(IMAGE, "What is this?", max_crops=1, logprobs=2)
     assert result.text == SENTENCE
     assert result.finish_reason == "stop"
     metrics = result.metrics
@@ -88,7 +88,7 @@ def test_an_answer_is_the_same_twice_and_in_every_form(vlm: EdgeVLM) -> None:
     assert asyncio.run(read()) == result.text
 
 
-def test_max_tokens_and_stop_texts_end_an_answer(vlm: EdgeVLM) -> None:
+def test_max_tokens_stop_strings_and_the_context_end_an_answer(vlm: EdgeVLM) -> None:
     cut = vlm.query(None, "What is this?", max_tokens=3)
     assert (cut.finish_reason, len(cut.token_ids)) == ("length", 3)
     assert SENTENCE.startswith(cut.text) and cut.text
@@ -97,11 +97,7 @@ def test_max_tokens_and_stop_texts_end_an_answer(vlm: EdgeVLM) -> None:
     assert "".join(vlm.stream(None, "What is this?", stop=" stub")) == "This is the molmo_edge"
     endless = vlm.query(None, "What is this?", ignore_eos=True, max_tokens=40)
     assert (endless.finish_reason, len(endless.token_ids)) == ("length", 40)
-
-
-def test_the_context_ends_an_answer(vlm: EdgeVLM) -> None:
-    text = "word " * 300
-    result = vlm.query(None, text, **FOREVER)
+    result = vlm.query(None, "word " * 300, **FOREVER)
     assert result.finish_reason == "length"
     assert result.metrics.prompt_tokens is not None
     assert result.metrics.prompt_tokens + result.metrics.output_tokens == 2048
@@ -119,18 +115,18 @@ def test_bad_input_is_refused_and_the_next_request_is_right(vlm: EdgeVLM) -> Non
     ]
     for bad, kind in cases:
         if kind is MolmoEdgeError and vlm.environment["model"] == "fake":
-            continue  # it spells its script, whatever the schema
+            continue  # its answers are scripted, whatever the schema
         with pytest.raises(kind):
             bad()
         assert vlm.query(None, "What is this?").text == SENTENCE
 
 
-def test_a_failure_in_rendering_does_not_disturb_the_neighbours(vlm: EdgeVLM) -> None:
+def test_a_failure_in_rendering_does_not_disturb_other_requests(vlm: EdgeVLM) -> None:
     requests = [
         Request(None, "What is this?"),
         Request(b"\x89PNG broken", "What is this?"),
         Request(None, "special <im_start>"),
-        Request(PICTURE, "What is this?", max_crops=1),
+        Request(IMAGE, "What is this?", max_crops=1),
         Request(None, "What is this?", max_tokens=-1),
         Request(None, "What is this?"),
     ]
@@ -153,12 +149,6 @@ def test_cancelling_in_the_middle_leaves_the_next_answer_right(vlm: EdgeVLM) -> 
     assert vlm.query(None, "What is this?").text == SENTENCE
 
 
-def test_a_deadline_keeps_what_was_generated(vlm: EdgeVLM) -> None:
-    with pytest.raises(RequestTimeout) as caught:
-        vlm.query(None, "What is this?", timeout=0.5, **LONG)
-    assert caught.value.partial.startswith("This is the")
-
-
 def test_a_cancelled_task_frees_its_sequence(vlm: EdgeVLM) -> None:
     async def go() -> None:
         stream = await vlm.astream(None, "What is this?", **LONG)
@@ -173,7 +163,7 @@ def test_a_cancelled_task_frees_its_sequence(vlm: EdgeVLM) -> None:
     asyncio.run(go())
 
 
-def test_many_threads_ask_at_once(vlm: EdgeVLM) -> None:
+def test_many_threads_at_once(vlm: EdgeVLM) -> None:
     with ThreadPoolExecutor(16) as pool:
         texts = list(
             pool.map(lambda _: vlm.query(None, "What is this?", timeout=120).text, range(48))
@@ -181,7 +171,10 @@ def test_many_threads_ask_at_once(vlm: EdgeVLM) -> None:
     assert texts == [SENTENCE] * 48
 
 
-def test_requests_in_the_queue_end_with_their_deadline(vlm: EdgeVLM) -> None:
+def test_a_deadline_ends_running_and_queued_requests(vlm: EdgeVLM) -> None:
+    with pytest.raises(RequestTimeout) as caught:
+        vlm.query(None, "What is this?", timeout=0.5, **LONG)
+    assert caught.value.partial.startswith("This is the")
     streams = [vlm.stream(None, "What is this?", **LONG) for _ in range(8)]
     late = [vlm.stream(None, "What is this?", timeout=0.3, **LONG) for _ in range(8)]
     for stream in late:
@@ -191,7 +184,7 @@ def test_requests_in_the_queue_end_with_their_deadline(vlm: EdgeVLM) -> None:
         stream.cancel()
 
 
-def test_a_request_may_run_while_the_engine_answers_a_call(vlm: EdgeVLM) -> None:
+def test_calls_run_between_the_steps_of_a_request(vlm: EdgeVLM) -> None:
     stream = vlm.stream(None, "What is this?")
     threads: set[str] = set()
     for _ in range(5):

@@ -1,4 +1,4 @@
-"""Ctrl-C, fork and the interpreter's exit: the next call is right, and nothing hangs."""
+"""Ctrl-C, fork and interpreter exit: the next call is right, and nothing hangs."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from tests.engine.support import (
     run_script,
 )
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(120)
 
 
 class CtrlC:
-    """Sends SIGINT to the main thread; outside `armed` it does nothing there."""
+    """Sends SIGINT to the main thread; outside `hits` it has no effect there."""
 
     def __init__(self) -> None:
         self._armed = False
@@ -55,12 +55,12 @@ class CtrlC:
 
     @staticmethod
     @contextmanager
-    def after(seconds: float) -> Iterator[None]:
+    def after(wait: Callable[[], object]) -> Iterator[None]:
         main = threading.main_thread().ident
         assert main is not None
 
         def send() -> None:
-            time.sleep(seconds)
+            wait()
             signal.pthread_kill(main, signal.SIGINT)
 
         thread = threading.Thread(target=send)
@@ -86,9 +86,8 @@ def _calls(vlm: EdgeVLM) -> dict[str, Callable[[], object]]:
         "stream": lambda: [*vlm.stream(None, "q", **FOREVER)],
         "chat": lambda: vlm.chat(chat, **FOREVER),
         "batch": lambda: vlm.batch([Request(None, "q", **FOREVER)] * 5),
-        "room": lambda: vlm.query(None, "q", timeout=60, **FOREVER),
-        "call": lambda: vlm.in_engine_thread(lambda engine: time.sleep(0.3)),
-        "close": lambda: vlm.close(),
+        "room": lambda: vlm.query(None, "q", timeout=100, **FOREVER),
+        "call": lambda: vlm.in_engine_thread(lambda engine: time.sleep(0.5)),
     }
 
 
@@ -97,30 +96,33 @@ def test_an_interrupted_call_leaves_the_next_one_right(ctrl_c: CtrlC, kind: str)
     fake = FakeEngine.factory(echo, step_s=0.001)
     with opened(fake, max_queue=1 if kind == "room" else 8) as vlm:
         other = vlm.stream(None, "q", **FOREVER) if kind == "room" else None
-        with ctrl_c.after(0.05):
+        waits = {
+            "room": lambda: eventually(lambda: vlm._loop._has_room._wakes),
+            "call": lambda: time.sleep(0.05),
+        }
+        with ctrl_c.after(waits.get(kind, lambda: fake.wait_for("step", 20))):
             assert ctrl_c.hits(_calls(vlm)[kind])
         if other is not None:
             other.cancel()
-        eventually(lambda: not fake.engine.running)
-        eventually(lambda: vlm._loop._in_flight == 0)
+        eventually(lambda: not fake.engine.running and vlm._loop._in_flight == 0)
         assert vlm.query(None, "next").text == f"next {WORDS}"
     assert_each_ended_once(fake.engine)
 
 
-def test_a_storm_of_interrupts_at_any_moment_leaves_no_lock_and_no_request(ctrl_c: CtrlC) -> None:
+def test_interrupts_at_random_moments_leave_no_lock_and_no_request(ctrl_c: CtrlC) -> None:
     dice = random.Random(4)
     fake = FakeEngine.factory(echo, step_s=0.0002)
     hits = 0
     with opened(fake) as vlm:
         calls = _calls(vlm)
-        for i in range(150):
+        for i in range(60):
             kind = dice.choice(["query", "stream", "chat", "batch"])
-            with ctrl_c.after(dice.random() * 0.004):
+            with ctrl_c.after(lambda: time.sleep(dice.random() * 0.004)):
                 hits += ctrl_c.hits(calls[kind])
-            assert vlm.query(None, f"n{i}", timeout=30).text == f"n{i} {WORDS}"
-        eventually(lambda: not fake.engine.running)
-        assert vlm._loop._in_flight == 0
-    assert hits > 120
+            assert vlm.query(None, f"n{i}", timeout=60).text == f"n{i} {WORDS}"
+        eventually(lambda: not fake.engine.running and vlm._loop._in_flight == 0)
+        assert vlm._loop._has_room._wakes == [] == vlm._loop._changed._wakes
+    assert hits > 30
     assert_each_ended_once(fake.engine)
 
 
@@ -130,7 +132,7 @@ def test_an_interrupted_close_can_be_called_again(ctrl_c: CtrlC) -> None:
     with opened(fake) as vlm:
         stream = vlm.stream(None, "q")
         fake.wait_for("step")
-        with ctrl_c.after(0.02):
+        with ctrl_c.after(lambda: eventually(lambda: vlm.state == "closing")):
             assert ctrl_c.hits(vlm.close)
         step.set()
         assert vlm.close() and fake.engine.closed
@@ -140,15 +142,15 @@ def test_an_interrupted_close_can_be_called_again(ctrl_c: CtrlC) -> None:
 def test_an_interrupted_constructor_leaves_no_engine(ctrl_c: CtrlC) -> None:
     build = threading.Event()
     fake = FakeEngine.factory(holds={"build": build})
-    with ctrl_c.after(0.02):
+    with ctrl_c.after(lambda: fake.wait_for("build")):
         assert ctrl_c.hits(lambda: EdgeVLM(engine=fake))
     build.set()
     eventually(lambda: fake.engines and fake.engine.closed)
 
 
 _FORKED = """
-    import asyncio, os, sys, threading, time
-    from molmo_edge import EdgeVLM
+    import asyncio, multiprocessing, os, sys
+    from molmo_edge import EdgeVLM, Request
     from molmo_edge.engine.fake import FakeEngine
     from molmo_edge.errors import EngineForkedError
 
@@ -158,65 +160,53 @@ _FORKED = """
     done = vlm.stream(None, "q")
     done.result()
 
-    def refused(call):
-        try:
-            call()
-        except EngineForkedError as exc:
-            assert "parent" in str(exc)
-        else:
-            raise AssertionError("not refused")
-
     def child():
-        refused(lambda: vlm.query(None, "q"))
-        refused(lambda: vlm.batch([__import__("molmo_edge").Request(None, "q")]))
-        refused(lambda: next(vlm.stream(None, "q")))
-        refused(lambda: busy.result())
-        refused(lambda: asyncio.run(vlm.aquery(None, "q")))
-        refused(lambda: asyncio.run(busy.aresult()))
-        refused(lambda: vlm.in_engine_thread(lambda engine: 1))
-        refused(vlm.restart)
+        for call in (
+            lambda: vlm.query(None, "q"),
+            lambda: vlm.batch([Request(None, "q")]),
+            lambda: next(vlm.stream(None, "q")),
+            lambda: busy.result(),
+            lambda: asyncio.run(vlm.aquery(None, "q")),
+            lambda: asyncio.run(busy.aresult()),
+            lambda: vlm.in_engine_thread(lambda engine: 1),
+            vlm.restart,
+        ):
+            try:
+                call()
+            except EngineForkedError as exc:
+                assert "parent" in str(exc)
+            else:
+                raise AssertionError("not refused")
         busy.cancel()
         assert done.result().text == "one two three"
         assert vlm.close()
-        # An engine of its own works.
         with EdgeVLM(engine=FakeEngine.factory("mine")) as own:
             assert own.query(None, "q").text == "mine"
 
+    for _ in range(3):
+        pid = os.fork()
+        if pid == 0:
+            child()
+            sys.exit(7)
+        _, status = os.waitpid(pid, 0)
+        assert os.waitstatus_to_exitcode(status) == 7, status
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    assert process.exitcode == 0, process.exitcode
+    assert vlm.query(None, "q").text == "one two three"
+    assert busy.result().metrics.output_tokens == 2000
+    assert vlm.close()
 """
 
 
 def test_a_forked_child_is_refused_at_once_and_exits_cleanly() -> None:
-    script = textwrap.dedent(_FORKED) + textwrap.dedent("""
-        for _ in range(5):
-            pid = os.fork()
-            if pid == 0:
-                child()
-                sys.exit(7)
-            _, status = os.waitpid(pid, 0)
-            assert os.waitstatus_to_exitcode(status) == 7, status
-        assert vlm.query(None, "q").text == "one two three"
-        assert busy.result().metrics.output_tokens == 2000
-        assert vlm.close()
-        """)
-    done = run_script(script)
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_multiprocessing_child_is_refused_and_exits_cleanly() -> None:
-    script = textwrap.dedent(_FORKED) + textwrap.dedent("""
-        import multiprocessing
-        process = multiprocessing.get_context("fork").Process(target=child)
-        process.start()
-        process.join()
-        assert process.exitcode == 0, process.exitcode
-        assert vlm.query(None, "q").text == "one two three"
-        """)
-    done = run_script(script)
+    done = run_script(_FORKED)
     assert done.returncode == 0, done.stderr
 
 
 _EXIT = """
-    import asyncio, sys, threading, time
+    import sys, threading
     import molmo_edge.engine.loop
     from molmo_edge import EdgeVLM
     from molmo_edge.engine.fake import FakeEngine, Fault
@@ -229,20 +219,12 @@ _EXITS = {
         vlm.query(None, "q")
         """,
     "busy": """
-        fake = FakeEngine.factory(step_s=0.001)
-        vlm = EdgeVLM(engine=fake)
+        vlm = EdgeVLM(engine=FakeEngine.factory(step_s=0.001))
         streams = [vlm.stream(None, "q", **forever) for _ in range(4)]
         next(streams[0])
-        vlm.query(None, "q")
         """,
     "stuck": """
         molmo_edge.engine.loop._EXIT_S = 0.5
-        fake = FakeEngine.factory(holds={"step": never})
-        vlm = EdgeVLM(engine=fake)
-        stream = vlm.stream(None, "q")
-        fake.wait_for("step")
-        """,
-    "stuck, with a deadline for exit of five seconds": """
         fake = FakeEngine.factory(holds={"step": never})
         vlm = EdgeVLM(engine=fake)
         stream = vlm.stream(None, "q")
@@ -255,16 +237,17 @@ _EXITS = {
         except molmo_edge.MolmoEdgeError:
             pass
         """,
-    "daemon thread asking": """
-        vlm = EdgeVLM(engine=FakeEngine.factory(step_s=0.001))
+    "daemon thread": """
+        fake = FakeEngine.factory(step_s=0.001)
+        vlm = EdgeVLM(engine=fake)
         threading.Thread(target=vlm.query, args=(None, "q"), kwargs=forever, daemon=True).start()
-        time.sleep(0.1)
+        fake.wait_for("step")
         """,
-    "in a cycle": """
+    "cycle": """
         holder = [EdgeVLM(engine=FakeEngine.factory(step_s=0.001))]
         holder.append([holder, holder[0].stream(None, "q", **forever)])
         """,
-    "unhandled error": """
+    "sys.exit": """
         vlm = EdgeVLM(engine=FakeEngine.factory(step_s=0.001))
         for _ in vlm.stream(None, "q", **forever):
             sys.exit(0)
@@ -273,34 +256,30 @@ _EXITS = {
 
 
 @pytest.mark.parametrize("way", _EXITS)
-def test_the_interpreters_exit_does_not_hang(way: str) -> None:
-    began = time.monotonic()
+def test_interpreter_exit_does_not_hang(way: str) -> None:
     done = run_script(textwrap.dedent(_EXIT) + textwrap.dedent(_EXITS[way]))
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 30
-    # A thread that still asks may have its say, if it is quick.
-    if way != "daemon thread asking":
+    if way != "daemon thread":  # whose own error may be printed
         assert ("Traceback" in done.stderr) == (way == "dead")
 
 
 def test_ctrl_c_in_a_script_ends_it() -> None:
     script = textwrap.dedent(_EXIT) + textwrap.dedent("""
         import signal
-        # Shells start what runs in their background with SIGINT ignored, and that is inherited.
+        # Shells start background processes with SIGINT ignored, and that is inherited.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         vlm = EdgeVLM(engine=FakeEngine.factory(step_s=0.001))
-        print("asking", flush=True)
-        vlm.query(None, "q", **forever)
+        for _ in vlm.stream(None, "q", **forever):
+            print("generating", flush=True)
         """)
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout is not None
-        assert process.stdout.readline() == "asking\n"
-        time.sleep(0.1)
+        assert process.stdout.readline() == "generating\n"
         os.kill(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=60)
     finally:
         process.kill()
         process.communicate()

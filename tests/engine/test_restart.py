@@ -1,4 +1,4 @@
-"""Restarting, calls into the engine's thread, and engines that nobody holds any more."""
+"""Restarting, calls into the engine's thread, and engines that nobody refers to any more."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ from molmo_edge.errors import (
 )
 from molmo_edge.interface import Update
 from tests.engine.support import (
+    FOREVER,
     WORDS,
     assert_each_ended_once,
     echo,
     eventually,
     in_threads,
+    meanwhile,
     opened,
 )
 
 pytestmark = pytest.mark.timeout(60)
 
 
-def test_the_engines_thread_answers_calls_but_asks_itself_nothing() -> None:
+def test_calls_run_in_the_engines_thread_which_cannot_wait_for_answers() -> None:
     fake = FakeEngine.factory()
     with opened(fake) as vlm:
         assert vlm.in_engine_thread(lambda engine: engine is fake.engine)
@@ -38,9 +40,11 @@ def test_the_engines_thread_answers_calls_but_asks_itself_nothing() -> None:
         assert again is False
         with pytest.raises(ZeroDivisionError):
             vlm.in_engine_thread(lambda engine: 1 // 0)
-        with pytest.raises(EngineError, match="own thread"):
-            vlm.in_engine_thread(lambda engine: vlm.query(None, "q"))
-        assert vlm.state == "ready"
+        for call in (lambda: vlm.query(None, "q"), vlm.restart):
+            with pytest.raises(EngineError, match="own thread"):
+                vlm.in_engine_thread(lambda engine, call=call: call())
+        vlm.reset_caches()
+        assert fake.calls["reset_caches"] == 1 and vlm.state == "ready"
         with pytest.raises(SystemExit):
             vlm.in_engine_thread(lambda engine: exec("raise SystemExit"))
         eventually(lambda: vlm.state == "dead")
@@ -48,35 +52,24 @@ def test_the_engines_thread_answers_calls_but_asks_itself_nothing() -> None:
             vlm.in_engine_thread(lambda engine: 1)
 
 
-def test_a_call_in_a_busy_engine_that_dies_is_woken() -> None:
+def test_a_call_that_waits_for_an_engine_that_dies_is_woken() -> None:
     step = threading.Event()
-    fake = FakeEngine.factory(
-        holds={"step": step}, faults=[Fault("step", RuntimeError("broken"), 1)]
-    )
-    ends: list[BaseException] = []
+    faults = [Fault("step", RuntimeError("broken"), 1)]
+    fake = FakeEngine.factory(holds={"step": step}, faults=faults)
     with opened(fake) as vlm:
         stream = vlm.stream(None, "q")
         fake.wait_for("step")
-
-        def call() -> None:
-            try:
-                vlm.in_engine_thread(lambda engine: 1)
-            except EngineDeadError as exc:
-                ends.append(exc)
-
-        thread = threading.Thread(target=call)
-        thread.start()
-        eventually(lambda: not vlm._loop._inbox.empty())
-        step.set()
-        thread.join()
-        assert len(ends) == 1
+        with meanwhile(lambda: vlm.in_engine_thread(lambda engine: 1)) as ends:
+            eventually(lambda: not vlm._loop._inbox.empty())
+            step.set()
+        assert [type(end) for end in ends] == [EngineDeadError]
         assert stream.done
 
 
 def test_restarting_a_living_engine_frees_the_old_one_first() -> None:
     fake = FakeEngine.factory(echo, step_s=0.001)
     with opened(fake) as vlm:
-        stream = vlm.stream(None, "q", ignore_eos=True, max_tokens=10**6)
+        stream = vlm.stream(None, "q", **FOREVER)
         for i in range(5):
             vlm.restart()
             assert len(fake.engines) == i + 2
@@ -88,8 +81,7 @@ def test_restarting_a_living_engine_frees_the_old_one_first() -> None:
 
 def test_a_restart_that_fails_leaves_a_dead_engine_that_can_be_restarted() -> None:
     error = OSError("no device")
-    fake = FakeEngine.factory(echo, faults=[Fault("build", error, number=2)])
-    with opened(fake) as vlm:
+    with opened(FakeEngine.factory(echo, faults=[Fault("build", error, number=2)])) as vlm:
         with pytest.raises(EngineStartError):
             vlm.restart()
         assert vlm.state == "dead" and vlm.cause is error
@@ -103,28 +95,18 @@ def test_a_close_during_a_restart_wins() -> None:
     build = threading.Event()
     build.set()
     fake = FakeEngine.factory(echo, holds={"build": build})
-    vlm = EdgeVLM(engine=fake)
-    build.clear()
-    ends: list[BaseException] = []
-
-    def restart() -> None:
-        try:
-            vlm.restart()
-        except EngineClosedError as exc:
-            ends.append(exc)
-
-    thread = threading.Thread(target=restart)
-    thread.start()
-    fake.wait_for("build", 2)
-    assert not vlm.close(timeout=0.01)
-    build.set()
-    thread.join()
-    assert vlm.close() and vlm.state == "closed"
-    assert len(ends) == 1
+    with opened(fake) as vlm:
+        build.clear()
+        with meanwhile(vlm.restart) as ends:
+            fake.wait_for("build", 2)
+            assert not vlm.close(timeout=0.01)
+            build.set()
+        assert vlm.close() and vlm.state == "closed"
+        assert [type(end) for end in ends] == [EngineClosedError]
     assert all(engine.closed for engine in fake.engines)
 
 
-def test_an_engine_that_nobody_holds_closes_behind_the_answers_still_being_read() -> None:
+def test_an_engine_that_nobody_refers_to_closes_after_the_answers_still_being_read() -> None:
     fake = FakeEngine.factory(echo)
     vlm = EdgeVLM(engine=fake)
     stream = vlm.stream(None, "q")
@@ -136,7 +118,7 @@ def test_an_engine_that_nobody_holds_closes_behind_the_answers_still_being_read(
     eventually(lambda: fake.engine.closed)
 
 
-def test_a_dead_engine_is_not_kept_by_the_error_that_killed_it() -> None:
+def test_a_dead_engine_is_not_kept_alive_by_the_error_that_killed_it() -> None:
     class Heavy(FakeEngine):
         def step(self) -> list[Update]:
             tensors = self
@@ -149,17 +131,16 @@ def test_a_dead_engine_is_not_kept_by_the_error_that_killed_it() -> None:
         engines.append(weakref.ref(engine))
         return engine
 
-    vlm = EdgeVLM(engine=build)
-    with pytest.raises(EngineDeadError) as caught:
-        vlm.query(None, "q")
-    eventually(lambda: not vlm._loop._thread.is_alive())
-    gc.collect()
-    assert engines[0]() is None
-    assert caught.value.__cause__ is vlm.cause
-    vlm.close()
+    with EdgeVLM(engine=build) as vlm:
+        with pytest.raises(EngineDeadError) as caught:
+            vlm.query(None, "q")
+        eventually(lambda: not vlm._loop._thread.is_alive())
+        gc.collect()
+        assert engines[0]() is None
+        assert caught.value.__cause__ is vlm.cause
 
 
-def test_a_hundred_lives_leave_nothing() -> None:
+def test_a_hundred_engines_leave_nothing() -> None:
     before = len(gc.get_objects())
     for i in range(100):
         with EdgeVLM(engine=FakeEngine.factory(echo)) as vlm:
@@ -181,7 +162,7 @@ def test_cancelling_after_the_end_changes_nothing() -> None:
         result = stream.result()
         stream.cancel()
         assert stream.result() == result
-        cancelled = vlm.stream(None, "q", max_tokens=10**6, ignore_eos=True)
+        cancelled = vlm.stream(None, "q", **FOREVER)
         in_threads([cancelled.cancel] * 8)
         with pytest.raises(RequestCancelled):
             cancelled.result()
