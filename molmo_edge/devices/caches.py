@@ -54,7 +54,7 @@ class Cache:
 def cache_environment(
     root: Path, device: DeviceInfo, versions: Mapping[str, str | None]
 ) -> dict[str, str]:
-    """Environment variables that put every cache of compiled code below ``root``.
+    """Return environment variables that put every cache of compiled code below ``root``.
 
     Args:
         root: molmo_edge's cache directory.
@@ -81,7 +81,7 @@ def caches(
     cache_dir: Path | None = None,
     versions: Mapping[str, str | None] | None = None,
 ) -> list[Cache]:
-    """molmo_edge's cache root, and the caches of its dependencies on this kind of device."""
+    """Return molmo_edge's cache root and the caches of its dependencies on this kind of device."""
     env = src.environ
     xdg = env.get("XDG_CACHE_HOME") or f"{env.get('HOME') or Path.home()}/.cache"
     own = str(cache_dir) if cache_dir else env.get("MOLMO_EDGE_CACHE_DIR") or f"{xdg}/molmo_edge"

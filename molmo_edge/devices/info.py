@@ -18,7 +18,7 @@ class DeviceInfo:
         name: the GPU's name from NVML, else the processor's.
         kind: "cuda" if this process can use an NVIDIA GPU, else "cpu".
         compute_capability: such as "11.0".
-        integrated: whether GPU and CPU share one memory.
+        integrated: whether GPU and CPU share their memory.
         memory_total_bytes, memory_available_bytes: GPU memory, or main memory (within the
             container's limit) where the GPU is integrated or absent.
         memory_bandwidth_bytes_s: published peak, bytes per second.

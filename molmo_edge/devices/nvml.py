@@ -1,7 +1,7 @@
 """NVML calls that return a value or ``None``.
 
 Jetson drivers answer "Not Supported" to most calls and differ between releases, so every call is
-tried on its own and no failure says anything about the next one.
+tried on its own, also after a failure.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Nvml:
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
     def throttled(self) -> bool | None:
-        """Whether power or heat holds the clocks down now."""
+        """Whether power or heat lowers the clocks now."""
         reasons = self.number("nvmlDeviceGetCurrentClocksEventReasons")
         if reasons is None:  # the function's name before driver 535
             reasons = self.number("nvmlDeviceGetCurrentClocksThrottleReasons")

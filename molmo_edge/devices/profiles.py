@@ -26,7 +26,7 @@ _MATCH = ("kind", "capability", "integrated", "memory_gb_min", "memory_gb_max")
 
 @dataclass(frozen=True)
 class Profile:
-    """Settings for one kind of device; nothing in it can be changed.
+    """Immutable settings for one kind of device.
 
     Attributes:
         name: as ``--profile`` takes it.
@@ -129,7 +129,7 @@ def mismatches(profile: Profile, device: DeviceInfo) -> list[str]:
             has = device.compute_capability or "unknown"
             unmet.append(f"it is for capability {' or '.join(wanted)}, this device's is {has}")
         elif condition == "integrated" and device.integrated is not wanted:
-            unmet.append(f"it is for {'shared' if wanted else 'separate'} GPU memory")
+            unmet.append(f"it is for {'shared' if wanted else 'discrete'} GPU memory")
         elif condition == "memory_gb_min" and (size is None or size < wanted):
             unmet.append(f"it is for {wanted} GiB or more")
         elif condition == "memory_gb_max" and (size is None or size > wanted):
@@ -138,12 +138,12 @@ def mismatches(profile: Profile, device: DeviceInfo) -> list[str]:
 
 
 def profile_warning(profile: Profile, device: DeviceInfo) -> str | None:
-    """One line when a profile was written for another device than this one, else ``None``."""
+    """Return a warning if a profile is for another device, else ``None``."""
     unmet = mismatches(profile, device)
     if not unmet:
         return None
     return (
-        f"profile {profile.name} was written for another device: {'; '.join(unmet)}. "
+        f"profile {profile.name} is for another device: {'; '.join(unmet)}. "
         f"{select_profile(device)[0].name} would fit {device.name}"
     )
 

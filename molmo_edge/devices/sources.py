@@ -1,6 +1,6 @@
-"""Where device facts are read from, injectable so that recorded machines can be replayed.
+"""Sources of device facts, injectable so that recorded machines can be replayed.
 
-A source that is missing, unreadable or failing gives ``None``; nothing here raises.
+A source that is missing, unreadable or failing gives ``None``; nothing raises.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _COMMAND_TIMEOUT_S = 2.0
 
 @dataclass(frozen=True)
 class Sources:
-    """Everything that detection may look at.
+    """Everything that detection reads.
 
     Attributes:
         root: stands for ``/``; ``/proc``, ``/sys``, ``/dev`` and ``/etc`` are read below it.

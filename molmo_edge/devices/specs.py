@@ -26,7 +26,7 @@ class Spec:
         pattern: regular expression for the whole name that NVML reports, or, for a Jetson, for
             part of its device tree's model and compatible strings.
         capability: CUDA compute capability.
-        integrated: whether GPU and CPU share one memory.
+        integrated: whether GPU and CPU share their memory.
         memory_gib: nominal size.
         bandwidth_gb_s: peak memory bandwidth, 10^9 bytes per second.
         bf16_tflops, fp8_tflops, fp4_tflops: dense peaks, 10^12 FLOP/s; ``None``: not published,

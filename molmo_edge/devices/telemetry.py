@@ -1,4 +1,4 @@
-"""Power, energy, clocks, temperature, memory and utilisation while something runs.
+"""Measure power, energy, clocks, temperature, memory and utilisation during a run.
 
 One thread reads the sensors at an interval. It needs neither root nor a service, and what the
 machine does not report is ``None``.
@@ -71,7 +71,7 @@ class TelemetrySummary:
             "integrated" (power over time); ``energy_scope`` as for the power, or "cpu package".
         clocks_mhz: by name ("gpu", "memory", "cpu").
         temperature_c: of the GPU, or of the hottest part of a processor.
-        memory_used_bytes: of GPU memory, or of main memory where the two are one.
+        memory_used_bytes: of GPU memory, or of main memory where the GPU is integrated.
         utilisation: of the GPU, 0 to 1.
         throttled: 1 while power or heat holds the GPU's clocks down, else 0.
         cpu_share: processor time of sampling over the duration; 0.01 is one percent of a core.
