@@ -36,20 +36,14 @@ def test_bf16_on_16_gb_becomes_fp8_with_a_message_when_auto() -> None:
     )
 
 
-def test_bf16_on_16_gb_is_refused_when_asked_for() -> None:
+def test_a_precision_that_fits_is_kept_and_one_that_does_not_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"BF16 weights \(16.0 GB\) do not fit.*fp8 fits"):
         choose_precision("bf16", CARD, MOLMO)
-
-
-def test_auto_is_what_the_profile_says_where_it_fits() -> None:
+    assert choose_precision("bf16", known_device("thor"), MOLMO).precision == "bf16"
     assert choose_precision("auto", CARD, MOLMO).precision == "fp8"
     assert choose_precision("auto", known_device("thor"), MOLMO).reason == "profile thor"
     h100 = choose_precision("auto", known_device("h100"), MOLMO)
     assert (h100.precision, h100.fallback) == ("bf16", False)
-
-
-def test_bf16_is_honoured_where_it_fits() -> None:
-    assert choose_precision("bf16", known_device("thor"), MOLMO).precision == "bf16"
 
 
 def test_memory_that_others_use_counts() -> None:
@@ -81,6 +75,8 @@ def test_four_bits_need_a_quantised_checkpoint(name: str) -> None:
 
 
 def test_a_quantised_checkpoint_cannot_be_loaded_as_something_else() -> None:
+    with pytest.raises(ConfigError, match="in no precision"):
+        choose_precision("auto", CARD, {})
     with pytest.raises(ConfigError, match=r"precision fp8 was requested.*quantised to w4a16"):
         choose_precision("fp8", CARD, {"w4a16": 6 << 30})
     with pytest.raises(ConfigError, match="no longer loads bitsandbytes"):
@@ -98,17 +94,12 @@ def test_unknown_memory_lets_the_wish_through_and_says_so() -> None:
     assert usable_bytes(unknown) is None
 
 
-def test_a_model_without_any_precision_is_refused() -> None:
-    with pytest.raises(ConfigError, match="in no precision"):
-        choose_precision("auto", CARD, {})
-
-
 def test_usable_memory_keeps_to_what_is_free() -> None:
     card = detect(machine("rtx5080"))
     assert usable_bytes(card, 0.5) == int(17094934528 * 0.5) - (1 << 30)
     assert usable_bytes(replace(card, memory_available_bytes=2 << 30), 0.9) == 1 << 30
     assert usable_bytes(replace(card, memory_available_bytes=0)) == 0
-    thor = detect(machine("thor"))  # a share of shared memory would be everyone's
+    thor = detect(machine("thor"))  # a fraction of shared memory would be everyone's
     assert usable_bytes(thor, 0.3) == 120213504 * 1024 - (1 << 30)
 
 
@@ -154,12 +145,16 @@ def test_a_cache_dtype_the_gpu_cannot_have_is_refused(
         check_kv_cache_dtype(dtype, known_device(device), backend)
 
 
-def test_a_cache_dtype_the_gpu_can_have_is_let_through() -> None:
-    check_kv_cache_dtype("fp8", known_device("thor"), "TRITON_ATTN")
-    check_kv_cache_dtype("fp8", known_device("h100"), "FLASH_ATTN")
-    check_kv_cache_dtype("int8_per_token_head", known_device("orin"), "TRITON_ATTN")
-    check_kv_cache_dtype("auto", known_device("orin"))
-    check_kv_cache_dtype("fp8", DeviceInfo(name="NVIDIA GPU", kind="cuda"))
+@pytest.mark.parametrize(
+    ("dtype", "device", "backend"),
+    [("fp8", "thor", "TRITON_ATTN"), ("fp8", "h100", "FLASH_ATTN"), ("auto", "orin", None),
+     ("int8_per_token_head", "orin", "TRITON_ATTN")],
+)  # fmt: skip
+def test_a_cache_dtype_the_gpu_can_have_is_accepted(
+    dtype: str, device: str, backend: str | None
+) -> None:
+    check_kv_cache_dtype(dtype, known_device(device), backend)
+    check_kv_cache_dtype(dtype, DeviceInfo(name="NVIDIA GPU", kind="cuda"))
 
 
 def test_fp8_cache_on_a_cpu_needs_avx512() -> None:
@@ -170,7 +165,7 @@ def test_fp8_cache_on_a_cpu_needs_avx512() -> None:
         check_kv_cache_dtype("fp8_per_token_head", BOX)
 
 
-def test_qwen2_class_models_get_one_line_about_plain_fp8() -> None:
+def test_qwen2_class_models_get_a_warning_about_plain_fp8() -> None:
     molmo_d = model_shape("allenai/Molmo-7B-D-0924")
     molmo_o = model_shape("allenai/Molmo-7B-O-0924")
     warning = kv_cache_warning("fp8", qwen2=molmo_d.qwen2)
