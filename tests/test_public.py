@@ -1,4 +1,4 @@
-"""What a user may rely on from outside: names, import time, errors."""
+"""Public names, imports and errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_import_loads_neither_torch_nor_vllm() -> None:
     assert out.stdout.strip() == "[]"
 
 
-def test_every_public_name_is_there_and_sorted() -> None:
+def test_every_public_name_exists_and_is_sorted() -> None:
     assert molmo_edge.__all__ == sorted(molmo_edge.__all__)
     for name in molmo_edge.__all__:
         assert getattr(molmo_edge, name) is not None
@@ -33,12 +33,12 @@ def test_every_public_name_is_there_and_sorted() -> None:
         molmo_edge.Nothing  # noqa: B018
 
 
-def test_every_error_is_in_the_tree_that_its_module_draws() -> None:
-    drawn = inspect.getdoc(errors) or ""
+def test_every_error_is_in_the_tree_of_the_modules_docstring() -> None:
+    tree = inspect.getdoc(errors) or ""
     for name, cls in vars(errors).items():
         if inspect.isclass(cls) and issubclass(cls, Exception):
             assert issubclass(cls, errors.MolmoEdgeError)
-            assert name in drawn
+            assert name in tree
 
 
 def test_without_vllm_the_error_names_both_extras(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,9 +38,9 @@ Answers: TypeAlias = "str | Mapping[str, str] | Callable[[Sequence[Turn]], str]"
 
 END_OF_TEXT = 0  # token id; all other tokens have a higher one
 _IMAGE_TOKENS = 144
-_SPECIAL = (
-    "<|endoftext|>", "<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<|image|>",
-)  # fmt: skip
+_SPECIAL = dict(
+    enumerate(["<|endoftext|>", "<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<|image|>"])
+)
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,7 @@ class FakeEngine:
         self._call("render")
         check_turns(turns)
         text = "".join(f" {turn.role.capitalize()}: {turn.text}" for turn in turns)
-        for i, token in enumerate(_SPECIAL):
-            if token in text:
-                refuse_special([i], {i: token})
+        refuse_special([i for i, name in _SPECIAL.items() if name in text], _SPECIAL)
         images = [image for turn in turns for image in turn.images]
         if len(images) > 1 or (images and not turns[0].images):
             raise ImageError("A request may contain one image, in its first turn.")

@@ -13,9 +13,9 @@ _PATIENCE_S = 10.0
 
 
 @pytest.fixture(autouse=True)
-def no_thread_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+def no_leaked_threads(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.node.get_closest_marker("engine") is not None:
-        # vLLM's own threads come and go, and the session's engine stays.
+        # vLLM's own threads come and go, and the session's engines stay.
         yield
         return
     before = set(threading.enumerate())
