@@ -150,7 +150,8 @@ class EdgeSettings(BaseSettings):
         model: directory or hub name of a checkpoint; ``stub`` is the small built-in one.
         profile: name of a device profile; ``auto`` detects the device.
         precision: of the language model's dense weights; ``auto`` follows the profile.
-        dtype: of activations and unquantised weights; ``auto`` follows the checkpoint.
+        dtype: of activations and unquantised weights; ``auto`` is bfloat16, or float32 on a
+            processor without bfloat16 instructions.
         kv_cache_dtype: of the KV cache, by vLLM's name.
         max_model_len: tokens of prompt (image included) and answer together, at least 64.
         max_num_seqs: requests decoded together, 1 to 1024.

@@ -24,6 +24,7 @@ from molmo_edge.devices.precision import (
     choose_precision,
     kv_cache_warning,
     request_bytes,
+    usable_bytes,
 )
 from molmo_edge.devices.profiles import Profile, profile_warning
 from molmo_edge.devices.shapes import ModelShape, model_shape
@@ -85,13 +86,14 @@ def plan_build(
     _check_profile(profile, device)
     engine_args = _checked(settings.engine_args)
     shape = model_shape(folder)
+    if settings.dtype == "auto":
+        settings = settings.model_copy(update={"dtype": _auto_dtype(device, shape)})
     kv, backend = _kv_cache(settings, device, shape, profile, by_user="kv_cache_dtype" in by_user)
     choice = _precision(settings, device, shape, profile, by_user="precision" in by_user)
     _check_kernels(shape, settings, device)
-    dtype = "bfloat16" if settings.dtype == "auto" else settings.dtype
     args: dict[str, Any] = {
         "model": str(folder),
-        "dtype": dtype,
+        "dtype": settings.dtype,
         "kv_cache_dtype": kv,
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_num_seqs,
@@ -171,6 +173,16 @@ def _check_profile(profile: Profile, device: DeviceInfo) -> None:
             "finds of a GPU."
         )
     _warn(warning)
+
+
+def _auto_dtype(device: DeviceInfo, shape: ModelShape) -> str:
+    """Return bfloat16, or float32 if it fits on a processor that would emulate bfloat16."""
+    native = {"avx512_bf16", "amx_bf16", "bf16"} & device.cpu_isa
+    if device.kind != "cpu" or not device.cpu_isa or native or shape.stored is not None:
+        return "bfloat16"
+    usable = usable_bytes(device)
+    size = shape.bytes_by_precision(float32=True)["bf16"]
+    return "float32" if usable is not None and 2 * size <= usable else "bfloat16"
 
 
 def _kv_cache(
