@@ -15,16 +15,15 @@ from safetensors.torch import save_file
 from molmo_edge.devices.tensors import BLOCKS
 from molmo_edge.errors import QuantizeError
 from molmo_edge.models.molmo.synthetic import Family, Shape, random_weights, write_checkpoint
-from molmo_edge.quantize import activations as quant_activations
+from molmo_edge.quantize import calibrate as quant_activations
 from molmo_edge.quantize import calibrate as quant_calibrate
 from molmo_edge.quantize import plan as quant_plan
 from molmo_edge.quantize import run as quantize
-from molmo_edge.quantize.activations import Streamed, picture_files, read_pictures
-from molmo_edge.quantize.fold import LAYERS, Calibration
+from molmo_edge.quantize.calibrate import LAYERS, Calibration, Streamed, image_files, read_images
 from molmo_edge.quantize.formats import format_of
 from molmo_edge.reference.molmo import ReferenceInputs, ReferenceMolmo
 from molmo_edge.reference.verify import synthetic_image as picture
-from tests.quant_support import Killed, plain_tensors, tensors_of, threads
+from tests.quant_support import plain_tensors, tensors_of, threads
 
 SHAPE = Shape(vit_blocks=9, heads=4, kv_heads=2)
 
@@ -77,7 +76,7 @@ def known(one: Path, pictures: Path) -> Calibration:
 def calibrated(folder: Path, pictures: Path, scheme: str = "w4a16") -> Calibration:
     form = format_of(scheme)
     planned = quant_plan.plan(folder, form)
-    return quant_calibrate.calibrate(folder, planned, form, picture_files(pictures))
+    return quant_calibrate.calibrate(folder, planned, form, image_files(pictures))
 
 
 Prompts = list[tuple[Any, ReferenceInputs]]
@@ -86,7 +85,7 @@ Prompts = list[tuple[Any, ReferenceInputs]]
 @pytest.fixture(scope="module")
 def prompts(one: Path, pictures: Path) -> Prompts:
     """Both families have the same tokens here."""
-    return read_pictures(one, picture_files(pictures))
+    return read_images(one, image_files(pictures))
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +167,7 @@ def test_outputs_are_nearer_than_without(
     assert seen_wrong < bound * free_wrong
     assert done.pictures == 2
     card = (done.folder / "README.md").read_text()
-    assert "Calibrated on 2 pictures" in card and "No pictures" not in card
+    assert "Calibrated on 2 images" in card and "No images" not in card
     assert set(tensors_of(done.folder)) == set(tensors_of(free))
     assert {p.name for p in done.folder.iterdir()} == {p.name for p in free.iterdir()}
 
@@ -176,46 +175,9 @@ def test_outputs_are_nearer_than_without(
 def test_pictures_are_spread_over_the_folder(
     pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert [p.name for p in picture_files(pictures)] == ["0.png", "1.png"]
-    monkeypatch.setattr(quant_activations, "MOST_PICTURES", 1)
-    assert [p.name for p in picture_files(pictures)] == ["0.png"]
-
-
-def test_a_finished_calibration_survives_an_interruption(
-    one: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(quant_plan, "SHARD_BYTES", 8 << 20)
-    told: list[tuple[int, int]] = []
-
-    def stop(done: int, total: int, name: str) -> None:
-        told.append((done, total))
-        if "blocks.0.attn_out" in name:
-            raise Killed
-
-    whole = quantize.quantize(one, tmp_path / "whole", "w4a16", calibrate=pictures)
-    with pytest.raises(Killed):
-        quantize.quantize(one, tmp_path / "out", "w4a16", calibrate=pictures, progress=stop)
-    assert [done for done, _ in told] == sorted(done for done, _ in told)
-    monkeypatch.setattr(quant_activations, "read_pictures", None)
-    monkeypatch.setattr(quant_calibrate, "read_pictures", None)
-    again = quantize.quantize(one, tmp_path / "out", "w4a16", calibrate=pictures)
-    assert again.relative_errors == whole.relative_errors
-    for path in sorted(whole.folder.iterdir()):
-        assert (again.folder / path.name).read_bytes() == path.read_bytes(), path.name
-
-
-def test_an_interrupted_run_without_pictures_is_not_taken_up(
-    one: Path, pictures: Path, tmp_path: Path
-) -> None:
-
-    def stop(done: int, total: int, name: str) -> None:
-        if "blocks.1.ff_out" in name:
-            raise Killed
-
-    with pytest.raises(Killed):
-        quantize.quantize(one, tmp_path / "out", "w4a16", progress=stop)
-    done = quantize.quantize(one, tmp_path / "out", "w4a16", calibrate=pictures)
-    assert done.resumed_files == 0
+    assert [p.name for p in image_files(pictures)] == ["0.png", "1.png"]
+    monkeypatch.setattr(quant_activations, "MAX_IMAGES", 1)
+    assert [p.name for p in image_files(pictures)] == ["0.png"]
 
 
 def test_fp8_is_refused(one: Path, pictures: Path, tmp_path: Path) -> None:
@@ -233,9 +195,9 @@ def test_bad_pictures_are_named_and_nothing_is_left(
     whole = (pictures / "0.png").read_bytes()
     (broken / "cut.png").write_bytes(whole[: len(whole) // 2])
     for given, said in (
-        (tmp_path / "nowhere", "is no folder"),
-        (pictures / "notes.txt", "is no folder"),
-        (empty, "holds no pictures"),
+        (tmp_path / "nowhere", "is not a directory"),
+        (pictures / "notes.txt", "is not a directory"),
+        (empty, "contains no images"),
         (broken, r"cut\.png' cannot be calibrated on"),
     ):
         with pytest.raises(QuantizeError, match=said):
@@ -251,7 +213,7 @@ def test_weights_that_are_no_numbers_are_named(
     tensors = tensors_of(folder)
     tensors[f"{BLOCKS}1.ff_proj.weight"][3, 4] = float("nan")
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(QuantizeError, match=r"blocks\.1\.ff_proj\.weight' holds"):
+    with pytest.raises(QuantizeError, match=r"blocks\.1\.ff_proj\.weight' contains"):
         quantize.quantize(folder, tmp_path / "out", "w4a16", calibrate=pictures)
     assert not list(tmp_path.glob("out*"))
 

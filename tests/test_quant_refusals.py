@@ -51,15 +51,6 @@ def test_an_existing_output_is_left_alone(small: Path, tmp_path: Path) -> None:
     assert (out / "kept").exists()
 
 
-def test_a_strangers_folder_in_the_way_is_left_alone(small: Path, tmp_path: Path) -> None:
-    work = tmp_path / "out.partial"
-    work.mkdir()
-    (work / "kept").touch()
-    with pytest.raises(QuantizeError, match="in the way"):
-        quantize.quantize(small, tmp_path / "out", "fp8")
-    assert (work / "kept").exists()
-
-
 def test_a_quantised_checkpoint_is_refused(small: Path, tmp_path: Path) -> None:
     once = quantize.quantize(small, tmp_path / "once", "fp8").folder
     with pytest.raises(QuantizeError, match="quantised already"):
@@ -85,7 +76,7 @@ LAYER = "model.transformer.blocks.1.ff_out.weight"
         (lambda t: t.pop("model.vision_backbone.pad_embed"), "pad_embed"),
         (lambda t: t.update({LAYER: t[LAYER][:, :256].clone()}), "config.json asks for"),
         (lambda t: t.update({LAYER: t[LAYER].to(torch.int8)}), "stored as I8"),
-        (lambda t: t[LAYER].fill_(float("nan")), "no finite numbers"),
+        (lambda t: t[LAYER].fill_(float("nan")), "contains NaN or infinity"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_by_tensor(

@@ -1,24 +1,279 @@
-"""Activation-aware scales: how much louder than the others each layer stores its loud channels.
+"""Activation-aware scales: store a layer's columns scaled up where its inputs are large.
 
-The scale of a column is a power of the mean size of its input; the exponent of each layer is the
-one of a small grid with the least error of the layer's output on rows of its real inputs. After
-"AWQ: Activation-aware Weight Quantization" (Lin et al., arXiv 2306.00978), here for Molmo.
+The inverse goes into what produces the inputs, so the model computes the same as before:
+
+    att_proj, ff_proj   the norm before them (not where norms come after, as in Molmo-7B-O)
+    attn_out            the value rows of att_proj; query heads that share them share the scale
+    ff_out              the rows of ff_proj that are not the gate's
+
+A column's scale is a power of the mean size of its input; each layer's exponent is the one of a
+small grid with the least error of the layer's output. After "AWQ: Activation-aware Weight
+Quantization" (Lin et al., arXiv 2306.00978). Inputs come from the reference implementation, in
+float32 on the CPU, with the weights of one block in memory at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from safetensors import safe_open
 
-from molmo_edge.errors import QuantizeError
-from molmo_edge.quantize.activations import Inputs, Streamed, read_pictures
-from molmo_edge.quantize.fold import NORMS, Calibration, Heads, through_bfloat16
+from molmo_edge.devices.tensors import BLOCKS, TEXT, VISION, VIT_BLOCKS
+from molmo_edge.errors import ImageError, QuantizeError
 from molmo_edge.quantize.formats import Format, pack, unpack
-from molmo_edge.quantize.plan import Plan
-from molmo_edge.reference.molmo_checkpoint import text_config
+from molmo_edge.quantize.plan import Job
+from molmo_edge.reference.molmo import ReferenceInputs, ReferenceMolmo, preprocess, sequence
+from molmo_edge.reference.molmo_checkpoint import TextConfig, count_blocks, text_config
+
+LAYERS = ("att_proj", "attn_out", "ff_proj", "ff_out")
+NORMS = {"attn_norm.weight": "att_proj", "ff_norm.weight": "ff_proj"}
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How the attention's channels lie: (kv_heads, heads of each, size), flattened."""
+
+    heads: int
+    kv_heads: int
+    size: int
+
+    def shared(self, channels: torch.Tensor) -> torch.Tensor:
+        """(heads * size,) per channel of attn_out to (kv_heads * size,): the mean of each value."""
+        return channels.view(self.kv_heads, -1, self.size).mean(1).flatten()
+
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """(kv_heads * size,) to (heads * size,)."""
+        each = values.view(self.kv_heads, 1, self.size)
+        return each.expand(-1, self.heads // self.kv_heads, -1).flatten()
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Of each quantised layer, by its name: one float32 value a column.
+
+    Attributes:
+        moments: mean square of its inputs.
+        scales: what its columns are multiplied by; absent where nothing can take the inverse.
+    """
+
+    heads: Heads
+    moments: Mapping[str, torch.Tensor]
+    scales: Mapping[str, torch.Tensor]
+
+    def apply(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """A tensor of the original as it is to be stored; others come back as they are."""
+        block, _, tail = name.rpartition(".blocks.")
+        number, _, part = tail.partition(".")
+        if not block:
+            return value
+        start = f"{block}.blocks.{number}."
+        if part in NORMS and (scale := self.scales.get(start + NORMS[part])) is not None:
+            return value.float() / scale
+        layer, _, kind = part.rpartition(".")
+        if layer not in LAYERS:
+            return value
+        changed = value
+        if kind == "weight" and (scale := self.scales.get(start + layer)) is not None:
+            changed = changed.float() * scale
+        if layer == "att_proj" and (scale := self.scales.get(start + "attn_out")) is not None:
+            # One query head of those that share a value stands for all.
+            values = scale.view(self.heads.kv_heads, -1, self.heads.size)[:, 0].flatten()
+            changed = _divide(changed, values, len(changed) - len(values))
+        if layer == "ff_proj" and (scale := self.scales.get(start + "ff_out")) is not None:
+            changed = _divide(changed, scale, 0)
+        return changed
+
+    def importance(self, layer: str) -> torch.Tensor:
+        """(columns,): mean square of what the stored columns are multiplied by."""
+        moments = self.moments[layer]
+        scale = self.scales.get(layer)
+        return moments if scale is None else moments / scale.square()
+
+
+def _divide(value: torch.Tensor, scale: torch.Tensor, first: int) -> torch.Tensor:
+    """Rows from `first` on, of a weight or a bias, by `scale`."""
+    changed = value.float().clone()
+    rows = changed[first : first + len(scale)]
+    rows /= scale.view(-1, *[1] * (value.ndim - 1))
+    return changed
+
+
+def through_bfloat16(norm: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The scale that makes ``norm / scale`` a bfloat16 value, nearest to the one given.
+
+    The norm is stored so; what its rounding changes is then made up for in the layer's columns.
+    """
+    stored = (norm.float() / scale).bfloat16().float()
+    usable = (stored != 0) & (norm != 0)
+    return torch.where(usable, norm.float() / torch.where(usable, stored, 1.0), 1.0)
+
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+# Statistics settle soon; a image is up to 1,600 tokens.
+MAX_IMAGES = 16
+QUESTION = "Describe this image."
+# Rows of each layer's inputs that are kept as they are, over all images.
+SAMPLE = 256
+
+
+@dataclass
+class Inputs:
+    """What came into one linear layer.
+
+    Attributes:
+        sample: (rows, columns) float32, taken evenly.
+        squares, sizes: (columns,) float64, summed over `count` tokens: x² and |x|.
+    """
+
+    sample: list[torch.Tensor]
+    squares: torch.Tensor
+    sizes: torch.Tensor
+    count: int
+
+    @property
+    def rows(self) -> torch.Tensor:
+        return torch.cat(self.sample)
+
+    @property
+    def mean_square(self) -> torch.Tensor:
+        return (self.squares / self.count).float()
+
+    @property
+    def mean_size(self) -> torch.Tensor:
+        return (self.sizes / self.count).float()
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images that are used: all, or `MAX_IMAGES` spread evenly over the names.
+
+    Raises QuantizeError: no folder, or no images in it.
+    """
+    if not folder.is_dir():
+        raise QuantizeError(f"'{folder}' is not a directory. Give one with images to calibrate on.")
+    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not found:
+        kinds = ", ".join(sorted(SUFFIXES))
+        raise QuantizeError(f"'{folder}' contains no images ({kinds}). Put typical ones there.")
+    count = min(len(found), MAX_IMAGES)
+    return [found[i * len(found) // count] for i in range(count)]
+
+
+def read_images(checkpoint: Path, files: Sequence[Path]) -> list[tuple[Any, ReferenceInputs]]:
+    """Token ids and preprocessed image of each file.
+
+    Raises:
+        QuantizeError: a file is no readable image.
+        ModelError: no tokenizer, or one that lacks the image tokens.
+    """
+    from molmo_edge.images import load, to_array
+    from molmo_edge.models.molmo.hf import load_tokenizer
+    from molmo_edge.models.molmo.prompts import ImageTokenIds, bos_id
+    from molmo_edge.reference.molmo import SpecialTokens
+
+    tokenizer = load_tokenizer(checkpoint)
+    ids = ImageTokenIds.from_vocab(tokenizer.get_vocab())
+    special = SpecialTokens(ids.start, ids.end, ids.patch, ids.col)
+    text = tokenizer.encode(f" User: {QUESTION} Assistant:", add_special_tokens=False)
+    bos = bos_id(tokenizer)
+    prompts = []
+    for file in files:
+        try:
+            seen = preprocess(to_array(load(file)), special)
+        except ImageError as exc:
+            raise QuantizeError(
+                f"'{file}' cannot be calibrated on: {exc}. Remove it from the directory."
+            ) from exc
+        prompts.append((sequence(seen, text, bos), seen))
+    return prompts
+
+
+class Streamed(ReferenceMolmo):
+    """The reference implementation with the weights of one part in memory at a time."""
+
+    # The reference implementation's own way to be made holds all weights.
+    def __init__(self, folder: Path, config: TextConfig, files: Mapping[str, str]) -> None:
+        self.config = config
+        self._folder, self._files = folder, files
+        self._w: dict[str, torch.Tensor] = {}
+        self._vit_blocks = count_blocks(dict.fromkeys(files, torch.empty(0)), VIT_BLOCKS)
+        self._cached = None
+        self._watch: Callable[[str, torch.Tensor], None] | None = None
+
+    def states(self, prompts: Sequence[tuple[Any, ReferenceInputs]]) -> list[torch.Tensor]:
+        """What enters the first block: (tokens, hidden) float32 for each prompt."""
+        used = np.unique(np.concatenate([ids for ids, _ in prompts]))
+        tables = (self._read(TEXT + "wte.embedding"), self._read(TEXT + "wte.new_embedding"))
+        words = len(tables[0])
+        if used[-1] >= words + len(tables[1]):
+            raise QuantizeError("The tokenizer has ids that the checkpoint has no embedding for.")
+        rows = [tables[0][i] if i < words else tables[1][i - words] for i in used.tolist()]
+        self._embedding = torch.stack(rows).float()
+        self._hold(VISION)
+        with torch.no_grad():
+            out = [self._embed(np.searchsorted(used, ids), seen) for ids, seen in prompts]
+        self._w, self._cached = {}, None
+        return out
+
+    def blocks(
+        self, states: list[torch.Tensor], sample: int = SAMPLE
+    ) -> Iterator[tuple[str, dict[str, Inputs], Mapping[str, torch.Tensor]]]:
+        """Runs block after block over `states`, which are replaced in place.
+
+        Yields (start of its tensors' names, inputs by layer, its float32 weights by name).
+        """
+        each = math.ceil(sample / len(states))
+        for number in range(self.config.layers):
+            block = f"{BLOCKS}{number}."
+            self._hold(block)
+            found: dict[str, Inputs] = {}
+
+            def watch(name: str, x: torch.Tensor, found: dict[str, Inputs] = found) -> None:
+                taken = torch.linspace(0, len(x) - 1, min(each, len(x))).long()
+                sums = x.double().square().sum(0), x.double().abs().sum(0)
+                if (old := found.get(name)) is None:
+                    found[name] = Inputs([x[taken]], *sums, len(x))
+                else:
+                    old.sample.append(x[taken])
+                    old.squares += sums[0]
+                    old.sizes += sums[1]
+                    old.count += len(x)
+
+            self._watch = watch
+            with torch.no_grad():
+                for i, x in enumerate(states):
+                    states[i] = self._block(x, block, number)
+            self._watch = None
+            yield block, {name: found[block + name] for name in LAYERS}, self._w
+        self._w = {}
+
+    def _block(self, x: torch.Tensor, block: str, number: int) -> torch.Tensor:
+        cache = self._new_cache()
+        if self.config.norm_after:
+            x = x + self._rms_norm(self._attend(x, block, cache, number), block + "attn_norm")
+            return x + self._rms_norm(self._feed_forward(x, block), block + "ff_norm")
+        x = x + self._attend(self._rms_norm(x, block + "attn_norm"), block, cache, number)
+        return x + self._feed_forward(self._rms_norm(x, block + "ff_norm"), block)
+
+    def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        if self._watch is not None:
+            self._watch(name, x)
+        return super()._linear(x, name)
+
+    def _read(self, name: str) -> torch.Tensor:
+        with safe_open(self._folder / self._files[name], framework="pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(name)
+        return tensor
+
+    def _hold(self, start: str) -> None:
+        self._w = {}
+        self._w = {n: self._read(n).float() for n in self._files if n.startswith(start)}
+
 
 EXPONENTS = tuple(i / 8 for i in range(9))
 # Exponents are compared on some rows of a weight, since all rows share its columns' scales, and
@@ -29,26 +284,26 @@ _SEARCH = (1.0, 0.86)
 _QUIETEST = 1e-3
 
 
-def heads_of(planned: Plan) -> Heads:
-    config = text_config(planned.config)
+def heads_of(job: Job) -> Heads:
+    config = text_config(job.config)
     return Heads(config.heads, config.kv_heads, config.head)
 
 
 def calibrate(
     source: Path,
-    planned: Plan,
+    job: Job,
     form: Format,
     files: list[Path],
     progress: Callable[[int, int], None] = lambda done, count: None,
 ) -> Calibration:
-    """Looks at the pictures and chooses every layer's scales; `progress` counts blocks.
+    """Looks at the images and chooses every layer's scales; `progress` counts blocks.
 
-    Raises QuantizeError for a picture that cannot be read, before any weights are, and for weights
-    or what they lead to that are no finite numbers.
+    Raises QuantizeError for an image that cannot be read, before any weights are, and for weights
+    or what they lead to that contain NaN or infinity.
     """
-    prompts = read_pictures(source, files)
-    config, heads = text_config(planned.config), heads_of(planned)
-    names = {tensor.name: tensor.file for shard in planned.shards for tensor in shard}
+    prompts = read_images(source, files)
+    config, heads = text_config(job.config), heads_of(job)
+    names = {tensor.name: tensor.file for shard in job.shards for tensor in shard}
     model = Streamed(source, config, names)
     states = model.states(prompts)
     del prompts
@@ -57,12 +312,12 @@ def calibrate(
     for number, (block, inputs, weights) in enumerate(model.blocks(states), 1):
         for name, weight in weights.items():
             if not bool(torch.isfinite(weight).all()):
-                raise QuantizeError(f"'{name}' holds values that are no finite numbers.")
+                raise QuantizeError(f"'{name}' contains NaN or infinity.")
         for layer, seen in inputs.items():
             moments[block + layer] = seen.mean_square
             if not bool(torch.isfinite(seen.mean_square).all()):
                 raise QuantizeError(
-                    f"On these pictures '{block}{layer}' gets inputs that are no finite numbers."
+                    f"On these images '{block}{layer}' gets inputs that contain NaN or infinity."
                 )
         norms = {} if config.norm_after else NORMS
         for norm, layer in norms.items():

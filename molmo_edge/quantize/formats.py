@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from molmo_edge.devices.shapes import matrix_bytes
 from molmo_edge.errors import QuantizeError
 
 Scheme = Literal["fp8", "w4a16", "nvfp4"]
@@ -72,8 +73,7 @@ class Format:
     def stored_bytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of a stored weight, scales included."""
         rows, columns = shape
-        scales = rows * (1 if self.group is None else columns // self.group)
-        return rows * columns * self.bits // 8 + scales * int(self.scale_dtype.itemsize) + 64
+        return matrix_bytes(self.scheme, rows, columns) + 64  # the tensor's own scale or shape
 
 
 FORMATS: Mapping[str, Format] = {
@@ -127,10 +127,10 @@ def pack(weight: torch.Tensor, form: Format, importance: torch.Tensor | None = N
     column counts as `importance` says, (columns,) from 0 up; None is 1 for all. The error is that
     of what compressed-tensors unpacks again, in float32.
 
-    Raises QuantizeError for values that are no finite numbers.
+    Raises QuantizeError for NaN or infinity.
     """
     if not bool(torch.isfinite(weight).all()):
-        raise QuantizeError("it holds values that are no finite numbers")
+        raise QuantizeError("it contains NaN or infinity")
     shared: dict[str, torch.Tensor] = {}
     if form.scheme == "nvfp4":
         from compressed_tensors.quantization.utils import generate_gparam

@@ -5,16 +5,14 @@ Reads no weights and writes nothing.
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from molmo_edge.checkpoint_files import check_weights, read_config
-from molmo_edge.errors import ModelError, QuantizeError
+from molmo_edge.checkpoint_files import check_weights, read_config, tensors
+from molmo_edge.errors import QuantizeError
 from molmo_edge.models.molmo.config import check_layout
 from molmo_edge.quantize.formats import Format
 
@@ -24,7 +22,7 @@ _QUANTIZED = re.compile(
 )
 # By the names of the checkpoint and of vLLM: the tower and the LM head stay as they are.
 IGNORED = ("re:.*vision_backbone.*", r"re:^model\.transformer\.ff_out$", "lm_head")
-_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_FLOATS = ("F64", "F32", "F16", "BF16")
 # A file of the output is held in memory while it is made.
 SHARD_BYTES = 1 << 29
 
@@ -42,16 +40,11 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Tensors by output file, in order.
-
-    Attributes:
-        fingerprint: tells whether a half-finished output was made from the same files.
-    """
+class Job:
+    """Tensors by output file, in order."""
 
     config: Mapping[str, Any]
     shards: tuple[tuple[Tensor, ...], ...]
-    fingerprint: str
 
     @property
     def in_bytes(self) -> int:
@@ -66,7 +59,7 @@ class Plan:
         return f"model-{index + 1:05d}-of-{len(self.shards):05d}.safetensors"
 
 
-def plan(folder: Path, form: Format) -> Plan:
+def plan(folder: Path, form: Format) -> Job:
     """Checks a checkpoint folder and plans its output.
 
     Raises:
@@ -82,43 +75,20 @@ def plan(folder: Path, form: Format) -> Plan:
     family = check_layout(config)
     check_weights(folder)
     found: dict[str, Tensor] = {}
-    files = _files(folder)
-    for file in files:
-        for name, dtype, shape in _header(folder / file):
-            if dtype not in _FLOATS:
-                raise QuantizeError(
-                    f"'{name}' is stored as {dtype}; the checkpoint is quantised already, or no "
-                    "original. Weights are expected as float32, float16 or bfloat16."
-                )
-            packed = _QUANTIZED.fullmatch(name) is not None
-            if packed:
-                form.check(name, shape)
-            count = math.prod(shape)
-            out = form.stored_bytes(shape) if packed else count * 2
-            found[name] = Tensor(name, file, shape, packed, count * _FLOATS[dtype], out)
+    for stored in tensors(folder):
+        name, shape = stored.name, stored.shape
+        if stored.dtype not in _FLOATS:
+            raise QuantizeError(
+                f"'{name}' is stored as {stored.dtype}; the checkpoint is quantised already, or "
+                "not an original. Weights are expected as float32, float16 or bfloat16."
+            )
+        packed = _QUANTIZED.fullmatch(name) is not None
+        if packed:
+            form.check(name, shape)
+        out = form.stored_bytes(shape) if packed else stored.numel * 2
+        found[name] = Tensor(name, stored.file.name, shape, packed, stored.nbytes, out)
     _check_names(config, family, found)
-    stats = [(file, (folder / file).stat()) for file in files]
-    mark = [(file, s.st_size, s.st_mtime_ns) for file, s in stats]
-    return Plan(config, _shards(list(found.values())), json.dumps([form.scheme, mark]))
-
-
-def _files(folder: Path) -> list[str]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return sorted(set(names))
-    return sorted(path.name for path in folder.glob("*.safetensors"))
-
-
-def _header(path: Path) -> list[tuple[str, str, tuple[int, ...]]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as opened:
-            slices = [(name, opened.get_slice(name)) for name in opened.keys()]
-            return [(name, s.get_dtype(), tuple(s.get_shape())) for name, s in slices]
-    except (OSError, SafetensorError) as exc:
-        raise ModelError(f"'{path}' is no readable safetensors file. Download it again.") from exc
+    return Job(config, _shards(list(found.values())))
 
 
 def _check_names(config: Mapping[str, Any], family: Any, found: Mapping[str, Tensor]) -> None:

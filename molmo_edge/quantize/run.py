@@ -1,36 +1,28 @@
-"""Checkpoints with fewer bytes a token: `quantize` writes what vLLM loads as it is.
+"""Write quantised checkpoints: `quantize` writes what vLLM loads as it is.
 
 The hub's tensors are read one at a time and stored in compressed-tensors' formats; the vision
-tower, the embeddings and the LM head become BF16. The output appears under its name only when it
-is whole. Knows nothing of terminals.
+tower, the embeddings and the LM head become BF16.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import shutil
+import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from molmo_edge._version import __version__
 from molmo_edge.errors import MissingDependencyError, QuantizeError
 from molmo_edge.quantize.formats import Format, Packed, format_of, pack
-from molmo_edge.quantize.plan import Plan, Tensor, plan
-from molmo_edge.quantize.work import (
-    CALIBRATION,
-    STATE,
-    check_disk,
-    finish,
-    nothing_left_behind,
-    resume,
-    save,
-    write_json,
-)
+from molmo_edge.quantize.plan import IGNORED, Job, Tensor, plan
 
 if TYPE_CHECKING:
-    from molmo_edge.quantize.fold import Calibration
+    from molmo_edge.quantize.calibrate import Calibration
 
 Progress = Callable[[int, int, str], None]
 """Called with bytes of the original done, bytes in all, and the tensor that was finished."""
@@ -44,8 +36,7 @@ class Quantized:
         relative_errors: layer → Frobenius norm of (stored - original) over that of the original;
             after calibrating, each column counts with the mean square of its inputs.
         in_bytes, out_bytes: of all weights.
-        resumed_files: output files that an interrupted run had finished.
-        pictures: how many it was calibrated on.
+        pictures: how many images it was calibrated on.
     """
 
     folder: Path
@@ -54,7 +45,6 @@ class Quantized:
     in_bytes: int
     out_bytes: int
     seconds: float
-    resumed_files: int
     pictures: int = 0
 
 
@@ -73,19 +63,18 @@ def quantize(
     error; everything else becomes BF16. Memory holds one output file (half a gigabyte, or its one
     tensor) and one tensor of the original at a time.
 
-    `calibrate` is a folder of typical pictures (JPEG, PNG, WebP or BMP; up to 16 are used), for the
+    `calibrate` holds typical images (JPEG, PNG, WebP or BMP; up to 16 are used), for the
     4-bit schemes. They are described by the model in float32 on the CPU, one block's weights in
     memory at a time; columns of loud inputs are then stored scaled up, the inverse goes exactly
     into the layer or norm before, and squared errors count by how loud a column's input is.
 
-    A run that was killed or interrupted leaves ``<out_folder>.partial``, and the same call goes on
-    from its finished files, or from the calibration if that was finished. After an error nothing
-    is left.
+    The output appears under its name only when it is complete. A run that was killed leaves a
+    hidden ``.<out_folder>.XXXX.partial`` directory that nothing reads; start it again.
 
     Raises:
         QuantizeError: unknown scheme, output exists, not enough disk, a checkpoint that is
-            quantised already, lacks tensors, or holds weights that are no finite numbers; no
-            pictures in `calibrate`, one that cannot be read, or a scheme that gains nothing.
+            quantised already, lacks tensors, or holds weights that are NaN or infinity; no
+            images in `calibrate`, one that cannot be read, or a scheme that gains nothing.
         ModelError: no readable Molmo 1 checkpoint.
         MissingDependencyError: compressed-tensors, which vLLM brings, is not installed.
     """
@@ -95,89 +84,74 @@ def quantize(
     source, out = Path(model_folder).expanduser().absolute(), Path(out_folder).expanduser()
     out = out.absolute()
     if out.exists() or out.is_symlink():
-        raise QuantizeError(f"'{out}' exists already. Give another output folder, or remove it.")
+        raise QuantizeError(f"'{out}' exists already. Give another output, or remove it.")
     if not out.parent.is_dir():
-        raise QuantizeError(f"'{out.parent}' is no folder. Make it first, or give another output.")
-    work = out.with_name(out.name + ".partial")
-    planned = plan(source, form)
-    pictures: list[Path] = []
-    if calibrate is not None:
-        pictures = _pictures(Path(calibrate).expanduser(), form)
-        seen = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in pictures]
-        mark = json.dumps([planned.fingerprint, seen])
-        planned = dataclasses.replace(planned, fingerprint=mark)
-    errors = resume(work, planned)
-    resumed = len(errors)
-    # What was done before is known by now; only a failure from here on takes it away.
-    with nothing_left_behind(work):
-        check_disk(work.parent, planned, resumed)
-        work.mkdir(exist_ok=True)
-        write_json(work / STATE, {"made_from": planned.fingerprint, "errors": errors})
-        # Calibrating reads the layers once more.
-        ahead = sum(t.in_bytes for shard in planned.shards for t in shard if t.packed)
-        ahead = ahead if pictures else 0
-        tell = _teller(progress, planned.in_bytes + ahead)
-        known = _calibration(source, work, planned, form, pictures, ahead, tell)
-        done = ahead + sum(t.in_bytes for shard in planned.shards[:resumed] for t in shard)
-        for index in range(resumed, len(planned.shards)):
-            errors.append({})
-            made: dict[str, Any] = {}
-            for tensor in planned.shards[index]:
-                made |= _stored(source, tensor, form, known, errors[index])
-                done += tensor.in_bytes
-                tell(done, tensor.name)
-            save(work / planned.file(index), made)
-            write_json(work / STATE, {"made_from": planned.fingerprint, "errors": errors})
-        relative_errors = {name: value for part in errors for name, value in part.items()}
-        out_bytes = finish(source, work, planned, form, relative_errors, len(pictures))
-        (work / CALIBRATION).unlink(missing_ok=True)
-        (work / STATE).unlink()
-        work.rename(out)
+        raise QuantizeError(f"'{out.parent}' is not a directory. Create it first.")
+    job = plan(source, form)
+    files = [] if calibrate is None else _images(Path(calibrate).expanduser(), form)
+    check_disk(out.parent, job)
+    # Calibrating reads the layers once more.
+    ahead = sum(t.in_bytes for shard in job.shards for t in shard if t.packed) if files else 0
+    report = _reporter(progress, job.in_bytes + ahead)
+    try:
+        with tempfile.TemporaryDirectory(
+            prefix=f".{out.name}.", suffix=".partial", dir=out.parent
+        ) as name:
+            work = Path(name) / out.name
+            work.mkdir()
+            known = _calibration(source, job, form, files, ahead, report)
+            errors: dict[str, float] = {}
+            done = ahead
+            for index, shard in enumerate(job.shards):
+                stored: dict[str, Any] = {}
+                for tensor in shard:
+                    stored |= _stored(source, tensor, form, known, errors)
+                    done += tensor.in_bytes
+                    report(done, tensor.name)
+                save(work / job.file(index), stored)
+            out_bytes = finish(source, work, job, form, errors, len(files))
+            work.rename(out)
+    except OSError as exc:
+        raise QuantizeError(
+            f"'{out}' cannot be written ({exc.strerror or type(exc).__name__})."
+        ) from exc
     seconds = time.monotonic() - began
-    return Quantized(
-        out, scheme, relative_errors, planned.in_bytes, out_bytes, seconds, resumed, len(pictures)
-    )
+    return Quantized(out, scheme, errors, job.in_bytes, out_bytes, seconds, len(files))
 
 
-def _pictures(folder: Path, form: Format) -> list[Path]:
-    from molmo_edge.quantize.activations import picture_files
+def _images(folder: Path, form: Format) -> list[Path]:
+    from molmo_edge.quantize.calibrate import image_files
 
     if form.bits != 4:
         raise QuantizeError(
             f"Calibrating gains nothing in {form.scheme}: its values are rounded relative to their "
             "own size, whatever their column's scale. Leave it out, or use w4a16 or nvfp4."
         )
-    return picture_files(folder)
+    return image_files(folder)
 
 
-def _teller(progress: Progress | None, total: int) -> Callable[[int, str], None]:
+def _reporter(progress: Progress | None, total: int) -> Callable[[int, str], None]:
     return lambda done, name: None if progress is None else progress(done, total, name)
 
 
 def _calibration(
     source: Path,
-    work: Path,
-    planned: Plan,
+    job: Job,
     form: Format,
-    pictures: list[Path],
+    files: list[Path],
     ahead: int,
-    tell: Callable[[int, str], None],
+    report: Callable[[int, str], None],
 ) -> Calibration | None:
-    """Of this run or of the interrupted one; None without pictures."""
-    if not pictures:
+    if not files:
         return None
-    from molmo_edge.quantize.calibrate import calibrate, heads_of
-    from molmo_edge.quantize.fold import Calibration
+    from molmo_edge.quantize.calibrate import calibrate
 
-    if (work / CALIBRATION).is_file():
-        return Calibration.load(work / CALIBRATION, heads_of(planned))
-    tell(0, f"Looking at {len(pictures)} pictures")
-    made = calibrate(
-        source, planned, form, pictures,
-        lambda done, count: tell(ahead * done // count, f"Calibrated block {done} of {count}"),
-    )  # fmt: skip
-    save(work / CALIBRATION, made.tensors())
-    return made
+    report(0, f"Reading {len(files)} images")
+
+    def progress(done: int, count: int) -> None:
+        report(ahead * done // count, f"Calibrated block {done} of {count}")
+
+    return calibrate(source, job, form, files, progress)
 
 
 def _stored(
@@ -214,3 +188,128 @@ def _require_compressed_tensors() -> None:
             'Quantising needs compressed-tensors, which comes with vLLM: pip install '
             '"molmo-edge[cuda]" or "molmo-edge[cpu]".'
         )
+
+
+_SPARE_BYTES = 64 << 20
+# Of the original, everything but weights and code goes along.
+_DATA_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
+_OWN = frozenset({"config.json", "model.safetensors.index.json"})
+
+
+def check_disk(directory: Path, job: Job) -> None:
+    needed = _SPARE_BYTES + sum(t.out_bytes for part in job.shards for t in part)
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise QuantizeError(
+            f"The output needs {needed / 1e9:.1f} GB, but '{directory}' has {free / 1e9:.1f} GB "
+            "free."
+        )
+
+
+def save(path: Path, tensors: dict[str, Any]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    # Aside and renamed: a file under its name is whole.
+    part = path.with_suffix(".part")
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata={"format": "pt"})
+    except SafetensorError as exc:
+        raise OSError(str(exc)) from exc
+    part.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def finish(
+    source: Path, work: Path, job: Job, form: Format, errors: dict[str, float], images: int
+) -> int:
+    """Everything beside the weights; returns the bytes of all weight files."""
+    from safetensors import safe_open
+
+    weight_map: dict[str, str] = {}
+    total = 0
+    for index in range(len(job.shards)):
+        file = job.file(index)
+        total += (work / file).stat().st_size
+        with safe_open(work / file, framework="pt") as opened:
+            weight_map |= dict.fromkeys(opened.keys(), file)
+    index_file = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(work / "model.safetensors.index.json", index_file)
+    for pattern in _DATA_FILES:
+        for path in sorted(source.glob(pattern)):
+            if path.name not in _OWN and path.is_file():
+                shutil.copyfile(path, work / path.name)
+    config = {
+        **job.config,
+        "torch_dtype": "bfloat16",
+        "quantization_config": _quantization_config(form),
+    }
+    write_json(work / "config.json", config)
+    card = model_card(source.name, form, errors, job.in_bytes, total, images)
+    (work / "README.md").write_text(card, encoding="utf-8")
+    return total
+
+
+def _quantization_config(form: Format) -> dict[str, Any]:
+    from compressed_tensors.quantization import QuantizationConfig
+
+    made: dict[str, Any] = QuantizationConfig(
+        config_groups={"group_0": form.quantization_scheme},
+        format=form.compression,
+        quantization_status="compressed",
+        ignore=list(IGNORED),
+    ).model_dump(mode="json", exclude_none=True)
+    return made
+
+
+def model_card(
+    base: str,
+    form: Format,
+    errors: Mapping[str, float],
+    in_bytes: int,
+    out_bytes: int,
+    images: int = 0,
+) -> str:
+    """Markdown with the error of every layer; `images` is how many it was calibrated on."""
+    worst = max(errors, key=lambda name: errors[name])
+    searched = (
+        f"The scale of each group is the best of {len(form.search)} by squared error."
+        if len(form.search) > 1
+        else "Scales cover the largest value of a row."
+    )
+    if images:
+        used = (
+            f"Calibrated on {images} image{'s' if images > 1 else ''}: columns of a layer "
+            "are scaled by a power of the mean size of their inputs, chosen per layer by the error "
+            "of its output; the inverse is in the norm or the layer before, so that the model "
+            "computes the same. Squared errors count by the mean square of a column's inputs."
+        )
+        counted = ", each column counting with the mean square of its inputs on the images"
+    else:
+        used, counted = "No images and no text were used.", ""
+    rows = "\n".join(f"| `{name}` | {error:.4f} |" for name, error in errors.items())
+    return f"""# {base}, {form.scheme}
+
+Made from `{base}` by molmo_edge {__version__} (`molmo-edge quantize`, scheme
+`{form.scheme}`). The original's licence and terms of use hold for this copy too.
+
+- Linear layers of the language model: {form.summary}.
+  Rounded to nearest. {searched} {used}
+- Vision tower, embeddings, norms, biases and LM head: bfloat16.
+- Weights: {in_bytes / 1e9:.2f} GB → {out_bytes / 1e9:.2f} GB.
+- Format: compressed-tensors, `{form.compression}`; vLLM loads it as it is.
+
+Relative error of a layer is the Frobenius norm of (stored - original) over that of the
+original{counted}:
+median {statistics.median(errors.values()):.4f}, largest {errors[worst]:.4f} in `{worst}`.
+It says nothing about answers: measure those with `molmo-edge bench drift` against the original.
+
+| layer | relative error |
+|---|---|
+{rows}
+"""
