@@ -1,6 +1,6 @@
-"""Activation-aware scales: store a layer's columns scaled up where its inputs are large.
+"""Activation-aware scales: a layer's columns are stored scaled up where its inputs are large.
 
-The inverse goes into what produces the inputs, so the model computes the same as before:
+The inverse is applied where the inputs come from, so that the model computes the same:
 
     att_proj, ff_proj   the norm before them (not where norms come after, as in Molmo-7B-O)
     attn_out            the value rows of att_proj; query heads that share them share the scale
@@ -33,18 +33,31 @@ from molmo_edge.reference.molmo_checkpoint import TextConfig, count_blocks, text
 
 LAYERS = ("att_proj", "attn_out", "ff_proj", "ff_out")
 NORMS = {"attn_norm.weight": "att_proj", "ff_norm.weight": "ff_proj"}
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+# Statistics converge on few images, each of which has up to 1,600 tokens.
+MAX_IMAGES = 16
+QUESTION = "Describe this image."
+# Rows of each layer's inputs that are kept, over all images.
+SAMPLE = 256
+EXPONENTS = tuple(i / 8 for i in range(9))
+# Exponents are compared on a few rows of a weight, since all rows share its columns' scales, and
+# with a short search of the groups' scales.
+_ROWS = 128
+_SEARCH = (1.0, 0.86)
+# The smallest mean input of a channel that is considered, relative to the mean over channels.
+_SMALLEST = 1e-3
 
 
 @dataclass(frozen=True)
 class Heads:
-    """How the attention's channels lie: (kv_heads, heads of each, size), flattened."""
+    """Layout of the attention's channels: (kv_heads, heads / kv_heads, size), flattened."""
 
     heads: int
     kv_heads: int
     size: int
 
     def shared(self, channels: torch.Tensor) -> torch.Tensor:
-        """(heads * size,) per channel of attn_out to (kv_heads * size,): the mean of each value."""
+        """(heads * size,) to (kv_heads * size,): the mean over query heads that share one."""
         return channels.view(self.kv_heads, -1, self.size).mean(1).flatten()
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
@@ -55,11 +68,11 @@ class Heads:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Of each quantised layer, by its name: one float32 value a column.
+    """Statistics and scales by layer, float32 (columns,).
 
     Attributes:
-        moments: mean square of its inputs.
-        scales: what its columns are multiplied by; absent where nothing can take the inverse.
+        moments: mean square of the layer's inputs.
+        scales: factors of its columns; absent where nothing can take the inverse.
     """
 
     heads: Heads
@@ -67,7 +80,7 @@ class Calibration:
     scales: Mapping[str, torch.Tensor]
 
     def apply(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """A tensor of the original as it is to be stored; others come back as they are."""
+        """A tensor of the original with its scales applied; unchanged if it has none."""
         block, _, tail = name.rpartition(".blocks.")
         number, _, part = tail.partition(".")
         if not block:
@@ -82,7 +95,7 @@ class Calibration:
         if kind == "weight" and (scale := self.scales.get(start + layer)) is not None:
             changed = changed.float() * scale
         if layer == "att_proj" and (scale := self.scales.get(start + "attn_out")) is not None:
-            # One query head of those that share a value stands for all.
+            # Query heads that share a value have the same scale: take the first.
             values = scale.view(self.heads.kv_heads, -1, self.heads.size)[:, 0].flatten()
             changed = _divide(changed, values, len(changed) - len(values))
         if layer == "ff_proj" and (scale := self.scales.get(start + "ff_out")) is not None:
@@ -90,14 +103,14 @@ class Calibration:
         return changed
 
     def importance(self, layer: str) -> torch.Tensor:
-        """(columns,): mean square of what the stored columns are multiplied by."""
+        """(columns,): mean square of the inputs that the scaled columns get."""
         moments = self.moments[layer]
         scale = self.scales.get(layer)
         return moments if scale is None else moments / scale.square()
 
 
 def _divide(value: torch.Tensor, scale: torch.Tensor, first: int) -> torch.Tensor:
-    """Rows from `first` on, of a weight or a bias, by `scale`."""
+    """Divide the rows from `first` on, of a weight or a bias, by `scale`."""
     changed = value.float().clone()
     rows = changed[first : first + len(scale)]
     rows /= scale.view(-1, *[1] * (value.ndim - 1))
@@ -105,29 +118,18 @@ def _divide(value: torch.Tensor, scale: torch.Tensor, first: int) -> torch.Tenso
 
 
 def through_bfloat16(norm: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The scale that makes ``norm / scale`` a bfloat16 value, nearest to the one given.
-
-    The norm is stored so; what its rounding changes is then made up for in the layer's columns.
-    """
+    """The nearest scale that makes ``norm / scale`` exact in bfloat16, in which norms are stored."""
     stored = (norm.float() / scale).bfloat16().float()
     usable = (stored != 0) & (norm != 0)
     return torch.where(usable, norm.float() / torch.where(usable, stored, 1.0), 1.0)
 
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
-# Statistics settle soon; a image is up to 1,600 tokens.
-MAX_IMAGES = 16
-QUESTION = "Describe this image."
-# Rows of each layer's inputs that are kept as they are, over all images.
-SAMPLE = 256
-
-
 @dataclass
 class Inputs:
-    """What came into one linear layer.
+    """Statistics of one linear layer's inputs.
 
     Attributes:
-        sample: (rows, columns) float32, taken evenly.
+        sample: (rows, columns) float32, spaced evenly over the tokens.
         squares, sizes: (columns,) float64, summed over `count` tokens: x² and |x|.
     """
 
@@ -149,26 +151,26 @@ class Inputs:
         return (self.sizes / self.count).float()
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The images that are used: all, or `MAX_IMAGES` spread evenly over the names.
+def image_files(directory: Path) -> list[Path]:
+    """The images that are used: all, or `MAX_IMAGES` spread evenly over the sorted names.
 
-    Raises QuantizeError: no folder, or no images in it.
+    Raises QuantizeError if it is not a directory or contains no images.
     """
-    if not folder.is_dir():
-        raise QuantizeError(f"'{folder}' is not a directory. Give one with images to calibrate on.")
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not found:
+    if not directory.is_dir():
+        raise QuantizeError(f"'{directory}' is not a directory. Give one with typical images.")
+    images = sorted(p for p in directory.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not images:
         kinds = ", ".join(sorted(SUFFIXES))
-        raise QuantizeError(f"'{folder}' contains no images ({kinds}). Put typical ones there.")
-    count = min(len(found), MAX_IMAGES)
-    return [found[i * len(found) // count] for i in range(count)]
+        raise QuantizeError(f"'{directory}' contains no images ({kinds}). Add some typical ones.")
+    count = min(len(images), MAX_IMAGES)
+    return [images[i * len(images) // count] for i in range(count)]
 
 
 def read_images(checkpoint: Path, files: Sequence[Path]) -> list[tuple[Any, ReferenceInputs]]:
     """Token ids and preprocessed image of each file.
 
     Raises:
-        QuantizeError: a file is no readable image.
+        QuantizeError: a file is not a readable image.
         ModelError: no tokenizer, or one that lacks the image tokens.
     """
     from molmo_edge.images import load, to_array
@@ -184,29 +186,29 @@ def read_images(checkpoint: Path, files: Sequence[Path]) -> list[tuple[Any, Refe
     prompts = []
     for file in files:
         try:
-            seen = preprocess(to_array(load(file)), special)
+            inputs = preprocess(to_array(load(file)), special)
         except ImageError as exc:
             raise QuantizeError(
                 f"'{file}' cannot be calibrated on: {exc}. Remove it from the directory."
             ) from exc
-        prompts.append((sequence(seen, text, bos), seen))
+        prompts.append((sequence(inputs, text, bos), inputs))
     return prompts
 
 
 class Streamed(ReferenceMolmo):
     """The reference implementation with the weights of one part in memory at a time."""
 
-    # The reference implementation's own way to be made holds all weights.
-    def __init__(self, folder: Path, config: TextConfig, files: Mapping[str, str]) -> None:
+    # `ReferenceMolmo.__init__` takes all weights at once.
+    def __init__(self, directory: Path, config: TextConfig, files: Mapping[str, str]) -> None:
         self.config = config
-        self._folder, self._files = folder, files
+        self._directory, self._files = directory, files
         self._w: dict[str, torch.Tensor] = {}
         self._vit_blocks = count_blocks(dict.fromkeys(files, torch.empty(0)), VIT_BLOCKS)
         self._cached = None
         self._watch: Callable[[str, torch.Tensor], None] | None = None
 
     def states(self, prompts: Sequence[tuple[Any, ReferenceInputs]]) -> list[torch.Tensor]:
-        """What enters the first block: (tokens, hidden) float32 for each prompt."""
+        """Inputs of the first block: (tokens, hidden) float32 for each prompt."""
         used = np.unique(np.concatenate([ids for ids, _ in prompts]))
         tables = (self._read(TEXT + "wte.embedding"), self._read(TEXT + "wte.new_embedding"))
         words = len(tables[0])
@@ -216,28 +218,28 @@ class Streamed(ReferenceMolmo):
         self._embedding = torch.stack(rows).float()
         self._hold(VISION)
         with torch.no_grad():
-            out = [self._embed(np.searchsorted(used, ids), seen) for ids, seen in prompts]
+            out = [self._embed(np.searchsorted(used, ids), inputs) for ids, inputs in prompts]
         self._w, self._cached = {}, None
         return out
 
     def blocks(
         self, states: list[torch.Tensor], sample: int = SAMPLE
     ) -> Iterator[tuple[str, dict[str, Inputs], Mapping[str, torch.Tensor]]]:
-        """Runs block after block over `states`, which are replaced in place.
+        """Run block after block over `states`, which are updated in place.
 
-        Yields (start of its tensors' names, inputs by layer, its float32 weights by name).
+        Yields (prefix of its tensors' names, inputs by layer, its float32 weights by name).
         """
         each = math.ceil(sample / len(states))
         for number in range(self.config.layers):
             block = f"{BLOCKS}{number}."
             self._hold(block)
-            found: dict[str, Inputs] = {}
+            layers: dict[str, Inputs] = {}
 
-            def watch(name: str, x: torch.Tensor, found: dict[str, Inputs] = found) -> None:
+            def watch(name: str, x: torch.Tensor, layers: dict[str, Inputs] = layers) -> None:
                 taken = torch.linspace(0, len(x) - 1, min(each, len(x))).long()
                 sums = x.double().square().sum(0), x.double().abs().sum(0)
-                if (old := found.get(name)) is None:
-                    found[name] = Inputs([x[taken]], *sums, len(x))
+                if (old := layers.get(name)) is None:
+                    layers[name] = Inputs([x[taken]], *sums, len(x))
                 else:
                     old.sample.append(x[taken])
                     old.squares += sums[0]
@@ -249,7 +251,7 @@ class Streamed(ReferenceMolmo):
                 for i, x in enumerate(states):
                     states[i] = self._block(x, block, number)
             self._watch = None
-            yield block, {name: found[block + name] for name in LAYERS}, self._w
+            yield block, {name: layers[block + name] for name in LAYERS}, self._w
         self._w = {}
 
     def _block(self, x: torch.Tensor, block: str, number: int) -> torch.Tensor:
@@ -266,22 +268,13 @@ class Streamed(ReferenceMolmo):
         return super()._linear(x, name)
 
     def _read(self, name: str) -> torch.Tensor:
-        with safe_open(self._folder / self._files[name], framework="pt") as opened:
+        with safe_open(self._directory / self._files[name], framework="pt") as opened:
             tensor: torch.Tensor = opened.get_tensor(name)
         return tensor
 
     def _hold(self, start: str) -> None:
         self._w = {}
         self._w = {n: self._read(n).float() for n in self._files if n.startswith(start)}
-
-
-EXPONENTS = tuple(i / 8 for i in range(9))
-# Exponents are compared on some rows of a weight, since all rows share its columns' scales, and
-# with a short search of the groups' own.
-_ROWS = 128
-_SEARCH = (1.0, 0.86)
-# The quietest channel is taken as loud as this share of the mean.
-_QUIETEST = 1e-3
 
 
 def heads_of(job: Job) -> Heads:
@@ -296,14 +289,14 @@ def calibrate(
     files: list[Path],
     progress: Callable[[int, int], None] = lambda done, count: None,
 ) -> Calibration:
-    """Looks at the images and chooses every layer's scales; `progress` counts blocks.
+    """Choose every layer's scales from its inputs on the images; `progress` counts blocks.
 
-    Raises QuantizeError for an image that cannot be read, before any weights are, and for weights
-    or what they lead to that contain NaN or infinity.
+    Raises QuantizeError for an unreadable image, before any weights are read, and for weights or
+    inputs of a layer that contain NaN or infinity.
     """
     prompts = read_images(source, files)
     config, heads = text_config(job.config), heads_of(job)
-    names = {tensor.name: tensor.file for shard in job.shards for tensor in shard}
+    names = {tensor.name: tensor.file for tensor in job.tensors}
     model = Streamed(source, config, names)
     states = model.states(prompts)
     del prompts
@@ -313,11 +306,11 @@ def calibrate(
         for name, weight in weights.items():
             if not bool(torch.isfinite(weight).all()):
                 raise QuantizeError(f"'{name}' contains NaN or infinity.")
-        for layer, seen in inputs.items():
-            moments[block + layer] = seen.mean_square
-            if not bool(torch.isfinite(seen.mean_square).all()):
+        for layer, statistics in inputs.items():
+            moments[block + layer] = statistics.mean_square
+            if not bool(torch.isfinite(statistics.mean_square).all()):
                 raise QuantizeError(
-                    f"On these images '{block}{layer}' gets inputs that contain NaN or infinity."
+                    f"On these images '{block}{layer}' has inputs that contain NaN or infinity."
                 )
         norms = {} if config.norm_after else NORMS
         for norm, layer in norms.items():
@@ -334,11 +327,11 @@ def calibrate(
 def best_scale(
     weight: torch.Tensor, inputs: Inputs, form: Format, heads: Heads | None = None
 ) -> torch.Tensor:
-    """(columns,) float32, its geometric mean 1; shared by query heads if `heads` are given."""
+    """(columns,) float32, its geometric mean is 1; shared by query heads if `heads` is given."""
     sizes = inputs.mean_size
     if heads is not None:
         sizes = heads.shared(sizes)
-    sizes = sizes.clamp_min(max(float(sizes.mean()) * _QUIETEST, 1e-30))
+    sizes = sizes.clamp_min(max(float(sizes.mean()) * _SMALLEST, 1e-30))
     taken = torch.linspace(0, len(weight) - 1, min(_ROWS, len(weight))).long()
     rows, x, form = weight[taken], inputs.rows, replace(form, search=_SEARCH)
     least, best = float("inf"), torch.ones(weight.shape[1])
@@ -348,8 +341,8 @@ def best_scale(
         if heads is not None:
             scale = heads.spread(scale)
         packed = pack(rows * scale, form, inputs.mean_square / scale.square())
-        wrong = unpack(packed.tensors, form) / scale - rows
-        error = float((x @ wrong.T).square().sum(dtype=torch.float64))
+        delta = unpack(packed.tensors, form) / scale - rows
+        error = float((x @ delta.T).square().sum(dtype=torch.float64))
         if error < least:
             least, best = error, scale
     return best

@@ -1,6 +1,4 @@
-"""Tensors with fewer bytes: scales are searched here, formats and packing are compressed-tensors'.
-
-Knows one weight at a time, nothing about checkpoints or files.
+"""Pack one weight: scales are searched here, formats and packing are compressed-tensors'.
 """
 
 from __future__ import annotations
@@ -17,8 +15,8 @@ from molmo_edge.errors import QuantizeError
 
 Scheme = Literal["fp8", "w4a16", "nvfp4"]
 
-# Values in work at a time, whole rows: few enough for a processor's caches, and NVFP4's packing
-# needs some hundred bytes for each.
+# Values packed at a time, in complete rows: they fit a processor's caches, and packing NVFP4 takes
+# about a hundred bytes for each.
 _VALUES = 1 << 19
 # Multiples of compressed-tensors' own scale, largest value / 7.5 for 4-bit integers: smaller ones
 # clip that value and round all others more finely. 15/14 and 15/16 put it on 7 and on -8.
@@ -30,11 +28,11 @@ class Format:
     """How one scheme stores a weight.
 
     Attributes:
-        preset: compressed-tensors' name of it.
-        group: columns that share a scale; None for a scale a row.
+        preset: its name in compressed-tensors.
+        group: columns that share a scale; None for one scale per row.
         search: multiples of the covering scale that are tried for each group.
         scale_dtype: as stored.
-        summary: for people.
+        summary: for the model card.
     """
 
     scheme: Scheme
@@ -61,12 +59,12 @@ class Format:
         return BaseCompressor.get_value_from_registry(self.compression)
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raises QuantizeError for a weight that this format cannot hold."""
+        """Raises QuantizeError for a weight that this format cannot store."""
         if len(shape) != 2:
             raise QuantizeError(f"'{name}' has {len(shape)} dimensions; a linear weight has 2.")
         if self.group is not None and shape[1] % self.group:
             raise QuantizeError(
-                f"'{name}' has {shape[1]} columns, no multiple of the {self.group} that share a "
+                f"'{name}' has {shape[1]} columns, not a multiple of the {self.group} that share a "
                 f"scale in {self.scheme}. Use --scheme fp8."
             )
 
@@ -81,17 +79,17 @@ FORMATS: Mapping[str, Format] = {
     for made in (
         Format(
             "fp8", "FP8_DYNAMIC", "float-quantized", 8, None, (1.0,), torch.float32,
-            "FP8 (E4M3) weights with a scale a row; activations to FP8 as they come, a scale a "
-            "token",
+            "FP8 (E4M3) weights with a scale per row; activations are quantised to FP8 with a "
+            "scale per token",
         ),
         Format(
             "w4a16", "W4A16", "pack-quantized", 4, 128, _SEARCH, torch.bfloat16,
-            "symmetric 4-bit integers with a scale for 128 columns; activations as they are",
+            "symmetric 4-bit integers with a scale per 128 columns; activations are not quantised",
         ),
         Format(
             "nvfp4", "NVFP4A16", "nvfp4-pack-quantized", 4, 16, _SEARCH, torch.float8_e4m3fn,
-            "NVFP4 weights: 4-bit floats (E2M1), an FP8 scale for 16 columns, a float32 scale for "
-            "the tensor; activations as they are",
+            "NVFP4 weights: 4-bit floats (E2M1), an FP8 scale per 16 columns, a float32 scale per "
+            "tensor; activations are not quantised",
         ),
     )
 }  # fmt: skip
@@ -100,32 +98,32 @@ FORMATS: Mapping[str, Format] = {
 def format_of(scheme: str) -> Format:
     """Raises QuantizeError for an unknown scheme."""
     if scheme not in FORMATS:
-        raise QuantizeError(f"Unknown scheme '{scheme}'; there are {', '.join(FORMATS)}.")
+        raise QuantizeError(f"Unknown scheme '{scheme}'; expected one of {', '.join(FORMATS)}.")
     return FORMATS[scheme]
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A stored weight.
+    """A packed weight.
 
     Attributes:
         tensors: suffix of the layer's name → tensor, as compressed-tensors names them.
         relative_error: Frobenius norm of (stored - original) over that of the original, each
-            column counting as much as it was said to.
+            column weighted with its importance.
     """
 
     tensors: dict[str, torch.Tensor]
     relative_error: float
 
 
-# compressed-tensors compiles one small function of NVFP4's, which asks for a C++ compiler.
+# compressed-tensors compiles one small function of NVFP4's, which needs a C++ compiler.
 @torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator, unused-ignore]
 def pack(weight: torch.Tensor, form: Format, importance: torch.Tensor | None = None) -> Packed:
-    """Stores a weight, (rows, columns) of any float dtype, rounding to the nearest value.
+    """Pack a weight, (rows, columns) of any float dtype, rounding to the nearest value.
 
-    The scale of each group is the one of `form.search` with the least squared error, in which a
-    column counts as `importance` says, (columns,) from 0 up; None is 1 for all. The error is that
-    of what compressed-tensors unpacks again, in float32.
+    The scale of each group is the one of `form.search` with the least squared error. `importance`,
+    (columns,) and not negative, weights the columns; None weights all alike. The error is that of
+    the values that compressed-tensors unpacks, in float32.
 
     Raises QuantizeError for NaN or infinity.
     """
@@ -162,7 +160,7 @@ def pack(weight: torch.Tensor, form: Format, importance: torch.Tensor | None = N
 
 
 def unpack(tensors: Mapping[str, torch.Tensor], form: Format) -> torch.Tensor:
-    """What a stored weight means, float32, by compressed-tensors' own code."""
+    """The values of a packed weight in float32, by compressed-tensors' own code."""
     given = {**tensors, "weight_scale": tensors["weight_scale"].float()}
     weight: torch.Tensor = form.compressor.decompress(given, form.quantization_scheme)["weight"]
     return weight.float()
@@ -178,7 +176,7 @@ def _best_scale(
     global_scale: torch.Tensor | None,
     importance: torch.Tensor | None,
 ) -> torch.Tensor:
-    """(rows, groups) float32, each rounded to what can be stored."""
+    """(rows, groups) float32, rounded to the stored dtype."""
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
     from compressed_tensors.quantization.utils import calculate_qparams
 

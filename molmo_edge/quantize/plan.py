@@ -1,4 +1,4 @@
-"""What quantising a checkpoint will do, decided from headers alone: which tensors, which files.
+"""Plan the output of `quantize` from a checkpoint's headers: which tensors go to which file.
 
 Reads no weights and writes nothing.
 """
@@ -20,16 +20,16 @@ from molmo_edge.quantize.formats import Format
 _QUANTIZED = re.compile(
     r"model\.transformer\.blocks\.\d+\.(att_proj|attn_out|ff_proj|ff_out)\.weight"
 )
-# By the names of the checkpoint and of vLLM: the tower and the LM head stay as they are.
+# The vision tower and the LM head, by the checkpoint's names and by vLLM's.
 IGNORED = ("re:.*vision_backbone.*", r"re:^model\.transformer\.ff_out$", "lm_head")
 _FLOATS = ("F64", "F32", "F16", "BF16")
-# A file of the output is held in memory while it is made.
+# An output file is held in memory until it is written.
 SHARD_BYTES = 1 << 29
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of the original and what it will take; `packed` when it gets fewer bits."""
+    """A tensor of the original and its size in the output; `packed` if it is quantised."""
 
     name: str
     file: str
@@ -41,71 +41,75 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Job:
-    """Tensors by output file, in order."""
+    """The original's config and its tensors by output file, in order."""
 
     config: Mapping[str, Any]
     shards: tuple[tuple[Tensor, ...], ...]
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for shard in self.shards for tensor in shard)
+
+    @property
     def in_bytes(self) -> int:
-        return sum(t.in_bytes for shard in self.shards for t in shard)
+        return sum(t.in_bytes for t in self.tensors)
 
     @property
     def out_bytes(self) -> int:
-        return sum(t.out_bytes for shard in self.shards for t in shard)
+        return sum(t.out_bytes for t in self.tensors)
 
     def file(self, index: int) -> str:
         """Name of an output file."""
         return f"model-{index + 1:05d}-of-{len(self.shards):05d}.safetensors"
 
 
-def plan(folder: Path, form: Format) -> Job:
-    """Checks a checkpoint folder and plans its output.
+def plan(directory: Path, form: Format) -> Job:
+    """Check a checkpoint directory and plan its output.
 
     Raises:
-        ModelError: no Molmo 1 checkpoint, or its download is not finished.
-        QuantizeError: quantised already, lacking tensors, or of shapes the format cannot hold.
+        ModelError: not a Molmo 1 checkpoint, or an unfinished download.
+        QuantizeError: quantised already, missing tensors, or shapes that the format cannot store.
     """
-    config = read_config(folder)
+    config = read_config(directory)
     if config.get("quantization_config") is not None:
         raise QuantizeError(
-            f"'{folder}' is quantised already (its config.json has a quantization_config). Give "
+            f"'{directory}' is quantised already (its config.json has a quantization_config). Give "
             "the original checkpoint."
         )
     family = check_layout(config)
-    check_weights(folder)
-    found: dict[str, Tensor] = {}
-    for stored in tensors(folder):
-        name, shape = stored.name, stored.shape
-        if stored.dtype not in _FLOATS:
+    check_weights(directory)
+    stored: dict[str, Tensor] = {}
+    for tensor in tensors(directory):
+        name, shape = tensor.name, tensor.shape
+        if tensor.dtype not in _FLOATS:
             raise QuantizeError(
-                f"'{name}' is stored as {stored.dtype}; the checkpoint is quantised already, or "
+                f"'{name}' is stored as {tensor.dtype}; the checkpoint is quantised already, or "
                 "not an original. Weights are expected as float32, float16 or bfloat16."
             )
         packed = _QUANTIZED.fullmatch(name) is not None
         if packed:
             form.check(name, shape)
-        out = form.stored_bytes(shape) if packed else stored.numel * 2
-        found[name] = Tensor(name, stored.file.name, shape, packed, stored.nbytes, out)
-    _check_names(config, family, found)
-    return Job(config, _shards(list(found.values())))
+        out = form.stored_bytes(shape) if packed else tensor.numel * 2
+        stored[name] = Tensor(name, tensor.file.name, shape, packed, tensor.nbytes, out)
+    _check_names(config, family, stored)
+    return Job(config, _shards(list(stored.values())))
 
 
-def _check_names(config: Mapping[str, Any], family: Any, found: Mapping[str, Tensor]) -> None:
+def _check_names(config: Mapping[str, Any], family: Any, stored: Mapping[str, Tensor]) -> None:
     from molmo_edge.devices.tensors import Tower, tensor_shapes
 
     blocks = re.compile(r".*\.resblocks\.(\d+)\.")
-    tower = [int(m[1]) for name in found if (m := blocks.match(name))]
+    tower = [int(m[1]) for name in stored if (m := blocks.match(name))]
     expected = tensor_shapes(config, Tower(blocks=max(tower, default=0) + 1))
-    if missing := sorted(expected.keys() - found.keys()):
+    if missing := sorted(expected.keys() - stored.keys()):
         raise QuantizeError(
             f"The checkpoint lacks {len(missing)} tensors, first '{missing[0]}'. Finish the "
             "download, or give another one."
         )
     for name, shape in expected.items():
-        if found[name].shape != shape:
+        if stored[name].shape != shape:
             raise QuantizeError(
-                f"'{name}' has shape {found[name].shape}, but config.json asks for {shape}."
+                f"'{name}' has shape {stored[name].shape}, but config.json asks for {shape}."
             )
 
 

@@ -1,42 +1,53 @@
-"""Write quantised checkpoints: `quantize` writes what vLLM loads as it is.
+"""Write a quantised copy of a checkpoint.
 
-The hub's tensors are read one at a time and stored in compressed-tensors' formats; the vision
-tower, the embeddings and the LM head become BF16.
+Tensors of the original are read one at a time and stored in compressed-tensors formats; the vision
+tower, the embeddings and the LM head become bfloat16.
 """
 
 from __future__ import annotations
 
+import fcntl
+import glob
+import importlib.util
 import json
+import os
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from molmo_edge._version import __version__
 from molmo_edge.errors import MissingDependencyError, QuantizeError
-from molmo_edge.quantize.formats import Format, Packed, format_of, pack
+from molmo_edge.quantize.formats import Format, format_of, pack
 from molmo_edge.quantize.plan import IGNORED, Job, Tensor, plan
 
 if TYPE_CHECKING:
     from molmo_edge.quantize.calibrate import Calibration
 
 Progress = Callable[[int, int, str], None]
-"""Called with bytes of the original done, bytes in all, and the tensor that was finished."""
+"""Called with the bytes of the original done, the bytes in all, and the tensor just finished."""
+
+_SPARE_BYTES = 64 << 20
+# Everything of the original but weights and code is copied.
+_DATA_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
+_OWN = frozenset({"config.json", "model.safetensors.index.json"})
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """What was done.
+    """Result of `quantize`.
 
     Attributes:
+        folder: directory of the new checkpoint.
         relative_errors: layer → Frobenius norm of (stored - original) over that of the original;
-            after calibrating, each column counts with the mean square of its inputs.
+            after calibration, each column is weighted with the mean square of its inputs.
         in_bytes, out_bytes: of all weights.
-        pictures: how many images it was calibrated on.
+        pictures: number of calibration images.
     """
 
     folder: Path
@@ -56,148 +67,155 @@ def quantize(
     calibrate: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Quantized:
-    """Writes a quantised copy of a Molmo 1 checkpoint; needs no GPU.
+    """Write a quantised copy of a Molmo 1 checkpoint; needs no GPU.
 
     Linear layers of the language model are stored as `scheme` says (``"fp8"``, ``"w4a16"`` or
     ``"nvfp4"``), rounded to nearest with the scale of each group searched for the least squared
-    error; everything else becomes BF16. Memory holds one output file (half a gigabyte, or its one
-    tensor) and one tensor of the original at a time.
+    error; everything else becomes bfloat16. Memory holds one output file (512 MiB, or a single
+    larger tensor) and one tensor of the original at a time.
 
-    `calibrate` holds typical images (JPEG, PNG, WebP or BMP; up to 16 are used), for the
-    4-bit schemes. They are described by the model in float32 on the CPU, one block's weights in
-    memory at a time; columns of loud inputs are then stored scaled up, the inverse goes exactly
-    into the layer or norm before, and squared errors count by how loud a column's input is.
+    `calibrate` is a directory of typical images (JPEG, PNG, WebP or BMP; up to 16 are used), for
+    the 4-bit schemes. The model processes them in float32 on the CPU with the weights of one block
+    in memory at a time. Columns with large inputs are then scaled up before rounding, which the
+    layer or norm before compensates exactly, and squared errors are weighted with the mean square
+    of a column's inputs.
 
-    The output appears under its name only when it is complete. A run that was killed leaves a
-    hidden ``.<out_folder>.XXXX.partial`` directory that nothing reads; start it again.
+    The output appears under its name only when it is complete. A killed run may leave a hidden
+    directory ``.<out_folder>.quantize-*`` beside it, which the next run deletes.
 
     Raises:
-        QuantizeError: unknown scheme, output exists, not enough disk, a checkpoint that is
-            quantised already, lacks tensors, or holds weights that are NaN or infinity; no
-            images in `calibrate`, one that cannot be read, or a scheme that gains nothing.
+        QuantizeError: unknown scheme, output exists, not enough disk space, a checkpoint that is
+            quantised already, lacks tensors, or contains NaN or infinity; no images in
+            `calibrate`, an unreadable one, or a scheme that gains nothing from calibration.
         ModelError: no readable Molmo 1 checkpoint.
-        MissingDependencyError: compressed-tensors, which vLLM brings, is not installed.
+        MissingDependencyError: compressed-tensors, a dependency of vLLM, is not installed.
     """
     began = time.monotonic()
     form = format_of(scheme)
-    _require_compressed_tensors()
-    source, out = Path(model_folder).expanduser().absolute(), Path(out_folder).expanduser()
-    out = out.absolute()
+    if importlib.util.find_spec("compressed_tensors") is None:
+        raise MissingDependencyError(
+            'Quantising needs compressed-tensors, which comes with vLLM: pip install '
+            '"molmo-edge[cuda]" or "molmo-edge[cpu]".'
+        )
+    source = Path(model_folder).expanduser().absolute()
+    out = Path(out_folder).expanduser().absolute()
     if out.exists() or out.is_symlink():
         raise QuantizeError(f"'{out}' exists already. Give another output, or remove it.")
     if not out.parent.is_dir():
         raise QuantizeError(f"'{out.parent}' is not a directory. Create it first.")
     job = plan(source, form)
-    files = [] if calibrate is None else _images(Path(calibrate).expanduser(), form)
-    check_disk(out.parent, job)
-    # Calibrating reads the layers once more.
-    ahead = sum(t.in_bytes for shard in job.shards for t in shard if t.packed) if files else 0
-    report = _reporter(progress, job.in_bytes + ahead)
+    images = [] if calibrate is None else _images(Path(calibrate).expanduser(), form)
+    # Calibration reads the quantised layers once more.
+    extra = sum(t.in_bytes for t in job.tensors if t.packed) if images else 0
+
+    def report(done: int, name: str) -> None:
+        if progress is not None:
+            progress(done, job.in_bytes + extra, name)
+
+    def report_block(done: int, count: int) -> None:
+        report(extra * done // count, f"Calibrated block {done} of {count}")
+
     try:
-        with tempfile.TemporaryDirectory(
-            prefix=f".{out.name}.", suffix=".partial", dir=out.parent
-        ) as name:
-            work = Path(name) / out.name
-            work.mkdir()
-            known = _calibration(source, job, form, files, ahead, report)
+        _remove_stale(out)
+        check_disk(out.parent, job)
+        with _work_directory(out) as work:
+            calibration: Calibration | None = None
+            if images:
+                from molmo_edge.quantize.calibrate import calibrate as run_calibration
+
+                report(0, f"Reading {len(images)} images")
+                calibration = run_calibration(source, job, form, images, report_block)
             errors: dict[str, float] = {}
-            done = ahead
+            done = extra
             for index, shard in enumerate(job.shards):
                 stored: dict[str, Any] = {}
                 for tensor in shard:
-                    stored |= _stored(source, tensor, form, known, errors)
+                    stored |= _stored(source, tensor, form, calibration, errors)
                     done += tensor.in_bytes
                     report(done, tensor.name)
                 save(work / job.file(index), stored)
-            out_bytes = finish(source, work, job, form, errors, len(files))
+            out_bytes = finish(source, work, job, form, errors, len(images))
             work.rename(out)
     except OSError as exc:
         raise QuantizeError(
             f"'{out}' cannot be written ({exc.strerror or type(exc).__name__})."
         ) from exc
     seconds = time.monotonic() - began
-    return Quantized(out, scheme, errors, job.in_bytes, out_bytes, seconds, len(files))
+    return Quantized(out, scheme, errors, job.in_bytes, out_bytes, seconds, len(images))
 
 
-def _images(folder: Path, form: Format) -> list[Path]:
+def _remove_stale(out: Path) -> None:
+    """Delete the work directories of killed runs with the same output."""
+    for left in out.parent.glob(f".{glob.escape(out.name)}.quantize-*"):
+        if (lock := _lock(left)) is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+
+
+@contextmanager
+def _work_directory(out: Path) -> Iterator[Path]:
+    """A directory named as `out` inside a hidden one beside it, which is removed at the end."""
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.quantize-", dir=out.parent) as name:
+        lock = _lock(Path(name))
+        try:
+            work = Path(name) / out.name
+            work.mkdir()
+            yield work
+        finally:
+            if lock is not None:
+                os.close(lock)
+
+
+def _lock(directory: Path) -> int | None:
+    """A descriptor that locks `directory`; None if another run holds it. Ends with the process."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _images(directory: Path, form: Format) -> list[Path]:
     from molmo_edge.quantize.calibrate import image_files
 
     if form.bits != 4:
         raise QuantizeError(
-            f"Calibrating gains nothing in {form.scheme}: its values are rounded relative to their "
+            f"Calibration gains nothing in {form.scheme}: its values are rounded relative to their "
             "own size, whatever their column's scale. Leave it out, or use w4a16 or nvfp4."
         )
-    return image_files(folder)
-
-
-def _reporter(progress: Progress | None, total: int) -> Callable[[int, str], None]:
-    return lambda done, name: None if progress is None else progress(done, total, name)
-
-
-def _calibration(
-    source: Path,
-    job: Job,
-    form: Format,
-    files: list[Path],
-    ahead: int,
-    report: Callable[[int, str], None],
-) -> Calibration | None:
-    if not files:
-        return None
-    from molmo_edge.quantize.calibrate import calibrate
-
-    report(0, f"Reading {len(files)} images")
-
-    def progress(done: int, count: int) -> None:
-        report(ahead * done // count, f"Calibrated block {done} of {count}")
-
-    return calibrate(source, job, form, files, progress)
+    return image_files(directory)
 
 
 def _stored(
     source: Path,
     tensor: Tensor,
     form: Format,
-    known: Calibration | None,
+    calibration: Calibration | None,
     errors: dict[str, float],
 ) -> dict[str, Any]:
+    """The output's tensors for one of the original; adds a packed layer's error to `errors`."""
     import torch
     from safetensors import safe_open
 
     with safe_open(source / tensor.file, framework="pt") as opened:
         value = opened.get_tensor(tensor.name)
-    if known is not None:
-        value = known.apply(tensor.name, value)
+    if calibration is not None:
+        value = calibration.apply(tensor.name, value)
     if not tensor.packed:
         return {tensor.name: value.to(torch.bfloat16)}
     layer = tensor.name.removesuffix(".weight")
     try:
-        importance = None if known is None else known.importance(layer)
-        packed: Packed = pack(value, form, importance)
+        packed = pack(value, form, None if calibration is None else calibration.importance(layer))
     except QuantizeError as exc:
         raise QuantizeError(f"'{tensor.name}' cannot be quantised: {exc}.") from None
     errors[layer] = packed.relative_error
     return {f"{layer}.{suffix}": part for suffix, part in packed.tensors.items()}
 
 
-def _require_compressed_tensors() -> None:
-    import importlib.util
-
-    if importlib.util.find_spec("compressed_tensors") is None:
-        raise MissingDependencyError(
-            'Quantising needs compressed-tensors, which comes with vLLM: pip install '
-            '"molmo-edge[cuda]" or "molmo-edge[cpu]".'
-        )
-
-
-_SPARE_BYTES = 64 << 20
-# Of the original, everything but weights and code goes along.
-_DATA_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
-_OWN = frozenset({"config.json", "model.safetensors.index.json"})
-
-
 def check_disk(directory: Path, job: Job) -> None:
-    needed = _SPARE_BYTES + sum(t.out_bytes for part in job.shards for t in part)
+    needed = _SPARE_BYTES + job.out_bytes
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise QuantizeError(
@@ -210,25 +228,20 @@ def save(path: Path, tensors: dict[str, Any]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    # Aside and renamed: a file under its name is whole.
-    part = path.with_suffix(".part")
     try:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata={"format": "pt"})
+        save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
     except SafetensorError as exc:
         raise OSError(str(exc)) from exc
-    part.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def finish(
     source: Path, work: Path, job: Job, form: Format, errors: dict[str, float], images: int
 ) -> int:
-    """Everything beside the weights; returns the bytes of all weight files."""
+    """Write everything but the weights; returns the bytes of all weight files."""
     from safetensors import safe_open
 
     weight_map: dict[str, str] = {}
@@ -258,13 +271,13 @@ def finish(
 def _quantization_config(form: Format) -> dict[str, Any]:
     from compressed_tensors.quantization import QuantizationConfig
 
-    made: dict[str, Any] = QuantizationConfig(
+    config: dict[str, Any] = QuantizationConfig(
         config_groups={"group_0": form.quantization_scheme},
         format=form.compression,
         quantization_status="compressed",
         ignore=list(IGNORED),
     ).model_dump(mode="json", exclude_none=True)
-    return made
+    return config
 
 
 def model_card(
@@ -273,9 +286,9 @@ def model_card(
     errors: Mapping[str, float],
     in_bytes: int,
     out_bytes: int,
-    images: int = 0,
+    images: int,
 ) -> str:
-    """Markdown with the error of every layer; `images` is how many it was calibrated on."""
+    """Markdown with the error of every layer; `images` is the number of calibration images."""
     worst = max(errors, key=lambda name: errors[name])
     searched = (
         f"The scale of each group is the best of {len(form.search)} by squared error."
@@ -287,9 +300,10 @@ def model_card(
             f"Calibrated on {images} image{'s' if images > 1 else ''}: columns of a layer "
             "are scaled by a power of the mean size of their inputs, chosen per layer by the error "
             "of its output; the inverse is in the norm or the layer before, so that the model "
-            "computes the same. Squared errors count by the mean square of a column's inputs."
+            "computes the same. Squared errors are weighted with the mean square of a column's "
+            "inputs."
         )
-        counted = ", each column counting with the mean square of its inputs on the images"
+        counted = ", each column weighted with the mean square of its inputs on the images"
     else:
         used, counted = "No images and no text were used.", ""
     rows = "\n".join(f"| `{name}` | {error:.4f} |" for name, error in errors.items())
