@@ -118,7 +118,7 @@ def _divide(value: torch.Tensor, scale: torch.Tensor, first: int) -> torch.Tenso
 
 
 def through_bfloat16(norm: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The nearest scale that makes ``norm / scale`` exact in bfloat16, in which norms are stored."""
+    """The nearest scale that makes ``norm / scale`` exact in bfloat16, as norms are stored."""
     stored = (norm.float() / scale).bfloat16().float()
     usable = (stored != 0) & (norm != 0)
     return torch.where(usable, norm.float() / torch.where(usable, stored, 1.0), 1.0)

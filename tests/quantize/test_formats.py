@@ -1,4 +1,4 @@
-"""What each format stores: near the original, the same in pieces, and never larger than planned."""
+"""Formats: near the original, the same in pieces, and never larger than planned."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from molmo_edge.errors import QuantizeError
-from molmo_edge.quantize import formats as quant_formats
+from molmo_edge.quantize import formats
 from molmo_edge.quantize.formats import format_of, pack, unpack
-from tests.quant_support import SCHEMES, TYPICAL, threads
+from tests.quantize.support import SCHEMES, TYPICAL, threads
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_what_is_unpacked_is_near_the_original(scheme: str) -> None:
+def test_unpacked_values_are_near_the_original(scheme: str) -> None:
     form = format_of(scheme)
     weight = torch.randn(96, 512, generator=torch.Generator().manual_seed(1)) * 0.02
     packed = pack(weight, form)
@@ -51,13 +51,13 @@ def test_searched_scales_beat_covering_ones(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_rows_are_packed_alike_in_one_piece_and_in_many(
+def test_rows_are_packed_equally_in_one_piece_and_in_many(
     scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     form = format_of(scheme)
     weight = torch.randn(100, 256, generator=torch.Generator().manual_seed(5))
     whole = pack(weight, form).tensors
-    monkeypatch.setattr(quant_formats, "_VALUES", 16 * 256)
+    monkeypatch.setattr(formats, "_VALUES", 16 * 256)
     parts = pack(weight, form).tensors
     for name, tensor in whole.items():
         assert torch.equal(tensor.view(torch.uint8), parts[name].view(torch.uint8)), name
@@ -76,6 +76,6 @@ def test_zeros_and_outliers_survive(scheme: str) -> None:
     assert torch.equal(back, weight)
 
 
-def test_columns_that_fill_no_group_are_refused() -> None:
+def test_columns_that_are_not_a_multiple_of_the_group_are_refused() -> None:
     with pytest.raises(QuantizeError, match="multiple of the 128"):
         format_of("w4a16").check("x.weight", (64, 200))

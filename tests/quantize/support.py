@@ -19,16 +19,16 @@ TYPICAL = {"fp8": 0.03, "w4a16": 0.11, "nvfp4": 0.095}
 SCHEMES = tuple(FORMATS)
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint folder."""
-    found: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        found |= load_file(path)
-    return found
+def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
 
 
 def layer_of(tensors: dict[str, torch.Tensor], layer: str) -> dict[str, torch.Tensor]:
-    """Stored parts of one layer, the bias left out."""
+    """Stored parts of one layer without its bias."""
     start = layer + "."
     return {
         name.removeprefix(start): value
@@ -37,9 +37,9 @@ def layer_of(tensors: dict[str, torch.Tensor], layer: str) -> dict[str, torch.Te
     }
 
 
-def write_small(folder: Path) -> Path:
+def write_small(directory: Path) -> Path:
     """A checkpoint in float32 whose tower has one block; no engine loads it."""
-    return write_checkpoint(folder, seed=3, shape=Shape(vit_blocks=1), dtype=torch.float32)
+    return write_checkpoint(directory, seed=3, shape=Shape(vit_blocks=1), dtype=torch.float32)
 
 
 @contextmanager
@@ -51,13 +51,9 @@ def threads(count: int) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-class Killed(BaseException):
-    """Ends a run as Ctrl-C does."""
-
-
-def plain_tensors(folder: Path, scheme: str) -> dict[str, torch.Tensor]:
+def plain_tensors(directory: Path, scheme: str) -> dict[str, torch.Tensor]:
     """The checkpoint's tensors under the hub's names, by compressed-tensors' own code."""
-    tensors = tensors_of(folder)
+    tensors = tensors_of(directory)
     for layer in [n.removesuffix(".weight_scale") for n in tensors if n.endswith(".weight_scale")]:
         parts = layer_of(tensors, layer)
         for suffix in parts:
@@ -66,11 +62,11 @@ def plain_tensors(folder: Path, scheme: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def dequantised(folder: Path, out: Path, scheme: str) -> Path:
+def dequantised(directory: Path, out: Path, scheme: str) -> Path:
     """The same as a checkpoint."""
     out.mkdir()
-    save_file(plain_tensors(folder, scheme), out / "model.safetensors")
-    for path in folder.glob("*.json"):
+    save_file(plain_tensors(directory, scheme), out / "model.safetensors")
+    for path in directory.glob("*.json"):
         if path.name != "model.safetensors.index.json":
             shutil.copy(path, out)
     config = json.loads((out / "config.json").read_text())

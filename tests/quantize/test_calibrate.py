@@ -1,4 +1,4 @@
-"""Calibrating changes what rounding costs and nothing else."""
+"""Calibration reduces rounding errors and changes nothing else."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ from safetensors.torch import save_file
 from molmo_edge.devices.tensors import BLOCKS
 from molmo_edge.errors import QuantizeError
 from molmo_edge.models.molmo.synthetic import Family, Shape, random_weights, write_checkpoint
-from molmo_edge.quantize import calibrate as quant_activations
-from molmo_edge.quantize import calibrate as quant_calibrate
-from molmo_edge.quantize import plan as quant_plan
-from molmo_edge.quantize import run as quantize
+from molmo_edge.quantize import calibrate, quantize
 from molmo_edge.quantize.calibrate import LAYERS, Calibration, Streamed, image_files, read_images
 from molmo_edge.quantize.formats import format_of
+from molmo_edge.quantize.plan import plan
 from molmo_edge.reference.molmo import ReferenceInputs, ReferenceMolmo
-from molmo_edge.reference.verify import synthetic_image as picture
-from tests.quant_support import plain_tensors, tensors_of, threads
+from molmo_edge.reference.verify import synthetic_image
+from tests.quantize.support import plain_tensors, tensors_of, threads
 
 SHAPE = Shape(vit_blocks=9, heads=4, kv_heads=2)
 
@@ -35,16 +33,18 @@ def _threads() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("images")
     for seed in range(2):
-        Image.fromarray(picture(60, 80, seed)).save(folder / f"{seed}.png")
-    (folder / "notes.txt").write_text("no picture")
-    return folder
+        Image.fromarray(synthetic_image(60, 80, seed)).save(directory / f"{seed}.png")
+    (directory / "notes.txt").write_text("not an image")
+    return directory
 
 
-def loud(folder: Path, family: Family = "molmo-d", dtype: torch.dtype = torch.float32) -> Path:
-    """A checkpoint whose norms and values have a few channels far louder than the rest."""
+def with_outliers(
+    directory: Path, family: Family = "molmo-d", dtype: torch.dtype = torch.float32
+) -> Path:
+    """A checkpoint whose norms and values have a few channels far larger than the rest."""
     plain = random_weights(3)
 
     def weights(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -55,37 +55,37 @@ def loud(folder: Path, family: Family = "molmo-d", dtype: torch.dtype = torch.fl
             made[5::41] *= 6
         return made
 
-    return write_checkpoint(folder, family, shape=SHAPE, weights=weights, dtype=dtype)
+    return write_checkpoint(directory, family, shape=SHAPE, weights=weights, dtype=dtype)
 
 
 @pytest.fixture(scope="module", params=["molmo-d", "molmo-o"])
 def outliers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return loud(tmp_path_factory.mktemp("loud") / request.param, request.param)
+    return with_outliers(tmp_path_factory.mktemp("outliers") / request.param, request.param)
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return loud(tmp_path_factory.mktemp("one") / "molmo-d", dtype=torch.bfloat16)
+    return with_outliers(tmp_path_factory.mktemp("one") / "molmo-d", dtype=torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
-def known(one: Path, pictures: Path) -> Calibration:
-    return calibrated(one, pictures)
+def known(one: Path, images: Path) -> Calibration:
+    return calibrated(one, images)
 
 
-def calibrated(folder: Path, pictures: Path, scheme: str = "w4a16") -> Calibration:
+def calibrated(directory: Path, images: Path, scheme: str = "w4a16") -> Calibration:
     form = format_of(scheme)
-    planned = quant_plan.plan(folder, form)
-    return quant_calibrate.calibrate(folder, planned, form, image_files(pictures))
+    planned = plan(directory, form)
+    return calibrate.calibrate(directory, planned, form, image_files(images))
 
 
 Prompts = list[tuple[Any, ReferenceInputs]]
 
 
 @pytest.fixture(scope="module")
-def prompts(one: Path, pictures: Path) -> Prompts:
-    """Both families have the same tokens here."""
-    return read_images(one, image_files(pictures))
+def prompts(one: Path, images: Path) -> Prompts:
+    """The same tokens for both families."""
+    return read_images(one, image_files(images))
 
 
 @pytest.fixture(scope="module")
@@ -94,49 +94,49 @@ def whole(outliers: Path) -> ReferenceMolmo:
 
 
 @pytest.fixture(scope="module")
-def entering(whole: ReferenceMolmo, prompts: Prompts) -> list[torch.Tensor]:
-    """What enters the first block, by the yardstick."""
+def states_in(whole: ReferenceMolmo, prompts: Prompts) -> list[torch.Tensor]:
+    """Inputs of the first block by the reference implementation."""
     with torch.no_grad():
         return [whole._embed(ids, seen) for ids, seen in prompts]
 
 
-def logits(model: ReferenceMolmo, entering: list[torch.Tensor]) -> torch.Tensor:
+def logits(model: ReferenceMolmo, states_in: list[torch.Tensor]) -> torch.Tensor:
     """Of all tokens, by the language model alone."""
     with torch.no_grad():
-        states = torch.cat([model._decode(x, model._new_cache()) for x in entering])
+        states = torch.cat([model._decode(x, model._new_cache()) for x in states_in])
         return model._linear(states, "model.transformer.ff_out")
 
 
-def test_streaming_gives_the_yardsticks_own_states(
-    outliers: Path, whole: ReferenceMolmo, entering: list[torch.Tensor], prompts: Prompts
+def test_streaming_gives_the_states_of_the_reference_implementation(
+    outliers: Path, whole: ReferenceMolmo, states_in: list[torch.Tensor], prompts: Prompts
 ) -> None:
-    planned = quant_plan.plan(outliers, format_of("w4a16"))
+    planned = plan(outliers, format_of("w4a16"))
     names = {tensor.name: tensor.file for shard in planned.shards for tensor in shard}
     streamed = Streamed(outliers, whole.config, names)
     states = streamed.states(prompts)
-    for state, expected in zip(states, entering, strict=True):
+    for state, expected in zip(states, states_in, strict=True):
         assert torch.allclose(state, expected, atol=1e-5)
     for _, inputs, weights in streamed.blocks(states):
         assert set(inputs) == set(LAYERS)
         assert len({name.split(".")[3] for name in weights}) == 1
     last = whole._rms_norm(torch.cat(states), "model.transformer.ln_f")
     found = whole._linear(last, "model.transformer.ff_out")
-    assert torch.allclose(found, logits(whole, entering), atol=1e-4)
+    assert torch.allclose(found, logits(whole, states_in), atol=1e-4)
 
 
-def test_folding_changes_no_answer(
-    outliers: Path, pictures: Path, whole: ReferenceMolmo, entering: list[torch.Tensor]
+def test_scales_change_no_answer(
+    outliers: Path, images: Path, whole: ReferenceMolmo, states_in: list[torch.Tensor]
 ) -> None:
-    known = calibrated(outliers, pictures)
+    known = calibrated(outliers, images)
     folded = {"attn_out", "ff_out"} if whole.config.norm_after else set(LAYERS)
     assert {name.rpartition(".")[2] for name in known.scales} == folded
     assert any(float(s.max() / s.min()) > 1.5 for s in known.scales.values())
     tensors = {name: known.apply(name, t).float() for name, t in tensors_of(outliers).items()}
-    changed = logits(ReferenceMolmo(whole.config, tensors), entering)
-    assert torch.allclose(changed, logits(whole, entering), atol=2e-4)
+    changed = logits(ReferenceMolmo(whole.config, tensors), states_in)
+    assert torch.allclose(changed, logits(whole, states_in), atol=2e-4)
 
 
-def test_a_folded_norm_is_stored_without_rounding(one: Path, known: Calibration) -> None:
+def test_a_scaled_norm_is_stored_without_rounding(one: Path, known: Calibration) -> None:
     for name, value in tensors_of(one).items():
         if name.endswith(("attn_norm.weight", "ff_norm.weight")):
             stored = known.apply(name, value)
@@ -144,22 +144,22 @@ def test_a_folded_norm_is_stored_without_rounding(one: Path, known: Calibration)
 
 
 @pytest.mark.parametrize("scheme", ["w4a16", "nvfp4"])
-def test_outputs_are_nearer_than_without(
+def test_calibrated_outputs_are_nearer_to_the_original(
     outliers: Path,
-    pictures: Path,
+    images: Path,
     whole: ReferenceMolmo,
-    entering: list[torch.Tensor],
+    states_in: list[torch.Tensor],
     tmp_path: Path,
     scheme: str,
 ) -> None:
-    free = quantize.quantize(outliers, tmp_path / "free", scheme).folder
-    done = quantize.quantize(outliers, tmp_path / "seen", scheme, calibrate=pictures)
-    expected = logits(whole, entering)
+    free = quantize(outliers, tmp_path / "free", scheme).folder
+    done = quantize(outliers, tmp_path / "seen", scheme, calibrate=images)
+    expected = logits(whole, states_in)
     free_wrong, seen_wrong = (
-        float((logits(ReferenceMolmo(whole.config, tensors), entering) - expected).square().mean())
+        float((logits(ReferenceMolmo(whole.config, tensors), states_in) - expected).square().mean())
         for tensors in (
-            {name: tensor.float() for name, tensor in plain_tensors(folder, scheme).items()}
-            for folder in (free, done.folder)
+            {name: tensor.float() for name, tensor in plain_tensors(directory, scheme).items()}
+            for directory in (free, done.folder)
         )
     )
     # Molmo-7B-O's norms come after its layers and cannot take a scale.
@@ -172,50 +172,50 @@ def test_outputs_are_nearer_than_without(
     assert {p.name for p in done.folder.iterdir()} == {p.name for p in free.iterdir()}
 
 
-def test_pictures_are_spread_over_the_folder(
-    pictures: Path, monkeypatch: pytest.MonkeyPatch
+def test_images_are_spread_over_the_directory(
+    images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert [p.name for p in image_files(pictures)] == ["0.png", "1.png"]
-    monkeypatch.setattr(quant_activations, "MAX_IMAGES", 1)
-    assert [p.name for p in image_files(pictures)] == ["0.png"]
+    assert [p.name for p in image_files(images)] == ["0.png", "1.png"]
+    monkeypatch.setattr(calibrate, "MAX_IMAGES", 1)
+    assert [p.name for p in image_files(images)] == ["0.png"]
 
 
-def test_fp8_is_refused(one: Path, pictures: Path, tmp_path: Path) -> None:
+def test_fp8_is_refused(one: Path, images: Path, tmp_path: Path) -> None:
     with pytest.raises(QuantizeError, match="gains nothing in fp8"):
-        quantize.quantize(one, tmp_path / "out", "fp8", calibrate=pictures)
-    assert not (tmp_path / "out.partial").exists()
+        quantize(one, tmp_path / "out", "fp8", calibrate=images)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_bad_pictures_are_named_and_nothing_is_left(
-    one: Path, pictures: Path, tmp_path: Path
+def test_bad_images_are_named_and_nothing_is_left(
+    one: Path, images: Path, tmp_path: Path
 ) -> None:
     empty, broken = tmp_path / "empty", tmp_path / "broken"
     empty.mkdir()
     broken.mkdir()
-    whole = (pictures / "0.png").read_bytes()
+    whole = (images / "0.png").read_bytes()
     (broken / "cut.png").write_bytes(whole[: len(whole) // 2])
-    for given, said in (
+    for given, message in (
         (tmp_path / "nowhere", "is not a directory"),
-        (pictures / "notes.txt", "is not a directory"),
+        (images / "notes.txt", "is not a directory"),
         (empty, "contains no images"),
         (broken, r"cut\.png' cannot be calibrated on"),
     ):
-        with pytest.raises(QuantizeError, match=said):
-            quantize.quantize(one, tmp_path / "out", "w4a16", calibrate=given)
-        assert not list(tmp_path.glob("out*"))
+        with pytest.raises(QuantizeError, match=message):
+            quantize(one, tmp_path / "out", "w4a16", calibrate=given)
+        assert not list(tmp_path.glob("*out*"))
 
 
-def test_weights_that_are_no_numbers_are_named(
-    one: Path, pictures: Path, tmp_path: Path
+def test_weights_with_nan_are_named(
+    one: Path, images: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "broken"
-    shutil.copytree(one, folder)
-    tensors = tensors_of(folder)
+    directory = tmp_path / "broken"
+    shutil.copytree(one, directory)
+    tensors = tensors_of(directory)
     tensors[f"{BLOCKS}1.ff_proj.weight"][3, 4] = float("nan")
-    save_file(tensors, folder / "model.safetensors")
+    save_file(tensors, directory / "model.safetensors")
     with pytest.raises(QuantizeError, match=r"blocks\.1\.ff_proj\.weight' contains"):
-        quantize.quantize(folder, tmp_path / "out", "w4a16", calibrate=pictures)
-    assert not list(tmp_path.glob("out*"))
+        quantize(directory, tmp_path / "out", "w4a16", calibrate=images)
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_moments_are_those_of_all_tokens(
