@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from molmo_edge.models.molmo.synthetic import Shape, write_checkpoint
 from molmo_edge.quantize.formats import FORMATS, format_of, unpack
@@ -60,16 +58,3 @@ def plain_tensors(directory: Path, scheme: str) -> dict[str, torch.Tensor]:
             del tensors[f"{layer}.{suffix}"]
         tensors[f"{layer}.weight"] = unpack(parts, format_of(scheme))
     return tensors
-
-
-def dequantised(directory: Path, out: Path, scheme: str) -> Path:
-    """The same as a checkpoint."""
-    out.mkdir()
-    save_file(plain_tensors(directory, scheme), out / "model.safetensors")
-    for path in directory.glob("*.json"):
-        if path.name != "model.safetensors.index.json":
-            shutil.copy(path, out)
-    config = json.loads((out / "config.json").read_text())
-    del config["quantization_config"]
-    (out / "config.json").write_text(json.dumps(config))
-    return out
