@@ -1,6 +1,6 @@
 """Image preprocessing against the reference implementation and TensorFlow's path, in turns.
 
-    python benchmarks/preprocess.py --output benchmarks/results/preprocess-cpu-2.json
+    python benchmarks/preprocess.py --output benchmarks/results/preprocess-cpu.json
 
 The three take turns on every repetition, so that whatever else the machine does affects all of
 them. A ratio is the median over repetitions of their time over ours in the same repetition. Also
