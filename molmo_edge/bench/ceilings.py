@@ -81,12 +81,17 @@ def step_bytes(
     kv = "bfloat16" if model.kv_cache_dtype == "auto" else model.kv_cache_dtype
     if shape is None or model.precision is None or kv is None or kv not in shapes.KV_DTYPES:
         return None
-    if model.dtype not in (None, "bfloat16", "float16"):
-        return None
+    precision, scale = model.precision, 1
+    if model.dtype == "float32":
+        # Known where nothing is quantised: all of it takes twice the bytes of BF16.
+        if (model.precision, model.kv_cache_dtype) != ("fp32", "auto"):
+            return None
+        precision, scale = "bf16", 2
     if environment.other.get("speculation", "off") != "off":
         return None
     try:
-        return shape.decode_bytes(model.precision) + batch * shape.kv_bytes(round(context), kv)
+        size = shape.decode_bytes(precision) + batch * shape.kv_bytes(round(context), kv)
+        return scale * size
     except (MolmoEdgeError, KeyError):
         return None
 
