@@ -68,5 +68,5 @@ def test_plain_vllm_in_its_own_process_equals_the_reference(tmp_path: Path) -> N
         case = compare(name, expected[name], Answer(*output, output[2]), True, EXACT_BOUND)
         assert case.ok, case
     # max_crops reaches pixels and tokens alike.
-    difference = tiling_for(900, 1200).n_tokens - tiling_for(900, 1200, 2).n_tokens
+    difference = tiling_for(460, 460).n_tokens - tiling_for(460, 460, 2).n_tokens
     assert len(image[0]) - len(few[0]) == difference
