@@ -12,13 +12,22 @@ import torch
 from PIL import Image
 
 from molmo_edge import EdgeVLM
+from molmo_edge.devices.detect import detect
 from molmo_edge.models.molmo.synthetic import write_checkpoint
 from molmo_edge.quantize import quantize
 from molmo_edge.quantize.formats import format_of, unpack
 from molmo_edge.reference.verify import synthetic_image
 from tests.quantize.support import layer_of, tensors_of
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(
+        "avx512f" not in detect().cpu_isa,
+        reason="vLLM's kernels of quantised layers are native on processors with AVX-512 only",
+    ),
+]
 
 # FP8's largest value. The kernels give a token the scale (largest value) / 448, so that a token
 # whose only value is this one has the scale 1 and loses nothing.
