@@ -17,7 +17,13 @@ from typing import Any, TypeAlias, TypedDict, cast
 from pydantic import BaseModel, ValidationError
 from pydantic.errors import PydanticUserError
 
-from molmo_edge.errors import GenerationError, ImageError, PromptError, SamplingError
+from molmo_edge.errors import (
+    GenerationError,
+    ImageError,
+    PromptError,
+    PromptTooLongError,
+    SamplingError,
+)
 from molmo_edge.images import ImageLike, ImageLimits, load
 from molmo_edge.interface import Turn
 from molmo_edge.results import Result
@@ -104,9 +110,7 @@ class CheckedOptions:
         if self.model is None:
             return dataclasses.replace(result, parsed=value)
         try:
-            return dataclasses.replace(
-                result, parsed=self.model.model_validate_json(result.text)
-            )
+            return dataclasses.replace(result, parsed=self.model.model_validate_json(result.text))
         except ValidationError as exc:
             raise GenerationError(
                 f"The answer follows the schema, but {self.model.__name__} refuses it "
@@ -278,6 +282,17 @@ def refuse_special(ids: Sequence[int], special: Mapping[int, str]) -> None:
         raise PromptError(
             f"The text contains {', '.join(names[:3])}: special tokens of the model, which no user "
             "text may contain. Remove or respell them."
+        )
+
+
+def check_length(tokens: int, max_model_len: int, images: int = 0) -> None:
+    """Raise PromptTooLongError when a prompt of `tokens` leaves no room to answer."""
+    if tokens >= max_model_len:
+        included = f", {images} image(s) included," if images else ""
+        raise PromptTooLongError(
+            f"The prompt has at least {tokens} tokens{included} and leaves no room to answer: "
+            f"max_model_len is {max_model_len}. Shorten the text, use fewer images or a lower "
+            "max_crops, or raise max_model_len."
         )
 
 

@@ -27,9 +27,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from molmo_edge.errors import ImageError, PromptError, PromptTooLongError
+from molmo_edge.errors import ImageError, PromptError
 from molmo_edge.interface import EngineInfo, Rendered, Turn, Update
-from molmo_edge.requests import check_turns, refuse_special
+from molmo_edge.requests import check_length, check_turns, refuse_special
 from molmo_edge.sampling import Sampling
 
 __all__ = ["FakeEngine", "FakeFactory", "Fault"]
@@ -129,11 +129,7 @@ class FakeEngine:
         ids = [END_OF_TEXT, *self._ids(f"{text} Assistant:"), *options.get("answer", ())]
         image_tokens = _IMAGE_TOKENS * len(images)
         total = len(ids) + image_tokens
-        if total >= self.info.max_model_len:
-            raise PromptTooLongError(
-                f"The prompt has {total} tokens and leaves no room to answer: max_model_len is "
-                f"{self.info.max_model_len}."
-            )
+        check_length(total, self.info.max_model_len, len(images))
         script = _Script(turns[-1].text, self._answer(turns), total)
         return Rendered(script, total, image_tokens, None if images else ids, answer_prefix=" ")
 

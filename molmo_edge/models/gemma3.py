@@ -15,11 +15,10 @@ from molmo_edge.checkpoint_files import check_weights
 from molmo_edge.errors import (
     ImageError,
     ModelError,
-    PromptTooLongError,
     SamplingError,
 )
 from molmo_edge.interface import Rendered, Renderer, Resize, Turn
-from molmo_edge.requests import check_turns, refuse_special
+from molmo_edge.requests import check_length, check_turns, refuse_special
 
 # Added tokens that users may write: line breaks, spaces, HTML tags. All others are control tokens.
 _PLAIN = re.compile(
@@ -135,7 +134,7 @@ class Gemma3Renderer:
         self._check_images(sum(len(turn.images) for turn in turns))
         answer = list(options.get("answer", ()))
         characters = sum(len(turn.text) for turn in turns)
-        self._check_length(-(-characters // self._longest_token), 0)
+        check_length(-(-characters // self._longest_token), self._max_model_len)
         # The tokenizer and the image processor are not made for several threads.
         with self._lock:
             for turn in turns:
@@ -146,15 +145,16 @@ class Gemma3Renderer:
             if images:
                 # Before the pixels are touched: a prompt that does not fit costs nothing.
                 n = sum(len(turn.images) for turn in turns)
-                self._check_length(len(ids) + len(answer) + n * self._tokens_per_image, n)
+                total = len(ids) + len(answer) + n * self._tokens_per_image
+                check_length(total, self._max_model_len, n)
                 tokens = {"prompt_token_ids": ids, "multi_modal_data": images}
             else:
-                self._check_length(len(ids) + len(answer), 0)
+                check_length(len(ids) + len(answer), self._max_model_len)
                 tokens = {"prompt_token_ids": ids}
             rendered = self._renderer.render_cmpl([tokens])[0]
         places = rendered.get("mm_placeholders", {}).get("image", ())
         ids = [*rendered["prompt_token_ids"], *answer]
-        self._check_length(len(ids), len(places))
+        check_length(len(ids), self._max_model_len, len(places))
         rendered["prompt_token_ids"] = ids
         # The line breaks between two images are one token, which both placeholders count.
         image_positions = {p.offset + i for p in places for i in range(p.length)}
@@ -171,15 +171,6 @@ class Gemma3Renderer:
             raise ImageError(
                 f"The conversation has {n} images; the engine takes {self._max_images}. Remove "
                 'some, or build EdgeVLM with engine_args={"limit_mm_per_prompt": {"image": …}}.'
-            )
-
-    def _check_length(self, total: int, images: int) -> None:
-        if total >= self._max_model_len:
-            included = f", {images} image(s) included," if images else ""
-            raise PromptTooLongError(
-                f"The prompt has at least {total} tokens{included} and leaves no room to answer: "
-                f"max_model_len is {self._max_model_len}. Shorten the text, remove images, or "
-                "raise max_model_len."
             )
 
 

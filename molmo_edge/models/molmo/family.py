@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from molmo_edge.checkpoint_files import check_weights
-from molmo_edge.errors import ImageError, PromptTooLongError
+from molmo_edge.errors import ImageError
 from molmo_edge.interface import Rendered, Renderer, Resize, Turn
 from molmo_edge.models.molmo.config import check_layout
 from molmo_edge.models.molmo.prompts import ONE_IMAGE, ImageTokenIds, PromptEncoder
 from molmo_edge.models.molmo.tiling import tiling_for
+from molmo_edge.requests import check_length
 
 if TYPE_CHECKING:
     from molmo_edge.models.molmo.image_processor import ImageInputs, MolmoImageProcessor
@@ -73,9 +74,7 @@ def register() -> None:
     from molmo_edge.models.molmo import hf
 
     hf.register()
-    ModelRegistry.register_model(
-        ARCHITECTURE, f"molmo_edge.models.molmo.vllm_model:{ARCHITECTURE}"
-    )
+    ModelRegistry.register_model(ARCHITECTURE, f"molmo_edge.models.molmo.vllm_model:{ARCHITECTURE}")
     ModelRegistry.register_model(
         STOCK_ARCHITECTURE, f"vllm.model_executor.models.molmo:{ARCHITECTURE}"
     )
@@ -113,7 +112,7 @@ class MolmoRenderer:
             raise ImageError("Molmo 1 sees its image before all text: give it in the first turn.")
         if not images:
             ids = [self._encoder.bos, *text_ids]
-            self._check_length(len(ids), 0)
+            check_length(len(ids), self._max_model_len)
             return Rendered(tokens_input(ids), len(ids), 0, ids, ANSWER_PREFIX)
         # Once: Pillow copies all pixels each time it is asked for an array.
         pixels = np.asarray(images[0])
@@ -121,7 +120,7 @@ class MolmoRenderer:
         # Before the pixels are touched: a prompt that does not fit costs nothing.
         tiling = tiling_for(*pixels.shape[:2], processor.max_crops)
         total = 1 + tiling.n_tokens + len(text_ids)
-        self._check_length(total, tiling.n_tokens)
+        check_length(total, self._max_model_len, 1)
         ids = [self._encoder.bos, *tiling.tokens(self._ids).tolist(), *text_ids]
         tensors, place = self._tensors(processor.inputs(pixels))
         prompt = mm_input(
@@ -131,15 +130,6 @@ class MolmoRenderer:
             mm_placeholders={"image": [place]},
         )
         return Rendered(prompt, total, tiling.n_tokens, ids, ANSWER_PREFIX)
-
-    def _check_length(self, total: int, image_tokens: int) -> None:
-        if total >= self._max_model_len:
-            image = f", {image_tokens} of them for the image," if image_tokens else ""
-            raise PromptTooLongError(
-                f"The prompt has {total} tokens{image} and leaves no room to answer: max_model_len "
-                f"is {self._max_model_len}. Shorten the text, lower max_crops, or raise "
-                "max_model_len."
-            )
 
     def _tensors(self, inputs: ImageInputs) -> tuple[Any, Any]:
         """vLLM's keyword items and placeholder range for one image.
