@@ -12,12 +12,12 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
-
-from molmo_edge.images import to_array
 
 FUZZ = Path(__file__).parent / "data" / "images" / "fuzz"
 WHITE = (255, 255, 255)
+REFUSED_MODES = {"F", "LAB", "La"}
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # How a camera held in orientation N stores a scene: the inverse of what a viewer applies.
 STORED = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE",
@@ -25,7 +25,7 @@ STORED = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TR
 
 
 def pixels(image: Image.Image) -> list[Any]:
-    return [tuple(pixel) for row in to_array(image).tolist() for pixel in row]
+    return [tuple(pixel) for row in np.asarray(image).tolist() for pixel in row]
 
 
 def opened(data: bytes) -> Any:
@@ -94,31 +94,21 @@ def malformed_exif() -> dict[str, bytes]:
     good = exif(6)
     tag = struct.pack("<HHI", 0x112, 3, 1)
     return {
-        "empty": b"Exif\0\0",
         "cut": good[:20],
         "order": good.replace(b"II", b"XX"),
         "offset": good[:10] + b"\xff\xff\xff\xff" + good[14:],
         "entries": good[:14] + b"\xff\xff" + b"\1" * 30,
-        "zero": exif(0),
         "nine": exif(9),
-        "huge": exif(65535),
         "ascii": good.replace(tag, struct.pack("<HHI", 0x112, 2, 1)),
-        "none": good.replace(tag, struct.pack("<HHI", 0x112, 3, 0)),
     }
 
 
-def bmp(
-    size: tuple[int, int], bits: int, compression: int, body: bytes, colours: int = 0
-) -> bytes:
-    palette = b"".join(bytes((90 * i % 256, 30 * i % 256, 255, 0)) for i in range(colours))
-    masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) if compression == 3 else b""
-    header_size = 56 if masks else 40
-    offset = 14 + header_size + len(palette)
-    header = struct.pack(
-        "<IiiHHIIiiII", header_size, *size, 1, bits, compression, len(body), 0, 0, colours, 0
-    )
-    start = b"BM" + struct.pack("<IHHI", offset + len(body), 0, 0, offset)
-    return start + header + masks + palette + body
+def bmp(*pixels: tuple[int, int, int, int]) -> bytes:
+    """A BMP file of one row of (blue, green, red, alpha)."""
+    body = bytes(value for pixel in pixels for value in pixel)
+    masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    header = struct.pack("<IiiHHIIiiII", 56, len(pixels), 1, 1, 32, 3, len(body), 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 70 + len(body), 0, 0, 70) + header + masks + body
 
 
 def scan_bomb(scans: int, side: int = 16) -> bytes:
@@ -169,20 +159,14 @@ def accepted() -> dict[str, bytes]:
     files["palette.png"] = png((3, 1), 8, 3, index, palette)
     files["palette_key.png"] = png((3, 1), 8, 3, index, palette, (b"tRNS", b"\xff\0"))
     files["palette_alpha.png"] = png((3, 1), 8, 3, index, palette, (b"tRNS", b"\0\x80"))
-    files["palette_index_outside.png"] = png((3, 1), 8, 3, bytes((0, 9, 255)), palette)
-    files["bilevel.png"] = png((8, 1), 1, 0, b"\x0f")
     files["bilevel_key.png"] = png((8, 1), 1, 0, b"\x0f", (b"tRNS", b"\0\0"))
     files["grey8_key.png"] = png((3, 1), 8, 0, b"\0\5\x80", (b"tRNS", b"\0\5"))
     rgb = b"\1\2\3\4\5\6"
     files["rgb_key.png"] = png((2, 1), 8, 2, rgb, (b"tRNS", b"\0\1\0\2\0\3"))
     wide = struct.pack(">5H", 0, 128, 129, 32896, 65535)
     files["grey16.png"] = png((5, 1), 16, 0, wide)
-    files["grey16_key.png"] = png((5, 1), 16, 0, wide, (b"tRNS", b"\0\x80"))
     files["grey16_alpha.png"] = png((2, 1), 16, 4, struct.pack(">4H", 0x4000, 0xFFFF, 7, 0))
     files["rgba16.png"] = png((1, 1), 16, 6, struct.pack(">4H", 0x8000, 0, 0xFFFF, 0xFFFF))
-    files["text_exif.png"] = png((2, 1), 8, 2, rgb, (b"tEXt", b"exif\0some text"))
-    twice = (b"acTL", bytes(8))
-    files["animation_twice.png"] = png((2, 1), 8, 2, rgb, twice, twice)
     frames = [Image.new("RGB", (6, 4), colour) for colour in ((255, 0, 0), (0, 0, 255))]
     for kind in ("PNG", "WEBP"):
         options = {"save_all": True, "append_images": frames[1:], "lossless": True}
@@ -190,11 +174,8 @@ def accepted() -> dict[str, bytes]:
     clear = Image.new("RGBA", (2, 1), (10, 20, 30, 255))
     clear.putpixel((1, 0), (10, 20, 30, 0))
     files["alpha.webp"] = encode(clear, "WEBP", lossless=True, exact=True)
-    files["alpha.bmp"] = bmp((2, 1), 32, 3, bytes((30, 20, 10, 255, 30, 20, 10, 0)))
-    files["alpha_all_zero.bmp"] = bmp((2, 1), 32, 3, bytes((30, 20, 10, 0, 60, 50, 40, 0)))
-    files["rle4.bmp"] = bmp((4, 2), 4, 2, b"\4\x12\0\0\4\x21\0\1", 16)
-    files["rle8.bmp"] = bmp((4, 2), 8, 1, b"\4\1\0\0\4\2\0\1", 256)
-    files["rgb555.bmp"] = bmp((2, 1), 16, 0, struct.pack("<HH", 0x7C00, 0x001F))
+    files["alpha.bmp"] = bmp((30, 20, 10, 255), (30, 20, 10, 0))
+    files["alpha_all_zero.bmp"] = bmp((30, 20, 10, 0), (60, 50, 40, 0))
     return files
 
 
@@ -205,14 +186,9 @@ def refused() -> dict[str, bytes]:
     for extension, data in plain.items():
         files[f"half.{extension}"] = data[: len(data) // 2]
         files[f"huge.{extension}"] = resized_header(data, 16_000, 16_000)
-        files[f"magic_only.{extension}"] = data[:16]
     rgb = b"\1\2\3\4\5\6"
     files["zero_width.png"] = resized_header(plain["png"], 0, 8)
     files["zero_height.jpg"] = resized_header(plain["jpeg"], 12, 0)
-    files["short_key.png"] = png((2, 1), 8, 2, rgb, (b"tRNS", b"\0\1"))
-    files["no_pixels.png"] = SIGNATURE + plain["png"][8:33] + chunk(b"IEND", b"")
-    files["text_checksum.png"] = plain["png"][:33] + chunk(b"tEXt", b"a\0b")[:-1] + b"x"
-    files["text_checksum.png"] += plain["png"][33:]
     # Pillow stores text under its key, and reads some keys back as its own settings.
     files["text_transparency.png"] = png((2, 1), 8, 2, rgb, (b"tEXt", b"transparency\0some"))
     bomb = b"k\0\0" + zlib.compress(bytes(8 << 20), 9)

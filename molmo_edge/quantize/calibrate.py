@@ -173,7 +173,7 @@ def read_images(checkpoint: Path, files: Sequence[Path]) -> list[tuple[Any, Refe
         QuantizeError: a file is not a readable image.
         ModelError: no tokenizer, or one that lacks the image tokens.
     """
-    from molmo_edge.images import load, to_array
+    from molmo_edge.images import load
     from molmo_edge.models.molmo.hf import load_tokenizer
     from molmo_edge.models.molmo.prompts import ImageTokenIds, bos_id
     from molmo_edge.reference.molmo import SpecialTokens
@@ -186,7 +186,7 @@ def read_images(checkpoint: Path, files: Sequence[Path]) -> list[tuple[Any, Refe
     prompts = []
     for file in files:
         try:
-            inputs = preprocess(to_array(load(file)), special)
+            inputs = preprocess(np.asarray(load(file)), special)
         except ImageError as exc:
             raise QuantizeError(
                 f"'{file}' cannot be calibrated on: {exc}. Remove it from the directory."

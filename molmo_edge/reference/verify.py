@@ -193,7 +193,7 @@ def _checkpoint(model: Path | None, layout: str, seed: int) -> Iterator[Path]:
 
 
 def reference_answers(directory: Path, images: Images, max_tokens: int) -> dict[str, Answer]:
-    from molmo_edge.images import load, to_array
+    from molmo_edge.images import load
     from molmo_edge.models.molmo.hf import load_tokenizer
     from molmo_edge.reference import molmo as reference
 
@@ -211,7 +211,7 @@ def reference_answers(directory: Path, images: Images, max_tokens: int) -> dict[
     for name, image in images.items():
         inputs = None
         if image is not None:
-            inputs = reference.preprocess(to_array(load(image)), special)
+            inputs = reference.preprocess(np.asarray(load(image)), special)
         prompt = reference.sequence(inputs, text_ids, bos)
         answer = model.generate(prompt, inputs, max_tokens=max_tokens, stop_ids={eos})
         logprobs = list(answer.logprobs)
