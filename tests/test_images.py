@@ -8,7 +8,6 @@ import struct
 import threading
 import time
 import tracemalloc
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
