@@ -138,7 +138,7 @@ def _translated(action: str) -> Iterator[None]:
         yield
     except ImageError:  # which is a ValueError
         raise
-    except (*FOREIGN_ERRORS, MemoryError) as exc:
+    except FOREIGN_ERRORS as exc:
         raise ImageError(
             f"could not {action} ({type(exc).__name__}); the cause is chained to this error"
         ) from exc
