@@ -7,40 +7,33 @@ where a higher source hides it: a misspelt name that is silently ignored is wors
 from __future__ import annotations
 
 import difflib
-import functools
-import json
-import math
-import numbers
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
+    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    TypeAdapter,
+    StringConstraints,
     ValidationError,
 )
-from pydantic_core import ErrorDetails, to_jsonable_python
+from pydantic_core import ErrorDetails, from_json, to_jsonable_python
 from pydantic_settings import (
     BaseSettings,
     DotEnvSettingsSource,
     EnvSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
     TomlConfigSettingsSource,
 )
 
 from molmo_edge.errors import ConfigError
 
 PREFIX = "MOLMO_EDGE_"
-CONFIG_VARIABLE = PREFIX + "CONFIG"  # the one variable that is not a setting: the TOML file
 
 PrecisionName = Literal["auto", "bf16", "fp8", "w4a16", "nvfp4"]
 KVCacheDtype = Literal[
@@ -71,80 +64,47 @@ REFUSED_PRECISIONS = {
 }
 # vLLM's names of what a setting with another name decides.
 _SETTING_OF = {"quantization": "precision", "kv_cache_memory_bytes": "kv_cache_memory_gb"}
-_MAX_CONFIG_BYTES = 1 << 20  # a larger file is a checkpoint named by mistake
-_MAX_DEPTH = 32
-_EXPECTED = {
-    "int": "an integer",
-    "float": "a number",
-    "finite": "a finite number",
-    "bool": "true or false",
-    "string": "a string",
-    "path": "the path of a directory",
-    "dict": "a table of names and values",
-}
-_LIMIT = {"greater_than": "above", "greater_than_equal": "at least", "less_than_equal": "at most"}
-
-
-def _visible(value: str) -> str:
-    if not value.strip() or not value.isprintable():
-        raise ValueError(f"must be one line of visible text, not {_show(value)}")
-    return value
-
-
-def _directory(value: Path) -> Path:
-    try:
-        path = value.expanduser()
-    except RuntimeError:
-        raise ValueError(f"{_show(str(value))} begins with an unknown home directory") from None
-    if path == Path() or not str(path).isprintable():
-        raise ValueError(f"must be the path of a directory, not {_show(str(path))}")
-    return path
 
 
 def _not_refused(value: object) -> object:
-    if isinstance(value, str):
-        reason = REFUSED_PRECISIONS.get(value.strip().lower().replace("-", "_"))
-        if reason is not None:
-            names = ", ".join(PRECISIONS)
-            raise ValueError(f"{_show(value)} is refused: {reason}. Valid values: {names}")
+    reason = REFUSED_PRECISIONS.get(value.lower()) if isinstance(value, str) else None
+    if reason is not None:
+        raise ValueError(f"is refused: {reason}. Valid values: {', '.join(PRECISIONS)}")
     return value
 
 
-def _engine_args(value: object) -> object:
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str) or not key.strip():
-                raise ValueError(f"has the key {_show(key)}, where a name is expected")
-            if (setting := _SETTING_OF.get(key, key)) in EdgeSettings.model_fields:
-                raise ValueError(f"must not contain {key}: set {setting} itself")
-    return _copy(value)
+def _parse_json(value: object) -> object:
+    try:
+        return from_json(value, allow_inf_nan=False) if isinstance(value, str) else value
+    except ValueError as exc:
+        raise ValueError(f"should be a JSON object: {exc}") from None
 
 
-def _copy(value: Any, at: str = "", depth: int = 0) -> Any:
-    """Copy dicts and lists, so that frozen settings stay frozen; refuse NaN and infinity."""
-    if depth > _MAX_DEPTH:
-        raise ValueError("is nested too deeply")
-    if isinstance(value, Mapping):
-        return {key: _copy(item, f"{at}.{key}", depth + 1) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_copy(item, at, depth + 1) for item in value)
-    real = isinstance(value, numbers.Real) and not isinstance(value, numbers.Rational)
-    if real and not math.isfinite(value):
-        raise ValueError(f"contains NaN or infinity at {at[1:]}")
-    return value
+def _not_a_setting(engine_args: dict[str, Any]) -> dict[str, Any]:
+    for key in engine_args:
+        if (setting := _SETTING_OF.get(key, key)) in EdgeSettings.model_fields:
+            raise ValueError(f"must not contain {key}: set {setting} itself")
+    return engine_args
 
 
-Text = Annotated[str, AfterValidator(_visible)]
-Directory = Annotated[Path, Field(strict=False), AfterValidator(_directory)]
+def _expand_home(value: Path) -> Path:
+    try:
+        return value.expanduser()
+    except RuntimeError:
+        raise ValueError("begins with an unknown home directory") from None
+
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+Directory = Annotated[Path, Field(strict=False), AfterValidator(_expand_home)]
 Precision = Annotated[PrecisionName, BeforeValidator(_not_refused)]
-EngineArgs = Annotated[dict[str, Any], BeforeValidator(_engine_args)]
+EngineArgs = Annotated[dict[str, Any], BeforeValidator(_parse_json), AfterValidator(_not_a_setting)]
 
 
-class EdgeSettings(BaseSettings):
+class EdgeSettings(BaseModel):
     """Settings of one engine, checked and frozen.
 
-    Booleans are not numbers, and NaN and infinity are refused. The constructor reads neither the
-    environment nor a file; ``resolve()`` does.
+    Booleans are not numbers, and NaN and infinity are refused. ``resolve()`` reads the environment
+    and the files; the constructor reads neither.
 
     Attributes:
         model: directory or hub name of a checkpoint; ``stub`` is the small built-in one.
@@ -177,14 +137,9 @@ class EdgeSettings(BaseSettings):
         max_image_pixels: largest decoded image, in pixels.
         engine_args: further arguments of ``vllm.LLM``, passed on unchanged; those that a setting
             decides are refused.
-
-    Raises:
-        ConfigError: a name is unknown or a value is wrong.
     """
 
-    model_config = SettingsConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, case_sensitive=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     model: Text = "stub"
     profile: Text = "auto"
@@ -213,26 +168,9 @@ class EdgeSettings(BaseSettings):
     max_image_pixels: Annotated[int, Field(ge=1)] = 64_000_000
     engine_args: EngineArgs = Field(default_factory=dict)
 
-    def __init__(self, **values: Any) -> None:
-        given, problems = _Source(Origin.ARGUMENT, values).by_setting()
-        if not problems:
-            try:
-                super().__init__(**given)
-            except ValidationError as exc:
-                problems = [f"argument: {e['loc'][0]} {_explain(e)}" for e in exc.errors()]
-        if problems:
-            raise ConfigError("\n".join(problems))
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (init_settings,)  # resolve() reads the others and keeps each value's origin
+class _Variables(EdgeSettings, BaseSettings):  # type: ignore[misc]
+    """What pydantic-settings' sources are told to read; never built."""
 
 
 class Origin(StrEnum):
@@ -247,36 +185,46 @@ class Origin(StrEnum):
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where a value comes from; ``name`` is that of the config file or of the profile."""
+
+    origin: Origin
+    name: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.origin} {self.name}".strip()
+
+
+@dataclass(frozen=True)
 class Resolved:
     """Settings and the source of each value.
 
     Attributes:
         settings: the values.
-        origin: source of each setting. Keys of ``engine_args`` are listed as "engine_args.KEY";
+        sources: by setting. Keys of ``engine_args`` are listed as "engine_args.KEY";
             "engine_args" itself only while it is empty.
-        labels: the same in words: "environment MOLMO_EDGE_SEED", "config thor.toml".
         profile_name: the profile that was applied, which is what ``settings.profile`` ``"auto"``
             became; ``None`` if none was.
     """
 
     settings: EdgeSettings
-    origin: Mapping[str, Origin]
-    labels: Mapping[str, str]
+    sources: Mapping[str, Source]
     profile_name: str | None = None
 
     def chosen(self, name: str) -> bool:
         """Whether the user set it, as opposed to the profile or the default."""
-        return self.origin.get(name, Origin.DEFAULT) not in (Origin.PROFILE, Origin.DEFAULT)
+        source = self.sources.get(name)
+        return source is not None and source.origin not in (Origin.PROFILE, Origin.DEFAULT)
 
     def rows(self) -> Iterator[tuple[str, Any, str]]:
         """Name, JSON value and source of each setting and of each key of ``engine_args``."""
-        for name in self.labels:
+        for name, source in self.sources.items():
             setting, _, key = name.partition(".")
             value = getattr(self.settings, setting)
             plain = to_jsonable_python(
                 value[key] if key else value, fallback=lambda other: f"<{type(other).__name__}>"
             )
-            yield name, plain, self.labels[name]
+            yield name, plain, str(source)
 
 
 def resolve(
@@ -297,207 +245,90 @@ def resolve(
     Raises:
         ConfigError: with one line for each problem, naming its source.
     """
-    environment = _Source(Origin.ENVIRONMENT, EnvSettingsSource(EdgeSettings).env_vars)
-    dotenv = _Source(Origin.DOTENV, _read_dotenv(Path(".env")))
+    environment = _variables(EnvSettingsSource(_Variables))
+    dotenv = _variables(_open_dotenv())
+    named = [environment.pop("config", None), dotenv.pop("config", None)]
     if config is None:
-        config = environment.config() or dotenv.config()
+        config = named[0] or named[1]
     # The order of sources, highest first; the profile that they name follows, then the defaults.
-    sources = [_Source(Origin.ARGUMENT, arguments), environment, dotenv]
+    checked = [
+        _check(Source(Origin.ARGUMENT), arguments),
+        _check(Source(Origin.ENVIRONMENT), environment),
+        _check(Source(Origin.DOTENV), dotenv),
+    ]
     if config is not None:
-        sources.append(_Source(Origin.CONFIG, _read_toml(config), Path(config).name))
-    checked = _check(sources)
+        checked.append(_check(Source(Origin.CONFIG, Path(config).name), _read_toml(config)))
     profile_name = None
     if profile_settings is not None:
-        named = [(v["profile"], s.label("profile")) for s, v in checked if "profile" in v]
-        requested, where = named[0] if named else ("auto", str(Origin.DEFAULT))
-        try:
-            profile_name, values = profile_settings(requested)
-        except ConfigError as exc:
-            raise ConfigError(f"{exc} (the profile was named by: {where})") from exc
-        checked += _check([_Source(Origin.PROFILE, values, profile_name)])
+        requested = next((v["profile"] for _, v in checked if "profile" in v), "auto")
+        profile_name, values = profile_settings(requested)
+        checked.append(_check(Source(Origin.PROFILE, profile_name), values))
     return _merge(checked, profile_name)
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Values of one source, by the names used there: variables or settings."""
-
-    origin: Origin
-    values: Mapping[str, Any]
-    detail: str = ""
-
-    def label(self, name: str) -> str:
-        detail = PREFIX + name.upper() if self.origin is Origin.ENVIRONMENT else self.detail
-        return f"{self.origin} {detail}".strip()
-
-    @property
-    def text(self) -> bool:
-        return self.origin in (Origin.ENVIRONMENT, Origin.DOTENV)
-
-    def config(self) -> str | None:
-        given = self.values.get(CONFIG_VARIABLE)
-        return str(given).strip() if self._given(given) else None
-
-    def by_setting(self) -> tuple[dict[str, Any], list[str]]:
-        """Raw values by setting, and a problem for each unknown name."""
-        known = {name: name for name in EdgeSettings.model_fields}
-        if self.origin is Origin.PROFILE:
-            del known["profile"]  # a profile cannot name another one
-        if self.text:
-            known = {PREFIX + name.upper(): name for name in known} | {CONFIG_VARIABLE: ""}
-        values, problems = {}, []
-        for name, value in self.values.items():
-            if self.text and not name.upper().startswith(PREFIX):
-                continue
-            if name not in known:
-                where = f"{self.origin} {self.detail}".strip()
-                problems.append(
-                    f"{where}: unknown name {_show(name)}; the nearest valid name is "
-                    f"{_nearest(str(name), known)}"
-                )
-            elif name != CONFIG_VARIABLE and self._given(value):
-                values[known[name]] = value.strip() if self.text else value
-        return values, problems
-
-    def _given(self, value: Any) -> bool:
-        return value is not None and not (self.text and value.strip().lower() in ("", "none"))
+def _variables(source: EnvSettingsSource) -> dict[str, str]:
+    """Our variables of a source by setting, without those that count as not given."""
+    prefix = PREFIX.lower()  # pydantic-settings ignores the case of variables
+    return {
+        name.removeprefix(prefix): value
+        for name, value in source.env_vars.items()
+        if name.startswith(prefix) and value and value.lower() != "none"
+    }
 
 
-def _check(sources: list[_Source]) -> list[tuple[_Source, dict[str, Any]]]:
-    """Validate every value of every source once; raise one error for all problems."""
-    checked, problems = [], []
-    for source in sources:
-        values, unknown = source.by_setting()
-        problems += unknown
-        for name, value in values.items():
-            try:
-                values[name] = _validate(name, value, text=source.text)
-            except ValidationError as exc:
-                problems.append(f"{source.label(name)}: {name} {_explain(exc.errors()[0])}")
-            except ValueError as exc:
-                problems.append(f"{source.label(name)}: {name} {exc}")
-        checked.append((source, values))
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return checked
+def _open_dotenv() -> DotEnvSettingsSource:
+    try:
+        return DotEnvSettingsSource(_Variables, Path(".env"))
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f".env cannot be read: {exc}") from exc
 
 
-def _merge(checked: list[tuple[_Source, dict[str, Any]]], profile_name: str | None) -> Resolved:
+def _read_toml(config: Path | str) -> dict[str, Any]:
+    try:
+        path = Path(config).expanduser()
+        path.stat()  # the source takes a missing file for an empty one
+        return TomlConfigSettingsSource(_Variables, path).toml_data
+    except (OSError, ValueError, RuntimeError) as exc:
+        raise ConfigError(f"config file '{config}' cannot be read: {exc}") from exc
+
+
+def _check(source: Source, values: Mapping[str, Any]) -> tuple[Source, dict[str, Any]]:
+    """Validate the names and values of one source."""
+    given = {name: value for name, value in values.items() if value is not None}
+    as_text = source.origin in (Origin.ENVIRONMENT, Origin.DOTENV)
+    validate = EdgeSettings.model_validate_strings if as_text else EdgeSettings.model_validate
+    try:
+        settings = validate(given)
+    except ValidationError as exc:
+        prefix = PREFIX if as_text else ""
+        problems = [f"{source}: {_explain(error, prefix)}" for error in exc.errors()]
+        raise ConfigError("\n".join(problems)) from None
+    return source, {name: getattr(settings, name) for name in settings.model_fields_set}
+
+
+def _merge(checked: list[tuple[Source, dict[str, Any]]], profile_name: str | None) -> Resolved:
     values: dict[str, Any] = {"engine_args": {}}
-    origin = dict.fromkeys(EdgeSettings.model_fields, Origin.DEFAULT)
-    labels = dict.fromkeys(EdgeSettings.model_fields, str(Origin.DEFAULT))
+    sources = dict.fromkeys(EdgeSettings.model_fields, Source(Origin.DEFAULT))
     for source, given in reversed(checked):
         keys = given.pop("engine_args", {})
         values |= given
         values["engine_args"] |= keys
-        for name in (*given, *(f"engine_args.{key}" for key in keys)):
-            origin[name], labels[name] = source.origin, source.label(name.partition(".")[0])
+        names = [*given, *(f"engine_args.{key}" for key in keys)]
+        sources |= dict.fromkeys(names, source)
     if values["engine_args"]:
-        del origin["engine_args"], labels["engine_args"]
-    settings = EdgeSettings.model_construct(**values)
-    return Resolved(settings, MappingProxyType(origin), MappingProxyType(labels), profile_name)
+        del sources["engine_args"]
+    return Resolved(EdgeSettings.model_construct(**values), sources, profile_name)
 
 
-def _validate(name: str, value: Any, *, text: bool) -> Any:
-    adapter = _adapter(name)
-    if text and name == "engine_args":
-        return adapter.validate_python(_json_object(value))
-    return adapter.validate_strings(value) if text else adapter.validate_python(value)
-
-
-@functools.cache
-def _adapter(name: str) -> TypeAdapter[Any]:
-    info = EdgeSettings.model_fields[name]
-    kind: Any = Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
-    return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    example = 'a JSON object such as {"max_num_batched_tokens": 4096}'
-    try:
-        table = json.loads(text)
-    except json.JSONDecodeError as exc:
-        where = f"line {exc.lineno}, column {exc.colno}"
-        raise ValueError(f"must be {example}; {exc.msg} at {where}") from None
-    except (ValueError, RecursionError):  # an integer of thousands of digits, brackets likewise
-        raise ValueError(f"must be {example}, of ordinary size") from None
-    if not isinstance(table, dict):
-        raise ValueError(f"must be {example}, not {_show(text)}")
-    return table
-
-
-def _read_dotenv(path: Path) -> Mapping[str, str | None]:
-    if not path.is_file():
-        return {}
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        source = DotEnvSettingsSource(EdgeSettings, path, env_file_encoding="utf-8-sig")
-    except OSError as exc:
-        raise ConfigError(f"{path.name} cannot be read: {exc.strerror}") from exc
-    except UnicodeDecodeError as exc:
-        raise ConfigError(f"{path.name} is not UTF-8 text: bad byte at {exc.start}") from exc
-    # python-dotenv skips a malformed line; one of ours must not be lost.
-    for number, line in enumerate(text.splitlines(), start=1):
-        name = re.match(rf"\s*(?:export\s+)?({PREFIX}\w*)", line, re.IGNORECASE)
-        if name is not None and name[1] not in source.env_vars:
-            raise ConfigError(
-                f"{path.name} line {number}: not of the form NAME=value; check its quotes"
-            )
-    return source.env_vars
-
-
-def _read_toml(config: Path | str) -> Mapping[str, Any]:
-    shown = _show(str(config))
-    if not isinstance(config, str | Path) or not str(config).strip() or "\0" in str(config):
-        raise ConfigError(f"config must be the path of a TOML file, not {shown}")
-    try:
-        path = Path(config).expanduser()
-        if path.stat().st_size > _MAX_CONFIG_BYTES or not path.is_file():
-            raise ConfigError(f"config file {shown} is not a file of at most a megabyte")
-        values = TomlConfigSettingsSource(EdgeSettings, path).toml_data
-    except FileNotFoundError:
-        close = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")])
-        hint = f"; the nearest file there is {close[0]}" if close else ""
-        raise ConfigError(f"config file {shown} does not exist{hint}") from None
-    except OSError as exc:
-        raise ConfigError(f"config file {shown} cannot be read: {exc.strerror}") from exc
-    except (ValueError, RecursionError) as exc:
-        raise ConfigError(f"config file {shown} is not valid TOML: {exc}") from exc
-    except RuntimeError as exc:
-        raise ConfigError(f"config file {shown} begins with an unknown home directory") from exc
-    if isinstance(values.get("settings"), dict):
-        raise ConfigError(f"config {path.name}: move the keys of [settings] to the top level")
-    return values
-
-
-def _explain(error: ErrorDetails) -> str:
-    """Describe pydantic's error as the rest of a sentence that begins with the setting's name."""
-    kind, given, context = error["type"], error["input"], error.get("ctx", {})
-    if kind == "value_error":  # raised by a validator above
-        return str(context["error"])
-    if kind == "literal_error":
-        names = re.findall(r"'([^']*)'", str(context["expected"]))
-        close = _nearest(given, names) if isinstance(given, str) else ""
-        near = f"; the nearest valid value is {close}" if close else ""
-        return f"must be one of {', '.join(names)}, not {_show(given)}{near}"
-    if kind in _LIMIT:
-        return f"must be {_LIMIT[kind]} {next(iter(context.values()))}, not {_show(given)}"
-    return f"must be {_EXPECTED.get(kind.partition('_')[0], 'of another type')}, not {_show(given)}"
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """The entry of ``known`` most similar to ``name``, ignoring case, ``-`` and ``_``."""
-    folded = {entry.lower().replace("-", "_"): entry for entry in known}
-    wanted = name[:100].lower().replace("-", "_")  # difflib is quadratic
-    return folded[difflib.get_close_matches(wanted, folded, n=1, cutoff=0.0)[0]]
-
-
-def _show(value: object) -> str:
-    """A short text for a wrong value; the type's name where the value is long or opaque."""
-    if isinstance(value, str):
-        return repr(value if len(value) <= 60 else value[:57] + "...")
-    if value is None or type(value) in (bool, float):
-        return repr(value)
-    if type(value) is int:
-        return repr(value) if value.bit_length() <= 64 else "an integer of more than 64 bits"
-    return f"a value of type {type(value).__name__}"
+def _explain(error: ErrorDetails, prefix: str) -> str:
+    """Describe an error of pydantic's; variables are named in capitals, after their prefix."""
+    name, value = str(error["loc"][0])[:60], error["input"]
+    written = prefix + name.upper() if prefix else name
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, EdgeSettings.model_fields, n=1, cutoff=0.0)[0]
+        near = prefix + near.upper() if prefix else near
+        return f"{written!r} is unknown; the nearest valid name is {near}"
+    problem = re.sub("^(Value error,|Input|String) ", "", error["msg"])
+    plain = isinstance(value, str | int | float)
+    shown = f"{value!r:.60}" if plain else f"a value of type {type(value).__name__}"
+    return f"{written} {problem}; got {shown}"

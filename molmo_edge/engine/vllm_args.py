@@ -82,7 +82,7 @@ def plan_build(
         ModelError: the checkpoint's files cannot be read.
     """
     settings = resolved.settings
-    by_user = {name for name in resolved.origin if resolved.chosen(name)}
+    by_user = {name for name in resolved.sources if resolved.chosen(name)}
     _check_profile(profile, device)
     engine_args = _checked(settings.engine_args)
     shape = model_shape(folder)
