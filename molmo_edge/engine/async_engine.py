@@ -29,16 +29,17 @@ _PR_SET_PDEATHSIG = 1
 _CLOSE_S = 15.0
 
 
-def start_llm(args: Mapping[str, Any], family: str) -> tuple[Any, asyncio.Runner]:
-    """Build `AsyncLLM` on an event loop of the calling thread.
-
-    Raises ConfigError in a child process that is importing the main script.
-    """
+def require_main_guard() -> None:
+    """Raise ConfigError in a child process that is still importing the main script."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise ConfigError(
             'engine="process" starts a new Python, which imports the main script again: put the '
             'script\'s own code under `if __name__ == "__main__":`.'
         )
+
+
+def start_llm(args: Mapping[str, Any], family: str) -> tuple[Any, asyncio.Runner]:
+    """Build `AsyncLLM` on an event loop of the calling thread."""
     values = {
         # A forked child of a process with threads may find their locks held for ever.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",

@@ -65,45 +65,50 @@ def build(plan: BuildPlan, config_s: float = 0.0) -> Engine:
             chained.
     """
     began = time.perf_counter()
-    settings, family = plan.settings, plan.family
+    if plan.settings.engine == "process":
+        async_engine.require_main_guard()
     with mapped("build"):
         import vllm  # noqa: F401
 
         imported = time.perf_counter()
-        family.prepare()
-        _check_names(settings.engine_args)
-        if settings.engine == "process":
-            llm, runner = async_engine.start_llm(plan.llm_args, family.name)
-            core = llm
-        else:
-            llm, runner = vllm_engine.start_llm(plan.llm_args), None
-            core = llm.llm_engine
-        ended = time.perf_counter()
-        length = int(core.model_config.max_model_len)
-        info = EngineInfo(
-            max_model_len=length,
-            environment={**plan.environment, "max_model_len": length},
-            startup_s={
-                "config": config_s,
-                "imports": imported - began,
-                "compile": None if runner else _compile_s(core.vllm_config.compilation_config),
-                "engine": ended - imported,
-                "total": config_s + ended - began,
-            },
-        )
-        engine = (
-            async_engine.AsyncEngine(llm, info, runner)
-            if runner
-            else vllm_engine.VllmEngine(llm, info)
-        )
-        try:
-            engine.renderer = family.renderer(core, settings.max_crops, settings.resize)
-        except BaseException:
-            engine.close()
-            raise
-        # The start leaves as much garbage as small checkpoints weigh.
-        vllm_engine.release_memory()
-        return engine
+        plan.family.prepare()
+        _check_names(plan.settings.engine_args)
+        # In a frame of its own: a module that keeps an ImportError keeps this one for good.
+        return _start(plan, config_s, began, imported)
+
+
+def _start(plan: BuildPlan, config_s: float, began: float, imported: float) -> Engine:
+    settings, family = plan.settings, plan.family
+    if settings.engine == "process":
+        llm, runner = async_engine.start_llm(plan.llm_args, family.name)
+        core = llm
+    else:
+        llm, runner = vllm_engine.start_llm(plan.llm_args), None
+        core = llm.llm_engine
+    ended = time.perf_counter()
+    length = int(core.model_config.max_model_len)
+    info = EngineInfo(
+        max_model_len=length,
+        environment={**plan.environment, "max_model_len": length},
+        startup_s={
+            "config": config_s,
+            "imports": imported - began,
+            "compile": None if runner else _compile_s(core.vllm_config.compilation_config),
+            "engine": ended - imported,
+            "total": config_s + ended - began,
+        },
+    )
+    engine = (
+        async_engine.AsyncEngine(llm, info, runner) if runner else vllm_engine.VllmEngine(llm, info)
+    )
+    try:
+        engine.renderer = family.renderer(core, settings.max_crops, settings.resize)
+    except BaseException:
+        engine.close()
+        raise
+    # The start leaves as much garbage as small checkpoints weigh.
+    vllm_engine.release_memory()
+    return engine
 
 
 def quiet() -> None:

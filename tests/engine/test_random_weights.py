@@ -119,7 +119,7 @@ def test_drafts_and_a_cached_prefix_change_no_token(
 ) -> None:
     # A prompt that repeats itself feeds the drafts, as do the loops of random weights.
     prompts = [
-        (None, "point to the red mug on the table, " * 6),
+        (None, "point to the red mug on the table, " * 20),
         (IMAGES[0], "How many red mug are there? " * 4),
     ]
 
