@@ -25,11 +25,11 @@ from typing import Any
 import harness
 from harness import DASH, number
 
-from molmo_edge.bench import suite
+from molmo_edge.bench import scenarios
 from molmo_edge.bench.cases import standard
 from molmo_edge.bench.document import Document
-from molmo_edge.bench.measure import Bench, Load, RunOptions
-from molmo_edge.bench.target import Target
+from molmo_edge.bench.environment import Target
+from molmo_edge.bench.measure import Bench, RunOptions
 from molmo_edge.errors import BenchmarkError, MolmoEdgeError
 
 KIND = "gpu-check"
@@ -185,7 +185,7 @@ def decode(emit: harness.Emit, options: Mapping[str, Any]) -> None:
 
     engine = dict(options["engine"])
     target = Target(engine.pop("model"), options=engine)
-    suite.run(Bench(cases, plan, save=save, sensors=True), target.open, ["latency"])
+    scenarios.run(Bench(cases, plan, save=save, sensors=True), target.open, ["latency"])
 
 
 def overhead(emit: harness.Emit, options: Mapping[str, Any]) -> None:
@@ -203,11 +203,10 @@ def start(emit: harness.Emit, options: Mapping[str, Any]) -> None:
     target = Target(engine.pop("model"), options=engine)
     bench = Bench(
         standard()[:1],
-        RunOptions(max_tokens=8, ignore_eos=True),
-        Load(starts=options["starts"]),
+        RunOptions(max_tokens=8, ignore_eos=True, starts=options["starts"]),
         start_command=target.start_command(),
     )
-    document = suite.run(bench, target.open, ["cold-start"])
+    document = scenarios.run(bench, target.open, ["cold-start"])
     for row in document.scenarios[0].rows:
         walls = [sample.wall_s for sample in row.succeeded if sample.wall_s is not None]
         errors = [sample.error for sample in row.samples if sample.error]

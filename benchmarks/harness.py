@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
+from molmo_edge.bench import document as documents
 from molmo_edge.bench import tables
-from molmo_edge.bench.document import now, write_bytes
-from molmo_edge.bench.environment import device_of, versions
-from molmo_edge.devices.detect import detect
+from molmo_edge.bench.environment import detected_device
+from molmo_edge.engine.vllm_args import versions
 from molmo_edge.errors import BenchmarkError, EngineStartError, MolmoEdgeError
 
 Emit = Callable[[str, Any], None]
@@ -147,7 +147,7 @@ def paired_ratio(ours: Sequence[float], other: Sequence[float]) -> dict[str, Any
 
 
 def interval_text(interval: Mapping[str, Any], digits: int = 3) -> str:
-    """"0.981 (0.975 to 0.988)"."""
+    """ "0.981 (0.975 to 0.988)"."""
     text = f"{interval['median']:.{digits}f}"
     if interval["low"] is None:
         return text
@@ -161,7 +161,7 @@ def number(value: float | None, digits: int = 2) -> str:
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
-    return tables.markdown([tables.Table(heads, list(rows))])
+    return tables.table(heads, list(rows)) + "\n"
 
 
 def result(kind: str, **content: Any) -> dict[str, Any]:
@@ -170,11 +170,11 @@ def result(kind: str, **content: Any) -> dict[str, Any]:
     return {
         "format": f"molmo-edge-{kind}",
         "version": 1,
-        "created": now(),
+        "created": documents.now(),
         # Paths by their names: where they lie is the user's own business.
         "command": ["python", f"benchmarks/{Path(script).name}", *_names(arguments)],
-        "software": versions().model_dump(),
-        "device": device_of(detect()).model_dump(),
+        "software": versions(),
+        "device": detected_device().model_dump(),
         "load_average": os.getloadavg(),
         **content,
     }
@@ -186,7 +186,7 @@ def _names(arguments: Sequence[str]) -> list[str]:
 
 def write(document: Mapping[str, Any], path: Path) -> None:
     """Write a result atomically; BenchmarkError if the place cannot be written."""
-    write_bytes(f"{json.dumps(document, indent=1, default=str)}\n".encode(), path)
+    documents.write(f"{json.dumps(document, indent=1, default=str)}\n", path)
 
 
 def read(path: Path, kind: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from typing import Any
 import harness
 
 from molmo_edge.bench.cases import Case, fresh, standard
-from molmo_edge.bench.target import CACHES_OFF
+from molmo_edge.bench.environment import CACHES_OFF
 from molmo_edge.errors import BenchmarkError, MolmoEdgeError
 
 DECODE_RATIO, TTFT_RATIO, COST_US = 0.97, 1.05, 100.0

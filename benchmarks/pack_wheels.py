@@ -183,9 +183,7 @@ def main() -> None:
         if arguments.verb == "pack":
             patterns = () if arguments.keep_all else DROPPED
             size = arguments.piece_mb * 10**6
-            manifest = pack(
-                arguments.wheels, arguments.output, piece_bytes=size, patterns=patterns
-            )
+            manifest = pack(arguments.wheels, arguments.output, piece_bytes=size, patterns=patterns)
             print(json.dumps(manifest, indent=1))
         elif arguments.verb == "unpack":
             unpack(arguments.pieces, arguments.target)

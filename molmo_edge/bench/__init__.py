@@ -1,12 +1,11 @@
 """Measurements that can be repeated and compared: ``molmo-edge bench``.
 
 A sample's way: ``scenarios`` send requests, ``measure`` records them, ``stats`` separates warm-up
-from steady state, ``document`` keeps the result, ``report`` and ``compare`` show it. ``suite``
-runs scenarios by name on a ``target``; ``ceilings`` adds memory bandwidth and power; ``drift``
-compares answers instead of speeds.
+from steady state, ``document`` keeps the result, ``report`` and ``compare`` show it. ``ceilings``
+adds memory bandwidth and power; ``drift`` compares answers instead of speeds.
 
     target = Target.choose("stub", None, {})
     bench = Bench(cases.standard(), RunOptions.choose(target.random_weights))
-    document = suite.run(bench, target.open, ["report"])
+    document = scenarios.run(bench, target.open, ["report"])
     report.write(document, result_path(Path("bench-results"), target.name))
 """

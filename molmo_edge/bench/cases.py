@@ -12,6 +12,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from difflib import SequenceMatcher
 from importlib import resources
 from io import BytesIO
 from pathlib import Path
@@ -96,25 +97,18 @@ def own(paths: Sequence[Path], question: str | None = None) -> tuple[Case, ...]:
 def sweep(
     cases: Sequence[Case], sizes: Sequence[tuple[int, int]] = (), crops: Sequence[int] = ()
 ) -> tuple[Case, ...]:
-    """Every case at every (width, height) in pixels and every ``max_crops``; empty: unchanged."""
-    out = []
+    """Every case with an image at every (width, height) in pixels and every ``max_crops``."""
+    out: list[Case] = []
     for case, size, limit in itertools.product(cases, sizes or (None,), crops or (None,)):
-        changed = case
-        if case.image is not None and size is not None:
-            changed = replace(
-                changed,
-                name=f"{changed.name}-{size[0]}x{size[1]}",
-                title=f"{changed.title} {size[0]}x{size[1]}",
-                image=case.image.resize(size, Image.Resampling.LANCZOS),
-            )
-        if case.image is not None and limit is not None:
-            changed = replace(
-                changed,
-                name=f"{changed.name}-crops{limit}",
-                title=f"{changed.title}, {limit} crops",
-                max_crops=limit,
-            )
-        out.append(changed)
+        name, title, image = case.name, case.title, case.image
+        if image is not None and size is not None:
+            label = f"{size[0]}x{size[1]}"
+            image = image.resize(size, Image.Resampling.LANCZOS)
+            name, title = f"{name}-{label}", f"{title} {label}"
+        if image is not None and limit is not None:
+            name, title = f"{name}-crops{limit}", f"{title}, {limit} crops"
+        swept = replace(case, name=name, title=title, image=image)
+        out.append(swept if image is None or limit is None else replace(swept, max_crops=limit))
     return tuple(dict.fromkeys(out))
 
 
@@ -129,17 +123,11 @@ def fresh(image: Image.Image, number: int) -> Image.Image:
 def count_matches(expected: Sequence[str], answer: str) -> int:
     """How many of the expected numbers the answer holds in the expected order.
 
-    Longest common subsequence over the numbers of the text, so that years or an error in between
-    neither help nor spoil the rest.
+    Years or an error in between neither help nor spoil the rest.
     """
     numbers = [float(word) for word in re.findall(r"\d+(?:\.\d+)?", answer)]
-    best = [0] * (len(numbers) + 1)
-    for value in expected:
-        row = [0]
-        for j, number in enumerate(numbers):
-            row.append(best[j] + 1 if number == float(value) else max(best[j + 1], row[j]))
-        best = row
-    return best[-1]
+    pairs = SequenceMatcher(None, [float(value) for value in expected], numbers, autojunk=False)
+    return sum(block.size for block in pairs.get_matching_blocks())
 
 
 def _shipped(name: str) -> Image.Image:

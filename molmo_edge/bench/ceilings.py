@@ -7,6 +7,7 @@ What the device does not report stays ``None``.
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 from molmo_edge.bench.document import Ceiling, Environment, Row
@@ -19,25 +20,19 @@ MIN_READINGS = 5
 """Fewer power readings than this within decode say nothing about decode."""
 
 
-def of(
-    row: Row, environment: Environment, vlm: Any, sampler: Sampler, offset_s: float = 0.0
-) -> Ceiling | None:
-    """The ceiling of a summarised row, None if nothing is known.
-
-    ``offset_s`` is when the row began on the sampler's clock.
-    """
+def of(row: Row, environment: Environment, vlm: Any, sampler: Sampler) -> Ceiling:
+    """The ceiling of a summarised row; the sampler started with it."""
     ceiling = Ceiling()
     add_bandwidth(ceiling, row, environment, shape_of(vlm))
-    add_power(ceiling, row, sampler, offset_s)
-    known = any(value is not None for value in ceiling.model_dump().values())
-    return ceiling if known else None
+    add_power(ceiling, row, sampler)
+    return ceiling
 
 
 def shape_of(vlm: Any) -> shapes.ModelShape | None:
-    """The shape of the engine's model, ``None`` if it cannot be known."""
-    settings = getattr(vlm, "settings", None)
-    if settings is None:
+    """The shape of the engine's model, ``None`` if it cannot be known or there is no engine."""
+    if vlm is None:
         return None
+    settings = vlm.settings
     try:
         root = settings.cache_dir or default_cache_dir()
         return shapes.model_shape(locate(settings.model, root, settings.load_format))
@@ -58,16 +53,15 @@ def add_bandwidth(
     ]
     if not isinstance(batch, int) or "loop" in row.conditions or not context:
         return
-    step = step_bytes(shape, environment, batch, sum(context) / len(context))
+    step = step_bytes(shape, environment, batch, fmean(context))
     if step is None:
         return
     ceiling.bytes_per_token = step / batch
     bandwidth = environment.device.bandwidth_bytes_per_s
+    reached = row.summary("output_tps").mean
     if bandwidth is not None:
         ceiling.ceiling_tps = bandwidth / step * batch
-        reached = row.summary("output_tps").mean
-        if reached is not None:
-            ceiling.bandwidth_share = reached * step / bandwidth
+        ceiling.bandwidth_share = None if reached is None else reached * step / bandwidth
 
 
 def step_bytes(
@@ -77,26 +71,26 @@ def step_bytes(
 
     ``None`` where the layout in memory is not known, or a step may give more than one token.
     """
-    model = environment.model
-    kv = "bfloat16" if model.kv_cache_dtype == "auto" else model.kv_cache_dtype
-    if shape is None or model.precision is None or kv is None or kv not in shapes.KV_DTYPES:
+    model, scale = environment.model, 1
+    precision, kv = model.precision, model.kv_cache_dtype
+    if shape is None or environment.other.get("speculation", "off") != "off":
         return None
-    precision, scale = model.precision, 1
     if model.dtype == "float32":
         # Known where nothing is quantised: all of it takes twice the bytes of BF16.
-        if (model.precision, model.kv_cache_dtype) != ("fp32", "auto"):
+        if (precision, kv) != ("fp32", "auto"):
             return None
         precision, scale = "bf16", 2
-    if environment.other.get("speculation", "off") != "off":
+    kv = "bfloat16" if kv == "auto" else kv
+    if precision is None or kv is None or kv not in shapes.KV_DTYPES:
         return None
     try:
-        size = shape.decode_bytes(precision) + batch * shape.kv_bytes(round(context), kv)
-        return scale * size
-    except (MolmoEdgeError, KeyError):
+        weights = shape.decode_bytes(precision)
+    except MolmoEdgeError:
         return None
+    return scale * (weights + batch * shape.kv_bytes(round(context), kv))
 
 
-def add_power(ceiling: Ceiling, row: Row, sampler: Sampler, offset_s: float = 0.0) -> None:
+def add_power(ceiling: Ceiling, row: Row, sampler: Sampler) -> None:
     """Fill in watts and joules: of decode alone at batch 1, of the whole row otherwise."""
     summary = sampler.summary()
     clock = summary.clocks_mhz.get("gpu")
@@ -112,15 +106,14 @@ def add_power(ceiling: Ceiling, row: Row, sampler: Sampler, offset_s: float = 0.
             if s.started_s is not None and s.ttft_s is not None and s.e2e_s is not None
         ]
         watts = [
-            one.power_w
-            for one in sampler.samples
-            if one.power_w is not None and any(a <= one.t_s - offset_s <= b for a, b in spans)
+            reading.power_w
+            for reading in sampler.samples
+            if reading.power_w is not None and any(a <= reading.t_s <= b for a, b in spans)
         ]
         speed = row.summary("output_tps").mean
         if len(watts) >= MIN_READINGS:
-            ceiling.watts = sum(watts) / len(watts)
-            if speed:
-                ceiling.joules_per_token = ceiling.watts / speed
+            ceiling.watts = fmean(watts)
+            ceiling.joules_per_token = ceiling.watts / speed if speed else None
     elif summary.power_w is not None:
         ceiling.watts = summary.power_w.mean
         ceiling.joules_per_token = ceiling.row_joules_per_token

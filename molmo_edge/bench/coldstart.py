@@ -13,33 +13,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from molmo_edge.bench import cases
 from molmo_edge.bench.document import Row, Sample
 from molmo_edge.bench.measure import Bench, sample_of
 from molmo_edge.devices.caches import CACHE_VARIABLES
-from molmo_edge.errors import BenchmarkError
 
 LIMIT_S = 1800.0
 """A start that takes longer is reported as failed."""
 
 
-def cold_start(bench: Bench) -> list[Callable[[], object]]:
-    """The first start ever, and the starts after it: two rows of one function."""
-    return [partial(_cold_start, bench)]
-
-
-def _cold_start(bench: Bench) -> None:
-    if not bench.start_command:
-        raise BenchmarkError("cold starts need the model's settings; run them from the command")
+def measure(bench: Bench) -> None:
+    """Two rows: the first start ever, and the starts after it."""
     with tempfile.TemporaryDirectory(prefix="molmo-edge-cold-") as directory:
         for present in (False, True):
             title = f"disk caches {'present' if present else 'absent'}"
             with bench.row(bench.cases[0], caches=None, title=title, disk_caches=present) as row:
-                for iteration in range(bench.load.starts if present else 1):
+                for iteration in range(bench.options.starts if present else 1):
                     bench.add(row, start_once(bench, row, iteration, Path(directory)))
                 row.stopped = "fixed"
 
@@ -60,36 +51,31 @@ def start_once(bench: Bench, row: Row, iteration: int, directory: Path) -> Sampl
         )
     except subprocess.TimeoutExpired:
         return Sample(iteration=iteration, error=f"no first token within {LIMIT_S:.0f} s")
-    except OSError as exc:
-        raise BenchmarkError(f"cannot start a fresh process: {exc.strerror}") from exc
     lines = [line for line in process.stdout.splitlines() if '"first_token_at"' in line]
     if process.returncode != 0 or not lines:
         last = (process.stderr.strip().splitlines() or ["no message"])[-1]
         return Sample(iteration=iteration, error=f"exit status {process.returncode}: {last}")
     report = json.loads(lines[-1])
-    sample = Sample.model_validate({**report["sample"], "iteration": iteration})
-    if report["first_token_at"] is not None:
-        sample.wall_s = report["first_token_at"] - start
     row.counts |= {f"{stage}_s": seconds for stage, seconds in report["stages"].items()}
     row.counts["interpreter_s"] = report["running_at"] - start
-    return sample
+    wall_s = report["first_token_at"] - start
+    return Sample.model_validate({**report["sample"], "iteration": iteration, "wall_s": wall_s})
 
 
-def child(settings_json: str) -> None:
+def child(start_json: str) -> None:
     """In the fresh process: build, send one request, print one line. Times are wall clock, so that
     the parent can subtract."""
     running_at = time.time()
     from molmo_edge import EdgeVLM
 
-    settings, request = json.loads(settings_json), json.loads(sys.stdin.read())
-    image = settings.get("image")
-    case = (cases.own([Path(image)]) if image else cases.standard())[0]
-    with EdgeVLM(settings.get("model"), **settings.get("options", {})) as vlm:
+    start, request = json.loads(start_json), json.loads(sys.stdin.read())
+    case = (cases.own([Path(start["image"])]) if start["image"] else cases.standard())[0]
+    with EdgeVLM(**start["engine"]) as vlm:
         sent_at = time.time()
         sample = sample_of(vlm.query(case.image, case.question, **request), 0)
         report = {
             "running_at": running_at,
-            "first_token_at": None if sample.ttft_s is None else sent_at + sample.ttft_s,
+            "first_token_at": sent_at + (sample.ttft_s or 0.0),
             "stages": dict(vlm.startup),
             "sample": sample.model_dump(mode="json"),
         }

@@ -6,25 +6,16 @@ iterations included, cold ones too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean, median
 
-import numpy as np
-
-from molmo_edge.bench import measure, stats
+from molmo_edge.bench import stats, tables
 from molmo_edge.bench.document import Document, Row, Summary
-from molmo_edge.bench.tables import (
-    UNKNOWN,
-    Block,
-    Items,
-    Table,
-    interval,
-    markdown,
-    number,
-    percent,
-)
+from molmo_edge.bench.tables import UNKNOWN, interval, number, percent
 
 OVERALL = "overall"
+VERSIONS = {"vllm": "vLLM", "torch": "torch", "transformers": "transformers"}
 CASES = {
     "boardwalk": "Boardwalk Photo",
     "panels": "Complex Plot",
@@ -34,32 +25,28 @@ CASES = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """A table with one column per result, and what makes the columns not comparable."""
+    """One column per result: line titles to cells, and what makes the columns not comparable."""
 
-    table: Table
-    flags: tuple[str, ...]
-
-    def blocks(self) -> list[Block]:
-        """The table with the flags below it."""
-        return [self.table, Items([f"not comparable: {flag}" for flag in self.flags], "warning")]
+    heads: Sequence[str]
+    lines: dict[str, list[str]]
+    flags: Sequence[str]
 
     def markdown(self) -> str:
-        """The same as Markdown."""
-        return markdown(self.blocks())
+        """The table with the flags below it."""
+        table = tables.table(["", *self.heads], [[k, *cells] for k, cells in self.lines.items()])
+        return tables.page([table, tables.warnings(f"not comparable: {f}" for f in self.flags)])
 
 
 def compare(documents: Sequence[Document]) -> Comparison:
     """Compare results; the first is the one that ratios refer to."""
     heads = head_names(documents)
-    lines = [
-        [title, *cells]
-        for title, cells in _lines(documents).items()
-        if any(cell != UNKNOWN for cell in cells)
-    ]
-    return Comparison(Table(["", *heads], lines), tuple(differences(documents, heads)))
+    lines = {
+        title: cells for title, cells in _lines(documents) if any(cell != UNKNOWN for cell in cells)
+    }
+    return Comparison(heads, lines, differences(documents, heads))
 
 
-def head_names(documents: Sequence[Document]) -> tuple[str, ...]:
+def head_names(documents: Sequence[Document]) -> list[str]:
     """A distinct heading for each document."""
     heads: list[str] = []
     for document in documents:
@@ -67,63 +54,52 @@ def head_names(documents: Sequence[Document]) -> tuple[str, ...]:
         name = document.label or environment.device.name or environment.model.name or "result"
         same = sum(head == name or head.startswith(f"{name} (") for head in heads)
         heads.append(f"{name} ({same + 1})" if same else name)
-    return tuple(heads)
+    return heads
 
 
-def _lines(documents: Sequence[Document]) -> dict[str, list[str]]:
-    """Line titles to one cell per document."""
+def _lines(documents: Sequence[Document]) -> Iterator[tuple[str, list[str]]]:
+    """Line titles, each with one cell per document."""
 
     def each(cell: Callable[[Document], str]) -> list[str]:
         return [cell(document) for document in documents]
 
-    def ceiling(name: str, digits: int = 1) -> list[str]:
-        return [number(_ceiling(document, name), digits) for document in documents]
+    def ceiling(name: str, digits: int) -> list[str]:
+        return each(lambda d: number(_ceiling(d, name), digits))
 
     overall = [overall_speed(document) for document in documents]
-    lines = {
-        "mean tok/s (std)": [
-            UNKNOWN if s.mean is None else f"{number(s.mean)} ({number(s.std)})" for s in overall
-        ],
-        "max tok/s": [number(s.max) for s in overall],
-    }
+    yield (
+        "mean tok/s (std)",
+        [UNKNOWN if s.mean is None else f"{number(s.mean)} ({number(s.std)})" for s in overall],
+    )
+    yield "max tok/s", [number(s.max) for s in overall]
     rows = [row for document in documents for row in case_rows(document)]
-    titles = CASES | {row.name: row.title for row in rows if row.name not in CASES}
-    for name, title in titles.items():
+    for name, title in (CASES | {r.name: r.title for r in rows if r.name not in CASES}).items():
         speeds = [_speed(_row(document, name)) for document in documents]
-        lines[f"{title}: mean"] = [number(s.mean) for s in speeds]
-        lines[f"{title}: max"] = [number(s.max) for s in speeds]
-    lines |= {
-        "succeeded": each(_succeeded),
-        "warm-up mean tok/s": [number(_phase(d, steady=False)) for d in documents],
-        "steady mean tok/s": [number(_phase(d, steady=True)) for d in documents],
-        "decode tok/s, steady": [
-            interval(stats.summarize(_values(d, "output_tps")) or Summary()) for d in documents
-        ],
-        "decode against first": [_ratio(documents[0], d) for d in documents],
-        "TTFT ms, median": [_median_ms(d, "ttft_s") for d in documents],
-        "fraction of bandwidth": [percent(_ceiling(d, "bandwidth_share")) for d in documents],
-        "watts": ceiling("watts"),
-        "joules per token": ceiling("joules_per_token", 3),
-        "tok/s per watt": ceiling("tps_per_watt", 2),
-        "precision": each(lambda d: d.environment.model.precision or UNKNOWN),
-        "KV cache": each(lambda d: d.environment.model.kv_cache_dtype or UNKNOWN),
-        "vLLM": each(lambda d: d.environment.software.vllm or UNKNOWN),
-        "torch": each(lambda d: d.environment.software.torch or UNKNOWN),
-        "transformers": each(lambda d: d.environment.software.transformers or UNKNOWN),
-        "power mode": each(lambda d: d.environment.device.power_mode or UNKNOWN),
-        "caches": each(lambda d: _caches(d) or UNKNOWN),
-        "measured": each(lambda d: d.created + ("" if d.complete else ", INCOMPLETE")),
-    }
-    return lines
+        yield f"{title}: mean", [number(s.mean) for s in speeds]
+        yield f"{title}: max", [number(s.max) for s in speeds]
+    yield "succeeded", each(_succeeded)
+    yield "warm-up mean tok/s", each(lambda d: number(_phase(d, steady=False)))
+    yield "steady mean tok/s", each(lambda d: number(_phase(d, steady=True)))
+    yield (
+        "decode tok/s, steady",
+        each(lambda d: interval(stats.summarize(_values(d, "output_tps")) or Summary())),
+    )
+    yield "decode against first", each(lambda d: _ratio(documents[0], d))
+    yield "TTFT ms, median", each(_ttft_ms)
+    yield "fraction of bandwidth", each(lambda d: percent(_ceiling(d, "bandwidth_share")))
+    yield "watts", ceiling("watts", 1)
+    yield "joules per token", ceiling("joules_per_token", 3)
+    yield "tok/s per watt", ceiling("tps_per_watt", 2)
+    known = [conditions(document) for document in documents]
+    for name in ("precision", "KV cache", *VERSIONS.values(), "power mode", "caches"):
+        yield name, [one[name] or UNKNOWN for one in known]
+    yield "measured", each(lambda d: d.created + ("" if d.complete else ", INCOMPLETE"))
 
 
 def _report_rows(document: Document) -> list[Row]:
     """Rows at batch 1 with a new image each time: the report's kind."""
-    for name in ("report", "latency", "text"):
-        for scenario in document.scenarios:
-            if scenario.name == name and scenario.rows:
-                return scenario.rows
-    return []
+    found = {scenario.name: scenario.rows for scenario in document.scenarios if scenario.rows}
+    return next((found[name] for name in ("report", "latency", "text") if name in found), [])
 
 
 def _row(document: Document, name: str) -> Row | None:
@@ -142,16 +118,13 @@ def case_rows(document: Document) -> list[Row]:
 
 def _values(document: Document, metric: str, *, steady: bool | None = True) -> list[float]:
     """A metric's values of all cases: of the steady state, the warm-up, or (None) all of them."""
-    values = []
-    for row in case_rows(document):
-        for sample in row.succeeded:
-            settled = None
-            if row.steady_from is not None:
-                settled = sample.iteration >= row.steady_from
-            value = getattr(sample, metric)
-            if value is not None and (steady is None or settled is steady):
-                values.append(value)
-    return values
+    return [
+        value
+        for row in case_rows(document)
+        for sample in row.succeeded
+        if (value := getattr(sample, metric)) is not None
+        and (steady is None or row.is_steady(sample) is steady)
+    ]
 
 
 def overall_speed(document: Document) -> Summary:
@@ -168,7 +141,7 @@ def _phase(document: Document, *, steady: bool) -> float | None:
     if row is not None:
         return (row.steady if steady else row.cold).get("request_tps", Summary()).mean
     values = _values(document, "request_tps", steady=steady)
-    return float(np.mean(values)) if values else None
+    return fmean(values) if values else None
 
 
 def _ratio(first: Document, other: Document) -> str:
@@ -178,25 +151,23 @@ def _ratio(first: Document, other: Document) -> str:
     return UNKNOWN if ratio is None else "x{:.2f} [{:.2f}, {:.2f}]".format(*ratio)
 
 
-def _median_ms(document: Document, metric: str) -> str:
-    values = _values(document, metric)
-    return number(float(np.median(values)), 0, 1000) if values else UNKNOWN
+def _ttft_ms(document: Document) -> str:
+    values = _values(document, "ttft_s")
+    return number(median(values), 0, 1000) if values else UNKNOWN
 
 
 def _ceiling(document: Document, name: str) -> float | None:
     known = [getattr(row.ceiling, name) for row in case_rows(document) if row.ceiling]
     values = [value for value in known if value is not None]
-    return float(np.mean(values)) if values else None
+    return fmean(values) if values else None
 
 
 def _succeeded(document: Document) -> str:
     rows = _report_rows(document)
-    total = sum(len(row.samples) for row in rows)
-    counts = [row.counts.get("failed") for row in rows]
-    failed = sum(count or 0 for count in counts)
-    if total:
-        return percent((total - failed) / total)
-    return "100%" if failed == 0 and any(count is not None for count in counts) else UNKNOWN
+    failed = [row.counts["failed"] for row in rows if row.counts.get("failed") is not None]
+    # Historic results have no samples.
+    total = sum(len(row.samples) for row in rows) or len(rows)
+    return percent(1 - sum(count or 0 for count in failed) / total) if failed else UNKNOWN
 
 
 def _caches(document: Document) -> str | None:
@@ -205,35 +176,38 @@ def _caches(document: Document) -> str | None:
     return (modes + ("" if all(p.proved for p in proofs) else ", unproved")) or None
 
 
-CONDITIONS: dict[str, Callable[[Document], object]] = {
-    "power mode": lambda d: d.environment.device.power_mode,
-    "vLLM": lambda d: d.environment.software.vllm,
-    "torch": lambda d: d.environment.software.torch,
-    "transformers": lambda d: d.environment.software.transformers,
-    "model": lambda d: d.environment.model.name,
-    "random weights": lambda d: d.environment.model.random_weights,
-    "precision": lambda d: d.environment.model.precision,
-    "KV cache": lambda d: d.environment.model.kv_cache_dtype,
-    "caches": _caches,
-    "max_crops": lambda d: d.environment.model.max_crops,
-    "max_tokens": lambda d: d.settings.max_tokens,
-    "temperature": lambda d: d.settings.temperature,
-    "load_format": lambda d: d.environment.model.load_format,
-}
-"""What must be equal before two speeds say something about two devices or versions."""
+def conditions(document: Document) -> dict[str, str | None]:
+    """What must be equal before two speeds say something about two devices or versions."""
+    device, model = document.environment.device, document.environment.model
+    values = {
+        "power mode": device.power_mode,
+        **{name: document.environment.software.get(key) for key, name in VERSIONS.items()},
+        "model": model.name,
+        "random weights": model.random_weights,
+        "precision": model.precision,
+        "KV cache": model.kv_cache_dtype,
+        "caches": _caches(document),
+        "max_crops": model.max_crops,
+        "max_tokens": document.settings.get("max_tokens"),
+        "temperature": document.settings.get("temperature"),
+        "load_format": model.load_format,
+    }
+    return {name: None if value is None else str(value) for name, value in values.items()}
 
 
 def differences(documents: Sequence[Document], heads: Sequence[str]) -> list[str]:
     """What differs between the results, and what is unknown in some of them."""
     flags = []
-    for name, read in CONDITIONS.items():
-        values = dict(zip(heads, map(read, documents), strict=True))
-        missing = [head for head, value in values.items() if value is None]
-        known = {str(value) for value in values.values() if value is not None}
-        if len(known) > 1:
-            listed = "; ".join(f"{head}: {_text(value)}" for head, value in values.items())
-            flags.append(f"{name} differs ({listed})")
-        elif missing and (known or name == "power mode"):
+    each = [conditions(document) for document in documents]
+    for name in each[0]:
+        values = [one[name] for one in each]
+        listed = [
+            f"{head}: {value or 'unknown'}" for head, value in zip(heads, values, strict=True)
+        ]
+        missing = [head for head, value in zip(heads, values, strict=True) if value is None]
+        if len(set(values) - {None}) > 1:
+            flags.append(f"{name} differs ({'; '.join(listed)})")
+        elif missing and (len(missing) < len(values) or name == "power mode"):
             flags.append(f"{name} is unknown in {', '.join(missing)}")
     for head, document in zip(heads, documents, strict=True):
         if not document.complete:
@@ -241,12 +215,6 @@ def differences(documents: Sequence[Document], heads: Sequence[str]) -> list[str
         for row in case_rows(document):
             if row.samples and row.steady_from is None:
                 flags.append(f"{head}: {row.title} never became steady")
-            if measure.speeds_of(row) and row.warmup is not None and row.warmup.slowed:
+            if row.samples and row.warmup is not None and row.warmup.slowed:
                 flags.append(f"{head}: {row.title} slowed down during the measurement")
     return flags
-
-
-def _text(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "unknown" if value is None else str(value)

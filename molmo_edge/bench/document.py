@@ -19,28 +19,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from molmo_edge.errors import BenchmarkError
 
-FORMAT = "molmo-edge-bench"
-VERSION = 1
-
 Scalar = str | int | float | bool | None
 Stop = Literal["narrow", "cap", "time", "short", "fixed", "interrupted", "error"]
 """Why a row ended; "short": the time limit came before the minimum number of iterations."""
 
 
 class Part(BaseModel):
-    """Base of all parts of a document: no unknown keys, no NaN or infinity."""
+    """Base of all parts of a document: no NaN or infinity. Unknown keys, which other versions of
+    the package may have written, are ignored."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class Software(Part):
-    """Versions that produced the numbers."""
-
-    molmo_edge: str | None = None
-    vllm: str | None = None
-    torch: str | None = None
-    transformers: str | None = None
-    python: str | None = None
+    model_config = ConfigDict(allow_inf_nan=False)
 
 
 class Device(Part):
@@ -78,26 +66,15 @@ class Model(Part):
 
 
 class Environment(Part):
-    """Everything about the run that is not the measurement; ``other`` keeps what has no field."""
+    """Everything about the run that is not the measurement.
 
-    software: Software = Field(default_factory=Software)
+    ``software`` maps package names, and "python", to versions; ``other`` keeps what has no field.
+    """
+
+    software: dict[str, str | None] = Field(default_factory=dict)
     device: Device = Field(default_factory=Device)
     model: Model = Field(default_factory=Model)
     other: dict[str, Scalar] = Field(default_factory=dict)
-
-
-class Settings(Part):
-    """Requested length and accuracy of the run."""
-
-    iterations: int | None = None
-    max_iterations: int | None = None
-    time_limit_s: float | None = None
-    max_tokens: int | None = None
-    ignore_eos: bool | None = None
-    temperature: float | None = None
-    seed: int | None = None
-    confidence: float | None = None
-    interval_width: float | None = None
 
 
 class Sample(Part):
@@ -120,7 +97,6 @@ class Sample(Part):
     cached_tokens: int | None = None
     output_tps: float | None = None
     request_tps: float | None = None
-    energy_j: float | None = None  # in documents of version 0.1; power is in the row's ceiling
     finish_reason: str | None = None
     error: str | None = None
 
@@ -153,18 +129,10 @@ class Summary(Part):
     confidence: float | None = None
 
 
-class Level(Part):
-    """A stretch of iterations with one speed."""
-
-    start: int
-    median: float
-
-
 class Warmup(Part):
     """Where the steady state begins; ``start`` is null when the speed never settled."""
 
     start: int | None
-    levels: list[Level]
     slowed: bool
 
 
@@ -253,6 +221,10 @@ class Row(Part):
         """The first steady iteration."""
         return self.warmup.start if self.warmup else None
 
+    def is_steady(self, sample: Sample) -> bool | None:
+        """Whether a sample is of the steady state; None where the row never settled."""
+        return None if self.steady_from is None else sample.iteration >= self.steady_from
+
 
 class Scenario(Part):
     """One kind of measurement."""
@@ -289,7 +261,7 @@ class Document(Part):
     notes: list[str] = Field(default_factory=list)
     rules: dict[str, str] = Field(default_factory=dict)
     environment: Environment = Field(default_factory=Environment)
-    settings: Settings = Field(default_factory=Settings)
+    settings: dict[str, Any] = Field(default_factory=dict)
     startup: Startup | None = None
     scenarios: list[Scenario] = Field(default_factory=list)
 
@@ -299,14 +271,15 @@ def schema(model: type[Part] = Document) -> dict[str, Any]:
     fields = model.model_fields
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **model.model_json_schema(),
         "title": f"{fields['format'].default} result, version {fields['version'].default}",
-        **{k: v for k, v in model.model_json_schema().items() if k != "title"},
     }
 
 
 def dumps(document: Part) -> str:
     """The document as JSON text; numbers keep six decimal places."""
-    return json.dumps(_rounded(document.model_dump(mode="json")), indent=1, ensure_ascii=False)
+    data = _rounded(document.model_dump(mode="json"))
+    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
 def _rounded(value: Any) -> Any:
@@ -317,21 +290,16 @@ def _rounded(value: Any) -> Any:
     return [_rounded(item) for item in value] if isinstance(value, list) else value
 
 
-def write(document: Part, path: Path) -> None:
-    """Write a document to ``path`` atomically.
+def write(data: str | bytes, path: Path) -> None:
+    """Replace a file atomically.
 
     Raises:
         BenchmarkError: the directory cannot be made or written.
     """
-    write_bytes(f"{dumps(document)}\n".encode(), path)
-
-
-def write_bytes(data: bytes, path: Path) -> None:
-    """Replace one file atomically; same errors as :func:`write`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
         temporary.replace(path)
     except OSError as exc:
         with contextlib.suppress(OSError):
@@ -340,6 +308,12 @@ def write_bytes(data: bytes, path: Path) -> None:
             f"cannot write {path}: {exc.strerror or 'input/output error'}; "
             "choose a writable place with --output"
         ) from exc
+
+
+def save(document: Part, page: str, path: Path) -> None:
+    """Write the document, and its Markdown page beside it; same errors as :func:`write`."""
+    write(dumps(document), path)
+    write(page, path.with_suffix(".md"))
 
 
 def result_path(output: Path, label: str) -> Path:
@@ -352,7 +326,7 @@ def result_path(output: Path, label: str) -> Path:
     stamp = datetime.now(UTC).strftime("%Y-%m-%d-%H%M%S")
     path = output if output.suffix == ".json" else output / f"{stamp}-{name}.json"
     probe = path.with_name(f".{path.name}.probe")
-    write_bytes(b"", probe)
+    write("", probe)
     probe.unlink(missing_ok=True)
     return path
 
@@ -361,29 +335,16 @@ def load(path: Path) -> Document:
     """Read and check a result document.
 
     Raises:
-        BenchmarkError: the file is missing, not JSON, not a result of this package, of another
-            version of the format, or does not fit the schema.
+        BenchmarkError: the file cannot be read, or is not a result of this version of the format.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return Document.model_validate_json(path.read_bytes())
     except OSError as exc:
         raise BenchmarkError(f"cannot read {path}: {exc.strerror or 'input/output error'}") from exc
-    except ValueError as exc:
-        raise BenchmarkError(f"{path} is not a JSON document; is it a benchmark result?") from exc
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise BenchmarkError(
-            f'{path} is not a benchmark result of molmo_edge: its "format" is not "{FORMAT}"'
-        )
-    if data.get("version") != VERSION:
-        raise BenchmarkError(
-            f"{path} has result format version {data.get('version')!r}, but this molmo_edge reads "
-            f"version {VERSION}; measure again, or read it with the molmo_edge that wrote it"
-        )
-    try:
-        return Document.model_validate(data)
     except ValidationError as exc:
         first = exc.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(map(str, first["loc"])) or "the top"
         raise BenchmarkError(
-            f"{path} does not fit the result schema at {where or 'the top'}: {first['msg']}"
+            f"{path} is not a benchmark result that this molmo_edge reads: at {where}: "
+            f"{first['msg']}"
         ) from exc

@@ -9,10 +9,11 @@ divergence and for the positions of its points.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from statistics import fmean
 from typing import Any, Literal
 
 from pydantic import Field
@@ -20,9 +21,8 @@ from pydantic import Field
 from molmo_edge.bench import environment, tables
 from molmo_edge.bench.cases import Case, standard
 from molmo_edge.bench.document import Environment, Part, now
-from molmo_edge.bench.environment import software_line
-from molmo_edge.bench.tables import UNKNOWN, Block, Heading, Items, Table, number
-from molmo_edge.bench.target import Target
+from molmo_edge.bench.environment import Target
+from molmo_edge.bench.tables import UNKNOWN, number
 from molmo_edge.errors import BenchmarkError
 from molmo_edge.points import Point, parse_points
 from molmo_edge.results import Score
@@ -128,23 +128,22 @@ def against(vlm: Any, reference: Reference, *, max_tokens: int) -> CaseDrift:
     deltas = [b - a for a, b in zip(known.logprobs, score.logprobs, strict=True)]
     kls = [divergence(a, b) for a, b in zip(known.candidates, score.candidates, strict=True)]
     pairs = zip(known.greedy_token_ids, score.greedy_token_ids, strict=True)
-    equal = [a == b for a, b in pairs]
     ours, theirs = parse_points(reference.text).points, parse_points(free.text).points
     distances = paired_distances(ours, theirs, case.image.size if case.image else (1, 1))
     return CaseDrift(
         name=case.name,
         title=case.title,
         tokens=len(deltas),
-        equal_greedy=sum(equal) / len(equal),
+        equal_greedy=fmean(a == b for a, b in pairs),
         first_divergence=first_difference(reference.token_ids, free.token_ids),
-        mean_abs_dlogprob=sum(map(abs, deltas)) / len(deltas),
+        mean_abs_dlogprob=fmean(map(abs, deltas)),
         max_abs_dlogprob=max(map(abs, deltas)),
-        mean_kl=sum(kls) / len(kls),
+        mean_kl=fmean(kls),
         max_kl=max(kls),
         points_reference=len(ours),
         points_other=len(theirs),
-        mean_px=sum(distances) / len(distances) if distances else None,
-        max_px=max(distances) if distances else None,
+        mean_px=fmean(distances) if distances else None,
+        max_px=max(distances, default=None),
         dlogprobs=deltas,
         kls=kls,
         text_reference=reference.text,
@@ -202,7 +201,7 @@ def variants(target: Target, choices: Mapping[str, str | None]) -> dict[str, Tar
         BenchmarkError: none or more than one option has several values.
     """
     lists = {
-        name: [part.strip() for part in text.split(",") if part.strip()]
+        name: [part.strip() for part in text.split(",")]
         for name, text in choices.items()
         if text is not None
     }
@@ -212,17 +211,11 @@ def variants(target: Target, choices: Mapping[str, str | None]) -> dict[str, Tar
             "drift needs exactly one option with several values, the reference first, such as "
             "--kv-cache-dtype auto,fp8"
         )
-    fixed = {name: values[0] for name, values in lists.items() if len(values) == 1}
+    options = {**target.options, **{name: values[0] for name, values in lists.items()}}
     return {
-        f"{several[0]}={value}": replace(
-            target, options={**target.options, **fixed, several[0]: value}
-        )
+        f"{several[0]}={value}": replace(target, options={**options, several[0]: value})
         for value in lists[several[0]]
     }
-
-
-def _discard(document: DriftDocument) -> None:
-    """Save nothing."""
 
 
 def run(
@@ -232,9 +225,9 @@ def run(
     max_tokens: int = 64,
     min_equal: float = 0.95,
     max_kl: float = 0.05,
-    open_engine: Callable[[Target], AbstractContextManager[Any]] | None = None,
-    progress: Callable[[str], object] = str,
-    save: Callable[[DriftDocument], None] = _discard,
+    open_engine: Callable[[Target], AbstractContextManager[Any]] = lambda target: target.open(True),
+    progress: Callable[[str], object] = lambda text: None,
+    save: Callable[[DriftDocument], object] = lambda document: None,
 ) -> DriftDocument:
     """Drift of every later configuration against the first; saved after each.
 
@@ -243,17 +236,11 @@ def run(
     is a request for each of its tokens.
 
     Raises:
-        BenchmarkError: a number is out of range.
         MolmoEdgeError: an engine could not be started, or a prompt failed.
     """
-    if max_tokens < 1 or not 0 <= min_equal <= 1 or not max_kl >= 0:
-        raise BenchmarkError(
-            "drift needs --max-tokens of at least 1, --min-equal from 0 to 1, --max-kl from 0"
-        )
     reference, *others = chosen
-    opener = open_engine or (lambda target: target.open(True))
     progress(f"reference: {reference}")
-    with opener(chosen[reference]) as vlm:
+    with open_engine(chosen[reference]) as vlm:
         known = answer_all(vlm, cases, max_tokens=max_tokens)
         document = DriftDocument(
             created=now(),
@@ -264,20 +251,18 @@ def run(
         )
     for other in others:
         progress(other)
-        with opener(chosen[other]) as vlm:
+        with open_engine(chosen[other]) as vlm:
             case_drifts = [against(vlm, one, max_tokens=max_tokens) for one in known]
             where = environment.of(vlm)
-        tokens = sum(case.tokens for case in case_drifts)
-        equal, mean, kl = (
-            sum(getattr(case, name) * case.tokens for case in case_drifts) / tokens
-            for name in ("equal_greedy", "mean_abs_dlogprob", "mean_kl")
-        )
+        tokens = [case.tokens for case in case_drifts]
+        equal = fmean((case.equal_greedy for case in case_drifts), tokens)
+        kl = fmean((case.mean_kl for case in case_drifts), tokens)
         drift = Drift(
             reference=reference,
             other=other,
             environment=where,
             equal_greedy=equal,
-            mean_abs_dlogprob=mean,
+            mean_abs_dlogprob=fmean((case.mean_abs_dlogprob for case in case_drifts), tokens),
             max_abs_dlogprob=max(case.max_abs_dlogprob for case in case_drifts),
             mean_kl=kl,
             passed=equal >= min_equal and kl <= max_kl,
@@ -312,23 +297,23 @@ def _line(case: CaseDrift) -> list[str]:
     ]
 
 
-def blocks(document: DriftDocument) -> list[Block]:
-    """The drift as a page: for each configuration a table and a verdict."""
+def markdown(document: DriftDocument) -> str:
+    """The drift as a Markdown page: for each configuration a table and a verdict."""
+    return tables.page(_parts(document))
+
+
+def _parts(document: DriftDocument) -> Iterator[str]:
     model = document.environment.model
     weights = " (random weights: says nothing about trained ones)" if model.random_weights else ""
-    software = software_line(document.environment)
-    out: list[Block] = [Heading(f"Drift of {model.name}{weights}", 1), Items([software])]
+    yield f"# Drift of {tables.escape(model.name or UNKNOWN)}{weights}"
+    yield tables.items([environment.software_line(document.environment)])
     for drift in document.drifts:
         verdict = (
             f"{drift.other} against {drift.reference}: {drift.equal_greedy:.1%} equal greedy "
             f"tokens (at least {document.min_equal:.0%}), mean KL {drift.mean_kl:.2g} (at most "
             f"{document.max_kl:g}): {'passed' if drift.passed else 'FAILED'}"
         )
-        table = Table(HEADS, [_line(case) for case in drift.cases]).known()
-        out += [Heading(drift.other), table, Items([verdict])]
-    return [*out, Items([LEGEND])]
-
-
-def markdown(document: DriftDocument) -> str:
-    """The drift as a Markdown page."""
-    return tables.markdown(blocks(document))
+        yield f"## {tables.escape(drift.other)}"
+        yield tables.table(HEADS, [_line(case) for case in drift.cases])
+        yield tables.items([verdict])
+    yield tables.items([LEGEND])

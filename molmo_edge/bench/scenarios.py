@@ -1,33 +1,39 @@
-"""The measurements: one request at a time, fixed batches, concurrent users, a camera.
+"""The measurements by name: one request at a time, fixed batches, concurrent users, a camera.
 
 Every request gets an image of its own, so that nothing is shared, unless the scenario is about
-reuse. In the open loop ``wall_s`` counts from when a request was due, not from when a thread could
-send it. ``suite`` lists the scenarios by name; cold starts are in ``coldstart``.
+reuse. Scenarios that need the caches off share one engine, those that need them on another; cold
+starts need none. An engine that dies ends its scenario; the next one gets a new engine, once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from molmo_edge.bench import coldstart, environment
 from molmo_edge.bench.cases import Case, text_only
-from molmo_edge.bench.document import Row, Sample, Wave
+from molmo_edge.bench.document import Document, Row, Sample, Startup, Wave
 from molmo_edge.bench.measure import Bench, failed_sample, sample_of
-from molmo_edge.errors import RequestError
+from molmo_edge.errors import BenchmarkError, EngineError, MolmoEdgeError, RequestError
 from molmo_edge.requests import Request
 
 MAX_THREADS = 256
 
+Open = Callable[[bool], AbstractContextManager[Any]]
+"""Builds an engine; the argument says whether its caches are on."""
 
-Rows = list[Callable[[], object]]
+Rows = list[Callable[[], None]]
 """Functions that measure a row each."""
 
 
-def each_alone(bench: Bench) -> Rows:
+def each_case(bench: Bench) -> Rows:
     """Every case in turn, a new image each time."""
     return [partial(alone, bench, case) for case in bench.cases]
 
@@ -39,25 +45,138 @@ def text(bench: Bench) -> Rows:
 
 def repeat_frame(bench: Bench) -> Rows:
     """The same image and question each time: the effect of the caches."""
-    return [partial(alone, bench, case, repeated=True) for case in bench.image_cases()]
+    return [partial(alone, bench, case, repeated=True) for case in image_cases(bench)]
 
 
 def throughput(bench: Bench) -> Rows:
     """Batches of fixed size through ``vlm.batch``."""
-    return [partial(batches, bench, size) for size in bench.load.batches]
+    return [partial(batches, bench, size) for size in bench.options.batches]
 
 
 def concurrency(bench: Bench) -> Rows:
     """Closed loop at each number of users, then Poisson arrivals at each rate."""
-    closed: Rows = [partial(closed_loop, bench, users) for users in bench.load.users]
-    if bench.load.rates:
-        return closed + [partial(open_loop, bench, rate) for rate in bench.load.rates]
-    return closed + [partial(open_loop_below_best, bench, fraction) for fraction in (0.5, 0.8)]
+    rates, fractions = bench.options.rates, () if bench.options.rates else (0.5, 0.8)
+    return [
+        *(partial(closed_loop, bench, users) for users in bench.options.users),
+        *(partial(open_loop, bench, rate) for rate in rates),
+        *(partial(open_loop_below_best, bench, fraction) for fraction in fractions),
+    ]
 
 
 def camera(bench: Bench) -> Rows:
     """A camera's newest frame."""
-    return [partial(newest_frame, bench, bench.image_cases()[0])]
+    return [partial(newest_frame, bench, image_cases(bench)[0])]
+
+
+def cold_start(bench: Bench) -> Rows:
+    """The first start ever and the starts after it, which share a directory: one function."""
+    return [partial(coldstart.measure, bench)]
+
+
+def image_cases(bench: Bench) -> list[Case]:
+    """The cases that have an image; BenchmarkError if there are none."""
+    cases = [case for case in bench.cases if case.image is not None]
+    if not cases:
+        raise BenchmarkError("this scenario needs at least one image; give --image")
+    return cases
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One scenario. ``caches`` is ``None`` where it needs no engine of ours."""
+
+    title: str
+    caches: bool | None
+    rows: Callable[[Bench], Rows]
+
+
+SCENARIOS = {
+    "report": Entry("The report's cases", False, each_case),
+    "latency": Entry("Latency at batch 1", False, each_case),
+    "text": Entry("Text only", False, text),
+    "throughput": Entry("Throughput in fixed batches", False, throughput),
+    "concurrency": Entry("Concurrent users", False, concurrency),
+    "camera": Entry("A camera's newest frame", False, camera),
+    "repeat-frame": Entry("The same image again, caches on", True, repeat_frame),
+    "cold-start": Entry("Process start to first token", None, cold_start),
+}
+
+
+def choose(names: Sequence[str]) -> list[str]:
+    """These scenarios, or those of "all", in the order in which each engine is built once.
+
+    Raises:
+        BenchmarkError: a name is not a scenario.
+    """
+    for name in names:
+        if name not in (*SCENARIOS, "all"):
+            raise BenchmarkError(
+                f"unknown scenario {name[:40]!r}; choose from {', '.join(SCENARIOS)} and all"
+            )
+    return [name for name in SCENARIOS if name in names or "all" in names]
+
+
+def run(bench: Bench, open_engine: Open, names: Sequence[str] = ("report",)) -> Document:
+    """Run scenarios; the document says what is missing, if anything is.
+
+    Ctrl-C ends the run but not the result, which comes back with ``complete`` false.
+
+    Raises:
+        MolmoEdgeError: the first engine could not be started, or a scenario is unknown.
+    """
+    chosen, document = choose(names), bench.document
+    firm_end = bench.clock() + bench.options.time_limit_s
+    try:
+        for caches in (False, True, None):
+            left = [name for name in chosen if SCENARIOS[name].caches is caches]
+            while left:
+                _run_on_one_engine(bench, open_engine, left, caches, firm_end)
+        document.complete = all(scenario.complete for scenario in document.scenarios)
+    except KeyboardInterrupt:
+        document.notes.append("interrupted: what was measured until then is kept")
+    bench.save_now()
+    return document
+
+
+def _run_on_one_engine(
+    bench: Bench, open_engine: Open, left: list[str], caches: bool | None, firm_end: float
+) -> None:
+    """Take scenarios from ``left`` until it is empty or the engine is gone."""
+    before = len(left)
+    bench.progress("starting the engine")
+    try:
+        with contextlib.nullcontext() if caches is None else open_engine(caches) as bench.vlm:
+            if caches is not None and bench.document.startup is None:
+                _describe(bench)
+            end = bench.clock() + bench.options.time_limit_s
+            bench.ends = firm_end if bench.options.firm else end
+            while left:
+                name = left.pop(0)
+                with bench.scenario(name, SCENARIOS[name].title):
+                    rows = SCENARIOS[name].rows(bench)
+                    for number, measure_row in enumerate(rows):
+                        bench.rows_left = len(rows) - number
+                        measure_row()
+    except MolmoEdgeError as exc:
+        if not bench.document.scenarios:
+            raise
+        if not isinstance(exc, EngineError) or len(left) == before:
+            while left:
+                name = left.pop(0)
+                with bench.scenario(name, SCENARIOS[name].title):
+                    raise BenchmarkError(f"not run, no engine: {exc}") from exc
+    finally:
+        bench.vlm = None
+
+
+def _describe(bench: Bench) -> None:
+    """The environment, and the engine's first request, which pays for kernels and caches."""
+    document, vlm, case = bench.document, bench.vlm, bench.cases[0]
+    document.environment = environment.of(vlm)
+    if document.environment.model.random_weights:
+        document.notes.append("random weights: speeds are real, answers mean nothing")
+    first = bench.request(None, case, case.image, iteration=0)
+    document.startup = Startup(stages=dict(vlm.startup), first_request=first)
 
 
 def alone(bench: Bench, case: Case, *, repeated: bool = False) -> None:
@@ -69,11 +188,10 @@ def alone(bench: Bench, case: Case, *, repeated: bool = False) -> None:
         conditions["fresh_images"] = False
     with bench.row(case, caches=repeated, **conditions) as row:
         bench.vlm.reset_caches()
-        began = bench.clock()
 
         def once(iteration: int) -> None:
             image = case.image if repeated else bench.fresh(case)
-            bench.add(row, bench.request(row, case, image, iteration=iteration, began=began))
+            bench.add(row, bench.request(row, case, image, iteration=iteration))
 
         bench.repeat(row, once)
 
@@ -83,8 +201,8 @@ def batches(bench: Bench, size: int) -> None:
     with bench.row(bench.cases[0], title=f"batch of {size}", batch=size) as row:
 
         def once(iteration: int) -> None:
-            first = iteration * size
-            cases = [bench.cases[(first + i) % len(bench.cases)] for i in range(size)]
+            numbers = range(iteration * size, (iteration + 1) * size)
+            cases = [bench.cases[number % len(bench.cases)] for number in numbers]
             requests = [
                 Request(bench.fresh(case), case.question, **bench.sampling(case)) for case in cases
             ]
@@ -113,7 +231,7 @@ def _wave(samples: Sequence[Sample], iteration: int, wall_s: float) -> Wave:
         requests=len(samples),
         failed=sum(sample.error is not None for sample in samples),
         output_tokens=tokens,
-        total_tps=tokens / wall_s if wall_s > 0 else 0.0,
+        total_tps=tokens / wall_s,
     )
 
 
@@ -121,17 +239,15 @@ def closed_loop(bench: Bench, users: int) -> None:
     """Each user sends the next request once the answer is complete, ``iterations`` times."""
     title = f"{users} user{'s' if users > 1 else ''}"
     with bench.row(bench.cases[0], title=title, loop="closed", users=users) as row:
-        began = bench.clock()
 
         def work(user: int, stop: threading.Event) -> Iterator[Sample]:
             for iteration in range(bench.options.iterations):
                 if stop.is_set():
                     return
                 case = bench.cases[(iteration + user) % len(bench.cases)]
-                image = bench.fresh(case)
-                yield bench.request(row, case, image, iteration=iteration, began=began, user=user)
+                yield bench.request(row, case, bench.fresh(case), iteration=iteration, user=user)
 
-        _concurrently(bench, row, users, work, began)
+        _concurrently(bench, row, users, work)
 
 
 def open_loop_below_best(bench: Bench, fraction: float) -> None:
@@ -143,38 +259,36 @@ def open_loop_below_best(bench: Bench, fraction: float) -> None:
 
 
 def open_loop(bench: Bench, rate: float) -> None:
-    """Requests arrive at random (Poisson) whether or not earlier ones are answered."""
+    """Requests arrive at random (Poisson) whether or not earlier ones are answered.
+
+    ``wall_s`` counts from when a request was due, not from when a thread could send it.
+    """
     count = max(bench.options.iterations, 8)
     rng = random.Random(bench.options.seed)
-    due = [0.0]
-    for _ in range(count):
+    due = [rng.expovariate(rate)]
+    while len(due) < count:
         due.append(due[-1] + rng.expovariate(rate))
     title = f"{rate:.3g} req/s, random"
     with bench.row(bench.cases[0], title=title, loop="open", rate=rate) as row:
-        began = bench.clock()
 
         def work(number: int, stop: threading.Event) -> Iterator[Sample]:
             case = bench.cases[number % len(bench.cases)]
             image = bench.fresh(case)
-            arrival = began + due[number + 1]
+            arrival = bench.row_began + due[number]
             while (delay := arrival - bench.clock()) > 0:
                 if stop.is_set():
                     return
                 bench.sleep(min(delay, 0.1))  # short, so that Ctrl-C need not wait for arrivals
-            sample = bench.request(row, case, image, iteration=number, began=began)
+            sample = bench.request(row, case, image, iteration=number)
             sample.wall_s = bench.clock() - arrival
             yield sample
 
         row.counts["offered_per_s"] = rate
-        _concurrently(bench, row, count, work, began)
+        _concurrently(bench, row, count, work)
 
 
 def _concurrently(
-    bench: Bench,
-    row: Row,
-    count: int,
-    work: Callable[[int, threading.Event], Iterator[Sample]],
-    began: float,
+    bench: Bench, row: Row, count: int, work: Callable[[int, threading.Event], Iterator[Sample]]
 ) -> None:
     """Run ``work`` in ``count`` threads; a failure or Ctrl-C stops all after a request."""
     stop, lock = threading.Event(), threading.Lock()
@@ -193,13 +307,14 @@ def _concurrently(
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    wall_s = bench.clock() - began
+    wall_s = bench.clock() - bench.row_began
     row.samples.sort(key=lambda s: (s.iteration, s.user or 0))
-    tokens = sum(sample.output_tokens or 0 for sample in row.succeeded)
-    row.counts["wall_s"] = wall_s
-    row.counts["requests"] = len(row.samples)
-    row.counts["requests_per_s"] = len(row.succeeded) / wall_s if wall_s > 0 else None
-    row.counts["total_tps"] = tokens / wall_s if wall_s > 0 else None
+    row.counts |= {
+        "wall_s": wall_s,
+        "requests": len(row.samples),
+        "requests_per_s": len(row.succeeded) / wall_s,
+        "total_tps": sum(sample.output_tokens or 0 for sample in row.succeeded) / wall_s,
+    }
     row.stopped = "fixed"
 
 
@@ -209,23 +324,23 @@ def newest_frame(bench: Bench, case: Case) -> None:
     The camera is a clock: frame n exists from n / fps seconds on. ``wall_s`` of a sample is the
     age of the frame when its answer was complete.
     """
-    fps = bench.load.fps
+    fps = bench.options.fps
     with bench.row(case, title=f"{fps:g} frames/s, newest first", fps=fps) as row:
-        began, counts, last = bench.clock(), row.counts, -1
-        counts |= {"dropped": 0, "answered": 0}
+        last, dropped = -1, 0
 
         def once(iteration: int) -> None:
-            nonlocal last
-            newest = int((bench.clock() - began) * fps)
+            nonlocal last, dropped
+            newest = int((bench.clock() - bench.row_began) * fps)
             if newest <= last:
-                bench.sleep(max(0.0, began + (last + 1) / fps - bench.clock()))
                 newest = last + 1
-            counts["dropped"] = (counts["dropped"] or 0) + newest - last - 1
+                bench.sleep(max(0.0, bench.row_began + newest / fps - bench.clock()))
+            dropped += newest - last - 1
             last = newest
-            sample = bench.request(row, case, bench.fresh(case), iteration=iteration, began=began)
-            sample.wall_s = bench.clock() - began - newest / fps
-            counts["answered"] = (counts["answered"] or 0) + (sample.error is None)
-            counts["offered"] = last + 1
+            sample = bench.request(row, case, bench.fresh(case), iteration=iteration)
+            sample.wall_s = bench.clock() - bench.row_began - newest / fps
             bench.add(row, sample)
+            row.counts |= {
+                "offered": last + 1, "dropped": dropped, "answered": len(row.succeeded)
+            }  # fmt: skip
 
         bench.repeat(row, once)

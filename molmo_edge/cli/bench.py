@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import typer
 
 from molmo_edge.bench import cases as case_set
 from molmo_edge.bench import document as documents
 from molmo_edge.bench import drift as drifts
-from molmo_edge.bench import report, suite, tables
-from molmo_edge.bench.measure import Bench, Load, RunOptions
-from molmo_edge.bench.target import Target
-from molmo_edge.cli.common import Commands, ConfigOption, ModelOption, console, messages
-from molmo_edge.errors import BenchmarkError
-
-N = TypeVar("N", int, float)
+from molmo_edge.bench import report, scenarios, tables
+from molmo_edge.bench.environment import Target
+from molmo_edge.bench.measure import Bench, RunOptions
+from molmo_edge.cli.common import (
+    Commands,
+    ConfigOption,
+    ModelOption,
+    ProfileOption,
+    console,
+    messages,
+    with_options,
+)
 
 app = typer.Typer(
     name="bench",
@@ -35,136 +40,154 @@ app = typer.Typer(
 )
 
 
-def parse_sizes(text: str | None) -> tuple[tuple[int, int], ...]:
+def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
     """``640x480,1280x960`` as (width, height) pairs in pixels."""
-    sizes = []
-    for part in filter(None, (text or "").split(",")):
-        match = re.fullmatch(r"\s*([1-9]\d{0,4})\s*x\s*([1-9]\d{0,4})\s*", part)
-        if match is None:
-            raise BenchmarkError("--sizes must look like 640x480,1280x960 (width x height)")
-        sizes.append((int(match[1]), int(match[2])))
-    return tuple(sizes)
+    sizes = [re.fullmatch(r"\s*([1-9]\d{0,4})x([1-9]\d{0,4})\s*", part) for part in text.split(",")]
+    if None in sizes:
+        raise typer.BadParameter("must look like 640x480,1280x960 (width x height)")
+    return tuple((int(size[1]), int(size[2])) for size in sizes if size)
 
 
-def parse_numbers(text: str | None, option: str, kind: Callable[[str], N]) -> tuple[N, ...]:
-    """``1,2,4`` as numbers."""
+def parse_integers(text: str) -> tuple[int, ...]:
+    """``1,2,4`` as numbers above 0."""
+    values = parse_numbers(text)
+    if not all(value.is_integer() for value in values):
+        raise typer.BadParameter("must be integers separated by commas, like 1,2,4")
+    return tuple(map(int, values))
+
+
+def parse_numbers(text: str) -> tuple[float, ...]:
+    """``0.5,2`` as numbers above 0."""
     try:
-        return tuple(kind(part) for part in (text or "").split(",") if part.strip())
-    except ValueError as exc:
-        raise BenchmarkError(f"{option} must be numbers separated by commas, like 1,2,4") from exc
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = (0.0,)
+    if not all(0 < value < 1e6 for value in values):
+        raise typer.BadParameter("must be numbers above 0 separated by commas, like 1,2,4")
+    return values
 
 
-Form = Literal["table", "md", "csv", "json", "jsonl"]
-FormOption = Annotated[Form, typer.Option("-o", "--format", help="On standard output.")]
 ImageOption = Annotated[list[Path] | None, typer.Option(help="Your image; repeatable.")]
 QuestionOption = Annotated[str | None, typer.Option(help="What to ask about --image.")]
 OutputOption = Annotated[Path, typer.Option(help="Directory, or .json file, of the result.")]
 Results = Annotated[list[Path], typer.Argument(help="Result documents (JSON).")]
-DEFAULT_OUTPUT = Path("bench-results")
+OUTPUT = Path("bench-results")
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """Which engine is measured."""
+
+    model: ModelOption = None
+    config: ConfigOption = None
+    load_format: Annotated[
+        str | None, typer.Option(help="dummy: random weights of the model's shape.")
+    ] = None
+    max_crops: Annotated[int | None, typer.Option(help="Crops of an image, engine-wide.")] = None
+    precision: Annotated[str | None, typer.Option()] = None
+    kv_cache_dtype: Annotated[str | None, typer.Option()] = None
+    dtype: Annotated[str | None, typer.Option()] = None
+    max_model_len: Annotated[int | None, typer.Option()] = None
+    max_num_seqs: Annotated[int | None, typer.Option()] = None
+    profile: ProfileOption = None
+    seed: Annotated[int, typer.Option()] = 0
+
+    def target(self) -> Target:
+        """The engine, not yet started."""
+        options = dict(vars(self))
+        return Target.choose(options.pop("model"), options.pop("config"), options)
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """The fields of RunOptions that the command line has, None where the library chooses."""
+
+    iterations: Annotated[
+        int | None, typer.Option(min=1, help="Minimum iterations of a row; default: 10.")
+    ] = None
+    max_iterations: Annotated[int | None, typer.Option(help="Maximum; default: twice.")] = None
+    time_limit_s: Annotated[
+        float | None,
+        typer.Option(
+            "--time-limit",
+            min=1,
+            help="Stop adding iterations beyond the minimum after this many seconds.",
+        ),
+    ] = None
+    interval_width: Annotated[
+        float,
+        typer.Option(
+            "--width",
+            min=0.0001,
+            max=1,
+            help="Stop when the interval is ± this fraction of the mean.",
+        ),
+    ] = 0.02
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Output tokens of a request.")] = (
+        None
+    )
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 is greedy.")] = 0.0
+    ignore_eos: Annotated[
+        bool | None,
+        typer.Option("--ignore-eos/--stop-at-eos", help="Default: only random weights ignore it."),
+    ] = None
+    batches: Annotated[
+        Any, typer.Option(parser=parse_integers, help="Batch sizes of throughput.")
+    ] = "1,2,4,8"
+    users: Annotated[Any, typer.Option(parser=parse_integers, help="Users of concurrency.")] = (
+        "1,2,4,8"
+    )
+    rates: Annotated[
+        Any, typer.Option(parser=parse_numbers, help="Open-loop requests per second.")
+    ] = None
+    fps: Annotated[float, typer.Option(min=0.001, help="Frames per second of camera.")] = 10.0
+    starts: Annotated[int, typer.Option(min=1, help="Cold starts with disk caches present.")] = 2
 
 
 @app.callback()
+@with_options
 def bench(
     ctx: typer.Context,
-    model: ModelOption = None,
-    config: ConfigOption = None,
+    engine: TargetOptions,
+    measure: MeasureOptions,
     image: ImageOption = None,
     question: QuestionOption = None,
     scenario: Annotated[
         list[str] | None,
-        typer.Option(help=f"{', '.join(suite.SCENARIOS)} or all; repeatable; default: report."),
+        typer.Option(help=f"{', '.join(scenarios.SCENARIOS)} or all; repeatable; default: report."),
     ] = None,
-    iterations: Annotated[
-        int | None, typer.Option(help="Minimum iterations of a row; default: 10.")
+    sizes: Annotated[
+        Any, typer.Option(parser=parse_sizes, help="Sweep image sizes: 640x480,1280x960.")
     ] = None,
-    max_iterations: Annotated[int | None, typer.Option(help="Maximum; default: twice.")] = None,
-    time_limit: Annotated[
-        float | None,
-        typer.Option(help="Stop adding iterations beyond the minimum after this many seconds."),
+    sweep_crops: Annotated[
+        Any, typer.Option(parser=parse_integers, help="Sweep max_crops: 1,4,12.")
     ] = None,
-    width: Annotated[
-        float, typer.Option(help="Stop when the interval is ± this fraction of the mean.")
-    ] = 0.02,
-    max_tokens: Annotated[int | None, typer.Option(help="Output tokens of a request.")] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    ignore_eos: Annotated[
-        bool | None,
-        typer.Option("--ignore-eos/--stop-at-eos", help="Default: only random weights ignore it."),
-    ] = None,
-    seed: Annotated[int, typer.Option()] = 0,
-    sizes: Annotated[str | None, typer.Option(help="Sweep image sizes: 640x480,1280x960.")] = None,
-    sweep_crops: Annotated[str | None, typer.Option(help="Sweep max_crops: 1,4,12.")] = None,
-    batches: Annotated[str, typer.Option(help="Batch sizes of throughput.")] = "1,2,4,8",
-    users: Annotated[str, typer.Option(help="Users of concurrency.")] = "1,2,4,8",
-    rates: Annotated[str | None, typer.Option(help="Open-loop requests per second.")] = None,
-    fps: Annotated[float, typer.Option(help="Frames per second of camera.")] = 10.0,
-    starts: Annotated[int, typer.Option(help="Cold starts with disk caches present.")] = 2,
-    load_format: Annotated[
-        str | None, typer.Option(help="dummy: random weights of the model's shape.")
-    ] = None,
-    max_crops: Annotated[int | None, typer.Option(help="Crops of an image, engine-wide.")] = None,
-    precision: Annotated[str | None, typer.Option()] = None,
-    kv_cache_dtype: Annotated[str | None, typer.Option()] = None,
-    dtype: Annotated[str | None, typer.Option()] = None,
-    max_model_len: Annotated[int | None, typer.Option()] = None,
-    max_num_seqs: Annotated[int | None, typer.Option()] = None,
-    profile: Annotated[str | None, typer.Option(help="Device profile.")] = None,
     label: Annotated[str | None, typer.Option(help="Heading of this run in comparisons.")] = None,
-    output: OutputOption = DEFAULT_OUTPUT,
-    form: FormOption = "table",
+    output: OutputOption = OUTPUT,
+    form: Annotated[
+        Literal["table", "md", "csv", "json", "jsonl"],
+        typer.Option("-o", "--format", help="On standard output."),
+    ] = "table",
 ) -> None:
     """Run scenarios and write a JSON document and a Markdown page."""
     if ctx.invoked_subcommand is not None:
         return
-    names = scenario or ["report"]
-    suite.choose(names)
-    settings = {
-        "load_format": load_format,
-        "max_crops": max_crops,
-        "precision": precision,
-        "kv_cache_dtype": kv_cache_dtype,
-        "dtype": dtype,
-        "max_model_len": max_model_len,
-        "max_num_seqs": max_num_seqs,
-        "profile": profile,
-        "seed": seed,
-    }
-    target = Target.choose(model, config, settings)
-    options = RunOptions.choose(
-        target.random_weights,
-        iterations=iterations,
-        max_iterations=max_iterations,
-        time_limit_s=time_limit,
-        width=width,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        ignore_eos=ignore_eos,
-        seed=seed,
-    )
-    load = Load(
-        batches=parse_numbers(batches, "--batches", int),
-        users=parse_numbers(users, "--users", int),
-        rates=parse_numbers(rates, "--rates", float),
-        fps=fps,
-        starts=starts,
-    )
+    names = scenarios.choose(scenario or ["report"])
+    target = engine.target()
     chosen = case_set.own(image, question) if image else case_set.standard()
-    crops = parse_numbers(sweep_crops, "--sweep-crops", int)
-    chosen = case_set.sweep(chosen, parse_sizes(sizes), crops)
     name = label or target.name
     path = documents.result_path(output, name.rstrip("/").rsplit("/", 1)[-1])
     with messages.status("") as status:
         run = Bench(
-            cases=chosen,
-            options=options,
-            load=load,
+            cases=case_set.sweep(chosen, sizes or (), sweep_crops or ()),
+            options=RunOptions.choose(target.random_weights, seed=engine.seed, **vars(measure)),
             label=label,
             save=lambda document: report.write(document, path),
             progress=status.update,
             sensors=True,
             start_command=target.start_command(image[0] if image else None),
         )
-        document = suite.run(run, target.open, names)
+        document = scenarios.run(run, target.open, names)
     if form == "table":
         report.show(document, console)
     else:
@@ -188,12 +211,17 @@ def compare_results(
     from molmo_edge.bench.compare import compare
 
     comparison = compare([documents.load(path) for path in results])
-    if form == "md":
-        typer.echo(comparison.markdown(), nl=False)
-    else:
-        tables.show(comparison.blocks(), console)
+    print_page(comparison.markdown(), form)
     if strict and comparison.flags:
         raise typer.Exit(1)
+
+
+def print_page(markdown: str, form: str) -> None:
+    """Print a page on the terminal, or as it is."""
+    if form == "md":
+        typer.echo(markdown, nl=False)
+    else:
+        tables.show(markdown, console)
 
 
 @app.command(name="report")
@@ -206,7 +234,7 @@ def report_results(
     from molmo_edge.bench import plots
 
     loaded = [documents.load(path) for path in results]
-    documents.write_bytes(report.html(loaded).encode(), output)
+    documents.write(report.html(loaded), output)
     typer.echo(f"written: {output}")
     if png is not None:
         for name, figure in plots.figures(loaded).items():
@@ -225,12 +253,12 @@ def drift_command(
     dtype: Annotated[str | None, typer.Option(help="Reference first: float32,bfloat16.")] = None,
     image: ImageOption = None,
     question: QuestionOption = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of each reference answer.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each reference answer.")] = 64,
     min_equal: Annotated[
-        float, typer.Option(help="Minimum fraction of equal greedy tokens.")
+        float, typer.Option(min=0, max=1, help="Minimum fraction of equal greedy tokens.")
     ] = 0.95,
-    max_kl: Annotated[float, typer.Option(help="Maximum mean KL in nats.")] = 0.05,
-    output: OutputOption = DEFAULT_OUTPUT,
+    max_kl: Annotated[float, typer.Option(min=0, help="Maximum mean KL in nats.")] = 0.05,
+    output: OutputOption = OUTPUT,
     form: Annotated[Literal["table", "md", "json"], typer.Option("-o", "--format")] = "table",
 ) -> None:
     """Same prompts under several configurations; exit status 1 if one drifts too far."""
@@ -238,11 +266,6 @@ def drift_command(
     choices = {"kv_cache_dtype": kv_cache_dtype, "precision": precision, "dtype": dtype}
     chosen = drifts.variants(target, choices)
     path = documents.result_path(output, f"drift-{target.name.rsplit('/', 1)[-1]}")
-
-    def save(document: drifts.DriftDocument) -> None:
-        documents.write(document, path)
-        documents.write_bytes(drifts.markdown(document).encode(), path.with_suffix(".md"))
-
     document = drifts.run(
         chosen,
         case_set.own(image, question) if image else drifts.prompts(),
@@ -250,14 +273,12 @@ def drift_command(
         min_equal=min_equal,
         max_kl=max_kl,
         progress=lambda text: messages.print(f"answering with {text}", markup=False),
-        save=save,
+        save=lambda result: documents.save(result, drifts.markdown(result), path),
     )
     if form == "json":
-        typer.echo(documents.dumps(document))
-    elif form == "md":
-        typer.echo(drifts.markdown(document), nl=False)
+        typer.echo(documents.dumps(document), nl=False)
     else:
-        tables.show(drifts.blocks(document), console)
+        print_page(drifts.markdown(document), form)
     messages.print(f"written: {path} and {path.with_suffix('.md').name}", soft_wrap=True)
     if not all(one.passed for one in document.drifts):
         raise typer.Exit(1)

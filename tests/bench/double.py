@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from PIL import Image
 
-from molmo_edge.bench import suite
+from molmo_edge.bench import scenarios
 from molmo_edge.bench.cases import Case
 from molmo_edge.bench.document import Document
 from molmo_edge.bench.measure import Bench, RunOptions
@@ -32,6 +33,9 @@ ENVIRONMENT = {
 CASES = (
     Case("one", "One", "What?", Image.new("RGB", (8, 6)), ("10", "15")),
     Case("two", "Two", "Why?", Image.new("RGB", (6, 8), (9, 9, 9))),
+)
+SETTINGS = SimpleNamespace(
+    model="no-such-model", cache_dir=None, load_format="auto", max_num_seqs=8
 )
 OPTIONS = RunOptions(iterations=6, max_iterations=12, max_tokens=20)
 
@@ -62,6 +66,7 @@ class DoubleVLM:
     speed: Callable[[int], float] = lambda n: 50.0
     failure: Callable[[int], BaseException | None] = lambda n: None
     cached: int | None = 0
+    settings: Any = field(default_factory=lambda: SETTINGS)
     environment: dict[str, Any] = field(default_factory=lambda: dict(ENVIRONMENT))
     startup: dict[str, float] = field(default_factory=lambda: {"imports": 2.0, "engine": 9.0})
     requests: list[tuple[Image.Image | None, str]] = field(default_factory=list)
@@ -136,4 +141,4 @@ def make_bench(vlm: DoubleVLM, **more: Any) -> Bench:
 
 def measure(vlm: DoubleVLM, *names: str, **more: Any) -> Document:
     """The result of scenarios on the double, by default of "report"."""
-    return suite.run(make_bench(vlm, **more), lambda caches: vlm, names or ("report",))
+    return scenarios.run(make_bench(vlm, **more), lambda caches: vlm, names or ("report",))

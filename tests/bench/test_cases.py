@@ -15,12 +15,11 @@ from molmo_edge.errors import BenchmarkError
 def test_the_three_cases_have_their_images_and_the_chart_its_answers() -> None:
     standard = cases.standard()
     assert [case.name for case in standard] == ["boardwalk", "panels", "linechart"]
-    assert all(case.image is not None and case.image.mode == "RGB" for case in standard)
     assert all(case.image is not None and case.image.size == (1024, 768) for case in standard)
     assert standard[2].expected == ("10", "15", "25", "40", "55", "70", "85")
     data = resources.files("molmo_edge.bench").joinpath("data")
-    files = [item for item in data.iterdir() if item.name.endswith((".png", ".jpg"))]
-    assert len(files) == 3 and sum(len(item.read_bytes()) for item in files) < 400_000
+    images = [item for item in data.iterdir() if item.name.endswith((".png", ".jpg"))]
+    assert sum(len(image.read_bytes()) for image in images) < 400_000
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
@@ -28,8 +27,7 @@ def test_fresh_copies_all_differ_and_leave_the_original_alone(mode: str) -> None
     image = Image.new(mode, (4, 3))
     before = image.tobytes()
     copies = {cases.fresh(image, n).tobytes() for n in (1, 2, 255, 256, 65536, 2**24 - 1)}
-    assert len(copies) == 6
-    assert image.tobytes() == before and cases.fresh(image, 1).size == (4, 3)
+    assert len(copies) == 6 and image.tobytes() == before
 
 
 def test_own_images_get_distinct_names_and_bad_ones_are_named(tmp_path: Path) -> None:
@@ -42,26 +40,23 @@ def test_own_images_get_distinct_names_and_bad_ones_are_named(tmp_path: Path) ->
     paths[0].write_bytes(b"no image")
     with pytest.raises(BenchmarkError, match=r"mug\.png"):
         cases.own(paths)
-    with pytest.raises(BenchmarkError, match=r"gone\.png"):
-        cases.own([tmp_path / "gone.png"])
 
 
 def test_a_sweep_has_every_size_with_every_number_of_crops() -> None:
     case, text = cases.standard()[0], cases.text_only()
-    swept = cases.sweep([case], [(64, 48), (32, 24)], [1, 4])
+    swept = cases.sweep([case, *text], [(64, 48), (32, 24)], [1, 4])
     assert [one.name for one in swept] == [
-        f"boardwalk-{size}-crops{crops}" for size in ("64x48", "32x24") for crops in (1, 4)
+        *(f"boardwalk-{size}-crops{n}" for size in ("64x48", "32x24") for n in (1, 4)),
+        *(one.name for one in text),
     ]
     assert [one.image.size for one in swept if one.image] == [(64, 48)] * 2 + [(32, 24)] * 2
-    assert [one.max_crops for one in swept] == [1, 4, 1, 4]
+    assert [one.max_crops for one in swept[:4]] == [1, 4, 1, 4]
     assert cases.sweep([case]) == (case,)
-    assert cases.sweep(text, [(64, 48)], [1]) == text
 
 
 @pytest.mark.parametrize(
     ("answer", "right"),
     [
-        ("10, 15, 25, 40", 4),
         ("In 2018 it was 10, in 2019 15, then 25 and finally 40.0 TWh.", 4),
         ("40, 25, 15, 10", 1),
         ("10 then 20 then 25", 2),

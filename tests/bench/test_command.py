@@ -11,9 +11,9 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from molmo_edge.bench import document
-from molmo_edge.bench.target import Target
+from molmo_edge.bench.environment import Target
 from molmo_edge.cli import bench as cli
-from molmo_edge.errors import BenchmarkError, EngineStartError
+from molmo_edge.errors import EngineStartError
 from tests.bench.double import DoubleVLM
 from tests.bench.test_document import RESULTS, published
 
@@ -64,9 +64,9 @@ def test_no_arguments_measure_the_three_cases_on_the_stub(
 def test_caches_are_off_unless_the_scenario_is_about_them() -> None:
     target = Target.choose("m", None, {"max_crops": 4, "dtype": None})
     off = {"enable_prefix_caching": False, "mm_processor_cache_gb": 0.0}
-    assert target.arguments(False) == {"max_crops": 4, **off}
+    assert target.arguments(False) == {"model": "m", "max_crops": 4, **off}
     assert target.arguments(True)["enable_prefix_caching"] is True
-    assert target.arguments(None) == {"max_crops": 4}
+    assert target.arguments(None) == {"model": "m", "max_crops": 4}
 
 
 def test_a_model_from_the_environment_or_a_file_beats_the_stub(
@@ -105,23 +105,22 @@ def test_every_form_of_the_users_own_image_goes_to_standard_output_alone(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--iterations", "0"], "iterations"),
-        (["--scenario", "speed"], "unknown scenario"),
-        (["--image", "gone.png"], "gone.png"),
-        (["--sizes", "640*480"], "--sizes"),
-        (["--users", "a"], "--users"),
-        (["--users", "0"], "1 or more"),
-        (["--output", "/proc/none"], "cannot write"),
-        (["--width", "0"], "interval width"),
+        (["--iterations", "0"], "'--iterations'"),
+        (["--scenario", "speed"], "BenchmarkError: unknown scenario"),
+        (["--image", "gone.png"], "BenchmarkError: cannot use the image gone.png"),
+        *((["--sizes", text], "'--sizes'") for text in ("640*480", "0x10", "10", "1e3x10")),
+        *((["--users", text], "'--users'") for text in ("a", "0", "1.5")),
+        (["--rates", "-1"], "'--rates'"),
+        (["--output", "/proc/none"], "BenchmarkError: cannot write"),
+        (["--width", "0"], "'--width'"),
     ],
 )
-def test_bad_input_is_one_clear_line_before_any_engine(
+def test_bad_input_is_refused_by_name_before_any_engine(
     opened: Opened, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     result = run("--output", str(tmp_path / "out"), *arguments)
     assert result.exit_code == 2 and opened == []
-    assert result.stderr.startswith("BenchmarkError: ") and message in result.stderr
-    assert "Traceback" not in result.output
+    assert message in result.stderr and "Traceback" not in result.output
 
 
 def test_an_engine_that_cannot_start_and_ctrl_c_have_their_exit_status(
@@ -150,7 +149,7 @@ def test_compare_prints_the_2025_table_beside_a_result(opened: Opened, tmp_path:
     result = run("compare", *HISTORIC, mine)
     assert result.exit_code == 0
     assert "103.8 (5.0)" in result.stdout and "11.1 (3.1)" in result.stdout
-    assert "not comparable: power mode is unknown" in result.stdout
+    assert "not comparable: power mode" in result.stdout
     assert run("compare", *HISTORIC, mine, "--strict").exit_code == 1
     assert "| 103.8 (5.0) |" in run("compare", *HISTORIC, "-o", "md").stdout
 
@@ -160,7 +159,7 @@ def test_foreign_files_are_refused(tmp_path: Path, verb: str) -> None:
     path = tmp_path / "other.json"
     path.write_text('{"model": "x"}')
     result = run(verb, str(path))
-    assert result.exit_code == 2 and "not a benchmark result" in result.stderr
+    assert result.exit_code == 2 and "is not a benchmark result" in result.stderr
 
 
 def test_report_writes_a_page_and_plots(tmp_path: Path) -> None:
@@ -180,11 +179,4 @@ def test_the_schemas_are_printed() -> None:
 @pytest.mark.parametrize("wrong", [["--max-tokens", "0"], ["--dtype", "a,b"], ["--max-kl", "-1"]])
 def test_drift_refuses_bad_bounds(tmp_path: Path, wrong: list[str]) -> None:
     result = run("drift", "--kv-cache-dtype", "auto,fp8", "--output", str(tmp_path), *wrong)
-    assert result.exit_code == 2 and result.stderr.startswith("BenchmarkError: ")
-
-
-@pytest.mark.parametrize("text", ["0x10", "10", "axb", "1e3x10", "640x480;1x1"])
-def test_sizes_are_width_by_height(text: str) -> None:
-    assert cli.parse_sizes("640x480, 32x24") == ((640, 480), (32, 24))
-    with pytest.raises(BenchmarkError, match="--sizes"):
-        cli.parse_sizes(text)
+    assert result.exit_code == 2 and result.stderr

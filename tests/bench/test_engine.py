@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from molmo_edge import EdgeVLM
-from molmo_edge.bench import drift, suite
+from molmo_edge.bench import drift, scenarios
 from molmo_edge.bench.cases import Case, text_only
 from molmo_edge.bench.document import Document
-from molmo_edge.bench.measure import Bench, Load, RunOptions
+from molmo_edge.bench.measure import Bench, RunOptions
 
 pytestmark = pytest.mark.engine
 
@@ -20,17 +20,19 @@ CASE = Case("small", "Small", "What is this?", IMAGE, max_crops=1)
 
 
 def measured(vlm: EdgeVLM, *names: str, cases: tuple[Case, ...]) -> Document:
-    options = RunOptions(iterations=4, max_iterations=4, max_tokens=8, ignore_eos=True)
-    load = Load(batches=(2,), users=(2,), rates=(20.0,))
-    bench = Bench(cases=cases, options=options, load=load, sensors=True)
-    return suite.run(bench, lambda caches: contextlib.nullcontext(vlm), names)
+    options = RunOptions(
+        iterations=4, max_iterations=4, max_tokens=8, ignore_eos=True,
+        batches=(2,), users=(2,), rates=(20.0,),
+    )  # fmt: skip
+    bench = Bench(cases=cases, options=options, sensors=True)
+    return scenarios.run(bench, lambda caches: contextlib.nullcontext(vlm), names)
 
 
 def test_every_request_has_its_metrics_and_reuse_is_ruled_out(stub_vlm: EdgeVLM) -> None:
     result = measured(stub_vlm, "report", cases=(CASE,))
     assert result.complete, result.scenarios
     software, model = result.environment.software, result.environment.model
-    assert software.vllm and software.torch and software.transformers
+    assert software["vllm"] and software["torch"] and software["transformers"]
     assert (model.name, model.random_weights) == ("stub", True) and model.max_num_seqs is not None
     assert result.startup is not None
     assert result.startup.stages and result.startup.first_request is not None
