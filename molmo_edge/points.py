@@ -14,20 +14,16 @@ time linear in its length.
 from __future__ import annotations
 
 import html
-import io
 import json
-import operator
 import re
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
-from PIL import Image, ImageDraw, ImageFont, features
+from PIL import Image, ImageDraw, ImageFont
 
 from molmo_edge.errors import InputError
 from molmo_edge.images import DEFAULT_LIMITS, ImageLike, ImageLimits, load
 from molmo_edge.results import Result
-
-__all__ = ["CountResult", "Point", "PointAnswer", "PointResult", "PointStream", "parse_points"]
 
 
 @dataclass(frozen=True)
@@ -66,20 +62,14 @@ class Point:
         """Return the (column, row) of the pixel under the point, always inside the image.
 
         Args:
-            size: (width, height) as in ``image.size``, not a NumPy shape, and of the upright
-                image: for one with EXIF rotation, ``ImageOps.exif_transpose(image).size``.
+            size: (width, height) of the upright image as in ``image.size``, not a NumPy shape.
 
         Raises:
-            InputError: `size` is not two positive integers.
+            InputError: `size` is not two positive numbers.
         """
-        try:
-            width, height = (operator.index(side) for side in size)
-        except (TypeError, ValueError) as exc:
-            raise InputError(
-                "The size must be two integers, (width, height), as in image.size."
-            ) from exc
-        if width < 1 or height < 1:
-            raise InputError(f"The size {width} x {height} has no pixels; both must be positive.")
+        if len(size) != 2 or min(size) < 1:
+            raise InputError("The size must be (width, height) in pixels, as in image.size.")
+        width, height = size
         return min(int(self.x * width), width - 1), min(int(self.y * height), height - 1)
 
 
@@ -142,8 +132,7 @@ class PointResult:
         """Return a new upright RGB image with a dot, its number and its label at every point.
 
         Args:
-            image: a PIL image or anything else a query takes; by default the result's own. It is
-                left as it is.
+            image: anything a query takes; by default the result's own image.
             image_index: draw only the points of this image of the request, from 0.
             limits: caps on the image's bytes and pixels.
 
@@ -157,26 +146,17 @@ class PointResult:
         if image is None:
             raise InputError("There is no image to draw on: call draw(image).")
         canvas = load(image, limits)
-        texts, labels = [], {None, ""}
+        marks, labels = [], {None, ""}
         for number, point in enumerate(self.points, 1):
             if image_index is None or point.image_index == image_index:
                 text = str(number) if point.label in labels else f"{number} {point.label}"
                 labels.add(point.label)
-                texts.append((point.px(canvas.size), text))
-        _draw(canvas, texts)
+                marks.append((*point.px(canvas.size), text))
+        _draw(canvas, marks)
         return canvas
 
-    def _repr_png_(self) -> bytes | None:
-        if self.image is None:
-            return None
-        image = self.draw()
-        image.thumbnail((1280, 1280))  # a notebook keeps every image it shows
-        stream = io.BytesIO()
-        image.save(stream, "PNG")
-        return stream.getvalue()
 
-
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class PointAnswer(PointResult):
     """A `PointResult` with its request.
 
@@ -186,18 +166,12 @@ class PointAnswer(PointResult):
     """
 
     label: str = ""
-    result: Result | None = field(default=None, compare=False)
-
-    def __repr__(self) -> str:
-        return f"PointAnswer({self.label!r}, {self.count} points, truncated={self.truncated})"
+    result: Result | None = field(default=None, compare=False, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
         """As `PointResult.as_dict`, with the label and the metrics."""
-        return {
-            "label": self.label,
-            **super().as_dict(),
-            "metrics": None if self.result is None else asdict(self.result.metrics),
-        }
+        metrics = None if self.result is None else asdict(self.result.metrics)
+        return {"label": self.label, **super().as_dict(), "metrics": metrics}
 
 
 @dataclass(frozen=True)
@@ -222,9 +196,8 @@ class CountResult:
             return cls(points.count, "points", points)
         if points.none_found and not points.stated_count:
             return cls(0, "none", points)
-        if points.stated_count is not None:
-            return cls(points.stated_count, "stated", points)
-        return cls(None, "unread", points)
+        how: Literal["stated", "unread"] = "unread" if points.stated_count is None else "stated"
+        return cls(points.stated_count, how, points)
 
     @property
     def consistent(self) -> bool | None:
@@ -235,11 +208,6 @@ class CountResult:
     def truncated(self) -> bool:
         """Whether the answer was cut off; `number` is then a lower bound."""
         return self.points.truncated
-
-    @property
-    def result(self) -> Result | None:
-        """The answer, with its metrics."""
-        return self.points.result
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; what was read from the answer stands under ``points``."""
@@ -260,10 +228,10 @@ def parse_points(
     Args:
         text: the answer.
         truncated: the answer was cut off (``finish_reason == "length"``).
-        image: the image it is about, for ``draw()`` and notebooks.
+        image: the image it is about, for ``draw()``.
     """
     scan = _Scan(text, final=True)
-    prose = "".join(scan.prose).strip().replace("\u2019", "'")
+    prose = scan.prose.strip().replace("\u2019", "'")
     stated = _stated_count(prose)
     return PointResult(
         text=text,
@@ -279,12 +247,9 @@ def parse_points(
 class PointStream:
     """Finds points while the answer is still being written.
 
-    ``feed`` returns the points its piece of text completed, each exactly once, as soon as both
-    numbers are there; a ``label`` or ``alt`` that follows later in the text is None in them.
-    ``finish`` returns those that only the end of the text decides: bare ``(x, y)`` pairs count
-    only where there is no tag. ``result`` is what ``parse_points`` makes of the joined text, the
-    same places in the same order and with their labels, however the text was split. Each call
-    reads the text anew: about a millisecond for an answer of a hundred points.
+    However the text is split, the points returned are those of ``parse_points`` in their order,
+    but for a ``label`` or ``alt`` that follows later in the text. Each call reads the text anew:
+    about a millisecond for an answer of a hundred points.
     """
 
     def __init__(self) -> None:
@@ -293,53 +258,52 @@ class PointStream:
         self._ended = False
 
     def feed(self, text: str) -> list[Point]:
-        """Take the next piece of text; return the points it completed.
+        """Take the next piece of text; return the points it completed, each exactly once.
 
         Raises InputError after ``finish`` or ``result``.
         """
         if self._ended:
             raise InputError("This point stream has ended; start a new PointStream.")
         self._text += text
-        return self._new(_Scan(self._text, final=False))
+        return self._new_points(final=False)
 
     def finish(self) -> list[Point]:
-        """End the text; return the points not returned before. Once ended, there are none."""
-        if self._ended:
-            return []
+        """End the text; return the points that only its end decides, such as bare pairs."""
         self._ended = True
-        return self._new(_Scan(self._text, final=True))
+        return self._new_points(final=True)
 
     def result(self, *, truncated: bool = False, image: ImageLike | None = None) -> PointResult:
         """End the text; return everything it says. The arguments are those of parse_points."""
         self._ended = True
         return parse_points(self._text, truncated=truncated, image=image)
 
-    def _new(self, scan: _Scan) -> list[Point]:
-        points = scan.points[self._returned :]
+    def _new_points(self, *, final: bool) -> list[Point]:
+        points = _Scan(self._text, final=final).points[self._returned :]
         self._returned += len(points)
         return points
 
 
 # Quantifiers over more than one character class are bounded or possessive: no text is slow.
 _TAG = r"<(?P<close>/?)(?P<kind>points?|tracks)(?=[\s/>])"
+_NO_TAG = r"<(?!/?(?:points?|tracks)[\s/>])"
 _START = re.compile(
     rf"(?i:{_TAG})|Click\((?=(?a:\s{{0,80}}[-+.\d]))(?P<click>[^()<]{{0,80}})(?P<end>\)|\Z)"
 )
 _NEXT_TAG = re.compile(_TAG, re.I)
 _TAG_STARTS = ("<points", "<tracks", "</points", "</tracks")
-_IN_TAG = re.compile(rf"/?>|{_TAG}|(?P<name>(?a:\w[\w:.-]{{0,31}}))(?P<equals>\s*+=\s*+)?", re.I)
-_COORDINATE = re.compile(r"([xy])(\d{0,6})", re.A)
-_NUMBERED = re.compile(r"p|\d{1,6}", re.A)
-_QUOTED = re.compile(r"[-+.,\d\s]{0,64}", re.A)
-_UNQUOTED = re.compile(r"[-+.\d]{0,32}(?:,\s{0,4}[-+.\d]{0,32})?", re.A)
-_FRAMES = re.compile(r"[-+.\d\s;:,]*", re.A)
-_FRAME_END = re.compile(r"[;:,\t]")
-_LAST_Y = re.compile(r"1000|(?!100)\d{3}", re.A)
-_VALUE_END = {
-    '"': re.compile(rf'"|{_TAG}', re.I),
-    "'": re.compile(rf"'|{_TAG}", re.I),
-    "": re.compile(rf"[\s>]|/>|{_TAG}", re.I),
+_TOKEN = re.compile(
+    rf"/?>|{_TAG}|(?P<name>(?a:\w[\w:.-]{{0,31}}))(?:\s*+=\s*+(?P<quote>[\"']?))?", re.I
+)
+_NUMBER_NAME = re.compile(r"(?P<axis>[xy])(?P<key>\d{0,6})|(?P<id>p|\d{1,6})", re.A)
+_VALUES = {
+    '"': re.compile(rf'(?:[^"<]++|{_NO_TAG})*+', re.I),
+    "'": re.compile(rf"(?:[^'<]++|{_NO_TAG})*+", re.I),
+    "": re.compile(rf"(?:[^\s<>/]++|/(?!>)|{_NO_TAG})*+", re.I),
 }
+_QUOTED_NUMBER = re.compile(r"[-+.,\d\s]{0,64}", re.A)
+_UNQUOTED_NUMBER = re.compile(r"[-+.\d]{0,32}(?:,\s{0,4}[-+.\d]{0,32})?", re.A)
+_FRAMES = re.compile(r"[-+.\d\s;:,]*", re.A)
+_LAST_Y = re.compile(r"1000|(?!100)\d{3}", re.A)
 _BARE = re.compile(
     r"\(\s{0,4}([-+]?\d{1,24}+\.\d{1,24}+)(?:\s{0,4},\s{0,4}|\s{1,4})"
     r"([-+]?\d{1,24}+\.\d{1,24}+)\s{0,4}\)",
@@ -354,35 +318,24 @@ _FRAME = re.compile(r"\d{1,9}(?:\.\d{0,6})?", re.A)
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});", re.A)
 
 
-class _Place(NamedTuple):
-    x: float
-    y: float
-    id: int | None = None
-    image_index: int | None = None
-    t: float | None = None
-
-
 class _Scan:
-    """Everything a text says.
+    """Everything a text says; while it is not `final`, the points no further text can change.
 
-    Attributes:
-        points: the usable points, in the order in which they become complete; while the text is
-            not `final`, those that no further text can change.
-        malformed: pairs that cannot be used, and tags without any pair.
-        cut: the text ends inside a tag or a pair.
-        prose: the text outside of tags, in pieces.
+    `malformed` counts pairs that cannot be used and tags without any pair, `cut` is whether the
+    text ends inside a tag or a pair, `prose` holds the text outside of tags.
     """
 
     def __init__(self, text: str, *, final: bool) -> None:
         self.points: list[Point] = []
         self.malformed = 0
         self.cut = False
-        self.prose: list[str] = []
         self._text, self._final = text, final
+        self._prose: list[str] = []
+        self._halves: dict[tuple[str, int | None], float | None] = {}  # x or y without the other
         explicit = False  # a tag or a Click: bare pairs are mere prose
         at = 0
         while (start := _START.search(text, at)) and start["end"] != "":
-            self.prose.append(text[at : start.start()])
+            self._prose.append(text[at : start.start()])
             at = start.end()
             if start["close"]:
                 at += text[at] == ">"
@@ -391,162 +344,133 @@ class _Scan:
             if start["kind"]:
                 at = self._read_tag(at, timed=start["kind"].lower() == "tracks")
             else:
-                self._add_pair(*start["click"].replace(",", " ", 1).split())
-        self.prose.append(text[at:])
-        self.cut |= start is not None or bool(self._partial_tag())
+                self._add_percents(*start["click"].replace(",", " ", 1).split())
+        self._prose.append(text[at:])
+        self.prose = "".join(self._prose)
+        self.cut |= start is not None or _partial_tag(text) != ""
         if final and not explicit:
-            prose = "".join(self.prose)
-            for pair in _BARE.finditer(prose):
-                self._add_pair(*pair.groups())
-            self.cut |= _BARE_CUT.search(prose, max(0, len(prose) - 20)) is not None
+            for pair in _BARE.finditer(self.prose):
+                self._add_percents(*pair.groups())
+            self.cut |= _BARE_CUT.search(self.prose, max(0, len(self.prose) - 20)) is not None
 
-    def _add_pair(self, *numbers: str) -> None:
-        x, y = map(_percent, numbers) if len(numbers) == 2 else (None, None)
+    def _add(self, x: float | None, y: float | None, id: int | None = None) -> None:
         if x is None or y is None:
             self.malformed += 1
         else:
-            self.points.append(Point(x, y))
+            self.points.append(Point(x, y, id=id))
 
-    def _partial_tag(self) -> str:
-        """The first characters of a tag that the text ends in."""
-        tail = self._text[max(0, self._text.rfind("<")) :][:9]
-        begun = len(tail) > 2 and any(start.startswith(tail.lower()) for start in _TAG_STARTS)
-        return tail if begun else ""
+    def _add_percents(self, *numbers: str) -> None:
+        x, y = map(_percent, numbers) if len(numbers) == 2 else (None, None)
+        self._add(x, y)
 
     def _read_tag(self, at: int, *, timed: bool) -> int:
         """Read the attributes and the body of a tag; return where to go on."""
-        tag = _Tag(self._text, at, timed=timed, final=self._final)
-        self.malformed += tag.malformed
-        self.cut |= tag.cut
-        label, at = None, tag.end
-        if tag.has_body:
-            end = _NEXT_TAG.search(self._text, at)
-            partial = "" if end else self._partial_tag()
-            body = self._text[at : end.start() if end else None].removesuffix(partial)
-            at += len(body)
-            self.cut |= end is None
-            if (end and end["close"]) or (self._final and partial.startswith("</")):
-                label = _clean(body)
-            else:  # never closed: what follows the tag is prose
-                self.prose.append(body)
-        self.points += [
-            Point(x, y, label, tag.alt, id, image_index, t)
-            for x, y, id, image_index, t in tag.places
-        ]
+        text, first, malformed = self._text, len(self.points), self.malformed
+        alt = label = None
+        self._halves = {}
+        while (token := _TOKEN.search(text, at)) and token["name"]:
+            name, quote, at = token["name"].lower(), token["quote"], token.end()
+            if quote is None:
+                continue
+            number = _NUMBER_NAME.fullmatch(name)
+            if name == "coords":
+                pattern = _FRAMES
+            elif number:
+                pattern = _QUOTED_NUMBER if quote else _UNQUOTED_NUMBER
+            else:
+                pattern = _VALUES[quote]
+            match = pattern.match(text, at)
+            assert match is not None  # it may be empty
+            value, at = match[0], match.end()
+            after = text[at : at + 1]
+            at += after == quote != ""
+            if name == "coords":
+                self._read_frames(value, after, timed)
+            elif number:
+                self._read_number(number, value, after)
+            elif name == "alt" and after not in ("", "<"):  # else its end is missing
+                alt = _clean(value)
+        if token is None:
+            self.cut, at = True, len(text)
+            self.malformed += list(self._halves.values()).count(None)
+        else:
+            at = token.start() if token["kind"] else token.end()
+            self.malformed += len(self._halves)
+            self.malformed += len(self.points) == first and self.malformed == malformed
+        if token and token[0] == ">":
+            label, at = self._read_body(at)
+        self.points[first:] = [replace(p, label=label, alt=alt) for p in self.points[first:]]
         return at
 
+    def _read_body(self, at: int) -> tuple[str | None, int]:
+        """Read the text between two tags; the label is None if it is not closed."""
+        end = _NEXT_TAG.search(self._text, at)
+        partial = "" if end else _partial_tag(self._text)
+        body = self._text[at : end.start() if end else None].removesuffix(partial)
+        self.cut |= end is None
+        if (end and end["close"]) or (self._final and partial.startswith("</")):
+            return _clean(body), at + len(body)
+        self._prose.append(body)  # what follows a tag that is never closed
+        return None, at + len(body)
 
-class _Tag:
-    """The attributes of one tag, read from `at` to its ``>``, the next tag or the end."""
-
-    def __init__(self, text: str, at: int, *, timed: bool, final: bool) -> None:
-        self.places: list[_Place] = []
-        self.alt: str | None = None
-        self.malformed = 0
-        self._text, self._timed, self._final = text, timed, final
-        self._halves: dict[int | None, tuple[str, float | None]] = {}
-        while (token := _IN_TAG.search(text, at)) and token["name"]:
-            at = token.end()
-            if token["equals"]:
-                at = self._read_value(at, token["name"].lower())
-        self.cut = token is None
-        self.has_body = token is not None and token[0] == ">"
-        halves = [y for _, y in self._halves.values()]
-        if token is None:
-            self.end = len(text)
-            self.malformed += halves.count(None)
-        else:
-            self.end = token.start() if token["kind"] else token.end()
-            self.malformed += len(halves) or not (self.places or self.malformed)
-
-    def _read_value(self, at: int, name: str) -> int:
-        """Read the value that begins at `at`; return where to go on."""
-        quote = self._text[at : at + 1]
-        quote = quote if quote in ('"', "'") else ""
-        at += len(quote)
-        if name == "coords":
-            return self._read_frames(at, quote)
-        if _COORDINATE.fullmatch(name) or _NUMBERED.fullmatch(name):
-            return self._read_number(at, quote, name)
-        end = _VALUE_END[quote].search(self._text, at)
-        if end is None:
-            return len(self._text)
-        if end["kind"]:  # the closing quote is missing, so the value is unknown
-            return end.start()
-        if name == "alt":
-            self.alt = _clean(self._text[at : end.start()])
-        return end.start() + len(quote)
-
-    def _read_number(self, at: int, quote: str, name: str) -> int:
-        run = (_QUOTED if quote else _UNQUOTED).match(self._text, at)
-        assert run is not None
-        number, after = run[0], self._text[run.end() : run.end() + 1]
+    def _read_number(self, name: re.Match[str], value: str, after: str) -> None:
         # A missing closing quote is forgiven where the number plainly ends.
-        ended = after != "" and (after in "\"'<>/" or after.isspace() or number[-1:].isspace())
-        if coordinate := _COORDINATE.fullmatch(name):
-            if after:  # the end of the text may have cut digits off
-                x = _percent(number.strip(" \t\r\n,")) if ended else None
-                self._add_half(coordinate[1], _integer(coordinate[2]), x)
-        elif after or self._final:
-            pair = _TENTHS.fullmatch(number.strip())
-            if pair and (ended or not after):
-                x, y = int(pair[1]) / 1000, int(pair[2]) / 1000
-                self.places.append(_Place(x, y, _integer(name)))
+        ended = not after or after.isspace() or after in "\"'<>/" or value[-1:].isspace()
+        if name["id"]:
+            tenths = _TENTHS.fullmatch(value.strip()) if ended else None
+            if tenths and (after or self._final):
+                self._add(int(tenths[1]) / 1000, int(tenths[2]) / 1000, _integer(name["id"]))
+            elif after:
+                self.malformed += 1
+        elif after:  # the end of the text may have cut digits off
+            axis, key = name["axis"], _integer(name["key"])
+            other = "y" if axis == "x" else "x"
+            number = _percent(value.strip(" \t\r\n,")) if ended else None
+            if (other, key) in self._halves:
+                pair = {axis: number, other: self._halves.pop((other, key))}
+                self._add(pair["x"], pair["y"], key)
             else:
-                self.malformed += after != ""
-        return run.end() + (after == quote != "")
+                self.malformed += (axis, key) in self._halves
+                self._halves[axis, key] = number
 
-    def _add_half(self, axis: str, key: int | None, value: float | None) -> None:
-        other = self._halves.pop(key, None)
-        if other is None or other[0] == axis:
-            self.malformed += other is not None
-            self._halves[key] = (axis, value)
-            return
-        x, y = (other[1], value) if axis == "y" else (value, other[1])
-        if x is None or y is None:
-            self.malformed += 1
-        else:
-            self.places.append(_Place(x, y, key))
-
-    def _read_frames(self, at: int, quote: str) -> int:
-        run = _FRAMES.match(self._text, at)
-        assert run is not None
-        after = self._text[run.end() : run.end() + 1]
-        *frames, last = [frame.split() for frame in _FRAME_END.split(run[0])]
-        for numbers in frames:
-            self._read_frame(numbers, ended=True)
-        if not after and last and not run[0][-1].isspace():
+    def _read_frames(self, value: str, after: str, timed: bool) -> None:
+        frames = [frame.split() for frame in re.split(r"[;:,\t]", value)]
+        if not after and frames[-1] and not value[-1].isspace():
             # Of a cut-off pair, only a y that no further digit could follow is complete.
-            awaits_y = len(last) > 1 and len(last) % 3 == 1
-            if not (self._final and awaits_y and _LAST_Y.fullmatch(last[-1])):
-                last.pop()
-        self._read_frame(last, ended=after != "")
-        return run.end() + (after == quote != "")
+            awaits_y = len(frames[-1]) > 1 and len(frames[-1]) % 3 == 1
+            if not (self._final and awaits_y and _LAST_Y.fullmatch(frames[-1][-1])):
+                frames[-1].pop()
+        for numbers in frames[:-1]:
+            self._read_frame(numbers, timed, ended=True)
+        self._read_frame(frames[-1], timed, ended=after != "")
 
-    def _read_frame(self, numbers: list[str], *, ended: bool) -> None:
+    def _read_frame(self, numbers: list[str], timed: bool, *, ended: bool) -> None:
         frame, *triples = numbers or [""]
-        slipped = ended and len(triples) % 3 > 0
         known = _FRAME.fullmatch(frame) is not None
-        waiting: list[_Place] = []
+        t = float(frame) if known and (timed or "." in frame) else None
+        index = int(frame) - 1 if known and t is None and int(frame) > 0 else None
+        slipped = ended and len(triples) % 3 > 0
+        waiting = False
         for name, *xy in zip(*[iter(triples)] * 3, strict=False):
             id, (x, y) = _integer(name), map(_integer, xy)
             if id is None or x is None or y is None or max(x, y) > 1000 or not known:
                 self.malformed += 1
                 continue
-            t = float(frame) if self._timed or "." in frame else None
-            index = int(frame) - 1 if t is None and int(frame) > 0 else None
-            place = _Place(x / 1000, y / 1000, id, index, t)
             # The form pads to three digits. A shorter number may mean that one is missing and all
             # have slipped: such a pair waits until the frame's numbers are known to add up.
-            if waiting or min(map(len, xy)) < 3:
-                waiting.append(place)
+            waiting |= min(map(len, xy)) < 3
+            if not waiting or (not slipped and (ended or self._final)):
+                self.points.append(Point(x / 1000, y / 1000, id=id, image_index=index, t=t))
             else:
-                self.places.append(place)
-        if slipped:
-            self.malformed += 1 + len(waiting)
-        else:
-            self.malformed += ended and bool(numbers) and not triples
-            self.places += waiting if ended or self._final else []
+                self.malformed += slipped
+        self.malformed += slipped or (ended and bool(numbers) and not triples)
+
+
+def _partial_tag(text: str) -> str:
+    """Return the first characters of a tag that the text ends in."""
+    tail = text[max(0, text.rfind("<")) :][:9]
+    begun = len(tail) > 2 and any(start.startswith(tail.lower()) for start in _TAG_STARTS)
+    return tail if begun else ""
 
 
 def _percent(text: str) -> float | None:
@@ -570,18 +494,19 @@ _ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
     "fifteen sixteen seventeen eighteen nineteen"
 ).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 _NUMBER_WORDS = {word: number for number, word in enumerate(_ONES)}
-_NUMBER_WORDS |= {word: 10 * number for number, word in enumerate(_TENS, 2)}
+for _tens, _word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2):
+    _NUMBER_WORDS[_word] = 10 * _tens
+    _NUMBER_WORDS |= {f"{_word} {_ONES[unit]}": 10 * _tens + unit for unit in range(1, 10)}
+_WORDS = "|".join(sorted(_NUMBER_WORDS, key=len, reverse=True)).replace(" ", "[- ]")
 # Digits with separators stand in groups of three; "12,34", "1.5" and "50%" are no counts.
 _NUMBER = (
-    r"(?P<digits>\d{1,3}(?:[,_' \u00a0\u2009\u202f]\d{3}){1,3}|\d{1,12})(?![\d%]|[.,]\d)"
-    rf"|(?P<tens>{'|'.join(_TENS)})(?:[- ](?P<unit>{'|'.join(_ONES[1:10])}))?\b"
-    rf"|(?P<small>{'|'.join(sorted(_ONES, key=len, reverse=True))})\b"
+    r"(?:(?P<digits>\d{1,3}(?:[,_' \u00a0\u2009\u202f]\d{3}){1,3}|\d{1,12})(?![\d%]|[.,]\d)"
+    rf"|(?P<word>{_WORDS})\b)"
 )
-_TOTAL = re.compile(rf"\btotal of\s{{1,4}}(?:{_NUMBER})", re.I)
-_THERE_ARE = re.compile(rf"\bthere (?:are|is)\s{{1,4}}(?:{_NUMBER})", re.I)
-_ALONE = re.compile(rf"(?:{_NUMBER})\.?", re.I)
+_TOTAL = re.compile(rf"\btotal of\s{{1,4}}{_NUMBER}", re.I)
+_THERE_ARE = re.compile(rf"\bthere (?:are|is)\s{{1,4}}{_NUMBER}", re.I)
+_ALONE = re.compile(rf"{_NUMBER}\.?", re.I)
 _NONE = re.compile(
     r"\bthere(?: is| are|'s) (?:none|no (?:such )?[^.!?]{1,80} in (?:the|this|that) )"
     r"|\bthere (?:are|is)(?: not|n't) any\b|\bthere are no\b|\bdo(?: not|n't) see any\b"
@@ -603,8 +528,7 @@ def _stated_count(prose: str) -> int | None:
 def _number(match: re.Match[str]) -> int:
     if match["digits"]:
         return int(re.sub(r"\D", "", match["digits"]))
-    words = (match["tens"] or "", match["unit"] or "", match["small"] or "")
-    return sum(_NUMBER_WORDS.get(word.lower(), 0) for word in words)
+    return _NUMBER_WORDS[match["word"].lower().replace("-", " ")]
 
 
 # Neighbours in the list differ strongly, so that neighbouring numbers can be told apart.
@@ -614,27 +538,24 @@ _COLOURS = (
 )  # fmt: skip
 
 
-def _draw(canvas: Image.Image, marks: list[tuple[tuple[int, int], str]]) -> None:
-    """Draw a dot and a text at each (column, row): rings and badges show on any background."""
+def _draw(canvas: Image.Image, marks: list[tuple[int, int, str]]) -> None:
+    """Draw a dot and a text at each (column, row, text): they show on any background."""
     width, height = canvas.size
     size = max(10, round(0.028 * min((width * height) ** 0.5, 2 * min(width, height))))
-    # Pillow builds without FreeType have one bitmap font of one size, and Latin-1 only.
-    font = ImageFont.load_default(size if features.check("freetype2") else None)
     line, radius = max(1, round(size * 0.1)), max(2, round(size * 0.25))
-    pad, reach = 2 * line + 1, radius + 2 * line
+    reach = radius + 2 * line
     draw = ImageDraw.Draw(canvas)
-    for index, ((column, row), text) in enumerate(marks):
+    style: dict[str, Any] = {
+        "font": ImageFont.load_default(size), "anchor": "lb", "stroke_width": 2 * line,
+    }  # fmt: skip
+    for column, row, text in marks:
         text = "".join(char if char.isprintable() else " " for char in text[:60])
-        text = text.encode("latin-1", "replace").decode("latin-1")
-        left, top, right, bottom = (round(side) for side in draw.textbbox((0, 0), text, font))
-        wide, tall = right - left + 2 * pad, bottom - top + 2 * pad
-        x = max(0, min(column + reach, width - wide))
-        y = max(0, min(row - reach - tall, height - tall))
-        box = (x, y, x + wide - 1, y + tall - 1)
-        draw.rectangle(box, (0, 0, 0), _COLOURS[index % len(_COLOURS)], line)
-        draw.text((x + pad - left, y + pad - top), text, (255, 255, 255), font)
+        _, top, right, _ = draw.textbbox((column + reach, row - reach), text, **style)
+        x = column + reach - max(0, right - width)
+        y = row - reach - min(0, top)
+        draw.text((x, y), text, (255, 255, 255), stroke_fill=(0, 0, 0), **style)
     # After the texts, so that none hides a dot.
-    for index, ((column, row), _) in enumerate(marks):
+    for index, (column, row, _) in enumerate(marks):
         colour = _COLOURS[index % len(_COLOURS)]
         for r, fill in ((reach, (0, 0, 0)), (radius + line, (255, 255, 255)), (radius, colour)):
             draw.ellipse((column - r, row - r, column + r, row + r), fill)
