@@ -93,9 +93,7 @@ def step_bytes(
 def add_power(ceiling: Ceiling, row: Row, sampler: Sampler) -> None:
     """Fill in watts and joules: of decode alone at batch 1, of the whole row otherwise."""
     summary = sampler.summary()
-    clock = summary.clocks_mhz.get("gpu")
-    ceiling.gpu_mhz = clock.mean if clock else None
-    ceiling.throttled = summary.throttled.maximum > 0 if summary.throttled else None
+    ceiling.gpu_mhz, ceiling.throttled = summary.gpu_mhz, summary.throttled
     tokens = sum(sample.output_tokens or 0 for sample in row.succeeded)
     if summary.energy_j is not None and tokens:
         ceiling.row_joules_per_token = summary.energy_j / tokens
@@ -107,7 +105,7 @@ def add_power(ceiling: Ceiling, row: Row, sampler: Sampler) -> None:
         ]
         watts = [
             reading.power_w
-            for reading in sampler.samples
+            for reading in sampler.readings
             if reading.power_w is not None and any(a <= reading.t_s <= b for a, b in spans)
         ]
         speed = row.summary("output_tps").mean
@@ -115,7 +113,7 @@ def add_power(ceiling: Ceiling, row: Row, sampler: Sampler) -> None:
             ceiling.watts = fmean(watts)
             ceiling.joules_per_token = ceiling.watts / speed if speed else None
     elif summary.power_w is not None:
-        ceiling.watts = summary.power_w.mean
+        ceiling.watts = summary.power_w
         ceiling.joules_per_token = ceiling.row_joules_per_token
     if ceiling.joules_per_token:
         ceiling.tps_per_watt = 1 / ceiling.joules_per_token

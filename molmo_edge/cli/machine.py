@@ -22,26 +22,21 @@ from molmo_edge.devices.profiles import load_profile, profile_names, select_prof
 app = typer.Typer()
 config_app = typer.Typer(help="The settings and the source of each.")
 app.add_typer(config_app, name="config")
-_STYLES = {"PROBLEM": "red", "warn": "yellow"}
+_STYLES = {"problem": "red", "warn": "yellow"}
 
 
 @app.command(epilog=examples("molmo-edge doctor", "molmo-edge doctor --profile thor --json"))
-def doctor(
-    profile: ProfileOption = None,
-    running: Annotated[
-        bool, typer.Option("--running", help="An engine is running: skip the free memory check.")
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
+def doctor(profile: ProfileOption = None, as_json: JsonOption = False) -> None:
     """Check this machine and installation. Exit status 1 when something will not work."""
-    from molmo_edge.devices.doctor import diagnose, diagnosis_lines
+    from molmo_edge.devices.doctor import diagnose
 
-    diagnosis = diagnose(
-        profile=None if profile is None else load_profile(profile), running=running
-    )
-    lines = diagnosis_lines(diagnosis)
-    shown = (Text(line, _STYLES.get(line.split(" ", 1)[0], "")) for line in lines)
-    output(diagnosis.as_dict(), *shown, as_json=as_json)
+    diagnosis = diagnose(profile=None if profile is None else load_profile(profile))
+    lines = []
+    for one in diagnosis.findings:
+        text = f"{one.level:<7} {one.what}: {one.detail}"
+        text += f"\n        → {one.todo}" if one.todo else ""
+        lines.append(Text(text, _STYLES.get(one.level, "")))
+    output(diagnosis.as_dict(), *lines, as_json=as_json)
     if not diagnosis.healthy:
         raise typer.Exit(1)
 

@@ -61,31 +61,22 @@ def cache_environment(
         device: the device that code is compiled for.
         versions: of "vllm" and "torch", ``None`` or missing where not installed.
     """
-    directory = root.expanduser().absolute() / "compiled" / cache_key(device, versions)
-    return {variable: str(directory / name) for _, variable, name in _kinds(device)}
-
-
-def cache_key(device: DeviceInfo, versions: Mapping[str, str | None]) -> str:
-    """Directory name for what compiled code depends on: vLLM, torch, and the GPU or processor."""
     parts = [f"{name}-{versions.get(name) or 'unknown'}" for name in ("vllm", "torch")]
     if device.kind == "cuda":
         parts += [device.sm or "sm_unknown", device.name]
     else:
-        parts += ["cpu", device.cpu_name or device.machine or "unknown"]
-    return re.sub(r"[^a-z0-9._+]+", "-", "-".join(parts).lower()).strip("-")[:150]
+        parts += ["cpu", device.name]
+    key = re.sub(r"[^a-z0-9._+]+", "-", "-".join(parts).lower()).strip("-")[:150]
+    directory = root.expanduser().absolute() / "compiled" / key
+    return {variable: str(directory / name) for _, variable, name in _kinds(device)}
 
 
-def caches(
-    src: Sources,
-    device: DeviceInfo,
-    cache_dir: Path | None = None,
-    versions: Mapping[str, str | None] | None = None,
-) -> list[Cache]:
+def caches(src: Sources, device: DeviceInfo, versions: Mapping[str, str | None]) -> list[Cache]:
     """Return molmo_edge's cache root and the caches of its dependencies on this kind of device."""
     env = src.environ
     xdg = env.get("XDG_CACHE_HOME") or f"{env.get('HOME') or Path.home()}/.cache"
-    own = str(cache_dir) if cache_dir else env.get("MOLMO_EDGE_CACHE_DIR") or f"{xdg}/molmo_edge"
-    paths = cache_environment(Path(own), device, versions or {}) | dict(env)
+    own = env.get("MOLMO_EDGE_CACHE_DIR") or f"{xdg}/molmo_edge"
+    paths = cache_environment(Path(own), device, versions) | dict(env)
     rows = [("molmo_edge", "MOLMO_EDGE_CACHE_DIR", own)]
     rows += [(what, variable, paths[variable]) for what, variable, _ in _kinds(device)]
     return [
@@ -104,7 +95,7 @@ def _size(directory: Path) -> int | None:
     files = (Path(path, name) for path, _, names in os.walk(directory) for name in names)
     total = 0
     for file in islice(files, _MAX_FILES):
-        with suppress(OSError):
+        with suppress(OSError):  # another process may delete it
             total += file.lstat().st_size
     return total
 

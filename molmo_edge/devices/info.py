@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Clock = tuple[int | None, int | None]
+Clock = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class DeviceInfo:
         known_as: the name that ``known_device`` takes for it.
         figures_source: where bandwidth and FLOP/s are published.
         driver, cuda: NVIDIA driver version, and the newest CUDA version it supports.
-        cpu_name, cpu_isa, cpu_count: processor, its instruction sets (empty when unknown), and
-            the number of logical processors.
+        cpu_name, cpu_isa, cpu_count: processor (x86 only), its instruction sets as in /proc/cpuinfo
+            (empty when unknown), and the number of logical processors.
         cpu_governor: cpufreq governor of the first core.
         power_mode: nvpmodel mode of a Jetson, such as "MAXN".
         power_limit_w: (enforced, default) board power limit in watts.
@@ -35,9 +35,7 @@ class DeviceInfo:
         jetson_model: board name from the device tree.
         machine: architecture as ``uname -m`` prints it.
         is_wsl, in_container: whether this process runs in WSL, in a container.
-        gpu_index, gpu_count: NVML index of this GPU, and the number of GPUs NVML lists.
         nvml_error: NVML's error message if it is installed and failed.
-        assumed: fields taken from published figures because the machine does not report them.
     """
 
     name: str
@@ -59,16 +57,13 @@ class DeviceInfo:
     cpu_count: int | None = None
     cpu_governor: str | None = None
     power_mode: str | None = None
-    power_limit_w: tuple[float | None, float | None] | None = None
+    power_limit_w: tuple[float, float] | None = None
     clocks: Mapping[str, Clock] = field(default_factory=dict)
     jetson_model: str | None = None
     machine: str | None = None
     is_wsl: bool = False
     in_container: bool = False
-    gpu_index: int | None = None
-    gpu_count: int | None = None
     nvml_error: str | None = None
-    assumed: tuple[str, ...] = ()
 
     @property
     def capability(self) -> tuple[int, int] | None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from molmo_edge.devices.info import DeviceInfo
 from molmo_edge.devices.profiles import Profile, select_profile
-from molmo_edge.devices.shapes import ModelShape
 from molmo_edge.errors import ConfigError
 from molmo_edge.settings import REFUSED_PRECISIONS
 
@@ -81,20 +80,17 @@ def choose_precision(
         ConfigError: a precision this checkpoint does not have, one that would leave dense weights
             unquantised, or weights that do not fit. "auto" fails only when nothing fits.
     """
-    available = dict(model_bytes_by_precision)
-    if not available:
-        raise ConfigError("the model can be loaded in no precision that this library knows")
+    sizes = model_bytes_by_precision
     usable = usable_bytes(device, utilization)
-    room = [n for n, size in available.items() if usable is None or size + kv_bytes <= usable]
-    precision, reason = _preferred(requested, available, device, profile)
+    room = [n for n, size in sizes.items() if usable is None or size + kv_bytes <= usable]
+    precision, reason = _preferred(requested, sizes, device, profile)
     if precision in room:
-        unchecked = usable is None and requested == "auto" and reason != "as stored"
-        return Choice(precision, reason + "; memory unknown, so not checked" * unchecked)
-    size, memory = _gb(available[precision]), f"{_gb(usable)} of usable memory on {device.name}"
+        return Choice(precision, reason)
+    size, memory = _gb(sizes[precision]), f"{_gb(usable or 0)} of usable memory on {device.name}"
     if requested == "auto" and precision == "bf16" and device.kind == "cuda" and "fp8" in room:
         reason = (
             f"{plain} weights ({size}) do not fit {memory}: loading them in FP8 "
-            f"({_gb(available['fp8'])})"
+            f"({_gb(sizes['fp8'])})"
         )
         return Choice("fp8", reason, fallback=True)
     if device.kind == "cpu":
@@ -110,11 +106,11 @@ def choose_precision(
 
 
 def _preferred(
-    requested: str, available: Mapping[str, int], device: DeviceInfo, profile: Profile | None
+    requested: str, sizes: Mapping[str, int], device: DeviceInfo, profile: Profile | None
 ) -> tuple[str, str]:
     """Return the precision to load if it fits, and why."""
-    stored = next(iter(available))
-    if len(available) == 1 and stored != "bf16":
+    if "bf16" not in sizes:  # quantised
+        (stored,) = sizes
         if stored in REFUSED_PRECISIONS:
             raise ConfigError(
                 f"the checkpoint is quantised with {stored}: {REFUSED_PRECISIONS[stored]}"
@@ -127,11 +123,9 @@ def _preferred(
         return stored, "as stored"
     if requested == "auto":
         source = profile or select_profile(device)[0]
-        wish = str(source.settings.get("precision", "auto"))
-        if wish not in available:
-            wish = "bf16" if "bf16" in available else stored
-        return wish, f"profile {source.name}"
-    if requested not in available:
+        wish = str(source.settings.get("precision"))
+        return wish if wish in sizes else "bf16", f"profile {source.name}"
+    if requested not in sizes:
         raise ConfigError(
             f"precision {requested} needs a checkpoint that is already quantised, and this one "
             f"is not: molmo-edge quantize MODEL OUT --scheme {requested}"
@@ -139,8 +133,8 @@ def _preferred(
     return requested, "requested"
 
 
-def _gb(count: int | None) -> str:
-    return "unknown" if count is None else f"{count / 1e9:.1f} GB"
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
 
 
 def check_kv_cache_dtype(
@@ -192,21 +186,6 @@ def kv_cache_warning(kv_cache_dtype: str, *, qwen2: bool) -> str | None:
         "Molmo-7B-D have large key outliers: measure it with the benchmark's drift check, or use "
         "fp8_per_token_head"
     )
-
-
-def planned_dtype(kv_cache_dtype: str) -> str:
-    """Return the name in ``KV_DTYPES`` that has a setting's size; "auto" is BF16."""
-    return {"auto": "bfloat16", "fp8_e4m3": "fp8", "fp8_e5m2": "fp8"}.get(
-        kv_cache_dtype, kv_cache_dtype
-    )
-
-
-def request_bytes(
-    shape: ModelShape, tokens: int, kv_cache_dtype: str, *, float32: bool = False
-) -> int:
-    """Bytes of the KV cache of one request; with ``float32`` activations "auto" is float32."""
-    size = shape.kv_bytes(tokens, planned_dtype(kv_cache_dtype))
-    return 2 * size if float32 and kv_cache_dtype == "auto" else size
 
 
 def check_kv_room(longest: int, given: int | None) -> None:

@@ -9,10 +9,8 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from molmo_edge.devices.info import DeviceInfo
@@ -20,19 +18,17 @@ from molmo_edge.devices.specs import GIB
 from molmo_edge.errors import ConfigError
 
 _DIRECTORY = Path(__file__).with_name("profiles")
-_TABLES = ("match", "settings", "engine_args", "env")
-_MATCH = ("kind", "capability", "integrated", "memory_gb_min", "memory_gb_max")
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Immutable settings for one kind of device.
+    """Settings for one kind of device.
 
     Attributes:
         name: as ``--profile`` takes it.
         description: one line.
-        match: conditions on the device: ``kind``, ``capability`` (a list), ``integrated``,
-            ``memory_gb_min`` and ``memory_gb_max`` (GiB).
+        match: conditions on the device: ``kind``, ``capability`` (a list), ``integrated`` and
+            ``memory_gb_max`` (GiB).
         settings: values of ``EdgeSettings``.
         engine_args: values of ``vllm.EngineArgs``.
         env: environment variables to set before CUDA starts.
@@ -42,22 +38,20 @@ class Profile:
     description: str
     match: Mapping[str, Any]
     settings: Mapping[str, Any]
-    engine_args: Mapping[str, Any]
-    env: Mapping[str, str]
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
 
     def as_settings(self) -> dict[str, Any]:
-        """Return a mutable copy of the settings, ``engine_args`` included if there are any."""
-        values: dict[str, Any] = _thaw(self.settings)
-        return values | ({"engine_args": _thaw(self.engine_args)} if self.engine_args else {})
+        """The settings, ``engine_args`` included if there are any."""
+        arguments = {"engine_args": dict(self.engine_args)} if self.engine_args else {}
+        return {**self.settings, **arguments}
 
 
-@cache
-def profile_names() -> tuple[str, ...]:
+def profile_names() -> list[str]:
     """Names of the profiles, sorted."""
-    return tuple(sorted(path.stem for path in _DIRECTORY.glob("*.toml")))
+    return sorted(path.stem for path in _DIRECTORY.glob("*.toml"))
 
 
-@cache
 def load_profile(name: str) -> Profile:
     """Load a profile by name.
 
@@ -72,37 +66,7 @@ def load_profile(name: str) -> Profile:
             f"unknown profile {name[:60]!r}: {hint}profiles are {', '.join(names)}, "
             "or auto to choose by the device"
         )
-    return parse_profile(name, (_DIRECTORY / f"{name}.toml").read_text(encoding="utf-8"))
-
-
-def parse_profile(name: str, text: str) -> Profile:
-    """Parse the text of a profile's file.
-
-    Raises:
-        ConfigError: invalid TOML, an unknown table or condition, or a value of the wrong type.
-    """
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as exc:
-        raise ConfigError(f"profile {name} is not valid TOML: {exc}") from exc
-    if unknown := sorted(set(data) - {"name", "description", *_TABLES}):
-        raise ConfigError(f"profile {name} has unknown entries: {', '.join(unknown)}")
-    if data.get("name") != name:
-        raise ConfigError(f"profile {name} must have name = {name!r} at its top")
-    tables = {table: data.get(table, {}) for table in _TABLES}
-    for table, values in tables.items():
-        if not isinstance(values, dict):
-            raise ConfigError(f"profile {name}: {table} must be a table")
-    unknown = sorted(set(tables["match"]) - set(_MATCH))
-    if unknown or "kind" not in tables["match"]:
-        raise ConfigError(
-            f"profile {name}: [match] has {', '.join(unknown) or 'no kind'}; "
-            f"expected kind and any of {', '.join(_MATCH[1:])}"
-        )
-    if wrong := sorted(k for k, value in tables["env"].items() if not isinstance(value, str)):
-        raise ConfigError(f"profile {name}: [env] values must be strings: {', '.join(wrong)}")
-    description = str(data.get("description", ""))
-    return Profile(name, description, **{table: _freeze(tables[table]) for table in _TABLES})
+    return Profile(**tomllib.loads((_DIRECTORY / f"{name}.toml").read_text(encoding="utf-8")))
 
 
 def select_profile(device: DeviceInfo) -> tuple[Profile, str]:
@@ -110,42 +74,37 @@ def select_profile(device: DeviceInfo) -> tuple[Profile, str]:
 
     Never fails: ``cuda`` fits every NVIDIA GPU and ``cpu`` everything else.
     """
-    matches = [p for p in map(load_profile, profile_names()) if not mismatches(p, device)]
+    matches = [p for p in map(load_profile, profile_names()) if not _mismatches(p, device)]
     chosen = max(matches, key=lambda profile: len(profile.match))
     return chosen, f"{chosen.name}: {_traits(device)}"
 
 
-def mismatches(profile: Profile, device: DeviceInfo) -> list[str]:
-    """Describe the conditions of a profile that a device does not meet; empty when it fits.
-
-    What is unknown about the device counts as not met.
-    """
-    size = None if device.memory_total_bytes is None else device.memory_total_bytes / GIB
-    unmet = []
-    for condition, wanted in profile.match.items():
-        if condition == "kind" and device.kind != wanted:
-            unmet.append(f"it is for kind {wanted}, this device is {device.kind}")
-        elif condition == "capability" and device.compute_capability not in wanted:
-            has = device.compute_capability or "unknown"
-            unmet.append(f"it is for capability {' or '.join(wanted)}, this device's is {has}")
-        elif condition == "integrated" and device.integrated is not wanted:
-            unmet.append(f"it is for {'shared' if wanted else 'discrete'} GPU memory")
-        elif condition == "memory_gb_min" and (size is None or size < wanted):
-            unmet.append(f"it is for {wanted} GiB or more")
-        elif condition == "memory_gb_max" and (size is None or size > wanted):
-            unmet.append(f"it is for {wanted} GiB or less")
-    return unmet
-
-
 def profile_warning(profile: Profile, device: DeviceInfo) -> str | None:
     """Return a warning if a profile is for another device, else ``None``."""
-    unmet = mismatches(profile, device)
+    unmet = _mismatches(profile, device)
     if not unmet:
         return None
     return (
         f"profile {profile.name} is for another device: {'; '.join(unmet)}. "
         f"{select_profile(device)[0].name} would fit {device.name}"
     )
+
+
+def _mismatches(profile: Profile, device: DeviceInfo) -> list[str]:
+    """Describe the conditions that a device does not meet; what is unknown is not met."""
+    match, unmet = profile.match, []
+    size = device.memory_total_bytes
+    if device.kind != match["kind"]:
+        unmet.append(f"it is for kind {match['kind']}, this device is {device.kind}")
+    if "capability" in match and device.compute_capability not in match["capability"]:
+        has = device.compute_capability or "unknown"
+        wanted = " or ".join(match["capability"])
+        unmet.append(f"it is for capability {wanted}, this device's is {has}")
+    if "integrated" in match and device.integrated is not match["integrated"]:
+        unmet.append(f"it is for {'shared' if match['integrated'] else 'discrete'} GPU memory")
+    if "memory_gb_max" in match and (size is None or size > match["memory_gb_max"] * GIB):
+        unmet.append(f"it is for {match['memory_gb_max']} GiB or less")
+    return unmet
 
 
 def _traits(device: DeviceInfo) -> str:
@@ -157,15 +116,3 @@ def _traits(device: DeviceInfo) -> str:
     if device.memory_total_bytes is not None:
         parts.append(f"{device.memory_total_bytes / GIB:.1f} GiB")
     return ", ".join(parts)
-
-
-def _freeze(value: Any) -> Any:
-    if isinstance(value, dict):
-        return MappingProxyType({key: _freeze(item) for key, item in value.items()})
-    return tuple(_freeze(item) for item in value) if isinstance(value, list) else value
-
-
-def _thaw(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _thaw(item) for key, item in value.items()}
-    return [_thaw(item) for item in value] if isinstance(value, tuple) else value

@@ -23,8 +23,8 @@ class Spec:
     Attributes:
         key: the name ``known_device`` takes.
         name: the name NVML reports, or the board's name for a Jetson.
-        pattern: regular expression for the whole name that NVML reports, or, for a Jetson, for
-            part of its device tree's model and compatible strings.
+        pattern: regular expression for the whole name that NVML reports, or, for a Jetson, also
+            for part of its device tree's model and compatible strings.
         capability: CUDA compute capability.
         integrated: whether GPU and CPU share their memory.
         memory_gib: nominal size.
@@ -59,9 +59,9 @@ _MODULES = "NVIDIA Jetson modules comparison (memory); matrix figures not publis
 
 # Jetson rows that share a pattern differ in memory, which then decides between them.
 SPECS: tuple[Spec, ...] = (
-    Spec("thor-t4000", "NVIDIA Jetson T4000", r"p3834|tegra264",
+    Spec("thor-t4000", "NVIDIA Jetson T4000", r"p3834|tegra264|NVIDIA Thor",
          "11.0", True, 64, 273, 150, 300, 600, _THOR),
-    Spec("thor", "NVIDIA Jetson AGX Thor (T5000)", r"p3834|tegra264",
+    Spec("thor", "NVIDIA Jetson AGX Thor (T5000)", r"p3834|tegra264|NVIDIA Thor",
          "11.0", True, 128, 273, 258.75, 517.5, 1035, _THOR),
     Spec("orin-nano", "NVIDIA Jetson Orin Nano 8GB", r"p3767-000[35]|Orin Nano",
          "8.7", True, 8, 102, None, None, None,
@@ -101,17 +101,19 @@ SPECS: tuple[Spec, ...] = (
 )  # fmt: skip
 
 
-def spec_of_gpu(name: str) -> Spec | None:
-    """Figures of the GPU that reports this name; a laptop or MIG variant matches nothing."""
-    return next((s for s in SPECS if re.fullmatch(s.pattern, name.strip())), None)
+def find_spec(name: str, board: str, memory_bytes: int | None) -> Spec | None:
+    """Figures of a GPU; ``None`` for an unknown one, such as a laptop or MIG variant.
 
-
-def spec_of_jetson(identity: str, memory_bytes: int | None) -> Spec | None:
-    """Figures of the Jetson with these model and compatible strings and this much memory.
-
-    Returns ``None`` when the memory that would decide between two modules is not known.
+    Args:
+        name: as NVML reports it.
+        board: a Jetson's model and device tree names; its containers may hide both.
+        memory_bytes: decides between Jetson modules that share a pattern.
     """
-    matches = [s for s in SPECS if s.is_jetson and re.search(s.pattern, identity)]
+    matches = [
+        spec
+        for spec in SPECS
+        if re.fullmatch(spec.pattern, name) or (spec.is_jetson and re.search(spec.pattern, board))
+    ]
     if len(matches) > 1 and memory_bytes is not None:
         return min(matches, key=lambda spec: abs(spec.memory_gib - memory_bytes / GIB))
     return matches[0] if len(matches) == 1 else None

@@ -29,9 +29,10 @@ class Tower:
     pooled: int = 1024
 
 
-def tensor_shapes(
-    config: Mapping[str, Any], tower: Tower | None = None
-) -> dict[str, tuple[int, ...]]:
+Shapes = dict[str, tuple[int, ...]]
+
+
+def tensor_shapes(config: Mapping[str, Any], tower: Tower | None = None) -> Shapes:
     """Return name → shape of a Molmo 1, as on the hub, for the sizes in its `config.json`."""
     tower = tower or Tower()
     width, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
@@ -40,79 +41,74 @@ def tensor_shapes(
     both = int(config["intermediate_size"])  # gate and up together
     half = both // 2
     vocabulary = int(config.get("embedding_size") or config["vocab_size"])
-    shapes: dict[str, tuple[int, ...]] = {
+    block: Shapes = {
+        "att_proj.weight": (width + 2 * kv, width),
+        "attn_out.weight": (width, width),
+        "ff_proj.weight": (both, width),
+        "ff_out.weight": (width, half),
+        "attn_norm.weight": (width,),
+        "ff_norm.weight": (width,),
+    }
+    if config.get("qkv_bias"):
+        block["att_proj.bias"] = (width + 2 * kv,)
+    if config.get("attention_layer_norm"):
+        block |= {"q_norm.weight": (width,), "k_norm.weight": (kv,)}
+    vit = tower.width
+    vit_block: Shapes = {
+        **{f"attention.{name}": (vit, vit) for name in ("wq", "wk", "wv", "wo")},
+        "feed_forward.w1": (tower.mlp, vit),
+        "feed_forward.w2": (vit, tower.mlp),
+        "attention_norm": (vit,),
+        "ffn_norm": (vit,),
+    }
+    return {
         TEXT + "wte.embedding": (vocabulary, width),
         TEXT + "wte.new_embedding": (NEW_TOKENS, width),
         TEXT + "ln_f.weight": (width,),
         TEXT + "ff_out.weight": (vocabulary, width),
-        VIT + "class_embedding": (tower.width,),
-        VIT + "positional_embedding": (POSITIONS, tower.width),
-        VIT + "patch_embedding.weight": (tower.width, PATCH_VALUES),
-        VISION + "pad_embed": (2, 2 * tower.width),
+        **_repeat(BLOCKS, layers, block),
+        VIT + "class_embedding": (vit,),
+        VIT + "positional_embedding": (POSITIONS, vit),
+        VIT + "patch_embedding.weight": (vit, PATCH_VALUES),
+        **_biased({VIT + "pre_ln": (vit,)}),
+        **_repeat(VIT_BLOCKS, tower.blocks, _biased(vit_block)),
+        VISION + "pad_embed": (2, 2 * vit),
+        **_biased({POOL + name: (tower.pooled, 2 * vit) for name in ("wq", "wk", "wv")}),
+        **_biased({POOL + "wo": (tower.pooled, tower.pooled)}),
         PROJECTOR + "w1.weight": (half, tower.pooled),
         PROJECTOR + "w2.weight": (width, half),
         PROJECTOR + "w3.weight": (half, tower.pooled),
     }
-    for i in range(layers):
-        block = f"{BLOCKS}{i}."
-        shapes |= {
-            block + "att_proj.weight": (width + 2 * kv, width),
-            block + "attn_out.weight": (width, width),
-            block + "ff_proj.weight": (both, width),
-            block + "ff_out.weight": (width, half),
-            block + "attn_norm.weight": (width,),
-            block + "ff_norm.weight": (width,),
-        }
-        if config.get("qkv_bias"):
-            shapes[block + "att_proj.bias"] = (width + 2 * kv,)
-        if config.get("attention_layer_norm"):
-            shapes |= {block + "q_norm.weight": (width,), block + "k_norm.weight": (kv,)}
-    biased = {POOL + name: (tower.pooled, 2 * tower.width) for name in ("wq", "wk", "wv")}
-    biased[POOL + "wo"] = (tower.pooled, tower.pooled)
-    norms = [VIT + "pre_ln"]
-    for i in range(tower.blocks):
-        block = f"{VIT_BLOCKS}{i}."
-        for name in ("wq", "wk", "wv", "wo"):
-            biased[f"{block}attention.{name}"] = (tower.width, tower.width)
-        biased[block + "feed_forward.w1"] = (tower.mlp, tower.width)
-        biased[block + "feed_forward.w2"] = (tower.width, tower.mlp)
-        norms += [block + "attention_norm", block + "ffn_norm"]
-    for name, shape in biased.items():
-        shapes |= {name + ".weight": shape, name + ".bias": shape[:1]}
-    for name in norms:
-        shapes |= {name + ".weight": (tower.width,), name + ".bias": (tower.width,)}
-    return shapes
 
 
-def gemma3_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def gemma3_shapes(config: Mapping[str, Any]) -> Shapes:
     """Return name → shape of a Gemma 3, as on the hub; the LM head is tied to the embedding."""
     text, vision = gemma3_parts(config)
     width, mlp = int(text["hidden_size"]), int(text["intermediate_size"])
     # The 4B's file leaves out what is transformers' default.
     size = int(text.get("head_dim", 256))
-    q, kv = (int(text.get(f"num_{kind}_heads", default)) * size
-             for kind, default in (("attention", 8), ("key_value", 4)))  # fmt: skip
-    top = "model." if vision is None else "language_model.model."
-    shapes: dict[str, tuple[int, ...]] = {
-        top + "embed_tokens.weight": (int(text.get("vocab_size", 262208)), width),
-        top + "norm.weight": (width,),
+    q = int(text.get("num_attention_heads", 8)) * size
+    kv = int(text.get("num_key_value_heads", 4)) * size
+    norms = ("input", "post_attention", "pre_feedforward", "post_feedforward")
+    block: Shapes = {
+        "self_attn.q_proj.weight": (q, width),
+        "self_attn.k_proj.weight": (kv, width),
+        "self_attn.v_proj.weight": (kv, width),
+        "self_attn.o_proj.weight": (width, q),
+        "self_attn.q_norm.weight": (size,),
+        "self_attn.k_norm.weight": (size,),
+        "mlp.gate_proj.weight": (mlp, width),
+        "mlp.up_proj.weight": (mlp, width),
+        "mlp.down_proj.weight": (width, mlp),
+        **{f"{place}_layernorm.weight": (width,) for place in norms},
     }
-    for i in range(int(text["num_hidden_layers"])):
-        block = f"{top}layers.{i}."
-        shapes |= {
-            block + "self_attn.q_proj.weight": (q, width),
-            block + "self_attn.k_proj.weight": (kv, width),
-            block + "self_attn.v_proj.weight": (kv, width),
-            block + "self_attn.o_proj.weight": (width, q),
-            block + "self_attn.q_norm.weight": (size,),
-            block + "self_attn.k_norm.weight": (size,),
-            block + "mlp.gate_proj.weight": (mlp, width),
-            block + "mlp.up_proj.weight": (mlp, width),
-            block + "mlp.down_proj.weight": (width, mlp),
-        }
-        for place in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
-            shapes[f"{block}{place}_layernorm.weight"] = (width,)
-    return shapes if vision is None else shapes | _siglip_shapes(vision, width)
+    top = "model." if vision is None else "language_model.model."
+    return {
+        top + "embed_tokens.weight": (int(text.get("vocab_size", 262208)), width),
+        **_repeat(f"{top}layers.", int(text["num_hidden_layers"]), block),
+        top + "norm.weight": (width,),
+        **({} if vision is None else _siglip_shapes(vision, width)),
+    }
 
 
 def gemma3_parts(
@@ -124,37 +120,46 @@ def gemma3_parts(
     return config["text_config"], config["vision_config"]
 
 
-def _siglip_shapes(vision: Mapping[str, Any], hidden: int) -> dict[str, tuple[int, ...]]:
+def _siglip_shapes(vision: Mapping[str, Any], hidden: int) -> Shapes:
     width, mlp = int(vision["hidden_size"]), int(vision["intermediate_size"])
     patch = int(vision["patch_size"])
-    positions = (int(vision["image_size"]) // patch) ** 2
+    block: Shapes = {
+        **{f"self_attn.{n}_proj": (width, width) for n in ("q", "k", "v", "out")},
+        "mlp.fc1": (mlp, width),
+        "mlp.fc2": (width, mlp),
+        "layer_norm1": (width,),
+        "layer_norm2": (width,),
+    }
     top = "vision_tower.vision_model."
-    embeddings = top + "embeddings."
-    shapes: dict[str, tuple[int, ...]] = {
-        embeddings + "patch_embedding.weight": (width, 3, patch, patch),
-        embeddings + "patch_embedding.bias": (width,),
-        embeddings + "position_embedding.weight": (positions, width),
+    return {
+        top + "embeddings.patch_embedding.weight": (width, 3, patch, patch),
+        top + "embeddings.patch_embedding.bias": (width,),
+        top + "embeddings.position_embedding.weight": (
+            (int(vision["image_size"]) // patch) ** 2,
+            width,
+        ),
+        **_repeat(f"{top}encoder.layers.", int(vision["num_hidden_layers"]), _biased(block)),
+        **_biased({top + "post_layernorm": (width,)}),
         "multi_modal_projector.mm_input_projection_weight": (width, hidden),
         "multi_modal_projector.mm_soft_emb_norm.weight": (width,),
     }
-    biased: dict[str, tuple[int, ...]] = {top + "post_layernorm": (width,)}
-    for i in range(int(vision["num_hidden_layers"])):
-        block = f"{top}encoder.layers.{i}."
-        biased |= {f"{block}self_attn.{n}": (width, width)
-                   for n in ("q_proj", "k_proj", "v_proj", "out_proj")}  # fmt: skip
-        biased |= {
-            block + "mlp.fc1": (mlp, width),
-            block + "mlp.fc2": (width, mlp),
-            block + "layer_norm1": (width,),
-            block + "layer_norm2": (width,),
-        }
-    for name, shape in biased.items():
-        shapes |= {name + ".weight": shape, name + ".bias": shape[:1]}
-    return shapes
 
 
-def _molmo_config(
-    hidden: int, both: int, heads: int, kv: int | None, layers: int, rows: int, olmo: bool = False
+def _repeat(prefix: str, count: int, block: Shapes) -> Shapes:
+    return {f"{prefix}{i}.{name}": shape for i in range(count) for name, shape in block.items()}
+
+
+def _biased(layers: Shapes) -> Shapes:
+    """Weight and bias of each layer."""
+    return {
+        f"{name}.{kind}": shape if kind == "weight" else shape[:1]
+        for name, shape in layers.items()
+        for kind in ("weight", "bias")
+    }
+
+
+def _molmo(
+    hidden: int, both: int, heads: int, kv: int | None, layers: int, rows: int, qwen2: bool = True
 ) -> dict[str, Any]:
     return {
         "model_type": "molmo",
@@ -164,40 +169,37 @@ def _molmo_config(
         "num_key_value_heads": kv,
         "num_hidden_layers": layers,
         "embedding_size": rows,
-        "attention_layer_norm": olmo,
-        "qkv_bias": not olmo,
+        "attention_layer_norm": not qwen2,
+        "qkv_bias": qwen2,
     }
 
 
-def _gemma3_config(
-    hidden: int, mlp: int, heads: int, kv: int, dim: int, layers: int
-) -> dict[str, Any]:
-    return {
-        "model_type": "gemma3",
-        "text_config": {
-            "hidden_size": hidden,
-            "intermediate_size": mlp,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv,
-            "head_dim": dim,
-            "num_hidden_layers": layers,
-        },
-        "vision_config": {
-            "hidden_size": 1152,
-            "intermediate_size": 4304,
-            "num_hidden_layers": 27,
-            "image_size": 896,
-            "patch_size": 14,
-        },
+def _gemma3(hidden: int, mlp: int, heads: int, kv: int, dim: int, layers: int) -> dict[str, Any]:
+    text = {
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "head_dim": dim,
+        "num_hidden_layers": layers,
     }
+    return {"model_type": "gemma3", "text_config": text, "vision_config": _SIGLIP}
 
+
+_SIGLIP = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "image_size": 896,
+    "patch_size": 14,
+}
 
 # The sizes of each hub repository's config.json.
 KNOWN: Mapping[str, Mapping[str, Any]] = {
-    "allenai/Molmo-7B-D-0924": _molmo_config(3584, 37888, 28, 4, 28, 152064),
-    "allenai/Molmo-7B-O-0924": _molmo_config(4096, 22016, 32, None, 32, 100352, olmo=True),
-    "allenai/Molmo-72B-0924": _molmo_config(8192, 59136, 64, 8, 80, 152064),
-    "google/gemma-3-4b-it": _gemma3_config(2560, 10240, 8, 4, 256, 34),
-    "google/gemma-3-12b-it": _gemma3_config(3840, 15360, 16, 8, 256, 48),
-    "google/gemma-3-27b-it": _gemma3_config(5376, 21504, 32, 16, 128, 62),
+    "allenai/Molmo-7B-D-0924": _molmo(3584, 37888, 28, 4, 28, 152064),
+    "allenai/Molmo-7B-O-0924": _molmo(4096, 22016, 32, None, 32, 100352, qwen2=False),
+    "allenai/Molmo-72B-0924": _molmo(8192, 59136, 64, 8, 80, 152064),
+    "google/gemma-3-4b-it": _gemma3(2560, 10240, 8, 4, 256, 34),
+    "google/gemma-3-12b-it": _gemma3(3840, 15360, 16, 8, 256, 48),
+    "google/gemma-3-27b-it": _gemma3(5376, 21504, 32, 16, 128, 62),
 }

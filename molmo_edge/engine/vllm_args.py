@@ -23,7 +23,6 @@ from molmo_edge.devices.precision import (
     check_kv_room,
     choose_precision,
     kv_cache_warning,
-    request_bytes,
     usable_bytes,
 )
 from molmo_edge.devices.profiles import Profile, profile_warning
@@ -258,9 +257,9 @@ def _label(choice: Choice, settings: EdgeSettings) -> str:
 def _longest(settings: EdgeSettings, shape: ModelShape) -> int:
     """Return the bytes of the KV cache of the longest request."""
     tokens = settings.max_model_len or shape.max_model_len
-    return request_bytes(
-        shape, tokens, settings.kv_cache_dtype, float32=settings.dtype == "float32"
-    )
+    size = shape.kv_bytes(tokens, settings.kv_cache_dtype)
+    float32 = settings.dtype == "float32" and settings.kv_cache_dtype == "auto"
+    return 2 * size if float32 else size
 
 
 def _kv_bytes(settings: EdgeSettings) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +15,20 @@ from molmo_edge.devices.sources import Sources
 
 DATA = Path(__file__).parents[1] / "data" / "devices"
 MACHINES = sorted(path.parent.name for path in DATA.glob("*/machine.json"))
+
+# Functions whose first argument is the GPU: key of the recording, and what to make of its value.
+_ANSWERS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "nvmlDeviceGetName": ("name", str),
+    "nvmlDeviceGetCudaComputeCapability": ("capability", list),
+    "nvmlDeviceGetMemoryInfo": ("memory", lambda memory: SimpleNamespace(**memory)),
+    "nvmlDeviceGetClockInfo": ("clocks", lambda clocks, kind: clocks[str(kind)][0]),
+    "nvmlDeviceGetMaxClockInfo": ("clocks", lambda clocks, kind: clocks[str(kind)][1]),
+    "nvmlDeviceGetEnforcedPowerLimit": ("limits_mw", lambda limits: limits[0]),
+    "nvmlDeviceGetPowerManagementDefaultLimit": ("limits_mw", lambda limits: limits[1]),
+    "nvmlDeviceGetPowerUsage": ("power_mw", int),
+    "nvmlDeviceGetTotalEnergyConsumption": ("energy_mj", int),
+    "nvmlDeviceGetCurrentClocksEventReasons": ("clocks_event_reasons", int),
+}
 
 
 class RecordedNvml:
@@ -32,11 +46,11 @@ class RecordedNvml:
     def nvmlShutdown(self) -> None:
         self.open -= 1
 
-    def nvmlDeviceGetCount(self) -> int:
-        return len(self.recording["devices"])
-
     def nvmlDeviceGetHandleByIndex(self, index: int) -> dict[str, Any]:
-        return dict(self.recording["devices"][index])
+        devices: list[dict[str, Any]] = self.recording["devices"]
+        if index >= len(devices):
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
+        return devices[index]
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> dict[str, Any]:
         for device in self.recording["devices"]:
@@ -50,82 +64,45 @@ class RecordedNvml:
     def nvmlSystemGetCudaDriverVersion_v2(self) -> int:
         return int(self.recording["cuda"])
 
-    def nvmlDeviceGetName(self, handle: dict[str, Any]) -> str:
-        return str(_given(handle, "name"))
+    def __getattr__(self, function: str) -> Callable[..., Any]:
+        key, make = _ANSWERS[function]
 
-    def nvmlDeviceGetUUID(self, handle: dict[str, Any]) -> str:
-        return str(_given(handle, "uuid"))
+        def answer(handle: dict[str, Any], *args: Any) -> Any:
+            if key not in handle:
+                raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+            return make(handle[key], *args)
 
-    def nvmlDeviceGetCudaComputeCapability(self, handle: dict[str, Any]) -> list[int]:
-        return list(_given(handle, "capability"))
-
-    def nvmlDeviceGetMemoryInfo(self, handle: dict[str, Any]) -> SimpleNamespace:
-        return SimpleNamespace(**_given(handle, "memory"))
-
-    def nvmlDeviceGetClockInfo(self, handle: dict[str, Any], kind: int) -> int:
-        return int(_given(_given(handle, "clocks"), str(kind))[0])
-
-    def nvmlDeviceGetMaxClockInfo(self, handle: dict[str, Any], kind: int) -> int:
-        return int(_given(_given(handle, "clocks"), str(kind))[1])
-
-    def nvmlDeviceGetEnforcedPowerLimit(self, handle: dict[str, Any]) -> int:
-        return int(_given(handle, "limits_mw")[0])
-
-    def nvmlDeviceGetPowerManagementDefaultLimit(self, handle: dict[str, Any]) -> int:
-        return int(_given(handle, "limits_mw")[1])
-
-    def nvmlDeviceGetPowerUsage(self, handle: dict[str, Any]) -> int:
-        return int(_given(handle, "power_mw"))
-
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle: dict[str, Any]) -> int:
-        return int(_given(handle, "energy_mj"))
-
-    def nvmlDeviceGetTemperature(self, handle: dict[str, Any], sensor: int) -> int:
-        return int(_given(handle, "temperature"))
-
-    def nvmlDeviceGetUtilizationRates(self, handle: dict[str, Any]) -> SimpleNamespace:
-        return SimpleNamespace(gpu=_given(handle, "utilisation"), memory=0)
-
-    def nvmlDeviceGetCurrentClocksEventReasons(self, handle: dict[str, Any]) -> int:
-        return int(_given(handle, "clocks_event_reasons"))
-
-    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: dict[str, Any]) -> int:
-        return int(_given(handle, "clocks_throttle_reasons"))
-
-
-def _given(values: dict[str, Any], key: str) -> Any:
-    if key not in values:
-        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
-    return values[key]
+        return answer
 
 
 def machine(name: str, root: Path | None = None, **changes: Any) -> Sources:
     """A recorded machine; ``root`` replaces its files, ``changes`` its sources."""
     recording = json.loads((DATA / name / "machine.json").read_text())
-    answers: dict[str, str] = recording["run"]
-
-    def run(command: Sequence[str]) -> str | None:
-        return answers.get(" ".join(command))
-
     nvml, root = recording["nvml"], root or DATA / name / "root"
-    meminfo = root / "proc/meminfo"
 
-    def memory() -> tuple[int, int] | None:
-        kib = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        total, available = (int(kib[k].split()[0]) for k in ("MemTotal", "MemAvailable"))
-        return total * 1024, available * 1024
+    def memory() -> tuple[int, int]:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        kib = {key: int(value.split()[0]) for key, value in (line.split(":") for line in lines)}
+        return kib["MemTotal"] * 1024, kib["MemAvailable"] * 1024
 
     values: dict[str, Any] = {
         "root": root,
         "memory": memory,
         "nvml": None if nvml is None else RecordedNvml(nvml),
-        "run": run,
         "environ": recording["environ"],
         "machine": recording["machine"],
     }
     return Sources(**(values | changes))
 
 
-def copied(name: str, folder: Path) -> Path:
+def copied(name: str, directory: Path) -> Path:
     """A copy of a machine's files, to be changed by a test."""
-    return Path(shutil.copytree(DATA / name / "root", folder / "root"))
+    return Path(shutil.copytree(DATA / name / "root", directory / "root"))
+
+
+def with_memory(name: str, directory: Path, total_kib: int, available_kib: int) -> Sources:
+    """A recorded machine with another main memory."""
+    root = copied(name, directory)
+    text = f"MemTotal: {total_kib} kB\nMemAvailable: {available_kib} kB\n"
+    (root / "proc/meminfo").write_text(text)
+    return machine(name, root)

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from molmo_edge.cli.plan_table import plan_table
-from molmo_edge.devices.detect import detect, known_device, known_devices
+from molmo_edge.devices.detect import detect, known_device
 from molmo_edge.devices.info import DeviceInfo
 from molmo_edge.devices.plan import Plan, PrecisionPlan, plan
 from molmo_edge.devices.shapes import model_shape
+from molmo_edge.devices.specs import SPECS
 from molmo_edge.devices.tensors import KNOWN
 from molmo_edge.errors import ConfigError
 from tests.devices.recorded import MACHINES, machine
@@ -27,11 +28,11 @@ def rows(found: Plan) -> dict[str, PrecisionPlan]:
     return {row.precision: row for row in found.rows}
 
 
-def printed(found: Plan, width: int = 100) -> str:
-    console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(plan_table(found))
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
+def printed(found: Plan) -> str:
+    console = Console(file=io.StringIO(), width=80, color_system=None)
+    with console.capture() as capture:
+        console.print(plan_table(found))
+    return capture.get()
 
 
 def test_decode_ceiling_is_bandwidth_over_bytes() -> None:
@@ -50,19 +51,6 @@ def test_ceilings_of_the_two_machines_of_the_report() -> None:
     assert thor["bf16"].decode_tps == pytest.approx(19.25, abs=0.05)
     assert [round(thor[p].decode_tps or 0) for p in ("fp8", "w4a16", "nvfp4")] == [36, 61, 57]
     assert [round(card[p].decode_tps or 0) for p in ("fp8", "w4a16", "nvfp4")] == [125, 214, 200]
-
-
-def test_2025_figures_are_shares_of_their_ceilings() -> None:
-    best, mean = plan(MOLMO, known_device("thor")).history
-    assert (best.tps, mean.tps) == (14.0, 11.1)
-    assert best.share == pytest.approx(14.0 / best.ceiling_tps)
-    assert 0.70 < best.share < 0.75
-    (card,) = plan(MOLMO, detect(machine("rtx5080"))).history
-    assert card.tps == 103.8 and 0.5 < card.share < 0.55
-    assert "73% of the decode ceiling" in printed(plan(MOLMO, detect(machine("thor"))))
-    assert plan(MOLMO, known_device("h100")).history == ()
-    gemma = model_shape("google/gemma-3-4b-it")
-    assert plan(gemma, known_device("thor")).history == ()
 
 
 def test_prefill_ceiling_uses_the_arithmetic_of_the_precision() -> None:
@@ -130,24 +118,18 @@ def test_unknown_memory_is_unknown_not_zero() -> None:
     assert "?" in printed(plan(MOLMO, DeviceInfo(name="NVIDIA GPU", kind="cuda")))
 
 
-def test_formulas_are_shown_with_the_numbers_in() -> None:
-    text = printed(plan(MOLMO, known_device("thor")), width=200)
-    assert "decode, fp8: 273 GB/s ÷ (7.622 GB of weights + 0.037 GB of KV at 1305 tokens)" in text
-    assert "max(bytes ÷ bandwidth, FLOP ÷ peak)" in text
-
-
 @pytest.mark.parametrize("name", MACHINES)
 @pytest.mark.parametrize("model", KNOWN)
 def test_every_machine_and_model_gives_a_plan(name: str, model: str) -> None:
     found = plan(model_shape(model), detect(machine(name)))
     assert json.loads(json.dumps(found.as_dict())) is not None
     assert found.as_dict()["rows"][0]["weights"]["total"] == found.rows[0].weights.total
-    text = printed(found, width=80)
+    text = printed(found)
     assert model.split("/")[1] in text and max(map(len, text.splitlines())) <= 80
 
 
 @given(
-    st.sampled_from(known_devices()),
+    st.sampled_from([spec.key for spec in SPECS]),
     st.integers(1, 10**6),
     st.integers(1, 10**6),
     st.integers(1, 512),
@@ -166,8 +148,8 @@ def test_fewer_bytes_are_never_slower(known: str, prompt: int, output: int, batc
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kv_cache_dtype": "fp7"}, "unknown kv_cache_dtype 'fp7': expected bfloat16, fp8"),
-        ({"prompt_tokens": 0}, "prompt_tokens must be 1 or more"),
+        ({"kv_cache_dtype": "fp7"}, "unknown kv_cache_dtype 'fp7': expected auto, bfloat16, fp8"),
+        ({"prompt_tokens": 0}, "must be 1 or more"),
         ({"batch": 0}, "must be 1 or more"),
         ({"lengths": (0,)}, "must be 1 or more"),
     ],

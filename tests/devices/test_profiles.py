@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import tomllib
-from dataclasses import FrozenInstanceError, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,27 +11,27 @@ from typing import Any
 import pytest
 
 from molmo_edge.devices import profiles
-from molmo_edge.devices.detect import detect, known_device, known_devices
+from molmo_edge.devices.detect import detect, known_device
 from molmo_edge.devices.info import DeviceInfo
 from molmo_edge.devices.precision import check_kv_cache_dtype
 from molmo_edge.devices.profiles import (
     load_profile,
-    parse_profile,
     profile_names,
     profile_warning,
     select_profile,
 )
+from molmo_edge.devices.specs import SPECS
 from molmo_edge.errors import ConfigError
 from molmo_edge.settings import EdgeSettings
 from tests.devices.recorded import machine
 
-FOLDER = Path(profiles.__file__).with_name("profiles")
+DIRECTORY = Path(profiles.__file__).with_name("profiles")
 
 
 @pytest.mark.parametrize(
     ("name", "profile"),
     [("thor", "thor"), ("orin", "orin"), ("rtx5080", "rtx5080"), ("spark", "spark"),
-     ("h100", "cuda"), ("wsl", "cuda"), ("container_no_nvml", "rtx5080"), ("cpu", "cpu")],
+     ("h100", "cuda"), ("wsl", "cuda"), ("cpu", "cpu")],
 )  # fmt: skip
 def test_each_recorded_machine_gets_its_profile(name: str, profile: str) -> None:
     device = detect(machine(name))
@@ -65,44 +64,23 @@ def test_profile_for_another_device_is_noticed() -> None:
     assert "rtx5080 would fit" in warning
     on_cpu = profile_warning(load_profile("thor"), detect(machine("cpu")))
     assert on_cpu is not None and "for kind cuda, this device is cpu" in on_cpu
-    small = replace(known_device("rtx5090"), memory_total_bytes=32 << 30)
-    too_large = profile_warning(load_profile("rtx5080"), small)
+    too_large = profile_warning(load_profile("rtx5080"), known_device("rtx5090"))
     assert too_large is not None and "18 GiB or less" in too_large
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("thro", "thor"), ("RTX5080", "rtx5080"), ("gpu", "cpu")]
+    ("name", "near"), [("thro", "thor"), ("RTX5080", "rtx5080"), ("../cpu", "cpu")]
 )
 def test_unknown_profile_names_the_nearest(name: str, near: str) -> None:
     with pytest.raises(ConfigError, match=f"did you mean '{near}'.*cpu, cuda, orin.*auto"):
         load_profile(name)
 
 
-@pytest.mark.parametrize("name", ["", "../../etc/passwd", "thor.toml", "x" * 10_000, "thor\n"])
-def test_no_other_file_can_be_loaded_as_a_profile(name: str) -> None:
-    with pytest.raises(ConfigError, match="unknown profile") as caught:
-        load_profile(name)
-    assert len(str(caught.value)) < 300
-
-
-def test_profiles_are_frozen_and_copies_are_not() -> None:
-    thor = load_profile("thor")
-    with pytest.raises(FrozenInstanceError):
-        thor.name = "x"  # type: ignore[misc]
-    with pytest.raises(TypeError):
-        thor.settings["precision"] = "bf16"  # type: ignore[index]
-    with pytest.raises(TypeError):
-        thor.engine_args["compilation_config"]["cudagraph_mode"] = "NONE"
-    copy = thor.as_settings()
-    copy["engine_args"]["compilation_config"]["cudagraph_capture_sizes"].append(99)
-    again = load_profile("thor").as_settings()["engine_args"]["compilation_config"]
-    assert 99 not in again["cudagraph_capture_sizes"]
-
-
 @pytest.mark.parametrize("name", profile_names())
 def test_profile_is_accepted_by_the_settings(name: str) -> None:
-    settings = EdgeSettings(**load_profile(name).as_settings())
-    assert settings.max_num_seqs <= 16
+    profile = load_profile(name)
+    assert EdgeSettings(**profile.as_settings()).max_num_seqs <= 16
+    assert profile.match.keys() <= {"kind", "capability", "integrated", "memory_gb_max"}
 
 
 @pytest.mark.parametrize("name", profile_names())
@@ -117,7 +95,7 @@ def test_graphs_are_captured_up_to_the_batch_that_happens(name: str) -> None:
 
 @pytest.mark.parametrize("name", profile_names())
 def test_every_value_has_its_reason(name: str) -> None:
-    lines = (FOLDER / f"{name}.toml").read_text().splitlines()
+    lines = (DIRECTORY / f"{name}.toml").read_text().splitlines()
     for above, line in pairwise(lines):
         if re.match(r"\w+ =", line) and above.startswith("["):
             assert "match" in above, f"{line} has no comment above it"
@@ -137,28 +115,11 @@ def test_shared_memory_is_given_in_bytes(name: str) -> None:
     assert in_bytes == (profile.match.get("integrated") is True or name == "cpu")
 
 
-@pytest.mark.parametrize("known", known_devices())
+@pytest.mark.parametrize("known", [spec.key for spec in SPECS])
 def test_profile_asks_no_device_for_what_it_cannot_do(known: str) -> None:
     device = known_device(known)
     settings = select_profile(device)[0].settings
     check_kv_cache_dtype(settings["kv_cache_dtype"], device, settings.get("attention_backend"))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("name =", "not valid TOML"),
-        ('name = "y"\n[match]\nkind = "cpu"', "must have name = 'x'"),
-        ('name = "x"\n[setings]\n', "unknown entries: setings"),
-        ('name = "x"\nsettings = 3\n[match]\nkind = "cpu"', "settings must be a table"),
-        ('name = "x"', "no kind"),
-        ('name = "x"\n[match]\nkind = "cpu"\nmodel = "y"', r"\[match\] has model"),
-        ('name = "x"\n[match]\nkind = "cpu"\n[env]\nA = 1', r"\[env\] values must be strings: A"),
-    ],
-)
-def test_a_broken_profile_says_what_is_wrong(text: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        parse_profile("x", text)
 
 
 @pytest.mark.slow

@@ -9,77 +9,17 @@ from typing import Any
 import pytest
 
 from molmo_edge.devices.shapes import model_shape, part_of, stored_precision
-from molmo_edge.devices.tensors import KNOWN
+from molmo_edge.devices.tensors import KNOWN, tensor_shapes
 from molmo_edge.errors import ModelError
 from tests.sparse_checkpoint import write_sparse
 
-
-def molmo_tensors(dtype: str = "F32") -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Names and shapes of Molmo-7B-D, as the hub has them."""
-    d, mlp, rows, w = 3584, 18944, 152064, 1024
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.transformer.wte.embedding": (rows, d),
-        "model.transformer.wte.new_embedding": (128, d),
-        "model.transformer.ln_f.weight": (d,),
-        "model.transformer.ff_out.weight": (rows, d),
-    }
-    for i in range(28):
-        block = f"model.transformer.blocks.{i}."
-        shapes |= {
-            f"{block}att_proj.weight": (d + 1024, d),
-            f"{block}att_proj.bias": (d + 1024,),
-            f"{block}attn_out.weight": (d, d),
-            f"{block}ff_proj.weight": (2 * mlp, d),
-            f"{block}ff_out.weight": (d, mlp),
-            f"{block}attn_norm.weight": (d,),
-            f"{block}ff_norm.weight": (d,),
-        }
-    vit = "model.vision_backbone.image_vit."
-    shapes |= {
-        f"{vit}class_embedding": (w,),
-        f"{vit}positional_embedding": (577, w),
-        f"{vit}patch_embedding.weight": (w, 588),
-        f"{vit}pre_ln.weight": (w,),
-        f"{vit}pre_ln.bias": (w,),
-        "model.vision_backbone.pad_embed": (2, 2 * w),
-        "model.vision_backbone.image_projector.w1.weight": (mlp, w),
-        "model.vision_backbone.image_projector.w2.weight": (d, mlp),
-        "model.vision_backbone.image_projector.w3.weight": (mlp, w),
-    }
-    layers = {"attention.w" + x: (w, w) for x in "qkvo"}
-    layers |= {"feed_forward.w1": (4 * w, w), "feed_forward.w2": (w, 4 * w)}
-    matrices = {
-        f"{vit}transformer.resblocks.{i}.{name}": size
-        for i in range(23)
-        for name, size in layers.items()
-    }
-    pooling = "model.vision_backbone.image_pooling_2d.w"
-    matrices |= {pooling + x: (w, 2 * w) for x in "qkv"} | {pooling + "o": (w, w)}
-    for name, (out, inner) in matrices.items():
-        shapes |= {f"{name}.weight": (out, inner), f"{name}.bias": (out,)}
-    for i in range(23):
-        for norm in ("attention_norm", "ffn_norm"):
-            for kind in ("weight", "bias"):
-                shapes[f"{vit}transformer.resblocks.{i}.{norm}.{kind}"] = (w,)
-    return {name: (dtype, shape) for name, shape in shapes.items()}
+NAME = "allenai/Molmo-7B-D-0924"
+CONFIG = dict(KNOWN[NAME])
 
 
-@pytest.fixture(scope="module")
-def hub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Molmo-7B-D as on the hub: float32, two shards and an index, no byte of data on disk."""
-    folder = tmp_path_factory.mktemp("hub") / "Molmo-7B-D-0924"
-    folder.mkdir()
-    tensors = list(molmo_tensors().items())
-    shards = {"model-00001-of-00002.safetensors": tensors[:100],
-              "model-00002-of-00002.safetensors": tensors[100:]}  # fmt: skip
-    weight_map: dict[str, str] = {}
-    for file, part in shards.items():
-        write_sparse(folder / file, dict(part))
-        weight_map |= {name: file for name, _ in part}
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(KNOWN["allenai/Molmo-7B-D-0924"]))
-    return folder
+def checkpoint(directory: Path, **config: Any) -> Path:
+    (directory / "config.json").write_text(json.dumps(CONFIG | config))
+    return directory
 
 
 @pytest.mark.parametrize(
@@ -96,20 +36,22 @@ def test_known_models_have_the_published_number_of_parameters(name: str, paramet
     assert model_shape(name).parameters == parameters
 
 
-def test_headers_and_configuration_agree(hub_folder: Path) -> None:
-    known, read = model_shape("allenai/Molmo-7B-D-0924"), model_shape(hub_folder)
+def test_float32_files_and_the_configuration_agree(tmp_path: Path) -> None:
+    stored = {name: ("F32", shape) for name, shape in tensor_shapes(CONFIG).items()}
+    write_sparse(tmp_path / "model.safetensors", stored)
+    known, read = model_shape(NAME), model_shape(checkpoint(tmp_path))
     assert (read.measured, known.measured) == (True, False)
-    for precision in ("bf16", "fp8", "w4a16", "nvfp4", "nf4"):
-        assert read.weights(precision) == known.weights(precision)
+    assert read.block_bytes == known.block_bytes
     assert read.parameters == known.parameters
     assert read.flops_per_token(1000) == known.flops_per_token(1000)
 
 
 def test_bytes_of_molmo_7b_d() -> None:
-    shape = model_shape("allenai/Molmo-7B-D-0924")
-    assert shape.kv_bytes(1, "bfloat16") == 57_344
+    shape = model_shape(NAME)
+    assert shape.kv_bytes(1, "bfloat16") == shape.kv_bytes(1, "auto") == 57_344
     assert shape.kv_bytes(1, "fp8") == 28_672
-    assert shape.kv_bytes(1, "fp8_per_token_head") == 28_672 + 28 * 2 * 4 * 4  # a float32 a head
+    # A float32 for each head and token.
+    assert shape.kv_bytes(1, "fp8_per_token_head") == 28_672 + 28 * 2 * 4 * 4
     fp8 = shape.weights("fp8")
     assert fp8.blocks == pytest.approx(6.53e9, rel=1e-3)
     assert fp8.embedding + fp8.head == pytest.approx(2.18e9, rel=1e-3)
@@ -117,7 +59,10 @@ def test_bytes_of_molmo_7b_d() -> None:
     assert fp8.total == fp8.embedding + fp8.blocks + fp8.head + fp8.tower
     assert shape.decode_bytes("fp8") == pytest.approx(7.62e9, rel=1e-3)
     assert 4.4e9 < shape.decode_bytes("w4a16") < shape.decode_bytes("nvfp4") < 4.8e9
-    assert shape.bytes_by_precision().keys() == {"bf16", "fp8"}
+    assert shape.bytes_by_precision() == {"bf16": 2 * shape.parameters, "fp8": fp8.total}
+    assert shape.bytes_by_precision(float32=True) == {
+        "bf16": 4 * shape.parameters, "fp8": 2 * fp8.total - fp8.blocks,
+    }  # fmt: skip
 
 
 def test_tied_head_is_counted_once_and_windows_bound_the_cache() -> None:
@@ -131,30 +76,25 @@ def test_tied_head_is_counted_once_and_windows_bound_the_cache() -> None:
 
 
 def test_quantised_checkpoint_has_one_precision_and_the_files_bytes(tmp_path: Path) -> None:
-    tensors = molmo_tensors("BF16")
     packed: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, (dtype, size) in tensors.items():
+    for name, size in tensor_shapes(CONFIG).items():
         if ".blocks." in name and name.endswith(".weight") and len(size) == 2:
             stem, (rows, cols) = name.removesuffix(".weight"), size
             packed[f"{stem}.weight_packed"] = ("I32", (rows, cols // 8))
             packed[f"{stem}.weight_scale"] = ("BF16", (rows, cols // 128))
             packed[f"{stem}.weight_shape"] = ("I64", (2,))
         else:
-            packed[name] = (dtype, size)
+            packed[name] = ("BF16", size)
     write_sparse(tmp_path / "model.safetensors", packed)
-    config = dict(KNOWN["allenai/Molmo-7B-D-0924"])
-    weights = {"num_bits": 4, "type": "int", "group_size": 128}
-    config["quantization_config"] = {
+    quant = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
-        "config_groups": {"group_0": {"weights": weights}},
+        "config_groups": {"group_0": {"weights": {"num_bits": 4}}},
     }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    shape = model_shape(tmp_path)
-    expected = model_shape("allenai/Molmo-7B-D-0924").weights("w4a16")
-    assert shape.precisions == ("w4a16",)
+    shape = model_shape(checkpoint(tmp_path, quantization_config=quant))
+    expected = model_shape(NAME).weights("w4a16")
     shapes_of_matrices = 28 * 4 * 16
-    assert shape.weights("w4a16").blocks == expected.blocks + shapes_of_matrices
+    assert shape.precisions == ("w4a16",)
     assert shape.bytes_by_precision() == {"w4a16": expected.total + shapes_of_matrices}
 
 
@@ -179,11 +119,9 @@ def test_precision_of_a_quantised_checkpoint(config: Any, precision: str | None)
 
 
 def test_quantised_with_a_method_only_the_files_can_size(tmp_path: Path) -> None:
-    config = dict(KNOWN["allenai/Molmo-7B-D-0924"])
-    config["quantization_config"] = {"quant_method": "bitsandbytes"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    shape = model_shape(checkpoint(tmp_path, quantization_config={"quant_method": "bitsandbytes"}))
     with pytest.raises(ModelError, match="as bitsandbytes is not known without its safetensors"):
-        model_shape(tmp_path).weights("bitsandbytes")
+        shape.bytes_by_precision()
 
 
 @pytest.mark.parametrize(
@@ -212,31 +150,26 @@ def test_unknown_model_names_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ('{"model_type": "llama"}', "model_type 'llama'; planning knows molmo or gemma3"),
-        ('{"model_type": "molmo"}', "lacks a size or has a wrong one: num_attention_heads"),
-        ('{"model_type": "gemma3", "text_config": 3, "vision_config": {}}', "lacks a size"),
+        ({"model_type": "llama"}, "model_type 'llama'; planning knows molmo or gemma3"),
+        ({"model_type": "molmo"}, "lacks a size or has a wrong one: num_attention_heads"),
+        ({"model_type": "gemma3", "text_config": 3, "vision_config": {}}, "lacks a size"),
+        (CONFIG | {"num_attention_heads": 0}, "lacks a size or has a wrong one"),
+        (CONFIG | {"quantization_config": {"quant_method": "compressed-tensors",
+                                           "format": "pack-quantized"}}, "lacks a size"),
     ],
-)
-def test_broken_configuration(tmp_path: Path, config: str, message: str) -> None:
-    (tmp_path / "config.json").write_text(config)
+)  # fmt: skip
+def test_broken_configuration(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=message):
         model_shape(tmp_path)
 
 
-def test_zero_heads_is_a_model_error(tmp_path: Path) -> None:
-    config = dict(KNOWN["allenai/Molmo-7B-D-0924"]) | {"num_attention_heads": 0}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="lacks a size or has a wrong one"):
-        model_shape(tmp_path)
-
-
 def test_a_configuration_alone_gives_the_shape(tmp_path: Path) -> None:
-    config = dict(KNOWN["allenai/Molmo-7B-D-0924"]) | {
+    sizes = {
         "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "intermediate_size": 1024, "embedding_size": 512,
     }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    shape = model_shape(tmp_path)
+    shape = model_shape(checkpoint(tmp_path, **sizes))
     assert not shape.measured
     assert shape.matrix_params == 2 * (512 * 256 + 256 * 256 + 1024 * 256 + 256 * 512)
     assert shape.embedding == (512 + 128) * 256
