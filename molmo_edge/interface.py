@@ -41,7 +41,7 @@ class Rendered:
         prompt: input of the engine's `add`; opaque to everything else.
         prompt_tokens, image_tokens: counts, None when the engine does not know them.
         token_ids: the prompt's tokens, None when the engine does not know them.
-        answer_prefix: removed once from the start of the answer if the answer starts with it, such
+        answer_prefix: removed once from the start of the answer's first text, such
             as Molmo's space after "Assistant:".
     """
 

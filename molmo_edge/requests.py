@@ -27,7 +27,7 @@ from molmo_edge.errors import (
 from molmo_edge.images import ImageLike, ImageLimits, load
 from molmo_edge.interface import Turn
 from molmo_edge.results import Result
-from molmo_edge.sampling import DEFAULT_MAX_TOKENS, Sampling, check_timeout
+from molmo_edge.sampling import DEFAULT_MAX_TOKENS, Sampling, check_integer, check_timeout
 
 JsonSchema: TypeAlias = Mapping[str, Any] | type[BaseModel]
 
@@ -100,23 +100,22 @@ class CheckedOptions:
         """
         if self.sampling.json_schema is None:
             return result
-        truncated = result.finish_reason == "length"
+        text, truncated = result.text, result.finish_reason == "length"
         try:
-            value = json.loads(result.text)
-        except ValueError as exc:
-            raise GenerationError(_CUT if truncated else _STOPPED, partial=result.text) from exc
-        if truncated and type(value) in (int, float):  # any part of a number reads as a number
-            raise GenerationError(_CUT, partial=result.text)
-        if self.model is None:
-            return dataclasses.replace(result, parsed=value)
-        try:
-            return dataclasses.replace(result, parsed=self.model.model_validate_json(result.text))
+            value = json.loads(text)
+            if self.model is not None:
+                value = self.model.model_validate_json(text)
         except ValidationError as exc:
-            raise GenerationError(
-                f"The answer follows the schema, but {self.model.__name__} refuses it "
-                f"({exc.error_count()} errors); the chained error says why.",
-                partial=result.text,
-            ) from exc
+            message = (
+                f"The answer is JSON, but {exc.title} refuses it "
+                f"({exc.error_count()} errors); the chained error says why."
+            )
+            raise GenerationError(message, partial=text) from exc
+        except ValueError as exc:
+            raise GenerationError(_CUT if truncated else _STOPPED, partial=text) from exc
+        if truncated and type(value) in (int, float):  # any part of a number reads as a number
+            raise GenerationError(_CUT, partial=text)
+        return dataclasses.replace(result, parsed=value)
 
 
 _CUT = (
@@ -127,12 +126,9 @@ _STOPPED = "The answer is not complete JSON; a stop string may have ended it."
 
 
 def check_options(options: Mapping[str, Any], max_crops_limit: int) -> CheckedOptions:
-    """Check the options of a request.
+    """Check the options of a request. Raises SamplingError for an unknown name or a wrong value.
 
     `max_crops_limit` is the engine's own `max_crops`, for which its memory was planned.
-
-    Raises:
-        SamplingError: an unknown name or a wrong value.
     """
     for name in options:
         if name not in Options.__annotations__:
@@ -140,15 +136,8 @@ def check_options(options: Mapping[str, Any], max_crops_limit: int) -> CheckedOp
             hint = f" Did you mean {near[0]}?" if near else ""
             raise SamplingError(f"Unknown option {name}.{hint}")
     max_crops = options.get("max_crops")
-    if max_crops is not None and (
-        isinstance(max_crops, bool)
-        or not isinstance(max_crops, int)
-        or not 1 <= max_crops <= max_crops_limit
-    ):
-        raise SamplingError(
-            f"max_crops must be an integer from 1 to the engine's {max_crops_limit}; build EdgeVLM "
-            "with a higher max_crops for more."
-        )
+    if max_crops is not None:
+        check_integer("max_crops", max_crops, 1, max_crops_limit)
     names = {field.name for field in dataclasses.fields(Sampling)}
     values = {name: value for name, value in options.items() if name in names}
     model: type[BaseModel] | None = None
@@ -206,14 +195,7 @@ def question(image: ImageLike | None, text: str) -> list[Message]:
 
 
 def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """Check the structure of chat messages.
-
-    Each message is ``{"role": "user" | "assistant", "content": …}``, its content a string or a list
-    of ``{"type": "text", "text": …}`` and ``{"type": "image", "image": …}``.
-
-    Raises:
-        PromptError, ImageError.
-    """
+    """Check the structure of messages, see `EdgeVLM.chat`. Raises PromptError, ImageError."""
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
         raise PromptError("messages must be a list of {'role': …, 'content': …}.")
     return [_read_message(i, message) for i, message in enumerate(messages, start=1)]
@@ -306,13 +288,12 @@ def check_turns(turns: Sequence[Turn]) -> None:
             raise PromptError(
                 f"Turn {i + 1} must be the {expected}'s: roles alternate, starting with the user."
             )
-        check_text(turn.text)
+        _check_text(turn.text)
     if len(turns) % 2 == 0:
         raise PromptError("The last turn must be the user's.")
 
 
-def check_text(text: object) -> None:
-    """Raise PromptError when it is not a string, is empty, or is not valid Unicode."""
+def _check_text(text: object) -> None:
     if not isinstance(text, str):
         raise PromptError(f"The text must be a str, not {type(text).__name__}.")
     if not text.strip():

@@ -44,19 +44,19 @@ class Sampling:
     logprob_token_ids: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        _check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
         _check_number("temperature", self.temperature, 0.0, 100.0)
         _check_number("top_p", self.top_p, 0.0, 1.0)
         if self.top_p == 0:
             raise SamplingError("top_p must be above 0; use temperature=0 for greedy decoding.")
         if self.seed is not None:
-            _check_integer("seed", self.seed, -(2**63), 2**63 - 1)
+            check_integer("seed", self.seed, -(2**63), 2**63 - 1)
         if self.logprobs is True:
             object.__setattr__(self, "logprobs", 1)
         elif self.logprobs is False:
             object.__setattr__(self, "logprobs", None)
         if self.logprobs is not None:
-            _check_integer("logprobs", self.logprobs, 1, MAX_LOGPROBS)
+            check_integer("logprobs", self.logprobs, 1, MAX_LOGPROBS)
         if not isinstance(self.ignore_eos, bool):
             raise SamplingError("ignore_eos must be True or False.")
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -67,7 +67,8 @@ class Sampling:
             raise SamplingError("json_schema must be a JSON Schema as a mapping.")
 
 
-def _check_integer(name: str, value: object, low: int, high: int) -> None:
+def check_integer(name: str, value: object, low: int, high: int) -> None:
+    """Raise SamplingError unless the value is an integer from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         shown = value if isinstance(value, int | float) else type(value).__name__
         raise SamplingError(f"{name} must be an integer from {low} to {high}, not {shown}.")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Generator
-from types import TracebackType
 from typing import Any, Self
 
-from molmo_edge.engine.loop import EngineLoop, timed_out
-from molmo_edge.engine.pending import PendingRequest
+from molmo_edge.engine.loop import EngineLoop
+from molmo_edge.engine.pending import PendingRequest, timed_out
 from molmo_edge.requests import CheckedOptions
 from molmo_edge.results import Result
 
@@ -24,9 +23,7 @@ class Stream:
         RequestTimeout, RequestCancelled, GenerationError, EngineDeadError, EngineClosedError.
     """
 
-    def __init__(
-        self, loop: EngineLoop, request: PendingRequest, options: CheckedOptions
-    ) -> None:
+    def __init__(self, loop: EngineLoop, request: PendingRequest, options: CheckedOptions) -> None:
         self._loop = loop
         self._request = request
         self._options = options
@@ -105,23 +102,13 @@ class Stream:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.cancel()
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self.cancel()
 
     def _unread(self) -> str | None:
@@ -133,8 +120,7 @@ class Stream:
 
     def _result(self) -> Result:
         self._end()
-        result = self._request.result()
-        return self._options.read(result)
+        return self._options.read(self._request.result())
 
     def _end(self) -> None:
         self._finalizer.detach()

@@ -11,16 +11,9 @@ import itertools
 import threading
 import time
 import weakref
-from collections.abc import (
-    AsyncGenerator,
-    Callable,
-    Generator,
-    Iterable,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 from molmo_edge.checkpoint_files import read_config
@@ -28,17 +21,15 @@ from molmo_edge.devices.detect import DeviceInfo
 from molmo_edge.devices.plan import Plan, plan
 from molmo_edge.devices.profiles import load_profile, select_profile
 from molmo_edge.devices.shapes import ModelShape
-from molmo_edge.engine.build import (
-    build,
+from molmo_edge.engine.build import build, quiet, set_environment
+from molmo_edge.engine.loop import EngineLoop, State
+from molmo_edge.engine.pending import PendingRequest, timed_out
+from molmo_edge.engine.vllm_args import (
     engine_device,
     engine_environment,
     plan_build,
-    quiet,
     require_vllm,
-    set_environment,
 )
-from molmo_edge.engine.loop import EngineLoop, State, timed_out
-from molmo_edge.engine.pending import PendingRequest
 from molmo_edge.engine.vllm_errors import mapped
 from molmo_edge.errors import ConfigError, EngineClosedError, MolmoEdgeError, PromptError
 from molmo_edge.images import ImageLike, ImageLimits, load
@@ -88,13 +79,12 @@ class EdgeVLM:
         model: checkpoint directory, hub name, or ``"stub"`` (the default: real architecture,
             random weights, no download).
         config: a TOML file of settings.
-        profile: device profile by name; detected when not given.
         engine: ``"thread"`` (the default) or ``"process"``, the setting of that name; or a callable
             that builds another engine than vLLM's, such as
             `molmo_edge.engine.fake.FakeEngine.factory()`, called in the engine's thread. Model and
             device settings then mean nothing.
-        engine_args: further arguments of `vllm.LLM`, passed on unchanged.
-        settings: any field of `EdgeSettings`. Arguments override the environment
+        settings: any field of `EdgeSettings`, such as `profile`, `precision`, `max_model_len` and
+            `engine_args`; None counts as not given. Arguments override the environment
             (`MOLMO_EDGE_*`), which overrides `.env`, which overrides the config file, which
             overrides the profile.
 
@@ -110,16 +100,6 @@ class EdgeVLM:
         model: str | Path | None = None,
         *,
         config: str | Path | None = None,
-        profile: str | None = None,
-        precision: str | None = None,
-        kv_cache_dtype: str | None = None,
-        dtype: str | None = None,
-        max_model_len: int | None = None,
-        max_num_seqs: int | None = None,
-        max_crops: int | None = None,
-        load_format: str | None = None,
-        seed: int | None = None,
-        engine_args: Mapping[str, Any] | None = None,
         engine: str | Callable[[], Engine] | None = None,
         **settings: Any,
     ) -> None:
@@ -128,16 +108,6 @@ class EdgeVLM:
         resolved = resolve(
             {
                 "model": None if model is None else str(model),
-                "profile": profile,
-                "precision": precision,
-                "kv_cache_dtype": kv_cache_dtype,
-                "dtype": dtype,
-                "max_model_len": max_model_len,
-                "max_num_seqs": max_num_seqs,
-                "max_crops": max_crops,
-                "load_format": load_format,
-                "seed": seed,
-                "engine_args": None if engine_args is None else dict(engine_args),
                 "engine": None if callable(engine) else engine,
                 **settings,
             },
@@ -192,29 +162,15 @@ class EdgeVLM:
         return self._open(read_messages(messages), options)
 
     @overload
-    def batch(
-        self,
-        requests: Iterable[Request],
-        *,
-        return_exceptions: Literal[False] = False,
-        progress: bool = False,
-    ) -> list[Result]: ...
+    def batch(self, requests: Iterable[Request]) -> list[Result]: ...
 
     @overload
     def batch(
-        self,
-        requests: Iterable[Request],
-        *,
-        return_exceptions: Literal[True],
-        progress: bool = False,
+        self, requests: Iterable[Request], *, return_exceptions: bool
     ) -> list[Result | MolmoEdgeError]: ...
 
     def batch(
-        self,
-        requests: Iterable[Request],
-        *,
-        return_exceptions: bool = False,
-        progress: bool = False,
+        self, requests: Iterable[Request], *, return_exceptions: bool = False
     ) -> list[Result] | list[Result | MolmoEdgeError]:
         """Answer many requests by continuous batching; results in order.
 
@@ -223,20 +179,18 @@ class EdgeVLM:
         """
         opened: list[Stream | MolmoEdgeError] = []
         results: list[Result | MolmoEdgeError] = []
-        try:
+        with _cancelled_at_end(opened):
             for request in requests:
                 try:
                     messages = question(request.image, request.text)
                     opened.append(self._open(messages, request.options(), wait=True))
                 except MolmoEdgeError as exc:
                     opened.append(exc)
-            for one in _tracked(opened) if progress else opened:
+            for one in opened:
                 try:
                     results.append(one.result() if isinstance(one, Stream) else one)
                 except MolmoEdgeError as exc:
                     results.append(exc)
-        finally:
-            _cancel(opened)
         return results if return_exceptions else _raise_first(results)
 
     def score(
@@ -259,7 +213,7 @@ class EdgeVLM:
 
         Raises:
             PromptError: the answer is empty or not token ids, or candidates do not match it.
-            SamplingError: `max_crops` is not from 1 to the engine's.
+            As `query`; the first failure ends all.
         """
         ids = check_token_ids(answer)
         others = [[] for _ in ids] if candidates is None else [list(c) for c in candidates]
@@ -268,14 +222,13 @@ class EdgeVLM:
         crops = check_options({"max_crops": max_crops}, self.settings.max_crops).max_crops
         turns = load_turns(question(image, text), self._limits)
         streams: list[Stream] = []
-        results: list[Result] = []
-        for i, token in enumerate(ids):
-            scored = tuple(dict.fromkeys([token, *others[i]]))
-            options = CheckedOptions(Sampling(max_tokens=1, logprob_token_ids=scored), crops)
-            streams.append(self._submit(turns, options, answer=ids[:i], wait=True))
-            if i == 0:  # the others share its prefix
-                results.append(streams[0].result())
-        results += [stream.result() for stream in streams[1:]]
+        with _cancelled_at_end(streams):
+            for i, token in enumerate(ids):
+                scored = tuple(dict.fromkeys([token, *others[i]]))
+                options = CheckedOptions(Sampling(max_tokens=1, logprob_token_ids=scored), crops)
+                streams.append(self._submit(turns, options, answer=ids[:i], wait=True))
+                streams[0].result()  # the others share its prefix
+            results = [stream.result() for stream in streams]
         entries = [result.top_logprobs[0] for result in results if result.top_logprobs]
         return Score(
             token_ids=tuple(ids),
@@ -308,7 +261,7 @@ class EdgeVLM:
         """`batch` for asyncio; one request at a time is prepared, all others are answered."""
         opened: list[Stream | MolmoEdgeError] = []
         results: list[Result | MolmoEdgeError] = []
-        try:
+        with _cancelled_at_end(opened):
             for request in requests:
                 try:
                     messages = question(request.image, request.text)
@@ -320,8 +273,6 @@ class EdgeVLM:
                     results.append(await one.aresult() if isinstance(one, Stream) else one)
                 except MolmoEdgeError as exc:
                     results.append(exc)
-        finally:
-            _cancel(opened)
         return results if return_exceptions else _raise_first(results)
 
     # Tasks with Molmo's own prompts.
@@ -353,13 +304,11 @@ class EdgeVLM:
     def point(
         self, image: ImageLike, label: str | Sequence[str], **options: Unpack[Options]
     ) -> PointAnswer | list[PointAnswer]:
-        """Point to what a label names.
+        """Point to what a label names; several labels are one batch, answered in order.
 
         Args:
             image: as in `query`; ``Point.px`` takes its upright size.
-            label: "the red mug"; lower-cased and stripped, as in training. Several labels are one
-                batch, answered in order.
-            options: see `Options`.
+            label: "the red mug"; lower-cased and stripped, as in training.
 
         Returns:
             A `PointResult` that also has `.result`; a list of them for a list of labels. An answer
@@ -377,12 +326,7 @@ class EdgeVLM:
         return answers[0] if isinstance(label, str) else answers
 
     def count(self, image: ImageLike, label: str, **options: Unpack[Options]) -> CountResult:
-        """Count what a label names, by the points of the answer where it has any.
-
-        Raises:
-            ConfigError: the model cannot count; see `supports`.
-            As `point`.
-        """
+        """Count what a label names, by the answer's points where it has any. Raises as `point`."""
         self._require("count")
         labels = read_labels([label])
         prompts = [COUNT_PROMPT.format(labels[0])]
@@ -403,7 +347,6 @@ class EdgeVLM:
 
         Args:
             source: see `molmo_edge.watch.WatchOptions`.
-            question: the prompt for every frame.
             drop: ``"oldest"``: a frame that arrives while another is answered replaces the one that
                 waits; ``"none"``: the source is read only as fast as frames are answered.
             max_fps: maximum number of frames to ask about per second.
@@ -411,8 +354,7 @@ class EdgeVLM:
                 waits forever.
             on_stall: ``"raise"`` CameraError, or ``"reconnect"``: open the source again, with
                 growing pauses, until it delivers.
-            options: see `Options`; `timeout` is each frame's deadline, and a frame that misses it
-                is yielded with `error`.
+            options: see `Options`; a frame that misses its `timeout` is yielded with `error`.
 
         Returns:
             An iterator of `Seen`, ending where the source ends. Closing or dropping it closes the
@@ -449,7 +391,7 @@ class EdgeVLM:
 
     @property
     def state(self) -> State:
-        """State of the engine: new, starting, ready, stalled, closing, closed or dead."""
+        """State of the engine: starting, ready, stalled, closing, closed or dead."""
         return self._loop.state
 
     @property
@@ -464,7 +406,7 @@ class EdgeVLM:
 
     @property
     def startup(self) -> Mapping[str, float | None]:
-        """Seconds of each part of the start, None for what is not known; see `EngineInfo`."""
+        """Seconds of each part of the start; see `EngineInfo`."""
         return self._loop.engine.info.startup_s
 
     def plan(self, **request: Any) -> Plan:
@@ -479,11 +421,9 @@ class EdgeVLM:
         """
         if self._shape is None:
             raise ConfigError("plan() needs a checkpoint, and this engine was built without one.")
-        defaults = {
-            "kv_cache_dtype": self.settings.kv_cache_dtype,
-            "batch": self.settings.max_num_seqs,
-        }
-        return plan(self._shape, self.device, profile=self._profile, **{**defaults, **request})
+        request.setdefault("kv_cache_dtype", self.settings.kv_cache_dtype)
+        request.setdefault("batch", self.settings.max_num_seqs)
+        return plan(self._shape, self.device, profile=self._profile, **request)
 
     def warmup(self, *, tokens: int = 32, max_rounds: int = 10) -> WarmupReport:
         """Run the shapes that requests will have, until decode speed is steady.
@@ -495,16 +435,10 @@ class EdgeVLM:
             max_rounds: maximum number of decode speeds to measure, at least 2.
 
         Raises:
-            MolmoEdgeError: as `query`.
+            ConfigError: `tokens` or `max_rounds` is below 2.
+            As `query`.
         """
-        return warm(
-            self.batch,
-            self.settings,
-            self.family,
-            dict(self.startup),
-            tokens=tokens,
-            max_rounds=max_rounds,
-        )
+        return warm(self.batch, self.settings, self.family, dict(self.startup), tokens, max_rounds)
 
     def reset_caches(self) -> None:
         """Empty prefix, image and encoder caches, between steps."""
@@ -513,8 +447,8 @@ class EdgeVLM:
     def in_engine_thread(self, function: Callable[[Any], T]) -> T:
         """Run `function(engine)` between steps in the thread that owns the engine.
 
-        For what this class does not offer: with vLLM in this process, ``engine.llm`` is the
-        `vllm.LLM`.
+        For what this class does not offer: ``engine.llm`` is the `vllm.LLM`, or with
+        ``engine="process"`` the `AsyncLLM`, whose coroutines ``engine.run`` awaits.
         """
         return self._loop.call(function)
 
@@ -548,19 +482,12 @@ class EdgeVLM:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # A request's way.
 
-    def _open(
-        self, messages: Sequence[Message], options: Options, *, wait: bool = False
-    ) -> Stream:
+    def _open(self, messages: Sequence[Message], options: Options, *, wait: bool = False) -> Stream:
         """Prepare a request in this thread and submit it; `wait` for room in a full queue."""
         checked, started = check_options(options, self.settings.max_crops), time.monotonic()
         self._loop.check()
@@ -642,11 +569,7 @@ class EdgeVLM:
             )
 
     def _locate(
-        self,
-        image: ImageLike,
-        labels: Sequence[str],
-        prompts: Sequence[str],
-        options: Options,
+        self, image: ImageLike, labels: Sequence[str], prompts: Sequence[str], options: Options
     ) -> list[PointAnswer]:
         """One request per prompt, all about one image, and the points of each answer."""
         checked = check_options(options, self.settings.max_crops)
@@ -654,7 +577,7 @@ class EdgeVLM:
         self._loop.check()
         loaded = load(image, self._limits)
         streams: list[Stream] = []
-        try:
+        with _cancelled_at_end(streams):
             for prompt in prompts:
                 turn = Turn("user", prompt, (loaded,))
                 streams.append(
@@ -662,20 +585,12 @@ class EdgeVLM:
                 )
                 started = None  # loading the image belongs to the first request
             results = [stream.result() for stream in streams]
-        finally:
-            _cancel(streams)
-        return [
-            PointAnswer(
-                **vars(
-                    parse_points(
-                        result.text, truncated=result.finish_reason == "length", image=loaded
-                    )
-                ),
-                label=label,
-                result=result,
-            )
-            for label, result in zip(labels, results, strict=True)
-        ]
+        answers = []
+        for label, result in zip(labels, results, strict=True):
+            truncated = result.finish_reason == "length"
+            points = parse_points(result.text, truncated=truncated, image=loaded)
+            answers.append(PointAnswer(**vars(points), label=label, result=result))
+        return answers
 
     # The engine's start.
 
@@ -718,16 +633,15 @@ class EdgeVLM:
         self._finalizer.atexit = False  # at exit the loop closes what is left
 
 
-def _cancel(streams: Iterable[Stream | MolmoEdgeError]) -> None:
-    for one in streams:
-        if isinstance(one, Stream):
-            one.cancel()
-
-
-def _tracked(items: Sequence[T]) -> Iterable[T]:
-    from rich.progress import track
-
-    return track(items, description="Answering")
+@contextmanager
+def _cancelled_at_end(streams: Sequence[Stream | MolmoEdgeError]) -> Generator[None, None, None]:
+    """Cancel whatever a call leaves unanswered, be it by an error, Ctrl-C or a cancelled task."""
+    try:
+        yield
+    finally:
+        for one in streams:
+            if isinstance(one, Stream):
+                one.cancel()
 
 
 def _raise_first(results: Sequence[Result | MolmoEdgeError]) -> list[Result]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
@@ -15,17 +16,12 @@ from molmo_edge.requests import Request
 from molmo_edge.results import Result
 from molmo_edge.settings import EdgeSettings
 
-Batch: TypeAlias = Callable[[list[Request]], list[Result]]
-"""`EdgeVLM.batch`."""
-
 AGREEMENT = 0.03
 """Decode is steady when two successive speeds differ by at most this fraction."""
 
-_QUESTION = "Describe this."
 # Height and width: one tile, and a 4:3 image that fills any grid of crops.
 _SMALL, _LARGE = (336, 336), (1152, 1536)
 _ALL_CROPS = "all crops"
-_CAPTURED = "cudagraph_capture_sizes"
 
 
 @dataclass(frozen=True)
@@ -75,34 +71,21 @@ class WarmupReport:
 
 
 def warm(
-    batch: Batch,
+    batch: Callable[[list[Request]], list[Result]],
     settings: EdgeSettings,
     family: ModelFamily | None,
     startup_s: Mapping[str, float | None],
-    *,
-    tokens: int = 32,
-    max_rounds: int = 10,
-    clock: Callable[[], float] = time.perf_counter,
+    tokens: int,
+    max_rounds: int,
 ) -> WarmupReport:
-    """See `EdgeVLM.warmup`.
-
-    Args:
-        batch: answers requests by continuous batching.
-        family: None for an engine that is not vLLM's.
-
-    Raises:
-        ConfigError: `tokens` or `max_rounds` is below 2, which gives no speed or agreement.
-        MolmoEdgeError: as `EdgeVLM.query`.
-    """
-    for name, value in {"tokens": tokens, "max_rounds": max_rounds}.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 2:
-            raise ConfigError(f"warmup: {name} must be an integer of at least 2.")
-    began = clock()
+    """See `EdgeVLM.warmup`; `family` is None for an engine that is not vLLM's."""
+    if tokens < 2 or max_rounds < 2:
+        raise ConfigError("warmup: tokens and max_rounds must be at least 2.")
+    began = time.perf_counter()
     steps = []
     probe: _Kind | None = None
     for kind in _kinds(settings, family):
-        requests = [kind.request(seed, tokens) for seed in range(kind.count)]
-        steps.append(_run(batch, kind.name, requests, clock))
+        steps.append(_run(batch, kind, tokens))
         # All crops would only add prefill to each round, which on a CPU is seconds.
         if kind.count == 1 and kind.name != _ALL_CROPS and steps[-1].skipped is None:
             probe = kind
@@ -112,24 +95,15 @@ def warm(
         if speed is None:  # the answer had no room for a second token
             break
         speeds.append(speed)
-    return WarmupReport(
-        steps=tuple(steps),
-        decode_tps=tuple(speeds),
-        steady=_agree(speeds),
-        seconds=clock() - began,
-        startup_s=startup_s,
-    )
+    seconds = time.perf_counter() - began
+    return WarmupReport(tuple(steps), tuple(speeds), _agree(speeds), seconds, startup_s)
 
 
 def batch_sizes(settings: EdgeSettings) -> tuple[int, ...]:
-    """Batch sizes to run: those that graphs are captured for, else 1, 2, 4 …
-
-    None is above `max_num_seqs`, which is always the last.
-    """
+    """Sizes up to `max_num_seqs`: those that graphs are captured for, else 2, 4, 8 …"""
     largest = settings.max_num_seqs
-    compilation = settings.engine_args.get("compilation_config")
-    captured = compilation.get(_CAPTURED) if isinstance(compilation, Mapping) else None
-    sizes = captured or [2**power for power in range(largest.bit_length())]
+    compilation = settings.engine_args.get("compilation_config", {})
+    sizes = compilation.get("cudagraph_capture_sizes", [2**n for n in range(largest.bit_length())])
     return tuple(sorted({size for size in sizes if 1 < size < largest} | {largest}))
 
 
@@ -148,13 +122,8 @@ class _Kind:
         if self.size is not None:
             shape = (*self.size, 3)
             image = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-        return Request(
-            image,
-            f"{_QUESTION} {seed}",
-            max_tokens=tokens,
-            ignore_eos=True,
-            max_crops=self.max_crops,
-        )
+        text = f"Describe this. {seed}"
+        return Request(image, text, tokens, ignore_eos=True, max_crops=self.max_crops)
 
 
 def _kinds(settings: EdgeSettings, family: ModelFamily | None) -> Iterator[_Kind]:
@@ -173,28 +142,22 @@ def _kinds(settings: EdgeSettings, family: ModelFamily | None) -> Iterator[_Kind
             yield replace(small if images else text, name=f"batch of {size}", count=size)
 
 
-def _run(
-    batch: Batch, name: str, requests: list[Request], clock: Callable[[], float]
-) -> WarmupStep:
-    began = clock()
+def _run(batch: Callable[[list[Request]], list[Result]], kind: _Kind, tokens: int) -> WarmupStep:
+    requests = [kind.request(seed, tokens) for seed in range(kind.count)]
+    began = time.perf_counter()
     try:
         metrics = [result.metrics for result in batch(requests)]
     except PromptTooLongError:
-        return WarmupStep(name, len(requests), skipped="longer than max_model_len")
+        return WarmupStep(kind.name, kind.count, skipped="longer than max_model_len")
     return WarmupStep(
-        name,
-        len(requests),
-        seconds=clock() - began,
+        kind.name,
+        kind.count,
+        seconds=time.perf_counter() - began,
         ttft_s=max((one.ttft_s for one in metrics if one.ttft_s is not None), default=None),
-        prompt_tokens=max(
-            (one.prompt_tokens for one in metrics if one.prompt_tokens is not None), default=None
-        ),
+        prompt_tokens=max(one.prompt_tokens or 0 for one in metrics) or None,
         output_tokens=sum(one.output_tokens for one in metrics),
     )
 
 
 def _agree(speeds: list[float]) -> bool:
-    if len(speeds) < 2:
-        return False
-    last, before = speeds[-1], speeds[-2]
-    return abs(last - before) <= AGREEMENT * max(last, before)
+    return len(speeds) > 1 and math.isclose(speeds[-1], speeds[-2], rel_tol=AGREEMENT)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -18,14 +17,7 @@ from molmo_edge.interface import Rendered, Update
 from molmo_edge.requests import CheckedOptions
 from molmo_edge.sampling import Sampling
 from molmo_edge.stream import Stream
-from tests.engine.support import (
-    FOREVER,
-    WORDS,
-    assert_each_ended_once,
-    echo,
-    eventually,
-    in_threads,
-)
+from tests.engine.support import FOREVER, WORDS, assert_all_ended, echo, eventually, in_threads
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -39,8 +31,7 @@ def fake() -> FakeFactory:
 def vlm(fake: FakeFactory) -> Iterator[EdgeVLM]:
     with EdgeVLM(engine=fake) as vlm:
         yield vlm
-        eventually(lambda: not fake.engine.running)
-        assert_each_ended_once(fake.engine)
+        assert_all_ended(vlm, fake)
 
 
 def test_deltas_join_to_the_answer(vlm: EdgeVLM) -> None:
@@ -58,9 +49,7 @@ def test_deltas_join_to_the_answer(vlm: EdgeVLM) -> None:
 @pytest.mark.parametrize("answer", ["Grüße, 世界! 👩‍🚀", "  a\n b "])
 def test_characters_are_whole_and_only_the_models_own_space_is_removed(answer: str) -> None:
     with EdgeVLM(engine=FakeEngine.factory(answer, pieces="chars")) as vlm:
-        deltas = list(vlm.stream(None, "q"))
-    assert "".join(deltas) == answer
-    assert all(delta.encode() for delta in deltas)
+        assert "".join(vlm.stream(None, "q")) == answer
 
 
 def test_text_that_arrives_with_the_end_is_not_lost() -> None:
@@ -82,7 +71,7 @@ def test_text_that_arrives_with_the_end_is_not_lost() -> None:
         assert list(Stream(vlm._loop, request, CheckedOptions(Sampling()))) == ["the end"]
 
 
-@pytest.mark.parametrize("way", ["break", "context", "drop", "cycle", "cancel", "error"])
+@pytest.mark.parametrize("way", ["break", "context", "cycle", "cancel"])
 def test_leaving_early_frees_the_sequence(vlm: EdgeVLM, fake: FakeFactory, way: str) -> None:
     stream = vlm.stream(None, "q", **FOREVER)
     next(stream)
@@ -93,47 +82,24 @@ def test_leaving_early_frees_the_sequence(vlm: EdgeVLM, fake: FakeFactory, way: 
     elif way == "context":
         with stream:
             next(stream)
-    elif way == "drop":
-        del stream
     elif way == "cycle":
         cycle: list[object] = [stream]
         cycle.append(cycle)
         del stream, cycle
         gc.collect()
-    elif way == "cancel":
-        stream.cancel()
-        stream.cancel()
     else:
-        with pytest.raises(ZeroDivisionError):
-            _read_and_fail(stream)
-        del stream
+        in_threads([stream.cancel] * 8)
+        for _ in range(2):
+            with pytest.raises(RequestCancelled):
+                stream.result()
     eventually(lambda: fake.engine.aborted)
     assert fake.engine.aborted == fake.engine.added
-    assert vlm.query(None, "next").text == f"next {WORDS}"
-
-
-def _read_and_fail(stream: Stream) -> None:
-    for _ in stream:
-        raise ZeroDivisionError
 
 
 def test_a_dropped_stream_aborts_only_itself(vlm: EdgeVLM) -> None:
     streams = [vlm.stream(None, f"q{i}", max_tokens=300) for i in range(8)]
     del streams[::2]
-    gc.collect()
     assert [s.result().text for s in streams] == [f"q{i} {WORDS}" for i in range(1, 8, 2)]
-
-
-@contextmanager
-def constant_collection() -> Iterator[None]:
-    """Collect garbage at almost every allocation, in whichever thread allocates."""
-    before = gc.get_threshold()
-    gc.set_threshold(1)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-        gc.collect()
 
 
 class Robot:
@@ -155,8 +121,13 @@ def test_finalizers_may_run_at_any_moment_in_any_thread(vlm: EdgeVLM) -> None:
             Robot(vlm.stream(None, "q", **FOREVER))
             assert vlm.query(None, f"{name}{i}").text == f"{name}{i} {WORDS}"
 
-    with constant_collection():
+    before = gc.get_threshold()
+    gc.set_threshold(1)  # garbage is collected at almost every allocation, in whichever thread
+    try:
         in_threads([lambda n=n: caller(n) for n in "abcd"])  # type: ignore[misc]
+    finally:
+        gc.set_threshold(*before)
+        gc.collect()
 
 
 def test_the_text_comes_first_and_then_the_error() -> None:
@@ -181,40 +152,26 @@ def test_a_deadline_ends_reading_with_the_text_until_then(vlm: EdgeVLM) -> None:
             read.append(delta)
     assert caught.value.partial == "".join(read) == stream.text
     assert len(read) > 1
+    unread = vlm.stream(None, "q", timeout=0.1, **FOREVER)
+    eventually(lambda: unread.done)
     with pytest.raises(RequestTimeout):
-        stream.result()
+        unread.result()
 
 
-def test_a_deadline_passes_without_a_reader(vlm: EdgeVLM, fake: FakeFactory) -> None:
-    stream = vlm.stream(None, "q", timeout=0.1, **FOREVER)
-    eventually(lambda: fake.engine.aborted or not fake.engine.added)
-    eventually(lambda: stream.done)
-    with pytest.raises(RequestTimeout):
-        stream.result()
-
-
-def test_errors_are_copies_that_keep_no_callers_alive(vlm: EdgeVLM) -> None:
+def test_errors_keep_no_callers_alive(vlm: EdgeVLM) -> None:
     stream = vlm.stream(None, "q", **FOREVER)
     stream.cancel()
-    errors = []
-    for _ in range(2):
-        try:
-            stream.result()
-        except RequestCancelled as exc:
-            errors.append(exc)
-    assert errors[0] is not errors[1]
+    with pytest.raises(RequestCancelled):
+        stream.result()
     assert stream._request._error is not None
     assert stream._request._error.__traceback__ is None
 
 
-def test_several_threads_may_wait_for_one_answer(vlm: EdgeVLM) -> None:
+def test_several_threads_may_wait_for_one_answer_and_cancel_it(vlm: EdgeVLM) -> None:
     stream = vlm.stream(None, "q")
     texts: list[str] = []
     in_threads([lambda: texts.append(stream.result().text)] * 8)
     assert texts == [f"q {WORDS}"] * 8
-
-
-def test_cancelling_from_another_thread_wakes_the_reader(vlm: EdgeVLM) -> None:
     stream = vlm.stream(None, "q", **FOREVER)
     next(stream)
     thread = threading.Thread(target=stream.cancel)

@@ -29,7 +29,7 @@ for _part in (ask, point, watch, verify, warmup, quantize, machine):
 
 def _print_version(given: bool) -> None:
     if given:
-        from molmo_edge.engine.build import versions
+        from molmo_edge.engine.vllm_args import versions
 
         typer.echo(environment_line(versions()))
         raise typer.Exit

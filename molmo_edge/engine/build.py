@@ -24,29 +24,10 @@ from typing import Any
 
 from molmo_edge.devices.caches import CACHE_VARIABLES
 from molmo_edge.engine import async_engine, vllm_engine
-from molmo_edge.engine.vllm_args import (
-    BuildPlan,
-    engine_device,
-    engine_environment,
-    plan_build,
-    require_vllm,
-    versions,
-)
+from molmo_edge.engine.vllm_args import BuildPlan
 from molmo_edge.engine.vllm_errors import mapped
 from molmo_edge.errors import ConfigError
 from molmo_edge.interface import Engine, EngineInfo
-
-__all__ = [
-    "BuildPlan",
-    "build",
-    "engine_device",
-    "engine_environment",
-    "plan_build",
-    "quiet",
-    "require_vllm",
-    "set_environment",
-    "versions",
-]
 
 logger = logging.getLogger("molmo_edge")
 
@@ -127,30 +108,22 @@ def set_environment(values: Mapping[str, str]) -> None:
     for name, value in values.items():
         if os.environ.get(name) != _ours.get(name):
             continue
-        if name in CACHE_VARIABLES and not _make(Path(value)):
-            continue
-        os.environ[name] = _ours[name] = value
-
-
-def _make(directory: Path) -> bool:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        logger.warning(
-            "Compiled code is not kept for the next start: '%s' cannot be made (%s). Name a "
-            "writable directory with cache_dir or MOLMO_EDGE_CACHE_DIR.",
-            directory,
-            exc.strerror or type(exc).__name__,
-        )
-        return False
-    return True
+        try:
+            if name in CACHE_VARIABLES:
+                Path(value).mkdir(parents=True, exist_ok=True)
+            os.environ[name] = _ours[name] = value
+        except OSError as exc:
+            logger.warning(
+                "Compiled code is not kept for the next start: '%s' cannot be made (%s). Name a "
+                "writable directory with cache_dir or MOLMO_EDGE_CACHE_DIR.",
+                value,
+                exc.strerror,
+            )
 
 
 def _compile_s(config: Any) -> float | None:
     """Return seconds of torch.compile; 0 without it, None where vLLM does not count them."""
-    seconds = float(getattr(config, "compilation_time", 0.0))
-    eager = getattr(config, "mode", None) == 0
-    return seconds if seconds or eager else None
+    return float(config.compilation_time) if config.compilation_time or config.mode == 0 else None
 
 
 def _check_names(engine_args: Mapping[str, object]) -> None:

@@ -12,8 +12,7 @@ For tests of code built on molmo_edge; needs neither vLLM nor torch nor a checkp
         assert fake.engine.prompts == ["Where is the mug?"]
 
 Deterministic: the same questions in the same order give the same steps. Prompts are checked as the
-real engine checks them. Calls from another thread than the one that built the engine raise
-RuntimeError, except for `render` and `check_schema`.
+real engine checks them.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from molmo_edge.errors import ImageError, PromptError
@@ -48,8 +47,7 @@ class Fault:
     """An exception for a call to raise.
 
     Attributes:
-        call: ``"build"``, ``"render"``, ``"add"``, ``"step"``, ``"abort"``, ``"reset_caches"`` or
-            ``"close"``.
+        call: the name of a method of `FakeEngine`, or ``"build"``.
         error: the exception.
         number: which of these calls fails, counted from 1 over all engines of a factory; None for
             all of them.
@@ -70,8 +68,7 @@ class FakeEngine:
         pieces: a token is a word with the space before it (``"words"``) or a character.
         max_num_seqs: number of requests decoded together; the others wait.
         max_model_len: tokens of prompt and answer together.
-        step_s, prefill_s, render_s, build_s: seconds that each step, the first step of a request,
-            each rendering and the building take.
+        step_s: seconds that each step takes.
         factory: its faults, holds and counts apply to this engine.
 
     Attributes:
@@ -88,15 +85,12 @@ class FakeEngine:
         max_num_seqs: int = 8,
         max_model_len: int = 4096,
         step_s: float = 0.0,
-        prefill_s: float = 0.0,
-        render_s: float = 0.0,
-        build_s: float = 0.0,
         factory: FakeFactory | None = None,
     ) -> None:
         self._answers = answers
         self._split = re.compile(r"\s*\S+|\s+$" if pieces == "words" else r"(?s).")
         self._max_num_seqs = max_num_seqs
-        self._times = {"step": step_s, "prefill": prefill_s, "render": render_s, "build": build_s}
+        self._step_s = step_s
         self._factory = factory or FakeFactory()
         self._thread = threading.get_ident()
         self._requests: dict[str, _Request] = {}
@@ -106,11 +100,8 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.closed = False
         self._call("build")
-        self.info = EngineInfo(
-            max_model_len=max_model_len,
-            environment={"model": "fake", "max_model_len": max_model_len},
-            startup_s={"total": build_s},
-        )
+        environment = {"model": "fake", "max_model_len": max_model_len}
+        self.info = EngineInfo(max_model_len, environment, startup_s={"total": 0.0})
 
     @staticmethod
     def factory(answers: Answers = "This is a fake answer.", **options: Any) -> FakeFactory:
@@ -119,36 +110,36 @@ class FakeEngine:
 
     def render(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> Rendered:
         """Raises PromptError, PromptTooLongError and ImageError as the real engine does."""
-        self._call("render")
+        self._factory.enter("render")
         check_turns(turns)
         text = "".join(f" {turn.role.capitalize()}: {turn.text}" for turn in turns)
         refuse_special([i for i, name in _SPECIAL.items() if name in text], _SPECIAL)
-        images = [image for turn in turns for image in turn.images]
-        if len(images) > 1 or (images and not turns[0].images):
+        images = sum(len(turn.images) for turn in turns)
+        if images > 1 or (images and not turns[0].images):
             raise ImageError("A request may contain one image, in its first turn.")
-        ids = [END_OF_TEXT, *self._ids(f"{text} Assistant:"), *options.get("answer", ())]
-        image_tokens = _IMAGE_TOKENS * len(images)
+        pieces = self._split.findall(f"{text} Assistant:")
+        ids = [END_OF_TEXT, *map(_id, pieces), *options.get("answer", ())]
+        image_tokens = _IMAGE_TOKENS * images
         total = len(ids) + image_tokens
-        check_length(total, self.info.max_model_len, len(images))
-        script = _Script(turns[-1].text, self._answer(turns), total)
-        return Rendered(script, total, image_tokens, None if images else ids, answer_prefix=" ")
+        check_length(total, self.info.max_model_len, images)
+        prompt = turns[-1].text, self._answer(turns), total
+        return Rendered(prompt, total, image_tokens, None if images else ids, answer_prefix=" ")
 
     def add(self, request_id: str, rendered: Rendered, sampling: Sampling) -> None:
         """Start to answer a request."""
         self._call("add")
-        script: _Script = rendered.prompt
-        self.prompts.append(script.question)
+        question, answer, prompt_tokens = rendered.prompt
+        self.prompts.append(question)
         self.added.append(request_id)
-        pieces = [(piece, _id(piece)) for piece in self._split.findall(" " + script.answer)]
-        room = self.info.max_model_len - script.prompt_tokens
+        pieces = self._split.findall(" " + answer)
+        room = self.info.max_model_len - prompt_tokens
         self._requests[request_id] = _Request(pieces, sampling, min(sampling.max_tokens, room))
 
     def step(self) -> list[Update]:
         """Generate one token for each of the first `max_num_seqs` requests."""
-        running = list(self._requests)[: self._max_num_seqs]
-        if any(not self._requests[i].token_ids for i in running):
-            self._sleep("prefill")
+        time.sleep(self._step_s)
         self._call("step")
+        running = list(self._requests)[: self._max_num_seqs]
         updates = [self._requests[i].step(i) for i in running]
         for update in updates:
             if update.finish_reason is not None:
@@ -182,17 +173,9 @@ class FakeEngine:
         return list(self._requests)
 
     def _call(self, name: str) -> None:
-        if name != "render" and threading.get_ident() != self._thread:
+        if threading.get_ident() != self._thread:
             raise RuntimeError(f"{name}() was called outside the thread that built the engine.")
-        self._sleep(name)
         self._factory.enter(name)
-
-    def _sleep(self, name: str) -> None:
-        if seconds := self._times.get(name):
-            time.sleep(seconds)
-
-    def _ids(self, text: str) -> list[int]:
-        return [_id(piece) for piece in self._split.findall(text)]
 
     def _answer(self, turns: Sequence[Turn]) -> str:
         if isinstance(self._answers, str):
@@ -267,57 +250,39 @@ class FakeFactory:
                 raise fault.error
 
 
-@dataclass(frozen=True)
-class _Script:
-    question: str
-    answer: str
-    prompt_tokens: int
-
-
 @dataclass
 class _Request:
     """A request that is being answered."""
 
-    pieces: Sequence[tuple[str, int]]
+    pieces: Sequence[str]
     sampling: Sampling
     max_tokens: int
-    token_ids: list[int] = field(default_factory=list)
+    tokens: int = 0
     text: str = ""
     shown: int = 0
 
     def step(self, request_id: str) -> Update:
-        at = len(self.token_ids)
+        stops = self.sampling.stop
         cycle = self.sampling.ignore_eos and bool(self.pieces)
-        ended = not cycle and at >= len(self.pieces)
-        piece, token = ("", END_OF_TEXT) if ended else self.pieces[at % len(self.pieces)]
-        self.token_ids.append(token)
+        ended = not cycle and self.tokens >= len(self.pieces)
+        piece = "" if ended else self.pieces[self.tokens % len(self.pieces)]
+        token = END_OF_TEXT if ended else _id(piece)
+        self.tokens += 1
         self.text += piece
-        reason = "stop" if ended else "length" if at + 1 >= self.max_tokens else None
+        reason = "stop" if ended else "length" if self.tokens >= self.max_tokens else None
         end = len(self.text)
-        stops = [self.text.find(stop) for stop in self.sampling.stop]
-        if places := [place for place in stops if place >= 0]:
+        if places := [self.text.index(stop) for stop in stops if stop in self.text]:
             reason, end = "stop", min(places)
-        elif reason is None and self.sampling.stop:
+        elif reason is None and stops:
             # Hold back text that may be the beginning of a stop string.
-            end = max(self.shown, end - max(map(len, self.sampling.stop)) + 1)
-        text, self.shown = self.text[self.shown : end], max(self.shown, end)
-        logprobs, top = self._logprobs(token)
-        return Update(request_id, text, (token,), logprobs, top, reason, 0)
-
-    def _logprobs(
-        self, token: int
-    ) -> tuple[Sequence[float] | None, Sequence[Mapping[int, float]] | None]:
-        wanted = self.sampling.logprobs or 0
-        others = [*self.sampling.logprob_token_ids, *range(1, wanted)]
-        if not wanted and not others:
-            return None, None
-        entries = {one: _logprob(one) for one in [token, *others]}
-        return [entries[token]], [entries]
+            end = max(self.shown, end - max(map(len, stops)) + 1)
+        text, self.shown = self.text[self.shown : end], end
+        wanted = [*self.sampling.logprob_token_ids, *range(1, self.sampling.logprobs or 0)]
+        if not wanted and not self.sampling.logprobs:
+            return Update(request_id, text, (token,), None, None, reason, 0)
+        top = {one: -(1 + one % 7) / 8 for one in [token, *wanted]}
+        return Update(request_id, text, (token,), [top[token]], [top], reason, 0)
 
 
 def _id(piece: str) -> int:
     return 1 + zlib.crc32(piece.encode()) % 0xFFFF
-
-
-def _logprob(token: int) -> float:
-    return -(1 + token % 7) / 8

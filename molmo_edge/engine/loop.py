@@ -14,9 +14,9 @@ import threading
 import time
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
-from molmo_edge.engine.pending import PendingRequest, Waiters
+from molmo_edge.engine.pending import PendingRequest, Waiters, timed_out
 from molmo_edge.engine.vllm_errors import advice, drop_frames, mapped
 from molmo_edge.errors import (
     EngineClosedError,
@@ -24,32 +24,27 @@ from molmo_edge.errors import (
     EngineError,
     EngineForkedError,
     EngineStartError,
-    GenerationError,
     MolmoEdgeError,
     QueueFull,
     RequestCancelled,
-    RequestTimeout,
 )
 from molmo_edge.interface import Engine
 
 logger = logging.getLogger("molmo_edge")
 T = TypeVar("T")
-Command: TypeAlias = Callable[[], None]
 
 # Seconds that interpreter exit waits for an engine that nobody closed.
 _EXIT_S = 5.0
-# Finish reasons that make a `Result`; None: not finished.
-_FINISHED = (None, "stop", "length")
 _CLOSED = "The engine is closed; an engine cannot be reopened."
+_NOT_READY = "The engine is not ready yet."
 
 
 class State(StrEnum):
-    """NEW → STARTING → READY → CLOSING → CLOSED; DEAD after a failed start or step.
+    """STARTING → READY → CLOSING → CLOSED; DEAD after a failed start or step.
 
     READY shows as STALLED while one step lasts longer than `stall_s`.
     """
 
-    NEW = "new"
     STARTING = "starting"
     READY = "ready"
     STALLED = "stalled"
@@ -58,85 +53,67 @@ class State(StrEnum):
     DEAD = "dead"
 
 
-def timed_out() -> RequestTimeout:
-    """The error of a request whose deadline passed."""
-    return RequestTimeout("The request's deadline passed; `.partial` has the text until then.")
-
-
 class EngineLoop:
     """Owns one engine from its construction to its end; never reused, see `EdgeVLM.restart`.
 
     Args:
         factory: builds the engine; called once, in the loop's thread.
         max_queue: maximum number of requests in flight, running or waiting.
-        stall_s: a step longer than this many seconds is reported as a stall.
+        stall_s: a step longer than this many seconds is a stall.
     """
 
     def __init__(
         self, factory: Callable[[], Engine], *, max_queue: int = 256, stall_s: float = 120.0
     ) -> None:
-        self._factory: Callable[[], Engine] | None = factory
+        self._factory = factory
         self._max_queue = max_queue
         self._stall_s = stall_s
         self._pid = os.getpid()
         # Guards what follows; reentrant, since a finalizer may run while it is held.
         self._lock = threading.RLock()
-        self._changed = Waiters()
-        self._state = State.NEW
+        self._state = State.STARTING
         self._cause: BaseException | None = None
-        self._engine: Engine | None = None
-        self._built = False
         self._drain = False
         self._gone = False  # the engine's memory is freed
         self._in_flight = 0  # requests that the engine has or will have
-        self._has_room = Waiters()
-        self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._changed = Waiters()  # for one of the above to change
+        self._engine: Engine | None = None
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._active: dict[str, PendingRequest] = {}  # the engine thread's alone
         self._step_began: float | None = None
         self._thread = threading.Thread(target=self._run, name="molmo-edge-engine", daemon=True)
-        self._watchdog = threading.Thread(
-            target=self._watch_steps, name="molmo-edge-watchdog", daemon=True
-        )
-        self._watchdog_end: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     # Any thread.
 
     @property
     def state(self) -> State:
         """State of the engine now."""
-        stalled = self._state is State.READY and self._is_stalled(self._step_began)
-        return State.STALLED if stalled else self._state
+        began = self._step_began
+        stalled = began is not None and time.monotonic() - began > self._stall_s
+        return State.STALLED if stalled and self._state is State.READY else self._state
 
     @property
     def cause(self) -> BaseException | None:
-        """What killed the engine, or that it hangs; None unless DEAD or STALLED."""
-        return EngineError(self._stall_report) if self.state is State.STALLED else self._cause
+        """What killed the engine; None unless DEAD."""
+        return self._cause
 
     @property
     def engine(self) -> Engine:
         """The engine, for `render`, `check_schema` and `info` alone. Raises as `check`."""
-        self.check()
         engine = self._engine
-        if engine is None:  # it ended meanwhile
-            self.check()
-            raise EngineClosedError(_CLOSED)
+        self.check()
+        if engine is None:  # it became ready between the two lines
+            raise EngineClosedError(_NOT_READY)
         return engine
 
     def check(self) -> None:
         """Raise what a request submitted now would get: EngineDeadError, EngineClosedError, …"""
         self._check_owner()
         state = self._state
-        if state is State.READY:
-            return
         if state is State.DEAD:
-            assert self._cause is not None
-            raise EngineDeadError(
-                f"The engine is dead ({type(self._cause).__name__}). {advice(self._cause)}"
-                "The chained error says why; restart() builds a new one."
-            ) from self._cause
-        if state in (State.CLOSING, State.CLOSED):
-            raise EngineClosedError(_CLOSED)
-        raise EngineClosedError("The engine is not ready yet.")
+            raise self._end_error()
+        if state is not State.READY:
+            raise EngineClosedError(_NOT_READY if state is State.STARTING else _CLOSED)
 
     def check_may_wait(self) -> None:
         """Raise an EngineError where waiting for an answer can never end.
@@ -159,32 +136,21 @@ class EngineLoop:
             EngineClosedError: `close()` was called meanwhile.
         """
         with self._lock:
-            if self._state is not State.NEW:
+            if self._state is not State.STARTING:
                 raise EngineClosedError(_CLOSED)
-            self._state = State.STARTING
-        _LIVE.add(self)
-        try:
+            _LIVE.add(self)
             self._thread.start()
-            self._watchdog.start()
-        except RuntimeError as exc:
-            self.close(timeout=0.0)
-            raise EngineStartError(
-                "No thread could be started for the engine: the process has too many, or is about "
-                "to exit."
-            ) from exc
         self._changed.wait(lambda: self._state is not State.STARTING)
         # After whatever the engine's own modules registered, so that at exit it runs first.
         atexit.unregister(_close_all)
         atexit.register(_close_all)
-        if self._state is State.DEAD and not self._built:
-            cause = self._cause
-            self.close(timeout=_EXIT_S)
-            if isinstance(cause, MolmoEdgeError):
-                raise cause
+        if self.state is State.DEAD:
+            if isinstance(self._cause, MolmoEdgeError):
+                raise self._cause
             raise EngineStartError(
-                f"The engine could not be built: {type(cause).__name__}. The chained error says "
-                "why."
-            ) from cause
+                f"The engine could not be built: {type(self._cause).__name__}. The chained error "
+                "says why."
+            ) from self._cause
         self.check()
 
     def submit(self, request: PendingRequest, *, wait: bool = False) -> None:
@@ -198,15 +164,15 @@ class EngineLoop:
         """
         self.check_may_wait()
         while not self._try_submit(request):
-            if not self._has_room.wait(self._may_submit, self._patience_s(request, wait)):
+            if not self._changed.wait(self._may_submit, self._patience_s(request, wait)):
                 raise timed_out()
 
     async def async_submit(self, request: PendingRequest, *, wait: bool = False) -> None:
         """`submit` without blocking the event loop."""
         self.check_may_wait()
         while not self._try_submit(request):
-            patience = self._patience_s(request, wait)
-            if not await self._has_room.async_wait(self._may_submit, patience):
+            patience_s = self._patience_s(request, wait)
+            if not await self._changed.async_wait(self._may_submit, patience_s):
                 raise timed_out()
 
     def cancel(self, request: PendingRequest, error: MolmoEdgeError | None = None) -> None:
@@ -217,13 +183,8 @@ class EngineLoop:
 
     def abandon(self, request: PendingRequest) -> None:
         """End a request that nobody waits for any more; takes no lock, so finalizers may call."""
-
-        def drop() -> None:
-            request.fail(RequestCancelled("The request was dropped."))
-            self._abort(request)
-
         if self._is_owner():
-            self._inbox.put(drop)
+            self._inbox.put(lambda: self.cancel(request))
 
     def abandon_engine(self) -> None:
         """Close an engine that nobody holds any more, after the answers still being read.
@@ -238,27 +199,25 @@ class EngineLoop:
         engine = self.engine
         if threading.current_thread() is self._thread:
             return function(engine)
-        results: queue.SimpleQueue[T] = queue.SimpleQueue()
+        results: list[T] = []
         errors: list[BaseException] = []
 
         def run() -> None:
             try:
                 if self._engine is None:
                     raise self._end_error()
-                results.put(function(self._engine))
+                results.append(function(self._engine))
             except BaseException as exc:
                 errors.append(exc)
-                results.put(None)  # type: ignore[arg-type]
-                if not isinstance(exc, Exception):
-                    raise
+            self._changed.wake()
 
         with self._lock:
             self.check()
             self._inbox.put(run)
-        result = results.get()
+        self._changed.wait(lambda: bool(results or errors))
         if errors:
             raise errors.pop()
-        return result
+        return results.pop()
 
     def close(self, timeout: float | None = None, *, drain: bool = False) -> bool:
         """End the engine; from any thread, any number of times, in any state.
@@ -278,18 +237,16 @@ class EngineLoop:
             if self._thread.ident is None:  # never started; `_run` looks at the state first
                 self._state, self._gone = State.CLOSED, True
                 _LIVE.discard(self)
+                return True
         if threading.current_thread() is self._thread:
             return False
         if not self._changed.wait(lambda: self._gone, timeout):
             return False
-        for thread in (self._thread, self._watchdog):
-            # Not started, or the watchdog itself, in which a log handler closes a stalled engine.
-            if thread.ident not in (None, threading.get_ident()):
-                thread.join()
+        self._thread.join()
         return True
 
     def _is_owner(self) -> bool:
-        """False in a forked child, where the engine's threads do not exist."""
+        """False in a forked child, where the engine's thread does not exist."""
         return os.getpid() == self._pid
 
     def _check_owner(self) -> None:
@@ -305,11 +262,7 @@ class EngineLoop:
             if self._state in (State.STARTING, State.READY):
                 self._state, self._drain = State.CLOSING, drain
             self._drain = self._drain and drain
-        self._wake()
-
-    def _wake(self) -> None:
         self._changed.wake()
-        self._has_room.wake()
 
     def _try_submit(self, request: PendingRequest) -> bool:
         self._check_owner()  # before the lock, which a forked child may have inherited locked
@@ -336,12 +289,12 @@ class EngineLoop:
         )
 
     def _end_error(self) -> MolmoEdgeError:
-        """The error of a request that the engine's end left unfinished."""
+        """The error of whatever the engine's end leaves unanswered."""
         if self._cause is None:
             return EngineClosedError("The engine was closed before the request finished.")
         error = EngineDeadError(
-            f"The engine died while the request was in flight: {type(self._cause).__name__}. "
-            f"{advice(self._cause)}restart() builds a new one."
+            f"The engine died: {type(self._cause).__name__}. {advice(self._cause)}"
+            "The chained error says why; restart() builds a new one."
         )
         error.__cause__ = self._cause
         return error
@@ -352,21 +305,16 @@ class EngineLoop:
         cause: BaseException | None = None
         try:
             if self._state is State.STARTING:
-                self._build()
+                self._engine = self._factory()
+                with self._lock:
+                    if self._state is State.STARTING:
+                        self._state = State.READY
+                self._changed.wake()
                 self._serve()
         except BaseException as exc:
             cause = exc
             drop_frames(exc)
         self._end(cause)
-
-    def _build(self) -> None:
-        assert self._factory is not None
-        self._engine = self._factory()
-        with self._lock:
-            self._built = True
-            if self._state is State.STARTING:
-                self._state = State.READY
-        self._changed.wake()
 
     def _serve(self) -> None:
         """Run commands between steps, and steps while there are requests, until closing.
@@ -397,32 +345,27 @@ class EngineLoop:
         now = time.monotonic()
         for update in updates:
             request = self._active.get(update.request_id)
-            if request is None:
-                continue
-            if update.finish_reason in _FINISHED:
+            if request is not None:
                 request.feed(update, now)
-            else:
-                request.feed(update._replace(finish_reason=None), now)
-                request.fail(GenerationError("The engine aborted the request."))
-            if update.finish_reason is not None:
-                self._retire(request)
-        # Those ended by their consumer have a command on its way too, unless Ctrl-C came first.
-        ended = [r for r in self._active.values() if r.done or self._is_late(r, now)]
-        for request in ended:
-            self._abort(request)
+                if update.finish_reason is not None:
+                    self._retire(request)
+        for request in tuple(self._active.values()):
+            request.expire(now)
+            if request.done:  # also if Ctrl-C kept its consumer from sending the command
+                self._abort(request)
 
     def _add(self, request: PendingRequest) -> None:
         """Hand a request to the engine, unless it has ended already."""
         self._active[request.request_id] = request
         if self._engine is None:
             return  # `_end` fails it
-        rendered = request.rendered
-        if request.done or rendered is None or self._is_late(request, time.monotonic()):
+        request.expire(time.monotonic())
+        if request.rendered is None:
             self._retire(request)
             return
         try:
             with mapped("add"):
-                self._engine.add(request.request_id, rendered, request.sampling)
+                self._engine.add(request.request_id, request.rendered, request.sampling)
         except MolmoEdgeError as exc:
             request.fail(exc)
             self._retire(request)
@@ -436,17 +379,11 @@ class EngineLoop:
                 self._engine.abort([request.request_id])
             self._retire(request)
 
-    def _is_late(self, request: PendingRequest, now: float) -> bool:
-        if request.deadline is None or now < request.deadline:
-            return False
-        request.fail(timed_out())
-        return True
-
     def _retire(self, request: PendingRequest) -> None:
         if self._active.pop(request.request_id, None) is not None:
             with self._lock:
                 self._in_flight -= 1
-            self._has_room.wake()
+            self._changed.wake()
 
     def _end(self, cause: BaseException | None) -> None:
         """The last thing the thread does: wake every waiter, then free the engine."""
@@ -454,10 +391,9 @@ class EngineLoop:
             self._cause = cause
             if self._state in (State.STARTING, State.READY):
                 self._state = State.CLOSING if cause is None else State.DEAD
-        self._wake()
+        self._changed.wake()
         engine, self._engine = self._engine, None
         if engine is not None:
-            self._step_began = None
             self._run_commands()
             for request in list(self._active.values()):
                 request.fail(self._end_error())
@@ -469,35 +405,12 @@ class EngineLoop:
             except BaseException as exc:
                 drop_frames(exc)
                 logger.warning("Closing the engine failed: %s", type(exc).__name__, exc_info=exc)
-        self._factory = None
         _LIVE.discard(self)
-        self._watchdog_end.put(None)
         with self._lock:
             if self._state is State.CLOSING:
                 self._state = State.CLOSED
             self._gone = True
         self._changed.wake()
-
-    # The watchdog's thread, which shares no lock with a step.
-
-    @property
-    def _stall_report(self) -> str:
-        return f"One engine step has lasted longer than {self._stall_s:g} s; it may be stuck."
-
-    def _is_stalled(self, began: float | None) -> bool:
-        return began is not None and time.monotonic() - began > self._stall_s
-
-    def _watch_steps(self) -> None:
-        reported: float | None = None
-        while True:
-            try:
-                self._watchdog_end.get(timeout=min(1.0, self._stall_s / 4))
-                return
-            except queue.Empty:
-                began = self._step_began
-            if self._is_stalled(began) and began != reported:
-                reported = began
-                logger.error("%s", self._stall_report)
 
 
 # Engines whose threads run; their threads hold them anyway.

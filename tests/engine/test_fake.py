@@ -9,23 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from molmo_edge import EdgeVLM, Request
-from molmo_edge.engine.fake import FakeEngine, Fault
-from molmo_edge.errors import GenerationError, ImageError, PromptError, PromptTooLongError
-from molmo_edge.interface import Turn, Update
-from molmo_edge.sampling import Sampling
-from tests.engine.support import in_threads, opened
+from molmo_edge.engine.fake import FakeEngine
+from molmo_edge.errors import ImageError, PromptError, PromptTooLongError
+from tests.engine.support import opened
 
 pytestmark = pytest.mark.timeout(60)
 IMAGE = np.zeros((8, 8, 3), np.uint8)
-
-
-def test_the_example_of_its_docstring_works() -> None:
-    fake = FakeEngine.factory({"Where is the mug?": "On the table."})
-    with EdgeVLM(engine=fake) as vlm:
-        assert vlm.query(None, "Where is the mug?").text == "On the table."
-    assert fake.engine.prompts == ["Where is the mug?"]
-    assert fake.engine.closed
 
 
 def test_it_loads_neither_torch_nor_vllm() -> None:
@@ -62,21 +51,6 @@ def test_answers_come_from_a_string_a_mapping_or_a_function(
             assert vlm.query(None, "a").text == answer
 
 
-@pytest.mark.parametrize(
-    ("pieces", "texts"),
-    [("words", [" Hé", " ho!", ""]), ("chars", [" ", "H", "é", " ", "h", "o", "!", ""])],
-)
-def test_a_step_generates_a_word_or_a_character(pieces: Any, texts: list[str]) -> None:
-    engine = FakeEngine("Hé ho!", pieces=pieces)
-    engine.add("r", engine.render([Turn("user", "q")], {}), Sampling())
-    updates: list[Update] = []
-    while not updates or updates[-1].finish_reason is None:
-        updates += engine.step()
-    # As with Molmo, the answer starts with a space, and the end of text is a token.
-    assert [update.text for update in updates] == texts
-    assert updates[-1].finish_reason == "stop"
-
-
 def test_max_tokens_stop_strings_and_the_context_end_an_answer() -> None:
     with opened(FakeEngine.factory("one two three four", max_model_len=8)) as vlm:
         cut = vlm.query(None, "q", max_tokens=2)
@@ -103,16 +77,6 @@ def test_log_probabilities_are_aligned_with_tokens() -> None:
         assert vlm.query(None, "q").logprobs is None
 
 
-def test_the_same_questions_give_the_same_steps() -> None:
-    def run() -> tuple[list[str], list[tuple[int, ...]]]:
-        fake = FakeEngine.factory(lambda turns: turns[-1].text * 2, max_num_seqs=2)
-        with opened(fake) as vlm:
-            results = vlm.batch([Request(None, text) for text in ("a b", "c", "d e f")])
-            return fake.engine.finished, [r.token_ids for r in results]
-
-    assert run() == run()
-
-
 def test_it_refuses_what_the_real_engine_refuses() -> None:
     with opened(FakeEngine.factory(max_model_len=64)) as vlm:
         for text, kind in [
@@ -134,28 +98,3 @@ def test_it_refuses_what_the_real_engine_refuses() -> None:
                 ]
             )
         assert vlm.query(None, "hello").text
-
-
-def test_faults_hit_the_call_they_are_meant_for() -> None:
-    faults = [Fault("add", ValueError("no"), number=2), Fault("render", OSError("gone"), number=4)]
-    with opened(FakeEngine.factory(faults=faults)) as vlm:
-        assert vlm.query(None, "a").text
-        with pytest.raises(Exception, match="refused"):
-            vlm.query(None, "b")
-        assert vlm.query(None, "c").text
-        with pytest.raises(GenerationError) as caught:
-            vlm.query(None, "d")
-        assert isinstance(caught.value.__cause__, OSError)
-        assert vlm.query(None, "e").text
-
-
-def test_it_refuses_calls_from_another_thread() -> None:
-    engine = FakeEngine()
-    with pytest.raises(RuntimeError, match="thread"):
-        in_threads([engine.step])
-
-
-def test_waiting_for_a_call_that_never_comes_raises() -> None:
-    fake = FakeEngine.factory()
-    with opened(fake), pytest.raises(TimeoutError, match="step"):
-        fake.wait_for("step", timeout=0.01)

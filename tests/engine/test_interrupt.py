@@ -20,7 +20,7 @@ from molmo_edge.engine.fake import FakeEngine
 from tests.engine.support import (
     FOREVER,
     WORDS,
-    assert_each_ended_once,
+    assert_all_ended,
     echo,
     eventually,
     opened,
@@ -97,16 +97,14 @@ def test_an_interrupted_call_leaves_the_next_one_right(ctrl_c: CtrlC, kind: str)
     with opened(fake, max_queue=1 if kind == "room" else 8) as vlm:
         other = vlm.stream(None, "q", **FOREVER) if kind == "room" else None
         waits = {
-            "room": lambda: eventually(lambda: vlm._loop._has_room._wakes),
+            "room": lambda: eventually(lambda: vlm._loop._changed._waiters),
             "call": lambda: time.sleep(0.05),
         }
         with ctrl_c.after(waits.get(kind, lambda: fake.wait_for("step", 20))):
             assert ctrl_c.hits(_calls(vlm)[kind])
         if other is not None:
             other.cancel()
-        eventually(lambda: not fake.engine.running and vlm._loop._in_flight == 0)
-        assert vlm.query(None, "next").text == f"next {WORDS}"
-    assert_each_ended_once(fake.engine)
+        assert_all_ended(vlm, fake)
 
 
 def test_interrupts_at_random_moments_leave_no_lock_and_no_request(ctrl_c: CtrlC) -> None:
@@ -120,10 +118,9 @@ def test_interrupts_at_random_moments_leave_no_lock_and_no_request(ctrl_c: CtrlC
             with ctrl_c.after(lambda: time.sleep(dice.random() * 0.004)):
                 hits += ctrl_c.hits(calls[kind])
             assert vlm.query(None, f"n{i}", timeout=60).text == f"n{i} {WORDS}"
-        eventually(lambda: not fake.engine.running and vlm._loop._in_flight == 0)
-        assert vlm._loop._has_room._wakes == [] == vlm._loop._changed._wakes
+        assert_all_ended(vlm, fake)
+        assert vlm._loop._changed._waiters == []
     assert hits > 30
-    assert_each_ended_once(fake.engine)
 
 
 def test_an_interrupted_close_can_be_called_again(ctrl_c: CtrlC) -> None:
@@ -183,13 +180,12 @@ _FORKED = """
         with EdgeVLM(engine=FakeEngine.factory("mine")) as own:
             assert own.query(None, "q").text == "mine"
 
-    for _ in range(3):
-        pid = os.fork()
-        if pid == 0:
-            child()
-            sys.exit(7)
-        _, status = os.waitpid(pid, 0)
-        assert os.waitstatus_to_exitcode(status) == 7, status
+    pid = os.fork()
+    if pid == 0:
+        child()
+        sys.exit(7)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 7, status
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
     process.join()
@@ -206,10 +202,10 @@ def test_a_forked_child_is_refused_at_once_and_exits_cleanly() -> None:
 
 
 _EXIT = """
-    import sys, threading
+    import threading
     import molmo_edge.engine.loop
     from molmo_edge import EdgeVLM
-    from molmo_edge.engine.fake import FakeEngine, Fault
+    from molmo_edge.engine.fake import FakeEngine
     never = threading.Event()
     forever = {"ignore_eos": True, "max_tokens": 10**6}
 """
@@ -230,13 +226,6 @@ _EXITS = {
         stream = vlm.stream(None, "q")
         fake.wait_for("step")
         """,
-    "dead": """
-        vlm = EdgeVLM(engine=FakeEngine.factory(faults=[Fault("step", RuntimeError("broken"))]))
-        try:
-            vlm.query(None, "q")
-        except molmo_edge.MolmoEdgeError:
-            pass
-        """,
     "daemon thread": """
         fake = FakeEngine.factory(step_s=0.001)
         vlm = EdgeVLM(engine=fake)
@@ -247,11 +236,6 @@ _EXITS = {
         holder = [EdgeVLM(engine=FakeEngine.factory(step_s=0.001))]
         holder.append([holder, holder[0].stream(None, "q", **forever)])
         """,
-    "sys.exit": """
-        vlm = EdgeVLM(engine=FakeEngine.factory(step_s=0.001))
-        for _ in vlm.stream(None, "q", **forever):
-            sys.exit(0)
-        """,
 }
 
 
@@ -260,7 +244,7 @@ def test_interpreter_exit_does_not_hang(way: str) -> None:
     done = run_script(textwrap.dedent(_EXIT) + textwrap.dedent(_EXITS[way]))
     assert done.returncode == 0, done.stderr
     if way != "daemon thread":  # whose own error may be printed
-        assert ("Traceback" in done.stderr) == (way == "dead")
+        assert "Traceback" not in done.stderr
 
 
 def test_ctrl_c_in_a_script_ends_it() -> None:

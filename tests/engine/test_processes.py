@@ -41,7 +41,7 @@ def test_ctrl_c_at_the_terminal_does_not_end_the_child(process_vlm: EdgeVLM) -> 
     assert process_vlm.query(None, "x", max_tokens=4).metrics.output_tokens == 4
 
 
-def test_a_killed_child_wakes_every_waiter_and_leaves_nothing(
+def test_a_killed_child_waiters_every_waiter_and_leaves_nothing(
     cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # For `collective_rpc`, whose function crosses to the child.

@@ -10,24 +10,9 @@ import pytest
 
 from molmo_edge import EdgeVLM
 from molmo_edge.engine.fake import FakeEngine, Fault
-from molmo_edge.errors import (
-    EngineClosedError,
-    EngineDeadError,
-    EngineError,
-    EngineStartError,
-    RequestCancelled,
-)
+from molmo_edge.errors import EngineClosedError, EngineDeadError, EngineError, EngineStartError
 from molmo_edge.interface import Update
-from tests.engine.support import (
-    FOREVER,
-    WORDS,
-    assert_each_ended_once,
-    echo,
-    eventually,
-    in_threads,
-    meanwhile,
-    opened,
-)
+from tests.engine.support import FOREVER, WORDS, echo, eventually, meanwhile, opened
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -38,18 +23,14 @@ def test_calls_run_in_the_engines_thread_which_cannot_wait_for_answers() -> None
         assert vlm.in_engine_thread(lambda engine: engine is fake.engine)
         again = vlm.in_engine_thread(lambda _: vlm.in_engine_thread(lambda engine: engine.closed))
         assert again is False
-        with pytest.raises(ZeroDivisionError):
-            vlm.in_engine_thread(lambda engine: 1 // 0)
+        for error in (ZeroDivisionError, SystemExit):
+            with pytest.raises(error):
+                vlm.in_engine_thread(lambda engine, error=error: exec("raise error", locals()))
         for call in (lambda: vlm.query(None, "q"), vlm.restart):
             with pytest.raises(EngineError, match="own thread"):
                 vlm.in_engine_thread(lambda engine, call=call: call())
         vlm.reset_caches()
         assert fake.calls["reset_caches"] == 1 and vlm.state == "ready"
-        with pytest.raises(SystemExit):
-            vlm.in_engine_thread(lambda engine: exec("raise SystemExit"))
-        eventually(lambda: vlm.state == "dead")
-        with pytest.raises(EngineDeadError):
-            vlm.in_engine_thread(lambda engine: 1)
 
 
 def test_a_call_that_waits_for_an_engine_that_dies_is_woken() -> None:
@@ -70,7 +51,7 @@ def test_restarting_a_living_engine_frees_the_old_one_first() -> None:
     fake = FakeEngine.factory(echo, step_s=0.001)
     with opened(fake) as vlm:
         stream = vlm.stream(None, "q", **FOREVER)
-        for i in range(5):
+        for i in range(3):
             vlm.restart()
             assert len(fake.engines) == i + 2
             assert all(engine.closed for engine in fake.engines[:-1])
@@ -153,18 +134,3 @@ def test_a_hundred_engines_leave_nothing() -> None:
     del vlm
     gc.collect()
     assert len(gc.get_objects()) - before < 500
-
-
-def test_cancelling_after_the_end_changes_nothing() -> None:
-    fake = FakeEngine.factory(echo)
-    with opened(fake) as vlm:
-        stream = vlm.stream(None, "q")
-        result = stream.result()
-        stream.cancel()
-        assert stream.result() == result
-        cancelled = vlm.stream(None, "q", **FOREVER)
-        in_threads([cancelled.cancel] * 8)
-        with pytest.raises(RequestCancelled):
-            cancelled.result()
-        eventually(lambda: not fake.engine.running)
-    assert_each_ended_once(fake.engine)
