@@ -221,9 +221,7 @@ def test_an_incomplete_or_refused_answer_is_an_error_that_keeps_its_text(
     assert caught.value.partial and answer.startswith(caught.value.partial)
 
 
-@pytest.mark.parametrize(
-    "json_schema", [{}, "object", int, NoSchema, {"enum": [float("nan")]}]
-)
+@pytest.mark.parametrize("json_schema", [{}, "object", int, NoSchema, {"enum": [float("nan")]}])
 def test_a_schema_that_is_none_is_refused_before_the_engine(
     vlm: EdgeVLM, fake: FakeFactory, json_schema: Any
 ) -> None:
