@@ -209,6 +209,11 @@ class CountResult:
         """Whether the answer was cut off; `number` is then a lower bound."""
         return self.points.truncated
 
+    @property
+    def result(self) -> Result | None:
+        """The answer, with its metrics."""
+        return self.points.result
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; what was read from the answer stands under ``points``."""
         return {

@@ -1,8 +1,7 @@
 """`watch`: answer the same question about the newest frame of a camera, again and again.
 
 A thread of its own opens, reads and closes the source; the consumer never blocks on a camera.
-Between the two are atomic operations and a plain lock alone, so Ctrl-C in the consumer leaves
-nothing locked.
+Between the two are only queues written in C, so Ctrl-C in the consumer leaves nothing locked.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import contextlib
 import logging
 import math
 import queue
-import stat
 import threading
 import time
 from collections import deque
@@ -25,7 +23,7 @@ from collections.abc import (
     Iterator,
     Mapping,
 )
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -78,7 +76,7 @@ class Seen:
     index: int
     captured_s: float
     captured_at: float
-    answered_s: float
+    answered_s: float = 0.0
     dropped: int = 0
     reconnects: int = 0
     result: Result | None = None
@@ -123,11 +121,8 @@ class WatchOptions:
         if self.on_stall not in ("raise", "reconnect"):
             raise ConfigError("on_stall must be 'raise' or 'reconnect'.")
         for name, value in (("max_fps", self.max_fps), ("frame_timeout", self.frame_timeout)):
-            if value is not None and (
-                isinstance(value, bool)
-                or not isinstance(value, int | float)
-                or not (math.isfinite(value) and value > 0)
-            ):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value < math.inf):
                 raise ConfigError(f"{name} must be a positive number, or None.")
         feed = open_source(self.source)
         if self.on_stall == "reconnect" and not feed.reopens:
@@ -141,82 +136,71 @@ def run(
     options: WatchOptions, answer: Callable[[ImageLike], Result]
 ) -> Generator[Seen, None, None]:
     """Answer frame by frame; see `EdgeVLM.watch`."""
-    changed = threading.Lock()  # held while there is no news
+    news: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def notify() -> None:
-        with contextlib.suppress(RuntimeError):  # there is news already
-            changed.release()
+        if news.empty():
+            news.put(None)
 
     camera = _Camera(options, notify)
     try:
         while True:
-            changed.acquire(blocking=False)
             frame = camera.poll()
             if camera.ended:
                 return
             if frame is None:
-                changed.acquire(timeout=camera.wait_s())
+                with contextlib.suppress(queue.Empty):
+                    news.get(timeout=camera.wait_s())
                 continue
-            image, result, error = frame.feed.image(frame.raw), None, None
+            result, error = None, None
             try:
-                result = answer(image)
+                result = answer(frame.image)
             except _FRAME_ERRORS as exc:
                 error = exc
-            yield camera.seen(frame, image, result, error)
+            yield camera.seen(frame, result, error)
     finally:
-        camera.stop()
-        camera.join()
+        camera.close()
 
 
 async def arun(
     options: WatchOptions, answer: Callable[[ImageLike], Awaitable[Result]]
 ) -> AsyncGenerator[Seen, None]:
     """Do the same as `run` for asyncio; see `EdgeVLM.awatch`."""
-    loop, changed = asyncio.get_running_loop(), asyncio.Event()
+    loop, news = asyncio.get_running_loop(), asyncio.Event()
 
     def notify() -> None:
         with contextlib.suppress(RuntimeError):  # the event loop may have ended
-            loop.call_soon_threadsafe(changed.set)
+            loop.call_soon_threadsafe(news.set)
 
     camera = _Camera(options, notify)
     try:
         while True:
-            changed.clear()
+            news.clear()
             frame = camera.poll()
             if camera.ended:
                 return
             if frame is None:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(changed.wait(), camera.wait_s())
+                    await asyncio.wait_for(news.wait(), camera.wait_s())
                 continue
-            image, result, error = frame.feed.image(frame.raw), None, None
+            result, error = None, None
             try:
-                result = await answer(image)
+                result = await answer(frame.image)
             except _FRAME_ERRORS as exc:
                 error = exc
-            yield camera.seen(frame, image, result, error)
+            yield camera.seen(frame, result, error)
     finally:
-        camera.stop()
-        await asyncio.to_thread(camera.join)
-
-
-@dataclass(frozen=True)
-class _Frame:
-    raw: Any
-    feed: Feed
-    number: int
-    captured_s: float
-    captured_at: float
+        await asyncio.to_thread(camera.close)
 
 
 class _Capture:
-    """The thread that opens, reads and closes one feed, and the one frame that waits."""
+    """The thread that reads one feed, and the one frame that waits."""
 
     def __init__(self, feed: Feed, keep_all: bool, notify: Callable[[], None]) -> None:
         self._feed = feed
         self._keep_all = keep_all
         self._notify = notify
-        self._frames: deque[_Frame] = deque(maxlen=1)
+        self._waiting: deque[Seen] = deque(maxlen=1)
         self._resume: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._stopped = False
         self.count = 0
@@ -226,9 +210,9 @@ class _Capture:
         self.thread = threading.Thread(target=self._run, name="molmo-edge-camera", daemon=True)
         self.thread.start()
 
-    def take(self) -> _Frame | None:
+    def take(self) -> Seen | None:
         try:
-            frame = self._frames.popleft()
+            frame = self._waiting.popleft()
         except IndexError:
             return None
         if self._keep_all:
@@ -242,9 +226,12 @@ class _Capture:
 
     def _run(self) -> None:
         try:
-            self._feed.open()
-            self.since = time.monotonic()
-            self._read()
+            with contextlib.closing(self._feed.frames()) as frames:
+                for image in frames:
+                    if not self._stopped:
+                        self._add(image)
+                    if self._stopped:
+                        break
         except MolmoEdgeError as exc:
             self.failure = exc
         except Exception as exc:
@@ -252,31 +239,18 @@ class _Capture:
                 f"The source failed: {type(exc).__name__}. The chained error says why."
             )
             self.failure.__cause__ = exc
-        finally:
-            try:
-                self._feed.close()
-            except Exception as exc:
-                logger.warning("Closing the source failed: %s", type(exc).__name__)
-            self.finished = True
-            self._notify()
+        self.finished = True
+        self._notify()
 
-    def _read(self) -> None:
-        due = time.monotonic()
-        while not self._stopped and (raw := self._feed.read()) is not None:
-            now = time.monotonic()
-            if self._stopped:
-                return
-            if not self._keep_all:
-                self.since = now
-            self._frames.append(_Frame(raw, self._feed, self.count, now, time.time()))
-            self.count += 1
-            self._notify()
-            if self._keep_all:
-                self._resume.get()
-            elif self._feed.interval_s:
-                due = max(due + self._feed.interval_s, now)
-                with contextlib.suppress(queue.Empty):
-                    self._resume.get(timeout=max(0.0, due - time.monotonic()))
+    def _add(self, image: ImageLike) -> None:
+        now = time.monotonic()
+        if not self._keep_all:
+            self.since = now
+        self._waiting.append(Seen(image, self.count, now, time.time()))
+        self.count += 1
+        self._notify()
+        if self._keep_all:
+            self._resume.get()
 
 
 class _Camera:
@@ -285,8 +259,8 @@ class _Camera:
     def __init__(self, options: WatchOptions, notify: Callable[[], None]) -> None:
         self._options = options
         self._notify = notify
-        self._interval_s = 1 / options.max_fps if options.max_fps else 0.0
-        self._keep_all = options.drop == "none" or not open_source(options.source).clocked
+        self._feed = open_source(options.source, realtime=options.drop == "oldest")
+        self._keep_all = options.drop == "none" or not self._feed.clocked
         self._capture: _Capture | None = None
         self._due_s = 0.0  # no frame is due before
         self._pause_s = _FIRST_PAUSE_S
@@ -295,21 +269,20 @@ class _Camera:
         self._reconnects = 0
         self.ended = False
 
-    def poll(self) -> _Frame | None:
+    def poll(self) -> Seen | None:
         """Return a frame that is due now. Sets `ended` at the end; raises CameraError."""
         now = time.monotonic()
         if now < self._due_s:
             return None
         if self._capture is None:
-            feed = open_source(self._options.source)
-            self._capture = _Capture(feed, self._keep_all, self._notify)
+            self._capture = _Capture(self._feed, self._keep_all, self._notify)
         capture = self._capture
         # In this order: a frame that came before the end is still given.
         finished, stalled = capture.finished, self._left_s(now) <= 0
         if not stalled or finished or self._keep_all:
             if (frame := capture.take()) is not None:
                 self._pause_s = _FIRST_PAUSE_S
-                self._due_s = now + self._interval_s
+                self._due_s = now + 1 / (self._options.max_fps or math.inf)
                 return frame
         if finished and capture.failure is None:
             self.ended = True
@@ -323,16 +296,13 @@ class _Camera:
         due = self._due_s - now
         return min(due if due > 0 else max(0.0, self._left_s(now)), 3600.0)
 
-    def seen(
-        self, frame: _Frame, image: ImageLike, result: Result | None, error: MolmoEdgeError | None
-    ) -> Seen:
-        index = self._first + frame.number
+    def seen(self, frame: Seen, result: Result | None, error: MolmoEdgeError | None) -> Seen:
+        """Complete a frame with its answer."""
+        index = self._first + frame.index
         dropped, self._next = index - self._next, index + 1
-        return Seen(
-            image=image,
+        return replace(
+            frame,
             index=index,
-            captured_s=frame.captured_s,
-            captured_at=frame.captured_at,
             answered_s=time.monotonic(),
             dropped=dropped,
             reconnects=self._reconnects,
@@ -340,12 +310,9 @@ class _Camera:
             error=error,
         )
 
-    def stop(self) -> None:
+    def close(self) -> None:
         if self._capture is not None:
             self._capture.stop()
-
-    def join(self) -> None:
-        if self._capture is not None:
             self._capture.thread.join(_JOIN_S)
 
     def _left_s(self, now: float) -> float:
@@ -369,171 +336,119 @@ class _Camera:
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
 
 
+@dataclass(frozen=True)
 class Feed:
-    """A source of frames: opened, read and closed once, in one thread of its own.
+    """A source of frames.
 
     Attributes:
+        frames: opens the source, yields its frames and closes it, all in the thread that iterates.
+            Raises CameraError, and MissingDependencyError without OpenCV.
         clocked: frames come by themselves and are lost when nobody reads them.
-        reopens: it can be opened again after it failed.
-        interval_s: pause between frames that gives a file its own speed; 0 for none.
+        reopens: `frames` can be called again after a failure.
     """
 
-    clocked = True
-    reopens = True
-    interval_s = 0.0
-
-    def open(self) -> None:
-        """Raise CameraError when it is not there, MissingDependencyError without OpenCV."""
-        raise NotImplementedError
-
-    def read(self) -> Any:
-        """Return the next frame as the source has it, None at the end. Raises CameraError."""
-        raise NotImplementedError
-
-    def image(self, frame: Any) -> ImageLike:
-        """Convert a frame to what a query takes; called only for frames that are answered."""
-        return frame  # type: ignore[no-any-return]
-
-    def close(self) -> None:
-        """Give the device back; called once, also after a failed `open`."""
+    frames: Callable[[], Generator[ImageLike, None, None]]
+    clocked: bool = True
+    reopens: bool = True
 
 
-def open_source(source: Source) -> Feed:
-    """Return the feed of a source, not opened yet; see `WatchOptions`. Raises ConfigError."""
+def open_source(source: Source, *, realtime: bool = True) -> Feed:
+    """Return the feed of a source, not opened yet; see `WatchOptions`. Raises ConfigError.
+
+    A video file is played at its own speed, unless `realtime` is false.
+    """
+    if isinstance(source, str) and source.strip().isdecimal():
+        source = int(source)
     if isinstance(source, int) and not isinstance(source, bool) and source >= 0:
-        return _OpenCVFeed(source)
+        return Feed(lambda: _read_opencv(source))
     if isinstance(source, str | Path) and str(source).strip():
-        return _open_name(source)
+        return _open_name(source, realtime)
     if isinstance(source, list | tuple):
-        return _IteratorFeed(lambda: iter(source), clocked=False)
+        return Feed(lambda: _iterate(source), clocked=False)
     if isinstance(source, Iterator):
-        return _IteratorFeed(lambda: source, reopens=False)
+        return Feed(lambda: _iterate(source), reopens=False)
     if callable(source):
-        return _IteratorFeed(lambda: iter(source()))
+        return Feed(lambda: _iterate(source()))
     if isinstance(source, Iterable) and not isinstance(source, _NO_FRAMES):
-        return _IteratorFeed(lambda: iter(source))
-    shown = f"a value of type {type(source).__name__}"
-    if isinstance(source, int | str):
-        shown = "an empty string" if isinstance(source, str) else f"{source}"
+        return Feed(lambda: _iterate(source))
+    shown = source if isinstance(source, int) else f"a value of type {type(source).__name__}"
     raise ConfigError(
         "A source is a camera's index, a device, video file, directory or GStreamer pipeline by "
         f"name, or an iterator of images; not {shown}."
     )
 
 
-def _open_name(source: str | Path) -> Feed:
-    text, path = str(source), Path(source)
-    if isinstance(source, str):
-        if text.strip().isdecimal():
-            return _OpenCVFeed(int(text))
-        if "!" in text and not path.exists():
-            return _OpenCVFeed(text, pipeline=True)
-        if "://" in text:
+def _open_name(source: str | Path, realtime: bool) -> Feed:
+    name, path = str(source), Path(source)
+    if isinstance(source, str) and not path.exists():
+        if "!" in name:
+            return Feed(lambda: _read_opencv(name, pipeline=True))
+        if "://" in name:
             raise ConfigError(
                 "A source is not a URL: nothing is fetched. Give a GStreamer pipeline, such as "
                 "'rtspsrc location=… ! … ! appsink', or an iterator of images."
             )
     if path.is_dir():
-        return _IteratorFeed(lambda: _directory(path), clocked=False)
+        return Feed(lambda: _iterate(_images_of(path)), clocked=False)
     if path.suffix.lower() in _SUFFIXES and path.is_file():
-        return _IteratorFeed(lambda: iter([path]), clocked=False)
-    return _OpenCVFeed(text)
+        return Feed(lambda: _iterate([path]), clocked=False)
+    return Feed(lambda: _read_opencv(name, realtime=realtime))
 
 
-def _directory(path: Path) -> Iterator[Path]:
-    images = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES and p.is_file())
+def _images_of(directory: Path) -> list[Path]:
+    images = sorted(p for p in directory.iterdir() if p.suffix.lower() in _SUFFIXES)
     if not images:
         raise CameraError("The directory holds no image (JPEG, PNG, WebP or BMP).")
-    return iter(images)
+    return images
 
 
-class _IteratorFeed(Feed):
-    """Images that Python code yields; `begin` gives a fresh iterator in the feed's thread."""
-
-    def __init__(
-        self,
-        begin: Callable[[], Iterator[ImageLike]],
-        *,
-        clocked: bool = True,
-        reopens: bool = True,
-    ) -> None:
-        self.clocked = clocked
-        self.reopens = reopens
-        self._begin = begin
-        self._frames: Iterator[ImageLike] = iter(())
-
-    def open(self) -> None:
-        self._frames = self._begin()
-
-    def read(self) -> Any:
-        for frame in self._frames:
-            if frame is None:
-                raise CameraError("The source yielded None instead of an image.")
+def _iterate(images: Iterable[ImageLike]) -> Generator[ImageLike, None, None]:
+    frames = iter(images)
+    try:
+        for frame in frames:
             # Camera code often fills one buffer again and again.
-            return frame.copy() if self.clocked and isinstance(frame, np.ndarray) else frame
-        return None
-
-    def close(self) -> None:
-        close = getattr(self._frames, "close", None)
+            yield frame.copy() if isinstance(frame, np.ndarray) else frame
+    finally:
+        close = getattr(frames, "close", None)
         if close is not None:
             close()
 
 
-class _OpenCVFeed(Feed):
-    """Whatever ``cv2.VideoCapture`` opens by index, path or pipeline."""
-
-    def __init__(self, name: int | str, *, pipeline: bool = False) -> None:
-        self._name = name
-        self._pipeline = pipeline
-        self._is_file = False
-        self._capture: Any = None
-        self._shown = f"camera {name}" if isinstance(name, int) else f"'{name}'"
-        if pipeline:
-            self._shown = "the GStreamer pipeline"
-
-    def open(self) -> None:
-        try:
-            import cv2
-        except ImportError as exc:
-            raise MissingDependencyError(
-                'Cameras and video files need OpenCV: pip install "molmo-edge[camera]". An '
-                "iterator of images needs nothing."
-            ) from exc
-        arguments = [self._name]
-        if self._pipeline:
-            information = cv2.getBuildInformation().splitlines()
-            if not any("GStreamer:" in line and "YES" in line for line in information):
-                raise CameraError(
-                    "This OpenCV was built without GStreamer. Use one that has it (a Jetson's "
-                    "own, or a build from source), or an iterator of images."
-                )
-            arguments.append(cv2.CAP_GSTREAMER)
-        elif isinstance(self._name, str):
-            try:
-                self._is_file = stat.S_ISREG(Path(self._name).stat().st_mode)
-            except OSError as exc:
-                raise CameraError(f"There is no device, file or directory {self._shown}.") from exc
-        self._capture = cv2.VideoCapture(*arguments)
-        if not self._capture.isOpened():
-            raise CameraError(f"OpenCV cannot open {self._shown}; is it there, and free?")
-        if self._is_file:
-            fps = self._capture.get(cv2.CAP_PROP_FPS)
-            self.interval_s = 1.0 / fps if 0 < fps < 1000 else 0.0
-
-    def read(self) -> Any:
-        success, frame = self._capture.read()
-        if success and frame is not None:
-            return frame
-        if self._is_file:
-            return None
-        raise CameraError(f"{self._shown} delivers no more frames.")
-
-    def image(self, frame: Any) -> ImageLike:
-        """Convert to an H x W x 3 uint8 RGB array; OpenCV's order is BGR."""
-        if frame.ndim == 2:
-            frame = np.repeat(frame[..., None], 3, axis=2)
-        return np.ascontiguousarray(frame[..., 2::-1])
-
-    def close(self) -> None:
-        if self._capture is not None:
-            self._capture.release()
+def _read_opencv(
+    name: int | str, *, pipeline: bool = False, realtime: bool = False
+) -> Generator[ImageLike, None, None]:
+    """Yield RGB frames of what ``cv2.VideoCapture`` opens by index, path or pipeline."""
+    try:
+        import cv2
+    except ImportError as exc:
+        raise MissingDependencyError(
+            'Cameras and video files need OpenCV: pip install "molmo-edge[camera]". An iterator of '
+            "images needs nothing."
+        ) from exc
+    shown, is_file = f"camera {name}", False
+    if pipeline:
+        shown = "the GStreamer pipeline"
+    elif isinstance(name, str):
+        shown, is_file = f"'{name}'", Path(name).is_file()
+        if not Path(name).exists():
+            raise CameraError(f"There is no device, file or directory {shown}.")
+    capture: Any = cv2.VideoCapture(name, cv2.CAP_GSTREAMER if pipeline else cv2.CAP_ANY)
+    try:
+        if not capture.isOpened():
+            raise CameraError(
+                f"OpenCV cannot open {shown}; is it there, and free? A pipeline needs an OpenCV "
+                "with GStreamer, which the wheels on PyPI are not."
+            )
+        fps = capture.get(cv2.CAP_PROP_FPS) if is_file and realtime else 0.0
+        due = time.monotonic()
+        codes = {1: cv2.COLOR_GRAY2RGB, 3: cv2.COLOR_BGR2RGB, 4: cv2.COLOR_BGRA2RGB}
+        while (read := capture.read())[0]:
+            frame = read[1]
+            yield cv2.cvtColor(frame, codes[1 if frame.ndim == 2 else frame.shape[2]])
+            if 0 < fps < 1000:
+                due = max(due + 1 / fps, time.monotonic())
+                time.sleep(max(0.0, due - time.monotonic()))
+        if not is_file:
+            raise CameraError(f"OpenCV reads no more frames from {shown}.")
+    finally:
+        capture.release()

@@ -271,7 +271,7 @@ def test_ctrl_c_while_waiting_for_a_frame_leaves_nothing_behind(vlm: EdgeVLM) ->
         ({"max_fps": float("nan")}, "max_fps"),
         ({"frame_timeout": -1}, "frame_timeout"),
         ({"frame_timeout": float("inf")}, "frame_timeout"),
-        ({"source": ""}, "empty string"),
+        ({"source": ""}, "type str"),
         ({"source": -1}, "-1"),
         ({"source": True}, "index"),
         ({"source": None}, "NoneType"),
@@ -297,16 +297,11 @@ def test_sources_that_are_not_there_are_reported(vlm: EdgeVLM, tmp_path: Path) -
     (tmp_path / "notes.mp4").write_text("no video")
     with pytest.raises(CameraError, match="cannot open"):
         next(vlm.watch(tmp_path / "notes.mp4"))
-    with pytest.raises(CameraError, match="None"):
-        next(vlm.watch(iter([None])))  # type: ignore[list-item]
 
 
-def test_a_pipeline_without_gstreamer_says_so(
-    vlm: EdgeVLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cv2, "getBuildInformation", lambda: "    GStreamer:      NO\n")
-    with pytest.raises(CameraError, match="without GStreamer"):
-        next(vlm.watch("videotestsrc ! appsink"))
+def test_a_pipeline_without_gstreamer_says_so(vlm: EdgeVLM) -> None:
+    with pytest.raises(CameraError, match="with GStreamer"):
+        next(vlm.watch("nothing ! appsink"))
 
 
 def test_without_opencv_the_extra_is_named(vlm: EdgeVLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,7 +339,7 @@ def test_opencv_frames_are_converted_to_rgb_and_the_device_is_released(
     seen = vlm.watch("0", drop="none")
     frames = [next(seen) for _ in range(3)]
     assert [tuple(np.asarray(one.image)[0, 0]) for one in frames] == [(0, 0, 200)] * 3
-    with pytest.raises(CameraError, match="camera 0 delivers no more frames"):
+    with pytest.raises(CameraError, match="no more frames from camera 0"):
         next(seen)
     assert [one.released for one in Device.made] == [True]
 
