@@ -18,7 +18,6 @@ app = typer.Typer()
 @app.command(
     epilog=examples(
         "molmo-edge quantize path/to/Molmo-7B-D-0924 Molmo-7B-D-w4a16 --scheme w4a16",
-        "molmo-edge quantize path/to/Molmo-7B-D-0924 Molmo-7B-D-fp8 --scheme fp8",
         "molmo-edge quantize path/to/Molmo-7B-D-0924 out --scheme w4a16 --calibrate images/",
     )
 )
@@ -33,21 +32,23 @@ def quantize(
     as_json: JsonOption = False,
 ) -> None:
     """Write a quantised copy of a checkpoint that vLLM loads directly. Needs no GPU."""
-    from molmo_edge.quantize.run import quantize as run
+    from molmo_edge.quantize import quantize as run
 
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
     with Progress(*columns, console=messages, transient=True) as bar:
-        task = bar.add_task("Reading headers …", total=None)
-
-        def progress(done: int, total: int, name: str) -> None:
-            bar.update(task, completed=done, total=total, description=name)
-
-        done = run(model, out, scheme, calibrate=calibrate, progress=progress)
-    worst = max(done.relative_errors, key=lambda name: done.relative_errors[name])
+        task = bar.add_task("reading headers …", total=None)
+        result = run(
+            model,
+            out,
+            scheme,
+            calibrate=calibrate,
+            progress=lambda done, total, name: bar.update(
+                task, completed=done, total=total, description=name
+            ),
+        )
+    worst, error = max(result.relative_errors.items(), key=lambda item: item[1])
     summary = (
-        f"{done.folder}: {done.in_bytes / 1e9:.2f} GB → {done.out_bytes / 1e9:.2f} GB, "
-        f"{len(done.relative_errors)} layers, largest relative error "
-        f"{done.relative_errors[worst]:.4f} ({worst}), {done.seconds:.0f} s."
+        f"{result.directory}: {result.in_bytes / 1e9:.2f} GB → {result.out_bytes / 1e9:.2f} GB, "
+        f"largest relative error of a layer {error:.4f} ({worst}), {result.seconds:.0f} s."
     )
-    data = {**dataclasses.asdict(done), "folder": str(done.folder)}
-    output(data, Text(summary), as_json=as_json)
+    output(dataclasses.asdict(result), Text(summary), as_json=as_json)

@@ -1,19 +1,20 @@
-"""Pack one weight: scales are searched here, formats and packing are compressed-tensors'.
-"""
+"""Pack one weight: scales are searched here, formats and packing are compressed-tensors'."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import preset_name_to_scheme
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
 from molmo_edge.devices.shapes import matrix_bytes
 from molmo_edge.errors import QuantizeError
-
-Scheme = Literal["fp8", "w4a16", "nvfp4"]
 
 # Values packed at a time, in complete rows: they fit a processor's caches, and packing NVFP4 takes
 # about a hundred bytes for each.
@@ -35,7 +36,7 @@ class Format:
         summary: for the model card.
     """
 
-    scheme: Scheme
+    scheme: str
     preset: str
     compression: str
     bits: int
@@ -47,36 +48,27 @@ class Format:
     @cached_property
     def quantization_scheme(self) -> Any:
         """compressed-tensors' `QuantizationScheme` for all linear layers."""
-        from compressed_tensors.quantization import preset_name_to_scheme
-
         return preset_name_to_scheme(self.preset, ["Linear"])
 
     @cached_property
     def compressor(self) -> Any:
         """compressed-tensors' compressor of this format."""
-        from compressed_tensors.compressors import BaseCompressor
-
         return BaseCompressor.get_value_from_registry(self.compression)
 
-    def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raises QuantizeError for a weight that this format cannot store."""
-        if len(shape) != 2:
-            raise QuantizeError(f"'{name}' has {len(shape)} dimensions; a linear weight has 2.")
-        if self.group is not None and shape[1] % self.group:
+    def stored_bytes(self, name: str, shape: tuple[int, ...]) -> int:
+        """Bytes of a stored weight, scales included. Raises QuantizeError if it has none."""
+        rows, columns = shape
+        if self.group is not None and columns % self.group:
             raise QuantizeError(
-                f"'{name}' has {shape[1]} columns, not a multiple of the {self.group} that share a "
+                f"'{name}' has {columns} columns, not a multiple of the {self.group} that share a "
                 f"scale in {self.scheme}. Use --scheme fp8."
             )
-
-    def stored_bytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a stored weight, scales included."""
-        rows, columns = shape
         return matrix_bytes(self.scheme, rows, columns) + 64  # the tensor's own scale or shape
 
 
 FORMATS: Mapping[str, Format] = {
-    made.scheme: made
-    for made in (
+    form.scheme: form
+    for form in (
         Format(
             "fp8", "FP8_DYNAMIC", "float-quantized", 8, None, (1.0,), torch.float32,
             "FP8 (E4M3) weights with a scale per row; activations are quantised to FP8 with a "
@@ -102,53 +94,35 @@ def format_of(scheme: str) -> Format:
     return FORMATS[scheme]
 
 
-@dataclass(frozen=True)
-class Packed:
-    """A packed weight.
-
-    Attributes:
-        tensors: suffix of the layer's name → tensor, as compressed-tensors names them.
-        relative_error: Frobenius norm of (stored - original) over that of the original, each
-            column weighted with its importance.
-    """
-
-    tensors: dict[str, torch.Tensor]
-    relative_error: float
-
-
 # compressed-tensors compiles one small function of NVFP4's, which needs a C++ compiler.
 @torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator, unused-ignore]
-def pack(weight: torch.Tensor, form: Format, importance: torch.Tensor | None = None) -> Packed:
-    """Pack a weight, (rows, columns) of any float dtype, rounding to the nearest value.
+def pack(
+    weight: torch.Tensor, form: Format, importance: torch.Tensor | None = None
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Pack a finite weight, (rows, columns) of any float dtype, rounding to the nearest value.
 
     The scale of each group is the one of `form.search` with the least squared error. `importance`,
-    (columns,) and not negative, weights the columns; None weights all alike. The error is that of
-    the values that compressed-tensors unpacks, in float32.
+    (columns,) and not negative, weights the columns; None weights all alike.
 
-    Raises QuantizeError for NaN or infinity.
+    Returns the stored tensors by compressed-tensors' suffix of the layer's name, and the relative
+    error: Frobenius norm of (stored - original) over that of the original, columns weighted.
     """
-    if not bool(torch.isfinite(weight).all()):
-        raise QuantizeError("it contains NaN or infinity")
     shared: dict[str, torch.Tensor] = {}
     if form.scheme == "nvfp4":
-        from compressed_tensors.quantization.utils import generate_gparam
-
         low, high = torch.aminmax(weight.float())
         shared["weight_global_scale"] = generate_gparam(low, high)
     parts: list[dict[str, torch.Tensor]] = []
     wrong = whole = 0.0
-    for part in weight.split(max(1, _VALUES // max(weight.shape[1], 1))):
+    for part in weight.split(max(1, _VALUES // weight.shape[1])):
         rows = part.float()
         scale = _best_scale(rows, form, shared.get("weight_global_scale"), importance)
-        made = form.compressor.compress(
+        packed = form.compressor.compress(
             {"weight": rows, "weight_scale": scale, **shared}, form.quantization_scheme
         )
-        again = form.compressor.decompress(
-            {**made, "weight_scale": made["weight_scale"].float()}, form.quantization_scheme
-        )["weight"]
-        wrong += float(_squares(again.float() - rows, importance).sum(dtype=torch.float64))
+        difference = unpack(packed, form) - rows
+        wrong += float(_squares(difference, importance).sum(dtype=torch.float64))
         whole += float(_squares(rows, importance).sum(dtype=torch.float64))
-        parts.append({**made, "weight_scale": made["weight_scale"].to(form.scale_dtype)})
+        parts.append({**packed, "weight_scale": packed["weight_scale"].to(form.scale_dtype)})
     tensors = {
         suffix: torch.cat([stored[suffix] for stored in parts])
         for suffix in parts[0]
@@ -156,7 +130,7 @@ def pack(weight: torch.Tensor, form: Format, importance: torch.Tensor | None = N
     }
     if "weight_shape" in parts[0]:
         tensors["weight_shape"] = torch.tensor(weight.shape)
-    return Packed({**tensors, **shared}, (wrong / whole) ** 0.5 if whole else 0.0)
+    return tensors | shared, (wrong / whole) ** 0.5 if whole else 0.0
 
 
 def unpack(tensors: Mapping[str, torch.Tensor], form: Format) -> torch.Tensor:
@@ -177,9 +151,6 @@ def _best_scale(
     importance: torch.Tensor | None,
 ) -> torch.Tensor:
     """(rows, groups) float32, rounded to the stored dtype."""
-    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
-    from compressed_tensors.quantization.utils import calculate_qparams
-
     args = form.quantization_scheme.weights
     groups = rows.view(len(rows), -1, form.group or rows.shape[1])
     low, high = torch.aminmax(groups, dim=-1)

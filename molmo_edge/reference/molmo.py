@@ -208,17 +208,19 @@ class ReferenceMolmo:
         up, gate = self._linear(x, block + "ff_proj").chunk(2, -1)  # the second half is the gate
         return self._linear(F.silu(gate) * up, block + "ff_out")
 
+    def _block(self, x: torch.Tensor, cache: Cache, layer: int) -> torch.Tensor:
+        block = f"{BLOCKS}{layer}."
+        attn_norm, ff_norm = block + "attn_norm", block + "ff_norm"
+        if self.config.norm_after:
+            x = x + self._rms_norm(self._attend(x, block, cache, layer), attn_norm)
+            return x + self._rms_norm(self._feed_forward(x, block), ff_norm)
+        x = x + self._attend(self._rms_norm(x, attn_norm), block, cache, layer)
+        return x + self._feed_forward(self._rms_norm(x, ff_norm), block)
+
     def _decode(self, x: torch.Tensor, cache: Cache) -> torch.Tensor:
         """Embeddings of the new positions to their final states, both (n, hidden)."""
         for layer in range(self.config.layers):
-            block = f"{BLOCKS}{layer}."
-            attn_norm, ff_norm = block + "attn_norm", block + "ff_norm"
-            if self.config.norm_after:
-                x = x + self._rms_norm(self._attend(x, block, cache, layer), attn_norm)
-                x = x + self._rms_norm(self._feed_forward(x, block), ff_norm)
-            else:
-                x = x + self._attend(self._rms_norm(x, attn_norm), block, cache, layer)
-                x = x + self._feed_forward(self._rms_norm(x, ff_norm), block)
+            x = self._block(x, cache, layer)
         return self._rms_norm(x, TEXT + "ln_f")
 
     def _new_cache(self) -> Cache:

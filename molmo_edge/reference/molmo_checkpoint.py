@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,10 +80,10 @@ def read_checkpoint(directory: Path) -> tuple[TextConfig, dict[str, torch.Tensor
     return config, weights
 
 
-def count_blocks(weights: Mapping[str, torch.Tensor], prefix: str) -> int:
-    """Number of blocks named `prefix` + number."""
-    names = (name.removeprefix(prefix) for name in weights if name.startswith(prefix))
-    return len({name.split(".")[0] for name in names})
+def count_blocks(names: Iterable[str], prefix: str) -> int:
+    """Number of blocks whose tensors are named `prefix` + number."""
+    tails = (name.removeprefix(prefix) for name in names if name.startswith(prefix))
+    return len({tail.split(".")[0] for tail in tails})
 
 
 def _refuse(problem: str, names: list[str]) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from molmo_edge.models.molmo.synthetic import Shape, write_checkpoint
 from molmo_edge.quantize.formats import FORMATS, format_of, unpack
 
 # Relative error of round-to-nearest on normal weights, with some room.
@@ -33,20 +30,6 @@ def layer_of(tensors: dict[str, torch.Tensor], layer: str) -> dict[str, torch.Te
         for name, value in tensors.items()
         if name.startswith(start) and not name.endswith(".bias")
     }
-
-
-def write_small(directory: Path) -> Path:
-    """A checkpoint in float32 whose tower has one block; no engine loads it."""
-    return write_checkpoint(directory, seed=3, shape=Shape(vit_blocks=1), dtype=torch.float32)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Small tensors gain nothing from more than one, and lose much on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    yield
-    torch.set_num_threads(before)
 
 
 def plain_tensors(directory: Path, scheme: str) -> dict[str, torch.Tensor]:

@@ -78,7 +78,7 @@ def test_the_engine_computes_with_the_stored_weights(
     original = write_checkpoint(tmp_path / "original", seed=3)
     Image.fromarray(synthetic_image(60, 80, 5)).save(tmp_path / "0.png")
     images = tmp_path if calibrated else None
-    directory = quantize(original, tmp_path / "out", scheme, calibrate=images).folder
+    directory = quantize(original, tmp_path / "out", scheme, calibrate=images).directory
     with EdgeVLM(
         directory,
         engine="process",
