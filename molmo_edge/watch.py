@@ -208,7 +208,6 @@ class _Capture:
         self.failure: MolmoEdgeError | None = None
         self.since = time.monotonic()  # when the source last gave a frame, or was asked for one
         self.thread = threading.Thread(target=self._run, name="molmo-edge-camera", daemon=True)
-        self.thread.start()
 
     def take(self) -> Seen | None:
         try:
@@ -276,6 +275,7 @@ class _Camera:
             return None
         if self._capture is None:
             self._capture = _Capture(self._feed, self._keep_all, self._notify)
+            self._capture.thread.start()  # once it is known to `close`, for Ctrl-C in here
         capture = self._capture
         # In this order: a frame that came before the end is still given.
         finished, stalled = capture.finished, self._left_s(now) <= 0
@@ -313,7 +313,8 @@ class _Camera:
     def close(self) -> None:
         if self._capture is not None:
             self._capture.stop()
-            self._capture.thread.join(_JOIN_S)
+            if self._capture.thread.is_alive():
+                self._capture.thread.join(_JOIN_S)
 
     def _left_s(self, now: float) -> float:
         if self._options.frame_timeout is None or self._capture is None:

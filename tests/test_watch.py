@@ -1,4 +1,4 @@
-"""`watch`: always the newest frame, drops counted, stalls reported or mended, no thread left."""
+"""`watch`: always the newest frame, drops counted, stalls reported, no thread left."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import itertools
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -208,42 +209,6 @@ def test_a_camera_that_disappears_is_an_error_or_opened_again(vlm: EdgeVLM) -> N
     again.close()
 
 
-def test_a_frame_that_misses_its_deadline_does_not_end_the_watch() -> None:
-    fake = FakeEngine.factory("word " * 500, step_s=0.01)
-    with EdgeVLM(engine=fake) as vlm:
-        seen = list(vlm.watch([image(1), image(2)], timeout=0.5))
-    assert [one.result for one in seen] == [None, None]
-    for one in seen:
-        assert isinstance(one.error, RequestTimeout)
-        assert one.error.partial.startswith("word")
-
-
-def test_a_frame_that_is_no_image_does_not_end_the_watch(vlm: EdgeVLM) -> None:
-    broken: Any = np.zeros((4, 4), np.float32)
-    seen = list(vlm.watch([image(1), broken, image(2)]))
-    assert [one.result is None for one in seen] == [False, True, False]
-    assert isinstance(seen[1].error, ImageError)
-
-
-def test_what_would_fail_for_every_frame_ends_the_watch(vlm: EdgeVLM) -> None:
-    with pytest.raises(SamplingError):
-        next(vlm.watch([image()], max_tokens=0))
-    dying = FakeEngine.factory(faults=[Fault("step", RuntimeError("gone"))])
-    with EdgeVLM(engine=dying) as other, pytest.raises(EngineDeadError):
-        next(other.watch([image()]))
-
-
-def test_closing_early_closes_the_source(vlm: EdgeVLM) -> None:
-    camera = Camera()
-    camera.more.release(2)
-    seen = vlm.watch(camera, drop="none")
-    next(seen)
-    camera.end()
-    seen.close()
-    assert camera.closed == 1
-    assert not [t for t in threading.enumerate() if t.name == "molmo-edge-camera"]
-
-
 def test_ctrl_c_while_waiting_for_a_frame_leaves_nothing_behind(vlm: EdgeVLM) -> None:
     camera, main = Camera(), threading.get_ident()
 
@@ -261,23 +226,37 @@ def test_ctrl_c_while_waiting_for_a_frame_leaves_nothing_behind(vlm: EdgeVLM) ->
     assert [value(one) for one in vlm.watch([image(1), image(2)])] == [1, 2]
 
 
+def test_a_frame_that_cannot_be_answered_does_not_end_the_watch(vlm: EdgeVLM) -> None:
+    broken: Any = np.zeros((4, 4), np.float32)
+    seen = list(vlm.watch([image(1), broken, image(2)]))
+    assert [one.result is None for one in seen] == [False, True, False]
+    assert isinstance(seen[1].error, ImageError)
+    with EdgeVLM(engine=FakeEngine.factory("word " * 500, step_s=0.01)) as slow:
+        late = list(slow.watch([image(1), image(2)], timeout=0.3))
+    assert [type(one.error) for one in late] == [RequestTimeout] * 2
+
+
+def test_what_would_fail_for_every_frame_ends_the_watch(vlm: EdgeVLM) -> None:
+    with pytest.raises(SamplingError):
+        next(vlm.watch([image()], max_tokens=0))
+    dying = FakeEngine.factory(faults=[Fault("step", RuntimeError("gone"))])
+    with EdgeVLM(engine=dying) as other, pytest.raises(EngineDeadError):
+        next(other.watch([image()]))
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
         ({"drop": "newest"}, "drop"),
         ({"on_stall": "ignore"}, "on_stall"),
         ({"max_fps": 0}, "max_fps"),
-        ({"max_fps": True}, "max_fps"),
         ({"max_fps": float("nan")}, "max_fps"),
         ({"frame_timeout": -1}, "frame_timeout"),
-        ({"frame_timeout": float("inf")}, "frame_timeout"),
         ({"source": ""}, "type str"),
         ({"source": -1}, "-1"),
         ({"source": True}, "index"),
         ({"source": None}, "NoneType"),
-        ({"source": b"jpeg"}, "bytes"),
         ({"source": image()}, "ndarray"),
-        ({"source": {}}, "dict"),
         ({"source": "rtsp://camera/1"}, "URL"),
         ({"source": iter([]), "on_stall": "reconnect"}, "opened again"),
     ],
@@ -290,22 +269,21 @@ def test_nonsense_is_refused_before_anything_is_opened(
 
 
 def test_sources_that_are_not_there_are_reported(vlm: EdgeVLM, tmp_path: Path) -> None:
-    with pytest.raises(CameraError, match="no device, file or directory"):
-        next(vlm.watch(tmp_path / "missing.mp4"))
+    (tmp_path / "notes.mp4").write_text("no video")
+    for source, match in (
+        (tmp_path / "missing.mp4", "no device, file or directory"),
+        (tmp_path / "notes.mp4", "cannot open"),
+        ("nothing ! appsink", "with GStreamer"),
+    ):
+        with pytest.raises(CameraError, match=match):
+            next(vlm.watch(source))
+    (tmp_path / "notes.mp4").unlink()
     with pytest.raises(CameraError, match="no image"):
         next(vlm.watch(tmp_path))
-    (tmp_path / "notes.mp4").write_text("no video")
-    with pytest.raises(CameraError, match="cannot open"):
-        next(vlm.watch(tmp_path / "notes.mp4"))
-
-
-def test_a_pipeline_without_gstreamer_says_so(vlm: EdgeVLM) -> None:
-    with pytest.raises(CameraError, match="with GStreamer"):
-        next(vlm.watch("nothing ! appsink"))
 
 
 def test_without_opencv_the_extra_is_named(vlm: EdgeVLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "cv2", None)
+    monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(MissingDependencyError, match=r"molmo-edge\[camera\]"):
         next(vlm.watch(0))
 
@@ -358,70 +336,35 @@ def test_a_video_file_is_played_at_its_own_speed_and_ends(vlm: EdgeVLM, tmp_path
     assert len(list(vlm.watch(str(path), drop="none"))) == 8
 
 
-# For asyncio.
+def test_awatch_answers_while_the_event_loop_goes_on_and_closes_the_source(vlm: EdgeVLM) -> None:
+    async def tick(ticks: list[float]) -> None:
+        while True:
+            ticks.append(time.monotonic())
+            await asyncio.sleep(0.002)
 
+    async def first_frame(camera: Camera) -> None:
+        async for _ in vlm.awatch(camera, frame_timeout=None):
+            pass
 
-def run_async(function: Callable[[EdgeVLM], Any]) -> None:
-    async def go() -> None:
-        with EdgeVLM(engine=FakeEngine.factory("A cup.", step_s=0.005)) as vlm:
-            await function(vlm)
-
-    asyncio.run(go())
-
-
-def test_awatch_answers_while_the_event_loop_goes_on() -> None:
-    async def check(vlm: EdgeVLM) -> None:
-        ticks = 0
-
-        async def tick() -> None:
-            nonlocal ticks
-            while True:
-                ticks += 1
-                await asyncio.sleep(0.002)
-
-        ticking = asyncio.create_task(tick())
+    async def check() -> None:
+        ticks: list[float] = []
+        ticking = asyncio.create_task(tick(ticks))
         seen = [one async for one in vlm.awatch([image(i) for i in range(5)], max_fps=50)]
         ticking.cancel()
-        assert [value(one) for one in seen] == list(range(5))
+        assert [value(one) for one in seen] == list(range(5)) and len(ticks) > 20
         assert all(one.result is not None for one in seen)
-        assert ticks > 20
-
-    run_async(check)
-
-
-def test_awatch_stops_cleanly_when_left_or_cancelled() -> None:
-    async def check(vlm: EdgeVLM) -> None:
-        camera = Camera()
-        camera.more.release(2)
-        async with contextlib.aclosing(vlm.awatch(camera, drop="none")) as seen:
-            async for _ in seen:
-                break
-            camera.end()
-        assert camera.closed == 1
-        waiting = Camera()
-
-        async def consume() -> None:
-            async for _ in vlm.awatch(waiting, frame_timeout=None):
-                pass
-
-        task = asyncio.create_task(consume())
+        left, waiting = Camera(), Camera()
+        left.more.release(2)
+        async with contextlib.aclosing(vlm.awatch(left, drop="none")) as answers:
+            await anext(answers)
+            left.end()
+        task = asyncio.create_task(first_frame(waiting))
         while not waiting.opened:
             await asyncio.sleep(0.001)
         waiting.end()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert waiting.closed == 1
+        assert left.closed == waiting.closed == 1
 
-    run_async(check)
-
-
-def test_awatch_reports_a_stall() -> None:
-    async def check(vlm: EdgeVLM) -> None:
-        camera = Camera()
-        threading.Timer(0.3, camera.end).start()
-        with pytest.raises(CameraError, match="no frame"):
-            async for _ in vlm.awatch(camera, frame_timeout=0.1):
-                pass
-
-    run_async(check)
+    asyncio.run(check())

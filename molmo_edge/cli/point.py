@@ -22,9 +22,11 @@ from molmo_edge.cli.common import (
 from molmo_edge.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from PIL import Image
+
+    from molmo_edge.points import PointAnswer
 
 app = typer.Typer()
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -71,9 +73,8 @@ def point(
             "labels": [_with_pixels(answer, loaded) for answer in answers],
             "drawn": None if draw is None else str(draw),
         }
-        output(data, *_shown(answers, loaded), as_json=as_json, vlm=vlm)
-        if not as_json:
-            _warn_flaws(answers)
+        output(data, *_tables(answers, loaded), as_json=as_json, vlm=vlm)
+        _warn_flaws(answers)
     if not any(answer.points for answer in answers):
         raise typer.Exit(1)
 
@@ -99,39 +100,37 @@ def count(
         data = {**counted.as_dict(), "points": _with_pixels(counted.points, loaded)}
         number = "unknown" if counted.number is None else str(counted.number)
         output(data, Text(f"{number} ({_HOW[counted.how]})"), as_json=as_json, vlm=vlm)
-        if not as_json:
-            if counted.consistent is False:
-                stated, pointed = counted.points.stated_count, counted.points.count
-                warn(f"The text states {stated}, but has {pointed} points.")
-            _warn_flaws([counted.points])
+        if counted.consistent is False:
+            stated, pointed = counted.points.stated_count, counted.points.count
+            warn(f"The text states {stated}, but has {pointed} points.")
+        _warn_flaws([counted.points])
     if counted.number is None:
         raise typer.Exit(1)
 
 
-def _with_pixels(answer: Any, image: Image.Image) -> dict[str, Any]:
-    data: dict[str, Any] = answer.as_dict()
+def _with_pixels(answer: PointAnswer, image: Image.Image) -> dict[str, Any]:
+    data = answer.as_dict()
     for shown, one in zip(data["points"], answer.points, strict=True):
         shown["px"] = one.px(image.size)
     return data
 
 
-def _shown(answers: Sequence[Any], image: Image.Image) -> list[Table | Text]:
+def _tables(answers: Sequence[PointAnswer], image: Image.Image) -> Iterator[Table | Text]:
     table = Table("label", "point", "x", "y", "pixel")
-    missing = []
     for answer in answers:
         for one in answer.points:
             column, row = one.px(image.size)
-            table.add_row(
-                Text(answer.label), str(table.row_count + 1), f"{one.x:.3f}", f"{one.y:.3f}",
-                f"{column}, {row}",
-            )  # fmt: skip
+            numbers = str(table.row_count + 1), f"{one.x:.3f}", f"{one.y:.3f}", f"{column}, {row}"
+            table.add_row(Text(answer.label), *numbers)
+    if table.row_count:
+        yield table
+    for answer in answers:
         if not answer.points:
             why = "none found" if answer.none_found else "the answer has no point"
-            missing.append(Text(f"{answer.label}: {why}"))
-    return [table, *missing] if table.row_count else [*missing]
+            yield Text(f"{answer.label}: {why}")
 
 
-def _warn_flaws(answers: Sequence[Any]) -> None:
+def _warn_flaws(answers: Sequence[PointAnswer]) -> None:
     for answer in answers:
         if answer.truncated:
             warn(f"{answer.label}: the answer was cut off; raise --max-tokens.")
@@ -141,15 +140,13 @@ def _warn_flaws(answers: Sequence[Any]) -> None:
 
 def _check_target(path: Path | None) -> None:
     """Refuse an image that cannot be written, before the engine starts."""
-    if path is None:
-        return
-    if path.suffix.lower() not in _SUFFIXES:
+    if path is not None and path.suffix.lower() not in _SUFFIXES:
         raise ConfigError(f"--draw: the name must end in one of {', '.join(_SUFFIXES)}.")
-    if not path.parent.is_dir():
+    if path is not None and not path.parent.is_dir():
         raise ConfigError(f"--draw: directory '{path.parent}' does not exist.")
 
 
-def _draw(answers: Sequence[Any], image: Image.Image, path: Path | None) -> None:
+def _draw(answers: Sequence[PointAnswer], image: Image.Image, path: Path | None) -> None:
     if path is None:
         return
     from molmo_edge.points import PointResult
@@ -157,5 +154,5 @@ def _draw(answers: Sequence[Any], image: Image.Image, path: Path | None) -> None
     points = PointResult("", tuple(one for answer in answers for one in answer.points))
     try:
         points.draw(image).save(path)
-    except (OSError, ValueError) as exc:
+    except OSError as exc:
         raise ConfigError(f"--draw: '{path}' cannot be written.") from exc

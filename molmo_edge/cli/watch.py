@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import os
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,7 +20,6 @@ from molmo_edge.cli.common import (
     with_options,
     write,
 )
-from molmo_edge.errors import ConfigError
 
 if TYPE_CHECKING:
     from molmo_edge.watch import Seen
@@ -72,24 +73,19 @@ def watch(
     }
     # Before the engine starts, so that a wrong source or option is reported at once.
     WatchOptions(source, **options)
-    if not source.strip():
-        raise ConfigError("The source is empty.")
     # OpenCV writes its own lines about cameras that are not there.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
     with engine.open() as vlm:
         if not as_json:
             output({}, as_json=False, vlm=vlm)
-        watched = vlm.watch(source, question, **options, **sampling.given())
-        try:
-            for number, seen in enumerate(watched, start=1):
+        with contextlib.closing(
+            vlm.watch(source, question, **options, **sampling.given())
+        ) as answers:
+            for seen in itertools.islice(answers, frames):
                 if as_json:
                     output(_as_dict(seen), as_json=True, vlm=vlm, line=True)
                 else:
                     _show(seen)
-                if number == frames:
-                    break
-        finally:
-            watched.close()
 
 
 def _as_dict(seen: Seen) -> dict[str, Any]:
@@ -108,9 +104,8 @@ def _as_dict(seen: Seen) -> dict[str, Any]:
 
 
 def _show(seen: Seen) -> None:
-    head = f"[{seen.index}] {seen.latency_s:.2f} s"
-    if seen.dropped:
-        head += f", {seen.dropped} dropped"
+    dropped = f", {seen.dropped} dropped" if seen.dropped else ""
+    head = f"[{seen.index}] {seen.latency_s:.2f} s{dropped}"
     if seen.result is None:
         warn(f"{head}: {type(seen.error).__name__}: {seen.error}")
     else:
