@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import molmo_edge
 from molmo_edge import EdgeVLM
 from molmo_edge.cli import common
 from molmo_edge.cli.app import main
@@ -46,6 +47,7 @@ class Ended:
 
 
 Run = Callable[..., Ended]
+PatchVLM = Callable[[Callable[..., EdgeVLM]], None]
 
 
 @pytest.fixture
@@ -60,17 +62,23 @@ def built() -> list[dict[str, Any]]:
 
 
 @pytest.fixture
+def patch_vlm(monkeypatch: pytest.MonkeyPatch) -> PatchVLM:
+    return lambda make: monkeypatch.setattr(molmo_edge, "EdgeVLM", make, raising=False)
+
+
+@pytest.fixture
 def run(
     fake: FakeFactory,
     built: list[dict[str, Any]],
+    patch_vlm: PatchVLM,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Run:
-    def make(model: str | None, config: Path | None, **settings: Any) -> EdgeVLM:
-        built.append({"model": model, "config": config, **settings})
-        return EdgeVLM(model, config=config, engine=fake, **settings)
+    def make(model: str | None, **settings: Any) -> EdgeVLM:
+        built.append({"model": model, **settings})
+        return EdgeVLM(model, engine=fake, **settings)
 
-    monkeypatch.setattr(common, "make_vlm", make)
+    patch_vlm(make)
     monkeypatch.setenv("COLUMNS", "200")
 
     def call(*arguments: object, stdin: bytes | None = None) -> Ended:
@@ -78,9 +86,8 @@ def run(
             monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         with pytest.raises(SystemExit) as ended:
             main([str(one) for one in arguments])
-        code = ended.value.code
         captured = capsys.readouterr()
-        return Ended(code if isinstance(code, int) else 0, captured.out, captured.err)
+        return Ended(int(ended.value.code or 0), captured.out, captured.err)
 
     return call
 
@@ -254,12 +261,12 @@ def test_our_errors_are_exit_status_2_and_a_line_without_a_traceback(
 
 
 def test_a_failed_start_is_reported_with_its_cause_and_ctrl_c_is_130(
-    run: Run, image: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, image: Path, patch_vlm: PatchVLM
 ) -> None:
     def build() -> Any:
         raise RuntimeError("no kernel image")
 
-    monkeypatch.setattr(common, "make_vlm", lambda *args, **settings: EdgeVLM(engine=build))
+    patch_vlm(lambda *args, **settings: EdgeVLM(engine=build))
     ended = run("ask", image, "What?")
     assert ended.status == 2
     assert ended.err.startswith("EngineStartError: ")
@@ -268,7 +275,7 @@ def test_a_failed_start_is_reported_with_its_cause_and_ctrl_c_is_130(
     def interrupt(*args: Any, **settings: Any) -> EdgeVLM:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(common, "make_vlm", interrupt)
+    patch_vlm(interrupt)
     assert run("ask", image, "What?").status == 130
 
 

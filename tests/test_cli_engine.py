@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import molmo_edge
 from molmo_edge import EdgeVLM
-from molmo_edge.cli import common
 from molmo_edge.cli.app import main
 from molmo_edge.models.molmo.stub import NOTICE, TEXT
 
@@ -37,7 +37,9 @@ def run(
     stub_vlm: EdgeVLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Run:
     # The engine outlives the command.
-    monkeypatch.setattr(common, "make_vlm", lambda *args, **settings: nullcontext(stub_vlm))
+    monkeypatch.setattr(
+        molmo_edge, "EdgeVLM", lambda *args, **settings: nullcontext(stub_vlm), raising=False
+    )
     monkeypatch.setenv("COLUMNS", "200")
 
     def call(*arguments: object, stdin: bytes | None = None) -> tuple[int, str, str]:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from molmo_edge.cli import ask, machine, point, quantize, verify, warmup, watch
+from molmo_edge.cli import ask, bench, machine, point, quantize, verify, warmup, watch
 from molmo_edge.cli.common import Commands, environment_line
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 for _part in (ask, point, watch, verify, warmup, quantize, machine):
     app.add_typer(_part.app)
+app.add_typer(bench.app)
 
 
 def _print_version(given: bool) -> None:
@@ -43,21 +44,6 @@ def _options(
     ] = False,
 ) -> None:
     pass
-
-
-@app.command(
-    context_settings={
-        "allow_extra_args": True,
-        "ignore_unknown_options": True,
-        "help_option_names": [],
-    },
-)
-def bench(context: typer.Context) -> None:
-    """Measure speed, steadiness and ceilings; compare and report results. See bench --help."""
-    # Its imports would slow the start of the other commands.
-    from molmo_edge.cli.bench import app as bench_app
-
-    bench_app(context.args, prog_name="molmo-edge bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -127,11 +128,9 @@ def chat(
                 elif command.startswith("/"):
                     warn(_HELP, "dim")
                 else:
-                    content: Any = line
+                    content: list[Any] = [{"type": "text", "text": line}]
                     if loaded is not None and not messages:
-                        content = [
-                            {"type": "image", "image": loaded}, {"type": "text", "text": line},
-                        ]  # fmt: skip
+                        content.insert(0, {"type": "image", "image": loaded})
                     question = {"role": "user", "content": content}
                     stream = vlm.chat_stream([*messages, question], **sampling.given())
                     if not as_json:
@@ -150,18 +149,16 @@ def chat(
 
 
 def _lines() -> Iterator[str]:
+    """Lines from a pipe, or from the terminal with a prompt."""
     if not sys.stdin.isatty():
         yield from (line.strip() for line in sys.stdin if line.strip())
         return
     warn(_HELP, "dim")
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            write("\n")
-            return
-        if line:
-            yield line
+    with suppress(EOFError):
+        while True:
+            if line := input("> ").strip():
+                yield line
+    write("\n")
 
 
 def _print_stream(stream: Any) -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 
 from molmo_edge.errors import ImageError, MolmoEdgeError
 from molmo_edge.images import ImageLimits, load
+from molmo_edge.settings import resolve
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -54,19 +55,15 @@ class EngineOptions:
     @contextmanager
     def open(self) -> Iterator[EdgeVLM]:
         """The engine for one command."""
+        from molmo_edge import EdgeVLM
+
         with messages.status("Starting the engine …"):
-            vlm = make_vlm(self.model, self.config, max_crops=self.max_crops)
+            vlm = EdgeVLM(self.model, config=self.config, max_crops=self.max_crops)
         with vlm as engine:
             yield engine
 
     def load_image(self, name: str) -> Image.Image:
-        """Load an image, before the engine starts so that a wrong name is reported at once.
-
-        Raises:
-            ImageError, ConfigError.
-        """
-        from molmo_edge.settings import resolve
-
+        """Load an image, before the engine starts so that a wrong name is reported at once."""
         settings = resolve({}, config=self.config).settings
         limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
         if name != "-":
@@ -99,50 +96,36 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except MolmoEdgeError as exc:
             warn(f"{type(exc).__name__}: {exc}", "red")
-            cause = exc.__cause__
-            if cause is not None:
-                first = (str(cause).strip().splitlines() or [""])[0]
-                warn(f"caused by {type(cause).__name__}: {first}", "dim")
+            if (cause := exc.__cause__) is not None:
+                warn(f"caused by {type(cause).__name__}: {cause}".strip().splitlines()[0], "dim")
             raise typer.Exit(2) from exc
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Replace each parameter whose type is an options dataclass by that class's own options."""
-    parameters = inspect.signature(command, eval_str=True).parameters.values()
-    groups: dict[str, Any] = {
-        p.name: p.annotation for p in parameters if dataclasses.is_dataclass(p.annotation)
-    }
-    hints = {name: get_type_hints(kind, include_extras=True) for name, kind in groups.items()}
+    groups: dict[str, tuple[Any, list[str]]] = {}
+    options: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        kind: Any = parameter.annotation
+        if dataclasses.is_dataclass(kind):
+            fields = inspect.signature(kind, eval_str=True).parameters
+            groups[parameter.name] = (kind, list(fields))
+            options += fields.values()
+        else:
+            options.append(parameter)
 
     @functools.wraps(command)
     def wrapper(**given: Any) -> None:
         built = {
-            name: kind(**{option: given.pop(option) for option in hints[name]})
-            for name, kind in groups.items()
+            name: kind(**{option: given.pop(option) for option in fields})
+            for name, (kind, fields) in groups.items()
         }
         command(**given, **built)
 
-    options = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters if p.name not in groups]
-    for name, kind in groups.items():
-        for field in dataclasses.fields(kind):
-            options.append(
-                inspect.Parameter(
-                    field.name,
-                    inspect.Parameter.KEYWORD_ONLY,
-                    default=field.default,
-                    annotation=hints[name][field.name],
-                )
-            )
+    options = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options]
     wrapper.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {option.name: option.annotation for option in options}
     return wrapper
-
-
-def make_vlm(model: str | None, config: Path | None, **settings: Any) -> EdgeVLM:
-    """Build the engine; tests substitute another one."""
-    from molmo_edge.vlm import EdgeVLM
-
-    return EdgeVLM(model, config=config, **settings)
 
 
 def notice(vlm: EdgeVLM) -> str | None:
@@ -182,8 +165,7 @@ def output(
 
 def write(text: str) -> None:
     """Write text to standard output unchanged, at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    print(text, end="", flush=True)
 
 
 def warn(text: str, style: str = "yellow") -> None:

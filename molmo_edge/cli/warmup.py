@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -16,9 +16,6 @@ from molmo_edge.cli.common import (
     output,
     with_options,
 )
-
-if TYPE_CHECKING:
-    from molmo_edge.warmup import WarmupReport
 
 app = typer.Typer()
 
@@ -39,19 +36,16 @@ def warmup(
     with engine.open() as vlm:
         with messages.status("Warming up …"):
             report = vlm.warmup(tokens=tokens, max_rounds=rounds)
-        output(report.as_dict(), *_warmup_lines(report), as_json=as_json, vlm=vlm)
-
-
-def _warmup_lines(report: WarmupReport) -> tuple[Table, Text]:
-    table = Table("request", "concurrent", "seconds", "ttft")
-    for step in report.steps:
-        seconds = step.skipped or _seconds(step.seconds)
-        table.add_row(Text(step.name), str(step.requests), Text(seconds), _seconds(step.ttft_s))
-    speeds = ", ".join(f"{tps:.1f}" for tps in report.decode_tps)
-    steady = "steady" if report.steady else "not steady yet"
-    start = _seconds(report.startup_s.get("total"))
-    line = f"decode, tok/s: {speeds} ({steady}); warm-up {report.seconds:.1f} s, start {start}"
-    return table, Text(line)
+        table = Table("request", "concurrent", "seconds", "ttft")
+        for step in report.steps:
+            seconds = Text(step.skipped or _seconds(step.seconds))
+            table.add_row(Text(step.name), str(step.requests), seconds, _seconds(step.ttft_s))
+        speeds = ", ".join(f"{tps:.1f}" for tps in report.decode_tps)
+        line = (
+            f"decode, tok/s: {speeds} ({'steady' if report.steady else 'not steady yet'}); "
+            f"warm-up {report.seconds:.1f} s, start {_seconds(report.startup_s.get('total'))}"
+        )
+        output(report.as_dict(), table, Text(line), as_json=as_json, vlm=vlm)
 
 
 def _seconds(value: float | None) -> str:
