@@ -42,7 +42,7 @@ class Ended:
         return json.loads(self.out)
 
     @property
-    def lines(self) -> list[Any]:
+    def json_lines(self) -> list[Any]:
         return [json.loads(line) for line in self.out.splitlines()]
 
 
@@ -171,6 +171,8 @@ def test_point_prints_places_and_draws_them(run: Run, image: Path, tmp_path: Pat
     assert [one["label"] for one in answer["labels"]] == ["mug", "unicorn"]
     assert answer["labels"][0]["points"][0]["px"] == [73, 36]
     assert answer["labels"][1]["none_found"]
+    assert run("point", image, "unicorn").status == 1
+    assert run("point", image, "unicorn", "--json").status == 1
 
 
 def test_count_prints_a_number_and_how_it_is_known(run: Run, image: Path) -> None:
@@ -179,21 +181,16 @@ def test_count_prints_a_number_and_how_it_is_known(run: Run, image: Path) -> Non
     answer = run("count", image, "mugs", "--json").json
     assert (answer["number"], answer["how"], answer["consistent"]) == (1, "points", True)
     assert answer["points"]["points"][0]["px"] == [73, 36]
-
-
-def test_a_negative_answer_is_exit_status_1(run: Run, image: Path) -> None:
-    assert run("point", image, "unicorn").status == 1
-    assert run("point", image, "unicorn", "--json").status == 1
     assert run("count", image, "ideas").status == 1
 
 
-@pytest.mark.parametrize("name", ["marked.txt", "missing/marked.png"])
 def test_a_drawing_that_cannot_be_written_is_refused_before_the_engine_starts(
-    run: Run, image: Path, name: str, built: list[dict[str, Any]]
+    run: Run, image: Path, built: list[dict[str, Any]]
 ) -> None:
-    ended = run("point", image, "mug", "--draw", name)
-    assert ended.status == 2
-    assert "--draw" in ended.err
+    for name in ("marked.txt", "missing/marked.png"):
+        ended = run("point", image, "mug", "--draw", name)
+        assert ended.status == 2
+        assert "--draw" in ended.err
     assert built == []
 
 
@@ -203,7 +200,7 @@ def test_chat_answers_each_line_of_a_pipe(run: Run, image: Path, fake: FakeFacto
     assert (ended.status, ended.err) == (0, "")
     assert ended.out.splitlines() == ["A cup.", "Something [bold]else[/bold].", "A cup."]
     assert fake.engine.prompts == ["What is it?", "Where?", "What is it?"]
-    answers = run("chat", "--image", image, "--json", stdin=b"What is it?\nWhere?\n").lines
+    answers = run("chat", "--image", image, "--json", stdin=b"What is it?\nWhere?\n").json_lines
     assert [one["text"] for one in answers] == ["A cup.", "Something [bold]else[/bold]."]
 
 
@@ -224,7 +221,7 @@ def test_watch_answers_each_image_of_a_directory(
     for name in ("a.png", "b.png", "c.png"):
         Image.fromarray(photo).save(frames / name)
     (frames / "d.png").write_bytes(b"broken")
-    seen = run("watch", frames, "What is it?", "--json").lines
+    seen = run("watch", frames, "What is it?", "--json").json_lines
     assert [one["text"] for one in seen] == ["A cup.", "A cup.", "A cup.", None]
     assert seen[3]["error"].startswith("ImageError")
     assert all(one["latency_s"] > 0 for one in seen)
@@ -279,28 +276,31 @@ def test_a_failed_start_is_reported_with_its_cause_and_ctrl_c_is_130(
     assert run("ask", image, "What?").status == 130
 
 
-def test_wrong_usage_is_exit_status_2(run: Run, image: Path) -> None:
-    assert run("ask", image).status == 2
-    assert run("ask", image, "What?", "--colour").status == 2
-    assert run("nonsense").status == 2
-    assert run("caption", image, "--length", "endless").status == 2
-    assert run("bench", "--scenario", "abacus").status == 2
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["ask", "x.png"],
+        ["ask", "x.png", "What?", "--colour"],
+        ["caption", "x.png", "--length", "endless"],
+        ["nonsense"],
+        ["bench", "--scenario", "abacus"],
+    ],
+)
+def test_wrong_usage_is_exit_status_2(run: Run, arguments: list[str]) -> None:
+    assert run(*arguments).status == 2
 
 
-def test_every_command_helps_with_examples(run: Run) -> None:
-    for command in (
-        "ask", "caption", "chat", "point", "count", "watch", "verify", "doctor", "plan",
-        "profiles", "config show", "warmup",
-    ):  # fmt: skip
-        ended = run(*command.split(), "--help")
-        assert ended.status == 0
-        assert "Examples:" in ended.out
-        assert f"molmo-edge {command}" in ended.out
-        assert "--json" in ended.out
-    ended = run("bench", "--help")
+@pytest.mark.parametrize(
+    "command",
+    ["ask", "caption", "chat", "point", "count", "watch", "verify", "doctor", "plan", "profiles",
+     "config show", "warmup", "quantize"],
+)  # fmt: skip
+def test_every_command_helps_with_examples(run: Run, command: str) -> None:
+    ended = run(*command.split(), "--help")
     assert ended.status == 0
-    assert "molmo-edge bench" in ended.out
-    assert "--scenario" in ended.out
+    assert "Examples:" in ended.out
+    assert f"molmo-edge {command}" in ended.out
+    assert "--json" in ended.out
 
 
 def test_the_commands_about_the_machine_answer(run: Run) -> None:
@@ -322,11 +322,8 @@ def test_config_show_names_the_source_of_each_setting(
     rows = run("config", "show", "--model", "local", "--json").json["settings"]
     assert rows["max_crops"] == {"value": 4, "origin": "environment"}
     assert rows["model"] == {"value": "local", "origin": "argument"}
-    table = [
-        [cell.strip() for cell in line.split("│")] for line in run("config", "show").out.split("\n")
-    ]
-    assert ["", "max_crops", "4", "environment", ""] in table
-    assert any(row[2:] == ["not set", "default", ""] for row in table)
+    lines = [line.split() for line in run("config", "show").out.replace("│", " ").splitlines()]
+    assert ["max_crops", "4", "environment"] in lines
 
 
 def test_warmup_reports_what_it_ran(run: Run) -> None:

@@ -106,8 +106,8 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     groups: dict[str, tuple[Any, list[str]]] = {}
     options: list[inspect.Parameter] = []
     for parameter in inspect.signature(command, eval_str=True).parameters.values():
-        kind: Any = parameter.annotation
-        if dataclasses.is_dataclass(kind):
+        if dataclasses.is_dataclass(parameter.annotation):
+            kind: Any = parameter.annotation
             fields = inspect.signature(kind, eval_str=True).parameters
             groups[parameter.name] = (kind, list(fields))
             options += fields.values()
