@@ -14,8 +14,6 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-import molmo_edge
-
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("thor", "x86")
 LOCKS = [f"{name}{more}.lock" for name in NAMES for more in ("", "-tensorflow")]
@@ -55,14 +53,9 @@ def instructions(name: str) -> list[tuple[str, str]]:
 def test_every_package_is_pinned_with_hashes_and_no_host_is_named(lock: str) -> None:
     text = (ROOT / "requirements" / lock).read_text()
     lines = [line for line in text.splitlines() if line and not line.lstrip().startswith("#")]
-    packages = [line for line in lines if not line.startswith(" ")]
-    assert len(packages) > 20
-    for line in packages:
-        assert re.fullmatch(r"[a-z0-9.-]+==\S+ \\", line), line
-    for line in set(lines) - set(packages):
-        assert re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}( \\)?", line), line
-    blocks = re.split(r"^(?=[a-z0-9.-]+==)", text, flags=re.MULTILINE)[1:]
-    assert all("--hash=sha256:" in block for block in blocks)
+    assert len(pins(lock)) > 20
+    for line in lines:
+        assert re.fullmatch(r"[a-z0-9.-]+==\S+ \\|    --hash=sha256:[0-9a-f]{64}( \\)?", line), line
     assert not re.search(r"https?:|--index|--find-links|@ ", text)
 
 
@@ -76,27 +69,20 @@ def test_locks_meet_what_the_package_requires(name: str, project: dict[str, Any]
     assert Version(locked["setuptools"]) >= Version("77")
     assert "nvidia-cublas" in locked  # torch for CUDA, on aarch64 too
     assert "tensorflow" not in locked and "tensorflow" in more
-    assert {n: v for n, v in more.items() if n in locked} == {
-        n: v for n, v in locked.items() if n in more
-    }
+    assert all(more[package] == locked[package] for package in more.keys() & locked.keys())
 
 
 def test_every_package_that_is_imported_is_declared(project: dict[str, Any]) -> None:
-    extras = project["optional-dependencies"]
-    declared = {
-        PACKAGES.get(name, name.replace("-", "_"))
-        for requirement in sum(extras.values(), project["dependencies"])
-        for name in [Requirement(requirement).name]
-    }
-    imported = {}
-    for path in Path(molmo_edge.__file__).parent.rglob("*.py"):
+    requirements = sum(project["optional-dependencies"].values(), project["dependencies"])
+    names = [Requirement(requirement).name for requirement in requirements]
+    known = {PACKAGES.get(name, name.replace("-", "_")) for name in names}
+    known |= {"molmo_edge", "pydantic_core"} | sys.stdlib_module_names
+    for path in (ROOT / "molmo_edge").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:
-                names = [node.module or ""]
-            imported |= {name.partition(".")[0]: path.name for name in names}
-    ours = declared | {"molmo_edge", "pydantic_core"} | sys.stdlib_module_names
-    assert {name: file for name, file in imported.items() if name not in ours} == {}
+                imported = [node.module or ""]
+            assert {name.partition(".")[0] for name in imported} <= known, path
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -114,8 +100,6 @@ def test_images_are_pinned_staged_and_not_root(name: str) -> None:
     for word, rest in steps:
         if word == "RUN" and "pip install" in rest:
             assert "--require-hashes" in rest or "--no-index" in rest
-        if word == "RUN" and "tensorflow" in rest:
-            assert rest.startswith('if [ "$TENSORFLOW" = 1 ]')
 
 
 def test_the_two_images_differ_in_their_build_arguments_alone() -> None:
@@ -126,15 +110,12 @@ def test_the_two_images_differ_in_their_build_arguments_alone() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_build_context_has_the_files_that_are_copied_and_no_others(name: str) -> None:
     rules = (ROOT / ".dockerignore").read_text().split("\n")
-    assert "*" in rules and "**/__pycache__" in rules
     kept = [rule[1:] for rule in rules if rule.startswith("!")]
-    copied = set()
     for word, rest in instructions(name):
+        files = re.findall(r"requirements/\S+\.lock", rest)
         if word == "COPY" and not rest.startswith("--from"):
-            copied |= set(rest.split()[:-1])
-        for file in re.findall(r"requirements/\S+\.lock", rest):
-            assert (ROOT / file).is_file()
-    for path in copied:
-        assert (ROOT / path).exists()
-        assert any(fnmatch.fnmatch(path, rule) or path.startswith(f"{rule}/") for rule in kept)
-    assert not {"tests", ".env", ".git", "benchmarks"} & set(kept)
+            files += rest.split()[:-1]
+        for path in files:
+            assert (ROOT / path).exists()
+            assert any(fnmatch.fnmatch(path, rule) or path.startswith(f"{rule}/") for rule in kept)
+    assert "*" in rules and not {"tests", ".env", ".git", "benchmarks"} & set(kept)
