@@ -14,11 +14,9 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from molmo_edge.errors import ImageError
@@ -58,7 +56,7 @@ SEEDS = {name: data for name, data in (WHOLE | BROKEN).items() if data}
 
 operations = st.lists(
     st.tuples(
-        st.sampled_from(["flip", "cut", "drop", "repeat", "insert", "number", "splice"]),
+        st.sampled_from(["flip", "cut", "repeat", "insert", "number", "splice"]),
         st.floats(0, 1, exclude_max=True),  # where, as a fraction of the length
         st.integers(1, 255),
         st.binary(min_size=1, max_size=12),
@@ -77,8 +75,6 @@ def mutate(data: bytes, steps: list[tuple[str, float, int, bytes, str]]) -> byte
             data = head + bytes(byte ^ amount for byte in tail[:1]) + tail[1:]
         elif how == "cut":
             data = head
-        elif how == "drop":
-            data = head + tail[amount:]
         elif how == "repeat":
             data = head + tail[:amount] * 3 + tail[amount:]
         elif how == "insert":
@@ -152,17 +148,6 @@ def test_files_with_pixels_missing_are_image_errors(name: str, fraction: float) 
     assert load_or_refuse(data[: int(fraction * len(data))]) is None
 
 
-@fuzz
-@given(
-    start=st.sampled_from(
-        [b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\xff\0\0\0WEBPVP8X", b"BM", b""]
-    ),
-    rest=st.binary(max_size=400),
-)
-def test_random_bytes_load_or_are_image_errors(start: bytes, rest: bytes) -> None:
-    load_or_refuse(start + rest)
-
-
 # A tag that Pillow may read, of any type, count and value or offset.
 TIFF_ENTRY = st.builds(
     struct.pack,
@@ -228,22 +213,3 @@ def test_lazy_pil_images_load_like_their_bytes(name: str, steps: Any) -> None:
             return  # Pillow cannot open it, so no caller can hand it in
     loaded, from_bytes = load_or_refuse(lazy), load_or_refuse(data)
     assert loaded == from_bytes
-
-
-@fuzz
-@given(
-    array=hnp.arrays(
-        st.sampled_from([np.uint8, np.int8, np.uint16, np.float32, np.bool_]),
-        hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5),
-    ),
-    step=st.sampled_from([1, -1, 2]),
-)
-def test_arrays_load_only_as_height_width_three_of_uint8(array: Any, step: int) -> None:
-    array = array[::step] if array.ndim else array
-    before = array.copy()
-    loaded = load_or_refuse(array)
-    fits = array.dtype == np.uint8 and array.ndim == 3 and array.shape[2:] == (3,) and array.size
-    assert (loaded is not None) == bool(fits)
-    if loaded is not None:
-        assert np.array_equal(loaded, before)
-    assert np.array_equal(array, before, equal_nan=array.dtype.kind == "f")
