@@ -9,15 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from molmo_edge import checkpoint_files
 from molmo_edge.checkpoint_files import (
     INDEX,
     check_weights,
     read_config,
-    read_header,
     tensors,
     weight_files,
 )
@@ -52,21 +48,12 @@ def test_torch_is_not_imported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [(None, "is missing"), ("{", "not valid JSON"), ("[]", "must hold a JSON object"),
-     ("\xff", "not valid JSON"), ("[" * 100_000, "not valid JSON")],
+     ("\xff", "not valid JSON")],
 )  # fmt: skip
 def test_broken_config(tmp_path: Path, content: str | None, message: str) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content, encoding="latin-1")
     with pytest.raises(ModelError, match=message):
-        read_config(tmp_path)
-
-
-def test_an_oversized_json_file_is_not_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checkpoint_files, "_MAX_JSON_BYTES", 10)
-    (tmp_path / "config.json").write_text('{"model_type": "molmo"}')
-    with pytest.raises(ModelError, match="too large for a JSON file"):
         read_config(tmp_path)
 
 
@@ -79,37 +66,16 @@ def header(tensor: Any) -> bytes:
     "content",
     [
         b"",
-        b"\x08\0\0\0",
         (1 << 62).to_bytes(8, "little"),
-        (2).to_bytes(8, "little") + b"[]",
-        (4).to_bytes(8, "little") + b"{{{{",
-        header(3),
         header({"dtype": "F32"}),
-        header({"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}) + b"1234",
-        header({"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}) + b"1234",
-        header({"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}),
-        header({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}) + b"1234",
+        header({"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}),  # cut off
     ],
 )
 def test_broken_headers(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(ModelError, match=r"model\.safetensors' is not a complete safetensors"):
-        read_header(path)
-
-
-@given(st.binary(max_size=200), st.integers(0, 2**64 - 1))
-@settings(deadline=None, max_examples=100)
-def test_any_bytes_are_a_header_or_a_model_error(
-    tmp_path_factory: pytest.TempPathFactory, body: bytes, length: int
-) -> None:
-    path = tmp_path_factory.getbasetemp() / "fuzz.safetensors"
-    for claimed in (length, len(body)):
-        path.write_bytes(claimed.to_bytes(8, "little") + body)
-        try:
-            read_header(path)
-        except ModelError as exc:
-            assert "object at 0x" not in str(exc)
+        tensors(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from molmo_edge.devices.plan import Plan
 
 
 def plan_table(plan: Plan) -> Group:
-    """Render bytes, requests and ceilings for each precision, then formulas and notes."""
+    """Render bytes, requests and ceilings for each precision, then notes."""
     bandwidth = plan.bandwidth_bytes_s
     known = "bandwidth unknown" if bandwidth is None else f"{bandwidth / 1e9:g} GB/s"
     usable = _number(plan.usable_bytes, 1e-9, ",.1f")
@@ -20,9 +20,9 @@ def plan_table(plan: Plan) -> Group:
         f"Profile  {plan.profile_reason}",
         f"Choice   {plan.chosen or 'nothing fits'}: {plan.chosen_reason}",
     ]
-    below = [f"· {line}" for line in (*plan.formulas, *plan.notes)]
+    notes = "\n".join(f"· {note}" for note in plan.notes)
     tables = (_memory(plan), _requests(plan), _speed(plan))
-    return Group(Text("\n".join(lines)), *tables, Text("\n".join(below)))
+    return Group(Text("\n".join(lines)), *tables, Text(notes))
 
 
 def _memory(plan: Plan) -> Table:

@@ -54,7 +54,6 @@ def detect(sources: Sources | None = None, *, gpu: bool = True) -> DeviceInfo:
         fields |= _gpu(src, nvml, board, total)
     return DeviceInfo(
         **fields,
-        cpu_name=cpu_name,
         cpu_isa=cpu_isa,
         cpu_count=cpu_count,
         cpu_governor=src.read(f"{_CPUFREQ}/scaling_governor") or None,

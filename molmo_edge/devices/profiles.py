@@ -22,24 +22,15 @@ _DIRECTORY = Path(__file__).with_name("profiles")
 
 @dataclass(frozen=True)
 class Profile:
-    """Settings for one kind of device.
+    """Settings for one kind of device."""
 
-    Attributes:
-        name: as ``--profile`` takes it.
-        description: one line.
-        match: conditions on the device: ``kind``, ``capability`` (a list), ``integrated`` and
-            ``memory_gb_max`` (GiB).
-        settings: values of ``EdgeSettings``.
-        engine_args: values of ``vllm.EngineArgs``.
-        env: environment variables to set before CUDA starts.
-    """
-
-    name: str
-    description: str
+    name: str  # as ``--profile`` takes it
+    description: str  # one line
+    # Conditions: kind, capability (a list), integrated and memory_gb_max (GiB).
     match: Mapping[str, Any]
-    settings: Mapping[str, Any]
-    engine_args: Mapping[str, Any] = field(default_factory=dict)
-    env: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any]  # of `EdgeSettings`
+    engine_args: Mapping[str, Any] = field(default_factory=dict)  # of `vllm.EngineArgs`
+    env: Mapping[str, str] = field(default_factory=dict)  # to set before CUDA starts
 
     def as_settings(self) -> dict[str, Any]:
         """The settings, ``engine_args`` included if there are any."""

@@ -68,40 +68,28 @@ class Weights:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of one model.
+    """Sizes of one model."""
 
-    Attributes:
-        name: directory or hub name.
-        family: ``model_type`` of its configuration.
-        layers, heads, kv_heads, head_dim: of the language model's attention.
-        max_model_len: positions the model was made for.
-        sliding_layers, sliding_window: layers that see only that many tokens.
-        qwen2: whether the decoder is Qwen2, whose keys have large outliers.
-        embedding, head, tower: parameters; ``head`` is 0 when it is tied to the embedding.
-        matrix_params, block_params: parameters of the decoder's weight matrices, and of all of it.
-        block_bytes: precision to bytes of the decoder's blocks.
-        stored: precision of a quantised checkpoint, ``None`` when it is not quantised.
-        measured: whether the counts were read from headers rather than derived from config.json.
-    """
-
-    name: str
-    family: str
+    name: str  # directory or hub name
+    family: str  # `model_type` of its configuration
+    # The language model's attention; sliding layers see only the tokens of the window.
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
-    max_model_len: int
+    max_model_len: int  # positions the model was made for
     sliding_layers: int
     sliding_window: int
-    qwen2: bool
+    qwen2: bool  # whether the decoder is Qwen2, whose keys have large outliers
+    # Parameters; `head` is 0 when it is tied to the embedding.
     embedding: int
     head: int
     tower: int
-    matrix_params: int
-    block_params: int
-    block_bytes: Mapping[str, int]
-    stored: str | None
-    measured: bool
+    matrix_params: int  # of the decoder's weight matrices
+    block_params: int  # of all of the decoder
+    block_bytes: Mapping[str, int]  # of the decoder, by precision
+    stored: str | None  # precision of a quantised checkpoint
+    measured: bool  # whether read from headers rather than derived from config.json
 
     @property
     def parameters(self) -> int:
@@ -279,22 +267,16 @@ def part_of(tensor: str) -> str:
 def stored_precision(config: Mapping[str, Any]) -> str | None:
     """Precision of a checkpoint's dense weights, ``None`` when it is not quantised.
 
-    An unknown method is returned by its own name.
+    An unknown method or format is returned by its own name.
     """
     text = config.get("text_config")
     nested = text.get("quantization_config") if isinstance(text, Mapping) else None
     quant = config.get("quantization_config", nested)
-    if not isinstance(quant, Mapping):
+    if quant is None:
         return None
     method = str(quant.get("quant_method", "unknown")).lower()
-    if method == "compressed-tensors":
-        form = str(quant.get("format", method))
-        if form == "pack-quantized":
-            group = next(iter(quant["config_groups"].values()))
-            return f"w{group['weights']['num_bits']}a16"
-        return _FORMATS.get(form, form)
-    if method == "modelopt":
-        return str(quant.get("quant_algo", method)).lower()
-    if method.startswith(("gptq", "awq", "auto-round")):
-        return f"w{quant.get('bits', quant.get('w_bit', 4))}a16"
-    return method
+    form = str(quant.get("format", method))
+    if method == "compressed-tensors" and form == "pack-quantized":
+        group = next(iter(quant["config_groups"].values()))
+        return f"w{group['weights']['num_bits']}a16"
+    return _FORMATS.get(form, form)

@@ -18,21 +18,13 @@ import pynvml
 
 @dataclass(frozen=True)
 class Sources:
-    """Everything that detection reads.
+    """Everything that detection reads."""
 
-    Attributes:
-        root: stands for ``/``; ``/proc``, ``/sys``, ``/dev`` and ``/etc`` are read below it.
-        nvml: the ``pynvml`` module or an object with its functions; ``None``: no NVML.
-        memory: returns (total, available) main memory in bytes, or ``None`` if unknown.
-        environ: environment variables.
-        machine: processor architecture as ``uname -m`` prints it.
-    """
-
-    root: Path = Path("/")
-    nvml: Any = None
-    memory: Callable[[], tuple[int, int] | None] = lambda: None
+    root: Path = Path("/")  # /proc, /sys, /dev and /etc are read below it
+    nvml: Any = None  # the ``pynvml`` module or an object with its functions
+    memory: Callable[[], tuple[int, int] | None] = lambda: None  # total and available bytes
     environ: Mapping[str, str] = field(default_factory=dict)
-    machine: str = ""
+    machine: str = ""  # processor architecture as ``uname -m`` prints it
 
     def path(self, path: str | Path) -> Path:
         """Resolve a string below the root; a ``Path`` is below it already."""

@@ -18,29 +18,18 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Spec:
-    """One GPU's published figures.
+    """One GPU's published figures."""
 
-    Attributes:
-        key: the name ``known_device`` takes.
-        name: the name NVML reports, or the board's name for a Jetson.
-        pattern: regular expression for the whole name that NVML reports, or, for a Jetson, also
-            for part of its device tree's model and compatible strings.
-        capability: CUDA compute capability.
-        integrated: whether GPU and CPU share their memory.
-        memory_gib: nominal size.
-        bandwidth_gb_s: peak memory bandwidth, 10^9 bytes per second.
-        bf16_tflops, fp8_tflops, fp4_tflops: dense peaks, 10^12 FLOP/s; ``None``: not published,
-            or the GPU has no such unit.
-        source: where the figures are published.
-    """
-
-    key: str
-    name: str
+    key: str  # the name `known_device` takes
+    name: str  # as NVML reports it, or the board's name for a Jetson
+    # Of the whole name that NVML reports, or, for a Jetson, also of part of its device tree's
+    # model and compatible strings.
     pattern: str
     capability: str
-    integrated: bool
-    memory_gib: float
-    bandwidth_gb_s: float
+    integrated: bool  # whether GPU and CPU share their memory
+    memory_gib: float  # nominal
+    bandwidth_gb_s: float  # 10^9 bytes per second
+    # 10^12 FLOP/s; None: not published, or the GPU has no such unit.
     bf16_tflops: float | None
     fp8_tflops: float | None
     fp4_tflops: float | None

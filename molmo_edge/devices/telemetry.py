@@ -24,37 +24,23 @@ _INPUT_RAILS = ("VDD_IN", "VIN", "POM_5V_IN")
 
 @dataclass(frozen=True)
 class Reading:
-    """Values ``t_s`` seconds after the start.
+    """Values of the sensors at one time."""
 
-    Attributes:
-        power_w: watts of the board on a Jetson, of the GPU elsewhere.
-        counter_j: joules since the driver was loaded; a discrete GPU only.
-        gpu_mhz: clock of the GPU.
-        throttled: whether power or heat holds the GPU's clocks down.
-    """
-
-    t_s: float
-    power_w: float | None
-    counter_j: float | None
+    t_s: float  # since the start
+    power_w: float | None  # of the board on a Jetson, of the GPU elsewhere
+    counter_j: float | None  # energy since the driver was loaded; a discrete GPU only
     gpu_mhz: float | None
-    throttled: bool | None
+    throttled: bool | None  # whether power or heat holds the GPU's clocks down
 
 
 @dataclass(frozen=True)
 class TelemetrySummary:
-    """Means over all readings; ``None`` where nothing was measured.
+    """Means over all readings; ``None`` where nothing was measured."""
 
-    Attributes:
-        duration_s: from the first reading to the last.
-        energy_j: from the driver's counter, or power integrated over time.
-        throttled: whether any reading was.
-    """
-
-    duration_s: float
     power_w: float | None
-    energy_j: float | None
+    energy_j: float | None  # from the driver's counter, or power integrated over time
     gpu_mhz: float | None
-    throttled: bool | None
+    throttled: bool | None  # whether any reading was
 
 
 class Sampler:
@@ -92,7 +78,6 @@ class Sampler:
         readings = self.readings.copy()
         throttled = [r.throttled for r in readings if r.throttled is not None]
         return TelemetrySummary(
-            duration_s=readings[-1].t_s if readings else 0.0,
             power_w=_mean(reading.power_w for reading in readings),
             energy_j=_energy(readings),
             gpu_mhz=_mean(reading.gpu_mhz for reading in readings),
