@@ -17,19 +17,20 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import harness
-from harness import DASH, number
+from harness import DASH
 
 from molmo_edge.bench import scenarios
 from molmo_edge.bench.cases import standard
 from molmo_edge.bench.document import Document
 from molmo_edge.bench.environment import Target
 from molmo_edge.bench.measure import Bench, RunOptions
+from molmo_edge.bench.tables import number
 from molmo_edge.errors import BenchmarkError, MolmoEdgeError
 
 KIND = "gpu-check"
@@ -52,13 +53,12 @@ class Case:
 
     stage: str
     name: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    measure: str = ""
+    options: Mapping[str, Any]
 
     @property
     def function(self) -> str:
         """The name in `MEASUREMENTS`."""
-        return self.measure or self.stage
+        return "copy" if self.name == "copy" else self.stage
 
 
 def verify_case(
@@ -83,11 +83,11 @@ def cuda_cases() -> Iterator[Case]:
     fp8 = {"precision": "fp8"}
     yield verify_case("bfloat16 weights fp8", dtype="bfloat16", engine_args=fp8)
     yield verify_case("float32 7b-o", *exact, dtype="float32", layout="7b-o")
-    yield Case("decode", "copy", {"device": "cuda", "bytes": 4 << 30}, "copy")
+    yield Case("decode", "copy", {"device": "cuda", "bytes": 4 << 30})
     for precision, kv in product(("bf16", "fp8"), ("auto", "fp8", "fp8_per_token_head")):
         engine = {**SEVEN_B, "precision": precision, "kv_cache_dtype": kv, "max_num_seqs": 8}
         yield Case("decode", f"{precision} kv {kv}", {"engine": engine, "tokens": 256, "runs": 5})
-    plan = {"starts": 1, "pairs": 8, "warm_up": 1, "tokens": 257, "rest_s": 0.1, "limit_s": 60}
+    plan = {"starts": 1, "pairs": 8, "tokens": 257, "limit_s": 60}
     for name, engine in (("stub", {"model": "stub"}), ("7b", SEVEN_B)):
         yield Case("overhead", name, {"engine": engine, **plan})
     yield Case("start", "7b", {"engine": SEVEN_B, "starts": 1})
@@ -97,13 +97,13 @@ def cpu_cases() -> Iterator[Case]:
     """The same code on the stub, as a test of this script."""
     yield verify_case("float32", dtype="float32", stock=True, small=True)
     yield verify_case("bfloat16 kv fp8", dtype="bfloat16", kv_cache_dtype="fp8", small=True)
-    yield Case("decode", "copy", {"device": "cpu", "bytes": 1 << 28}, "copy")
+    yield Case("decode", "copy", {"device": "cpu", "bytes": 1 << 28})
     # Processors without bfloat16 instructions take minutes for an image in it.
     stub = {"model": "stub", "max_model_len": 2048, "max_num_seqs": 4, "enforce_eager": True,
             "dtype": "float32", "max_crops": 1, "kv_cache_memory_gb": 0.25}  # fmt: skip
     small = {"engine": stub, "tokens": 17, "runs": 3, "crops": [1]}
     yield Case("decode", "float32 kv auto", small)
-    plan = {"starts": 1, "pairs": 3, "warm_up": 1, "tokens": 65, "limit_s": 60, "threads": 1}
+    plan = {"starts": 1, "pairs": 3, "tokens": 65, "limit_s": 60, "threads": 1}
     yield Case("overhead", "stub", {"engine": stub, **plan})
     yield Case("start", "stub", {"engine": stub, "starts": 1})
 
@@ -247,16 +247,19 @@ def begin(output: Path) -> dict[str, Any]:
 
 
 def run(
-    cases: Sequence[Case], output: Path, *, limits_s: Mapping[str, float] = LIMITS_S,
-    again: bool = False, threads: int = 0,
-) -> dict[str, Any]:  # fmt: skip
+    cases: Sequence[Case],
+    output: Path,
+    *,
+    limits_s: Mapping[str, float] = LIMITS_S,
+    threads: int = 0,
+) -> dict[str, Any]:
     """Run the cases that the file lacks, writing it after each; returns the document."""
     document = begin(output)
     for stage in dict.fromkeys(case.stage for case in cases):
         ends = time.monotonic() + limits_s[stage]
         results = document["stages"].setdefault(stage, {})
         for case in (case for case in cases if case.stage == stage):
-            if results.get(case.name, {}).get("status") in DONE and not again:
+            if results.get(case.name, {}).get("status") in DONE:
                 continue
             left = ends - time.monotonic()
             if left < 1:
@@ -269,7 +272,7 @@ def run(
                 case.function,
                 case.options,
                 limit_s=left,
-                environ=harness.cpu_threads(threads),
+                threads=threads,
             )
             results[case.name] = {"options": dict(case.options), **child}
             harness.progress(f"{stage}: {case.name}: {child['status']}, {child['seconds']:.0f} s")
@@ -322,11 +325,11 @@ def decode_rows(values: Values) -> Iterator[list[str]]:
             yield [
                 name,
                 number(speed, 1),
-                number(step and step / 1e9),
+                number(step and step / 1e9, 2),
                 DASH if fraction is None else f"{fraction:.0%}",
                 number(few["ttft_s"]["median"], 3),
                 number(many.get("ttft_s", {}).get("median"), 3),
-                number(few["ceiling"].get("joules_per_token")),
+                number(few["ceiling"].get("joules_per_token"), 2),
             ]
 
 
@@ -360,17 +363,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("gpu-check.json"))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--stages", default=",".join(LIMITS_S), help="of " + ", ".join(LIMITS_S))
-    parser.add_argument("--limit", type=float, help="seconds of each stage, instead of its own")
     parser.add_argument("--attention", help="language backend of cases that name none")
     parser.add_argument("--vision", help="vision backend of cases that name none")
-    parser.add_argument("--again", action="store_true", help="run finished cases once more")
-    parser.add_argument("--table", action="store_true", help="only print the file's tables")
     arguments = parser.parse_args()
     stages = [name.strip() for name in arguments.stages.split(",")]
     try:
-        if arguments.table:
-            print(markdown(harness.read(arguments.output, KIND)))
-            return
         if unknown := sorted(set(stages) - set(LIMITS_S)):
             raise BenchmarkError(f"unknown stage {unknown[0]}; choose from {', '.join(LIMITS_S)}")
         cases = [
@@ -378,11 +375,7 @@ def main() -> None:
             for case in (cuda_cases() if arguments.device == "cuda" else cpu_cases())
             if case.stage in stages
         ]
-        limits = {name: arguments.limit or limit for name, limit in LIMITS_S.items()}
-        threads = 1 if arguments.device == "cpu" else 0
-        document = run(
-            cases, arguments.output, limits_s=limits, again=arguments.again, threads=threads
-        )
+        document = run(cases, arguments.output, threads=int(arguments.device == "cpu"))
     except MolmoEdgeError as exc:
         sys.exit(f"error: {exc}")
     print(markdown(document))

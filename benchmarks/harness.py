@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,13 @@ def run_child(
     options: Mapping[str, Any],
     *,
     limit_s: float,
-    environ: Mapping[str, str] | None = None,
+    threads: int = 0,
 ) -> dict[str, Any]:
     """Run the measurement `name` of a script in a process of its own.
+
+    `threads` holds a CPU engine to so many threads, bound to no core; 0 is vLLM's choice. Where
+    other programs compute too, OpenMP threads wait for each other at the end of every kernel far
+    longer than the kernel takes; one thread does not.
 
     Returns `status` ("ok", "unusable" if the engine cannot start, "failed" or "timeout"),
     `seconds`, `error` and `values`, the last value of each name emitted.
@@ -50,6 +54,7 @@ def run_child(
     with tempfile.TemporaryDirectory(prefix="molmo-edge-benchmark-") as directory:
         lines, log = Path(directory, "lines"), Path(directory, "log")
         command = [sys.executable, script, CHILD, name, json.dumps(dict(options)), str(lines)]
+        limits = {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         began = time.monotonic()
         with log.open("wb") as file:
             child = subprocess.Popen(
@@ -57,7 +62,7 @@ def run_child(
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
-                env={**os.environ, **(environ or {})},
+                env={**os.environ, **(limits if threads else {})},
                 start_new_session=True,
             )
             try:
@@ -80,17 +85,6 @@ def run_child(
             end = log.read_text(errors="replace").strip()[-1500:]
             outcome = {"status": "failed", "error": f"exit status {code}: {end}"}
     return {**outcome, "seconds": round(seconds, 2), "values": values}
-
-
-def cpu_threads(threads: int) -> dict[str, str]:
-    """Environment that holds a CPU engine to so many threads, bound to no core; 0: vLLM's choice.
-
-    Where other programs compute too, OpenMP threads wait for each other at the end of every kernel
-    far longer than the kernel takes; one thread does not.
-    """
-    if not threads:
-        return {}
-    return {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
 def serve_child(measurements: Mapping[str, Measure]) -> None:
@@ -117,7 +111,7 @@ def serve_child(measurements: Mapping[str, Measure]) -> None:
 def _causes(exc: BaseException | None) -> str:
     """An error and those it came from, the end of each message."""
     texts: list[str] = []
-    while exc is not None and len(texts) < 4:
+    while exc is not None:
         texts.append(f"{type(exc).__name__}: {str(exc).strip()[-600:]}")
         exc = exc.__cause__
     return " <- ".join(texts)
@@ -139,11 +133,9 @@ def paired_ratio(ours: Sequence[float], other: Sequence[float]) -> dict[str, Any
     A disturbed pair moves it little, and slow drift of the machine, which touches both halves of a
     pair, not at all.
     """
-    top, bottom = np.asarray(ours, dtype=float), np.asarray(other, dtype=float)
-    if top.shape != bottom.shape or not top.size:
-        raise ValueError("pairs need two series of equal length")
-    medians = {"ours": float(np.median(top)), "other": float(np.median(bottom))}
-    return {**median_interval(list(top / bottom)), **medians}
+    ratios = [a / b for a, b in zip(ours, other, strict=True)]
+    medians = {"ours": float(np.median(ours)), "other": float(np.median(other))}
+    return {**median_interval(ratios), **medians}
 
 
 def interval_text(interval: Mapping[str, Any], digits: int = 3) -> str:
@@ -154,34 +146,23 @@ def interval_text(interval: Mapping[str, Any], digits: int = 3) -> str:
     return f"{text} ({interval['low']:.{digits}f} to {interval['high']:.{digits}f})"
 
 
-def number(value: float | None, digits: int = 2) -> str:
-    """A number, or a dash for None."""
-    return tables.number(value, digits)
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
-    return tables.table(heads, list(rows)) + "\n"
+    return tables.table(heads, rows) + "\n"
 
 
 def result(kind: str, **content: Any) -> dict[str, Any]:
     """A result document: what measured it, on what, and its content."""
-    script, *arguments = sys.argv
     return {
         "format": f"molmo-edge-{kind}",
         "version": 1,
         "created": documents.now(),
-        # Paths by their names: where they lie is the user's own business.
-        "command": ["python", f"benchmarks/{Path(script).name}", *_names(arguments)],
+        "script": Path(sys.argv[0]).name,
         "software": versions(),
         "device": detected_device().model_dump(),
         "load_average": os.getloadavg(),
         **content,
     }
-
-
-def _names(arguments: Sequence[str]) -> list[str]:
-    return [Path(one).name if one.startswith(("/", "~")) else one for one in arguments]
 
 
 def write(document: Mapping[str, Any], path: Path) -> None:
@@ -190,18 +171,14 @@ def write(document: Mapping[str, Any], path: Path) -> None:
 
 
 def read(path: Path, kind: str) -> dict[str, Any]:
-    """Read a result of one kind.
-
-    Raises:
-        BenchmarkError: the file is something else.
-    """
+    """Read a result of one kind; BenchmarkError if the file is something else."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise BenchmarkError(f"{path} cannot be read as a result; choose another file") from exc
-    if not isinstance(document, dict) or document.get("format") != f"molmo-edge-{kind}":
-        raise BenchmarkError(f"{path} is not a result of this script; choose another file")
-    return document
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if document["format"] == f"molmo-edge-{kind}":
+            return document
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise BenchmarkError(f"{path} is not a result of this script; choose another file")
 
 
 def progress(text: str) -> None:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+from harness import DASH
 
 from molmo_edge.bench.cases import Case, fresh, standard
 from molmo_edge.bench.environment import CACHES_OFF
@@ -38,6 +39,9 @@ DECODE_RATIO, TTFT_RATIO, COST_US = 0.97, 1.05, 100.0
 SIDES = ("ours", "bare", "again")
 TEXT = "Write a short story about a robot in a garden."
 LIMIT_S = 3600.0
+WARM_UP = 2
+REST_S = 0.1
+"""Between two requests, so that the side that ran lets its threads sleep."""
 
 Answer = dict[str, Any]
 Round = Mapping[str, Mapping[str, Answer]]
@@ -99,7 +103,7 @@ def measure_start(emit: harness.Emit, options: Mapping[str, Any]) -> None:
     with EdgeVLM(**{**options["engine"], **CACHES_OFF}) as vlm:
         emit("environment", dict(vlm.environment))
         ends = time.monotonic() + options["limit_s"]
-        for turn in range(options["warm_up"] + options["pairs"]):
+        for turn in range(WARM_UP + options["pairs"]):
             if rounds and time.monotonic() >= ends:
                 break
             order = SIDES if turn % 2 == 0 else SIDES[::-1]
@@ -110,8 +114,8 @@ def measure_start(emit: harness.Emit, options: Mapping[str, Any]) -> None:
                     number += 1
                     image = number if with_image else None
                     answers[kind][side] = timed(vlm, side, case, image, tokens)
-                    time.sleep(options["rest_s"])  # the side that ran lets its threads sleep
-            if turn >= options["warm_up"]:
+                    time.sleep(REST_S)
+            if turn >= WARM_UP:
                 rounds.append(answers)
                 emit("rounds", rounds)
 
@@ -172,25 +176,16 @@ def run(
     *,
     starts: int = 3,
     pairs: int = 12,
-    warm_up: int = 2,
     tokens: int = 513,
-    rest_s: float = 0.2,
     limit_s: float = LIMIT_S,
     threads: int = 0,
 ) -> dict[str, Any]:
-    """Measure and return the result document.
+    """Measure and return the result document; `engine` has keyword arguments of `EdgeVLM`.
 
-    Args:
-        engine: keyword arguments of `EdgeVLM`.
-        starts, pairs: fresh processes, and rounds in each.
-        tokens: of a long answer.
-        limit_s: seconds of each start after which no further round begins.
-        threads: of a CPU engine, bound to no core; 0 leaves them to vLLM.
+    `starts` are fresh processes, `pairs` the rounds in each, `tokens` those of a long answer. After
+    `limit_s` seconds of a start no further round begins.
     """
-    if min(starts, pairs) < 1 or tokens < 2:
-        raise BenchmarkError("overhead needs at least one start, one pair and two tokens.")
-    plan = {"pairs": pairs, "warm_up": warm_up, "tokens": tokens, "rest_s": rest_s,
-            "limit_s": limit_s}  # fmt: skip
+    plan = {"pairs": pairs, "tokens": tokens, "limit_s": limit_s}
     all_rounds, environment = [], None
     for start in range(starts):
         child = harness.run_child(
@@ -198,7 +193,7 @@ def run(
             "start",
             {"engine": engine, **plan},
             limit_s=limit_s + 900,
-            environ=harness.cpu_threads(threads),
+            threads=threads,
         )
         if not child["values"].get("rounds"):
             raise BenchmarkError(f"start {start + 1} measured nothing: {child['error']}")
@@ -206,9 +201,6 @@ def run(
         all_rounds.append(child["values"]["rounds"])
         harness.progress(f"start {start + 1} of {starts}: {len(all_rounds[-1])} pairs")
     figures = evaluate(all_rounds)
-    for answers in (sides for rounds in all_rounds for one in rounds for sides in one.values()):
-        for answer in answers.values():
-            del answer["text"]
     return harness.result(
         "overhead",
         settings={"engine": engine, "starts": starts, "threads": threads, **plan},
@@ -220,20 +212,17 @@ def run(
 
 def table(figures: Mapping[str, Any]) -> str:
     """Markdown: ours against bare `vllm.LLM`, with the noise floor beside every figure."""
-    rows = [
-        [title, *(harness.interval_text(figures[name][key] if key else figures[name], digits)
-                  for key in ("", "floor")), ours]
-        for title, name, digits, ours in (
-            ("decode tok/s, ours ÷ bare", "decode_tps", 3, _sides(figures["decode_tps"], 1)),
-            ("TTFT, ours ÷ bare", "ttft_s", 3, _sides(figures["ttft_s"], 3)),
-            ("CPU µs per token, ours − bare", "cost_us", 1, harness.DASH),
-        )
-    ]  # fmt: skip
+    rows = []
+    for title, name, digits in (
+        ("decode tok/s, ours ÷ bare", "decode_tps", 3),
+        ("TTFT, ours ÷ bare", "ttft_s", 3),
+        ("CPU µs per token, ours − bare", "cost_us", 1),
+    ):
+        one = figures[name]
+        texts = [harness.interval_text(each, digits) for each in (one, one["floor"])]
+        sides = f"{one['ours']:.3f}, {one['other']:.3f}" if "ours" in one else DASH
+        rows.append([title, *texts, sides])
     return harness.table(["", "ratio or cost", "bare against itself", "ours, bare"], rows)
-
-
-def _sides(ratio: Mapping[str, Any], digits: int) -> str:
-    return f"{ratio['ours']:.{digits}f}, {ratio['other']:.{digits}f}"
 
 
 def main() -> None:

@@ -23,6 +23,8 @@ from typing import Any
 import harness
 import numpy as np
 
+from molmo_edge.bench.tables import UNKNOWN as DASH
+from molmo_edge.bench.tables import number
 from molmo_edge.errors import MolmoEdgeError
 
 SIZES = ((480, 640), (1080, 1920), (3000, 4000))
@@ -128,9 +130,9 @@ def main() -> None:
                 f"{width}×{height} {name}",
                 harness.interval_text(row["ms"], 1),
                 harness.interval_text(row["times_ours"], 1),
-                harness.number(row["cpu_ms"], 1),
+                number(row["cpu_ms"], 1),
                 f"{row['max_pixel_difference']:.1e}",
-                harness.number(peak and peak / 1e6, 1) if name == OURS else harness.DASH,
+                number(peak and peak / 1e6, 1) if name == OURS else DASH,
             ])  # fmt: skip
     heads = ["size, implementation", "ms", "÷ ours", "CPU ms", "largest difference", "peak MB"]
     print(harness.table(heads, rows))

@@ -18,6 +18,8 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,71 +41,67 @@ from molmo_edge.errors import (
 
 TEXT = "What is this?"
 SAMPLE_S = 15.0
-RSS = ("before", "after")
-LONG: dict[str, Any] = {"ignore_eos": True, "max_tokens": 400}
-BAD: dict[str, tuple[type[MolmoEdgeError], Any, str, dict[str, Any]]] = {
-    "empty text": (PromptError, None, "", {}),
-    "special token": (PromptError, None, "a <im_patch> b", {}),
-    "too long": (PromptError, None, "word " * 20_000, {}),
-    "broken image": (ImageError, b"\xff\xd8broken", TEXT, {}),
-    "bad sampling": (SamplingError, None, TEXT, {"temperature": -1}),
-}
+LONG: dict[str, Any] = {"ignore_eos": True, "max_tokens": 400, "timeout": 120}
+BAD: tuple[tuple[type[MolmoEdgeError], Any, str, dict[str, Any]], ...] = (
+    (PromptError, None, "", {}),
+    (PromptError, None, "a <im_patch> b", {}),
+    (PromptError, None, "word " * 20_000, {}),
+    (ImageError, b"\xff\xd8broken", TEXT, {}),
+    (SamplingError, None, TEXT, {"temperature": -1}),
+)
 
 
 class Soak:
-    """Counts of what happened, from many threads."""
+    """Requests of all kinds until the time is up, and how they ended."""
 
     def __init__(self, vlm: EdgeVLM, until: float) -> None:
         self.vlm = vlm
         self.until = until
         self.expected = vlm.query(None, TEXT).text
-        self.requests: Counter[str] = Counter()
         self.ends: Counter[str] = Counter()
         self.unexpected: Counter[str] = Counter()
         self._lock = threading.Lock()
 
-    def count(self, kind: str, end: str, *, fine: bool = True) -> None:
-        """One request that ended so."""
+    @contextmanager
+    def request(self, kind: str, *fine: type[Exception]) -> Iterator[None]:
+        """Count one request, whose end may be success or one of these errors."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as exc:
+            error = exc
+        end = f"{kind}: {'success' if error is None else type(error).__name__}"
         with self._lock:
-            self.requests[kind] += 1
             self.ends[end] += 1
-            if not fine:
-                self.unexpected[f"{kind}: {end}"] += 1
+            if error is not None and not isinstance(error, (*fine, QueueFull)):
+                self.unexpected[f"{end}: {error}"] += 1
 
-    def answered(self, kind: str, text: str) -> None:
+    def check(self, text: str) -> None:
         """An answer must be the first one."""
-        right = text == self.expected
-        self.count(kind, "right answer" if right else "wrong answer", fine=right)
-
-    def failed(self, kind: str, exc: Exception, *fine: type[Exception]) -> None:
-        """An error must be one of those that belong to the kind."""
-        self.count(kind, type(exc).__name__, fine=isinstance(exc, fine))
+        if text != self.expected:
+            raise AssertionError("wrong answer")
 
     def thread(self, seed: int) -> None:
-        """Requests of all kinds until the time is up."""
+        """Requests one after another."""
         dice = random.Random(seed)
+        errors = {"cancel": RequestCancelled, "deadline": RequestTimeout}
         kinds = ["query", "image", "stream", "batch", "cancel", "leave", "deadline", "bad"]
         while time.monotonic() < self.until:
             kind = dice.choice(kinds)
-            try:
+            with self.request(kind, *filter(None, [errors.get(kind)])):
                 getattr(self, f"_{kind}")(dice)
-            except QueueFull as exc:
-                self.failed(kind, exc, QueueFull)
-                time.sleep(0.05)
-            except Exception as exc:
-                self.failed(kind, exc)
 
     def _query(self, dice: random.Random) -> None:
-        self.answered("query", self.vlm.query(None, TEXT, timeout=120).text)
+        self.check(self.vlm.query(None, TEXT, timeout=120).text)
 
     def _image(self, dice: random.Random) -> None:
         height, width = dice.randrange(8, 200), dice.randrange(8, 200)
         pixels = np.frombuffer(dice.randbytes(height * width * 3), np.uint8)
         image = pixels.reshape(height, width, 3)
-        self.answered("image", self.vlm.query(image, TEXT, max_crops=1, timeout=300).text)
+        self.check(self.vlm.query(image, TEXT, max_crops=1, timeout=300).text)
 
     def _stream(self, dice: random.Random) -> None:
-        self.answered("stream", "".join(self.vlm.stream(None, TEXT, timeout=120)))
+        self.check("".join(self.vlm.stream(None, TEXT, timeout=120)))
 
     def _batch(self, dice: random.Random) -> None:
         requests = [Request(None, TEXT) for _ in range(dice.randrange(2, 9))]
@@ -111,43 +109,32 @@ class Soak:
         requests[wrong] = Request(None, "")
         for i, one in enumerate(self.vlm.batch(requests, return_exceptions=True)):
             if isinstance(one, Result):
-                self.answered("batch", one.text)
-            elif i == wrong:
-                self.failed("batch", one, PromptError)
-            else:
-                self.failed("batch", one)
+                self.check(one.text)
+            elif i != wrong or not isinstance(one, PromptError):
+                raise one
 
     def _cancel(self, dice: random.Random) -> None:
-        stream = self.vlm.stream(None, TEXT, timeout=120, **LONG)
+        stream = self.vlm.stream(None, TEXT, **LONG)
         for _ in range(dice.randrange(6)):
             next(stream)
         stream.cancel()
-        try:
-            stream.result()
-            self.count("cancel", "finished first")
-        except RequestCancelled as exc:
-            self.failed("cancel", exc, RequestCancelled)
+        stream.result()
 
     def _leave(self, dice: random.Random) -> None:
-        for i, _ in enumerate(self.vlm.stream(None, TEXT, timeout=120, **LONG)):
+        for i, _ in enumerate(self.vlm.stream(None, TEXT, **LONG)):
             if i >= dice.randrange(6):
                 break
-        self.count("leave", "left early")
 
     def _deadline(self, dice: random.Random) -> None:
-        try:
-            self.vlm.query(None, TEXT, timeout=dice.random() * 0.3, **LONG)
-            self.count("deadline", "finished first")
-        except RequestTimeout as exc:
-            self.failed("deadline", exc, RequestTimeout)
+        self.vlm.query(None, TEXT, **{**LONG, "timeout": dice.random() * 0.3})
 
     def _bad(self, dice: random.Random) -> None:
-        kind, (expected, image, text, options) = dice.choice(list(BAD.items()))
+        expected, image, text, options = dice.choice(BAD)
         try:
             self.vlm.query(image, text, **options)
-            self.count(kind, "was answered", fine=False)
-        except expected as exc:
-            self.failed(kind, exc, expected)
+        except expected:
+            return
+        raise AssertionError("bad input was answered")
 
     async def tasks(self, number: int) -> None:
         """Requests of asyncio, half of them cancelled."""
@@ -156,19 +143,13 @@ class Soak:
     async def _task(self, seed: int) -> None:
         dice = random.Random(10_000 + seed)
         while time.monotonic() < self.until:
-            try:
-                if dice.random() < 0.5:
-                    result = await self.vlm.aquery(None, TEXT, timeout=120)
-                    self.answered("aquery", result.text)
-                    continue
-                request = self.vlm.aquery(None, TEXT, timeout=120, **LONG)
-                try:
+            if dice.random() < 0.5:
+                with self.request("aquery"):
+                    self.check((await self.vlm.aquery(None, TEXT, timeout=120)).text)
+            else:
+                with self.request("cancelled task", TimeoutError):
+                    request = self.vlm.aquery(None, TEXT, **LONG)
                     await asyncio.wait_for(request, dice.random() * 0.3)
-                    self.count("cancelled task", "finished first")
-                except TimeoutError:
-                    self.count("cancelled task", "cancelled")
-            except Exception as exc:
-                self.failed("asyncio", exc)
 
 
 def soak(vlm: EdgeVLM, minutes: float, threads: int, tasks: int) -> dict[str, Any]:
@@ -180,7 +161,7 @@ def soak(vlm: EdgeVLM, minutes: float, threads: int, tasks: int) -> dict[str, An
 
     vlm.query(np.zeros((64, 64, 3), np.uint8), TEXT, max_crops=1)
     gc.collect()
-    before, began, samples = rss_mib(), time.monotonic(), []
+    before, began = rss_mib(), time.monotonic()
     load = Soak(vlm, began + minutes * 60)
     workers = [threading.Thread(target=load.thread, args=(i,)) for i in range(threads)]
     workers.append(threading.Thread(target=lambda: asyncio.run(load.tasks(tasks))))
@@ -188,23 +169,18 @@ def soak(vlm: EdgeVLM, minutes: float, threads: int, tasks: int) -> dict[str, An
         worker.start()
     while alive := [worker for worker in workers if worker.is_alive()]:
         alive[0].join(SAMPLE_S)
-        seconds = time.monotonic() - began
-        if seconds >= (len(samples) + 1) * SAMPLE_S:
-            requests = sum(load.requests.values())
-            samples.append({"s": round(seconds, 1), "rss_mib": rss_mib(), "requests": requests})
-            harness.progress(f"{seconds:6.0f} s {rss_mib():7.0f} MiB {requests:7d} requests")
-    if vlm.query(None, TEXT).text != load.expected:
-        load.unexpected["the answer after the load"] += 1
+        seconds, requests = time.monotonic() - began, load.ends.total()
+        harness.progress(f"{seconds:6.0f} s {rss_mib():7.0f} MiB {requests:7d} requests")
+    with load.request("the answer after the load"):
+        load.check(vlm.query(None, TEXT).text)
     gc.collect()
     return {
-        "requests": sum(load.requests.values()),
-        "requests_by_kind": dict(sorted(load.requests.items())),
+        "requests": load.ends.total(),
         "ends": dict(sorted(load.ends.items())),
         "unexpected": dict(sorted(load.unexpected.items())),
         "state": str(vlm.state),
         "rss_before_mib": before,
         "rss_after_mib": rss_mib(),
-        "samples": samples,
     }
 
 
@@ -229,8 +205,8 @@ def main() -> None:
         outcome = soak(vlm, arguments.minutes, arguments.threads, arguments.tasks)
         environment = dict(vlm.environment)
     rows = [[end, str(count)] for end, count in outcome["ends"].items()]
-    rows += [[f"unexpected: {end}", str(count)] for end, count in outcome["unexpected"].items()]
-    rows += [[f"RSS in MiB {when}", str(outcome[f"rss_{when}_mib"])] for when in RSS]
+    rows += [[f"UNEXPECTED {end}", str(count)] for end, count in outcome["unexpected"].items()]
+    rows += [[name, str(outcome[name])] for name in ("rss_before_mib", "rss_after_mib")]
     print(harness.table([f"{outcome['requests']} requests ended with", "count"], rows))
     if arguments.output is not None:
         document = harness.result("soak", settings=settings, environment=environment, **outcome)

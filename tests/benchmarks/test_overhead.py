@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from molmo_edge.bench.cases import Case
-from molmo_edge.errors import BenchmarkError
 
 
 def rounds(
@@ -42,6 +41,8 @@ def test_decode_is_what_the_long_answer_takes_beyond_the_short_one() -> None:
     assert figures["decode_tps"]["median"] == pytest.approx(0.995)
     assert figures["ttft_s"]["median"] == pytest.approx(1.0)
     assert figures["cost_us"]["median"] == pytest.approx(50.0)
+    assert figures["decode_tps"]["floor"]["median"] == pytest.approx(0.995)
+    assert "| CPU µs per token, ours − bare | 50.0" in overhead.table(figures)
     assert figures["passed"] and figures["equal_texts"] == 1.0 and figures["equal_prompts"]
 
 
@@ -49,15 +50,6 @@ def test_decode_is_what_the_long_answer_takes_beyond_the_short_one() -> None:
 def test_a_slower_decode_or_a_higher_cost_than_promised_does_not_pass(bare: float) -> None:
     figures = overhead.evaluate([rounds({**EQUAL, "bare": bare})])
     assert not figures["passed"]
-
-
-def test_bare_against_itself_stands_beside_every_ratio() -> None:
-    figures = overhead.evaluate([rounds({**EQUAL, "again": 0.0102})])
-    assert figures["decode_tps"]["floor"]["median"] == pytest.approx(0.98, abs=0.001)
-    assert figures["cost_us"]["floor"]["median"] == pytest.approx(200.0)
-    text = overhead.table(figures)
-    assert "| decode tok/s, ours ÷ bare | 1.000 (1.000 to 1.000) | 0.980" in text
-    assert "| CPU µs per token, ours − bare | 0.0" in text
 
 
 def test_every_start_counts_and_is_reported_apart() -> None:
@@ -91,15 +83,8 @@ def test_each_request_has_its_own_image_or_is_text(monkeypatch: pytest.MonkeyPat
     assert none is None and text == overhead.TEXT
 
 
-def test_a_run_without_a_pair_is_refused() -> None:
-    with pytest.raises(BenchmarkError, match="at least one start"):
-        overhead.run({}, pairs=0)
-
-
 def test_one_disturbed_pair_does_not_move_the_ratio() -> None:
     ratio = harness.paired_ratio([1.0, 1.0, 1.0, 9.0, 1.0], [1.0] * 5)
     assert ratio["median"] == 1.0 and ratio["low"] <= 1.0 <= ratio["high"]
     two = harness.paired_ratio([2.0, 2.0], [1.0, 1.0])
     assert (two["median"], two["low"], harness.interval_text(two)) == (2.0, None, "2.000")
-    with pytest.raises(ValueError, match="equal length"):
-        harness.paired_ratio([1.0], [1.0, 2.0])
