@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import zip_longest
 from statistics import fmean
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from molmo_edge.bench.environment import Target
 from molmo_edge.bench.tables import UNKNOWN, number
 from molmo_edge.errors import BenchmarkError
 from molmo_edge.points import Point, parse_points
-from molmo_edge.results import Score
+from molmo_edge.results import Result, Score
 
 TOP = 20
 """Candidates for each token, over which the divergence is taken."""
@@ -88,16 +88,6 @@ class DriftDocument(Part):
     drifts: list[Drift] = Field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Reference:
-    """A reference answer and the reference's own score of its tokens."""
-
-    case: Case
-    text: str
-    token_ids: tuple[int, ...]
-    score: Score
-
-
 def prompts() -> tuple[Case, ...]:
     """The standard cases, and pointing on two of their images."""
     cases = standard()
@@ -108,34 +98,35 @@ def prompts() -> tuple[Case, ...]:
     )
 
 
-def answer_all(vlm: Any, cases: Sequence[Case], *, max_tokens: int) -> list[Reference]:
+def answer_all(
+    vlm: Any, cases: Sequence[Case], *, max_tokens: int
+) -> list[tuple[Case, Result, Score]]:
     """The reference's greedy answers, scored by the reference."""
     out = []
     for case in cases:
         result = vlm.query(case.image, case.question, max_tokens=max_tokens, logprobs=TOP)
         top = [list(entry)[:TOP] for entry in result.top_logprobs]
         score = vlm.score(case.image, case.question, result.token_ids, candidates=top)
-        out.append(Reference(case, result.text, result.token_ids, score))
+        out.append((case, result, score))
     return out
 
 
-def against(vlm: Any, reference: Reference, *, max_tokens: int) -> CaseDrift:
+def against(vlm: Any, case: Case, result: Result, known: Score, *, max_tokens: int) -> CaseDrift:
     """The other configuration on one of the reference's answers."""
-    case, known = reference.case, reference.score
     free = vlm.query(case.image, case.question, max_tokens=max_tokens)
     top = [list(entry) for entry in known.candidates]
-    score = vlm.score(case.image, case.question, reference.token_ids, candidates=top)
+    score = vlm.score(case.image, case.question, result.token_ids, candidates=top)
     deltas = [b - a for a, b in zip(known.logprobs, score.logprobs, strict=True)]
     kls = [divergence(a, b) for a, b in zip(known.candidates, score.candidates, strict=True)]
     pairs = zip(known.greedy_token_ids, score.greedy_token_ids, strict=True)
-    ours, theirs = parse_points(reference.text).points, parse_points(free.text).points
+    ours, theirs = parse_points(result.text).points, parse_points(free.text).points
     distances = paired_distances(ours, theirs, case.image.size if case.image else (1, 1))
     return CaseDrift(
         name=case.name,
         title=case.title,
         tokens=len(deltas),
         equal_greedy=fmean(a == b for a, b in pairs),
-        first_divergence=first_difference(reference.token_ids, free.token_ids),
+        first_divergence=first_difference(result.token_ids, free.token_ids),
         mean_abs_dlogprob=fmean(map(abs, deltas)),
         max_abs_dlogprob=max(map(abs, deltas)),
         mean_kl=fmean(kls),
@@ -146,7 +137,7 @@ def against(vlm: Any, reference: Reference, *, max_tokens: int) -> CaseDrift:
         max_px=max(distances, default=None),
         dlogprobs=deltas,
         kls=kls,
-        text_reference=reference.text,
+        text_reference=result.text,
         text_other=free.text,
     )
 
@@ -252,7 +243,7 @@ def run(
     for other in others:
         progress(other)
         with open_engine(chosen[other]) as vlm:
-            case_drifts = [against(vlm, one, max_tokens=max_tokens) for one in known]
+            case_drifts = [against(vlm, *one, max_tokens=max_tokens) for one in known]
             where = environment.of(vlm)
         tokens = [case.tokens for case in case_drifts]
         equal = fmean((case.equal_greedy for case in case_drifts), tokens)

@@ -24,6 +24,10 @@ PACKAGES = {"vllm": "vLLM", "torch": "torch", "transformers": "transformers",
             "molmo_edge": "molmo_edge", "python": "Python"}  # fmt: skip
 """Keys of ``Environment.software``, and the names to print."""
 
+SAME_NAME = ("name", "kind", "power_mode", "cpu_governor", "cpu_count", "driver", "cuda",
+             "machine", "in_container")  # fmt: skip
+"""Fields of the document's device that DeviceInfo has too."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -97,20 +101,12 @@ def detected_device() -> Device:
     """The device that the engine runs on, as the document has it."""
     device = vllm_args.engine_device()
     return Device(
-        name=device.name,
-        kind=device.kind,
         memory_bytes=device.memory_total_bytes,
         bandwidth_bytes_per_s=device.memory_bandwidth_bytes_s,
-        power_mode=device.power_mode,
         power_limit_w=device.power_limit_w[0] if device.power_limit_w else None,
         clocks_mhz={name: current for name, (current, _) in device.clocks.items()},
         clocks_max_mhz={name: maximum for name, (_, maximum) in device.clocks.items()},
-        cpu_governor=device.cpu_governor,
-        cpu_count=device.cpu_count,
-        driver=device.driver,
-        cuda=device.cuda,
-        machine=device.machine,
-        in_container=device.in_container,
+        **{name: getattr(device, name) for name in SAME_NAME},
     )
 
 

@@ -1,6 +1,6 @@
 """Plots of results, drawn with matplotlib (extra ``plot``), as SVG text or PNG files.
 
-Each plot takes documents and axes, and returns whether the documents hold anything of its kind.
+Each plot draws documents on axes; one on which nothing was drawn is left out.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from molmo_edge.bench.compare import head_names, overall_speed
 from molmo_edge.bench.document import Document, Row, write
@@ -48,42 +50,36 @@ def _rows(documents: Sequence[Document], *names: str) -> Iterator[tuple[Row, str
             count += 1
 
 
-def speed(documents: Sequence[Document], axes: Axes) -> bool:
+def speed(documents: Sequence[Document], axes: Axes) -> None:
     """Decode speed by iteration; hollow points are warm-up."""
     axes.set(title="Decode speed by iteration", xlabel="iteration", ylabel="tok/s")
     for row, label, colour in _rows(documents, *ALONE):
-        points = [(s.iteration + 1, s.output_tps) for s in row.samples if s.output_tps]
-        if not points:
-            continue
-        start = row.steady_from
-        axes.plot(*zip(*points, strict=True), color=colour, lw=1.2, label=label)
-        for settled in (False, True):
-            part = [p for p in points if (start is not None and p[0] > start) is settled]
+        samples = [sample for sample in row.succeeded if sample.output_tps]
+        numbers, speeds = [s.iteration + 1 for s in samples], [s.output_tps for s in samples]
+        axes.plot(numbers, speeds, color=colour, lw=1.2, label=label)
+        for steady, face in ((True, colour), (False, "white")):
+            part = [s for s in samples if bool(row.is_steady(s)) is steady]
             if part:
-                face = colour if settled else "white"
-                axes.plot(*zip(*part, strict=True), "o", ms=5, mfc=face, mec=colour)
-        if start:
-            axes.axvline(start + 0.5, color=colour, lw=0.8, ls=":")
+                points = [s.iteration + 1 for s in part], [s.output_tps for s in part]
+                axes.plot(*points, "o", ms=5, mfc=face, mec=colour)
+        if row.steady_from:
+            axes.axvline(row.steady_from + 0.5, color=colour, lw=0.8, ls=":")
     axes.set_ylim(bottom=0)
-    return bool(axes.lines)
 
 
-def latencies(documents: Sequence[Document], axes: Axes) -> bool:
+def latencies(documents: Sequence[Document], axes: Axes) -> None:
     """Fraction of inter-token latencies below a value, one curve per row."""
     axes.set(title="Inter-token latency", xlabel="ms", ylabel="fraction of tokens below")
-    largest = 0.0
+    fractions = np.linspace(0, 0.995, 200)  # without the last, which would press the rest together
     for row, label, colour in _rows(documents, *ALONE):
-        values = sorted(v * 1000 for s in row.succeeded for v in s.itl_s)
-        if len(values) >= 2:
-            step = max(1, len(values) // 500)
-            fractions = [(i + 1) / len(values) for i in range(len(values))]
-            axes.plot(values[::step], fractions[::step], color=colour, lw=1.4, label=label)
-            largest = max(largest, values[int(len(values) * 0.995)])
-    axes.set_xlim(0, largest * 1.1 or 1)
-    return bool(axes.lines)
+        values = [latency * 1000 for sample in row.succeeded for latency in sample.itl_s]
+        if values:
+            quantiles = np.quantile(values, fractions)
+            axes.plot(quantiles, fractions, color=colour, lw=1.4, label=label)
+    axes.set_xlim(left=0)
 
 
-def waterfall(documents: Sequence[Document], axes: Axes) -> bool:
+def waterfall(documents: Sequence[Document], axes: Axes) -> None:
     """Parts of the time to first token, as medians."""
     axes.set(title="Time to first token", xlabel="ms")
     rows = [
@@ -91,76 +87,68 @@ def waterfall(documents: Sequence[Document], axes: Axes) -> bool:
         for row, label, _ in _rows(documents, *ALONE)
         if row.summary("prefill_s").median is not None
     ]
-    left = [0.0] * len(rows)
+    labels, left = [label for _, label in rows], [0.0] * len(rows)
     parts = {"queue_s": "queue", "preprocess_s": "preprocess", "prefill_s": "vision + prefill"}
     for (metric, name), colour in zip(parts.items(), COLOURS, strict=False):
         widths = [(row.summary(metric).median or 0.0) * 1000 for row, _ in rows]
-        labels = [label for _, label in rows]
         axes.barh(labels, widths, left=left, color=colour, label=name, height=0.6)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.invert_yaxis()
-    return bool(rows)
 
 
-def concurrency(documents: Sequence[Document], axes: Axes) -> bool:
+def concurrency(documents: Sequence[Document], axes: Axes) -> None:
     """Total and per-user speed over the number of users or the size of the batch."""
     axes.set(title="Requests in flight", xlabel="users or batch size", ylabel="tok/s")
     colours = iter(COLOURS * len(documents))
     for head, document in zip(head_names(documents), documents, strict=True):
         for name, key in (("concurrency", "users"), ("throughput", "batch")):
-            points = []
-            for row, _, _ in _rows([document], name):
-                size, total = row.conditions.get(key), row.counts.get("total_tps")
-                total = row.summary("total_tps").mean if total is None else total
-                if isinstance(size, int) and total is not None:
-                    points.append((size, total, row.summary("output_tps").median))
-            if not points:
-                continue
-            colour, sizes = next(colours), [point[0] for point in points]
-            label = f"{head}: {name}, " if len(documents) > 1 else f"{name}, "
-            totals, each = [p[1] for p in points], [p[2] for p in points]
-            axes.plot(sizes, totals, "o-", color=colour, label=label + "total")
-            if None not in each:
-                axes.plot(sizes, each, "s--", color=colour, label=label + "each, decode")
+            rows = [row for row, _, _ in _rows([document], name) if key in row.conditions]
+            if rows:
+                sizes = [row.conditions[key] for row in rows]
+                totals = [
+                    row.counts.get("total_tps") or row.summary("total_tps").mean for row in rows
+                ]
+                each = [row.summary("output_tps").median for row in rows]
+                label = f"{head}: {name}" if len(documents) > 1 else name
+                colour = next(colours)
+                axes.plot(sizes, totals, "o-", color=colour, label=f"{label}, total")
+                axes.plot(sizes, each, "s--", color=colour, label=f"{label}, each, decode")
     axes.set_ylim(bottom=0)
-    return bool(axes.lines)
 
 
-def roofline(documents: Sequence[Document], axes: Axes) -> bool:
+def roofline(documents: Sequence[Document], axes: Axes) -> None:
     """Decode speed against bytes per token, under each device's memory-bandwidth bound."""
     axes.set(title="Decode and memory bandwidth", xlabel="GB read per token", ylabel="tok/s")
     axes.set(xscale="log", yscale="log")
-    for number, (head, document) in enumerate(zip(head_names(documents), documents, strict=True)):
-        bandwidth, points = document.environment.device.bandwidth_bytes_per_s, []
-        for row, _, _ in _rows([document], *ALONE):
-            size, reached = row.ceiling and row.ceiling.bytes_per_token, row.summary("output_tps")
-            if size and reached.mean is not None:
-                points.append((size / 1e9, reached.mean))
-        if points and bandwidth:
-            colour, sizes = COLOURS[number % len(COLOURS)], [point[0] for point in points]
+    for head, document, colour in zip(head_names(documents), documents, COLOURS, strict=False):
+        bandwidth = document.environment.device.bandwidth_bytes_per_s
+        rows = [row for row, _, _ in _rows([document], *ALONE)]
+        rows = [row for row in rows if row.ceiling and row.ceiling.bytes_per_token]
+        if rows and bandwidth:
+            sizes = [row.ceiling.bytes_per_token / 1e9 for row in rows]  # type: ignore
             bound = [min(sizes) / 2, max(sizes) * 2]
-            limits = [bandwidth / 1e9 / x for x in bound]
+            limits = [bandwidth / 1e9 / size for size in bound]
             axes.plot(bound, limits, color=colour, label=f"{head}: bound")
-            axes.plot(*zip(*points, strict=True), "o", color=colour, label=f"{head}: measured")
+            speeds = [row.summary("output_tps").mean for row in rows]
+            axes.plot(sizes, speeds, "o", color=colour, label=f"{head}: measured")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("{x:g}")
     axes.tick_params(which="both", labelsize=8)
-    return bool(axes.lines)
 
 
-def devices(documents: Sequence[Document], axes: Axes) -> bool:
+def devices(documents: Sequence[Document], axes: Axes) -> None:
     """Request speed of each result over all its cases, as in the 2025 report."""
     axes.set(title="Request speed, mean and deviation", xlabel="tok/s")
-    speeds = {n: overall_speed(d) for n, d in zip(head_names(documents), documents, strict=True)}
-    known = {name: s for name, s in speeds.items() if s.mean is not None}
-    means, errors = [s.mean for s in known.values()], [s.std or 0.0 for s in known.values()]
-    axes.barh(list(known), means, xerr=errors, color=COLOURS[0], height=0.6)
-    axes.invert_yaxis()
-    return len(known) > 1
+    speeds = zip(head_names(documents), map(overall_speed, documents), strict=True)
+    known = {name: speed for name, speed in speeds if speed.mean is not None}
+    if len(known) > 1:
+        means, errors = [s.mean for s in known.values()], [s.std or 0.0 for s in known.values()]
+        axes.barh(list(known), means, xerr=errors, color=COLOURS[0], height=0.6)
+        axes.invert_yaxis()
 
 
-PLOTS: dict[str, Callable[[Sequence[Document], Axes], bool]] = {
+PLOTS: dict[str, Callable[[Sequence[Document], Axes], None]] = {
     "speed": speed,
     "latencies": latencies,
     "waterfall": waterfall,
@@ -188,7 +176,8 @@ def figures(documents: Sequence[Document]) -> dict[str, Figure]:
         axes = figure.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
-        if draw(documents, axes):
+        draw(documents, axes)
+        if axes.lines or axes.patches:
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize=8)
             out[name] = figure

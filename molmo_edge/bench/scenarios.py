@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,48 +28,41 @@ MAX_THREADS = 256
 Open = Callable[[bool], AbstractContextManager[Any]]
 """Builds an engine; the argument says whether its caches are on."""
 
-Rows = list[Callable[[], None]]
-"""Functions that measure a row each."""
+SCENARIOS: dict[str, tuple[str, bool | None]] = {
+    "report": ("The report's cases", False),
+    "latency": ("Latency at batch 1", False),
+    "text": ("Text only", False),
+    "throughput": ("Throughput in fixed batches", False),
+    "concurrency": ("Concurrent users", False),
+    "camera": ("A camera's newest frame", False),
+    "repeat-frame": ("The same image again, caches on", True),
+    "cold-start": ("Process start to first token", None),
+}
+"""Title, and whether the engine's caches are on; None where it needs no engine of ours."""
 
 
-def each_case(bench: Bench) -> Rows:
-    """Every case in turn, a new image each time."""
-    return [partial(alone, bench, case) for case in bench.cases]
-
-
-def text(bench: Bench) -> Rows:
-    """Prompts without an image."""
-    return [partial(alone, bench, case) for case in text_only()]
-
-
-def repeat_frame(bench: Bench) -> Rows:
-    """The same image and question each time: the effect of the caches."""
-    return [partial(alone, bench, case, repeated=True) for case in image_cases(bench)]
-
-
-def throughput(bench: Bench) -> Rows:
-    """Batches of fixed size through ``vlm.batch``."""
-    return [partial(batches, bench, size) for size in bench.options.batches]
-
-
-def concurrency(bench: Bench) -> Rows:
-    """Closed loop at each number of users, then Poisson arrivals at each rate."""
-    rates, fractions = bench.options.rates, () if bench.options.rates else (0.5, 0.8)
-    return [
-        *(partial(closed_loop, bench, users) for users in bench.options.users),
-        *(partial(open_loop, bench, rate) for rate in rates),
-        *(partial(open_loop_below_best, bench, fraction) for fraction in fractions),
-    ]
-
-
-def camera(bench: Bench) -> Rows:
-    """A camera's newest frame."""
-    return [partial(newest_frame, bench, image_cases(bench)[0])]
-
-
-def cold_start(bench: Bench) -> Rows:
-    """The first start ever and the starts after it, which share a directory: one function."""
-    return [partial(coldstart.measure, bench)]
+def rows_of(name: str, bench: Bench) -> list[Callable[[], None]]:
+    """The functions that measure a scenario, one for each row."""
+    options = bench.options
+    match name:
+        case "text":
+            return [partial(alone, bench, case) for case in text_only()]
+        case "repeat-frame":
+            return [partial(alone, bench, case, repeated=True) for case in image_cases(bench)]
+        case "throughput":
+            return [partial(batches, bench, size) for size in options.batches]
+        case "concurrency":
+            return [
+                *(partial(closed_loop, bench, users) for users in options.users),
+                *(partial(open_loop, bench, rate) for rate in options.rates),
+                *(partial(below_best, bench, f) for f in (0.5, 0.8) if not options.rates),
+            ]
+        case "camera":
+            return [partial(newest_frame, bench, image_cases(bench)[0])]
+        case "cold-start":  # its two rows share a directory
+            return [partial(coldstart.measure, bench)]
+        case _:
+            return [partial(alone, bench, case) for case in bench.cases]
 
 
 def image_cases(bench: Bench) -> list[Case]:
@@ -79,27 +71,6 @@ def image_cases(bench: Bench) -> list[Case]:
     if not cases:
         raise BenchmarkError("this scenario needs at least one image; give --image")
     return cases
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One scenario. ``caches`` is ``None`` where it needs no engine of ours."""
-
-    title: str
-    caches: bool | None
-    rows: Callable[[Bench], Rows]
-
-
-SCENARIOS = {
-    "report": Entry("The report's cases", False, each_case),
-    "latency": Entry("Latency at batch 1", False, each_case),
-    "text": Entry("Text only", False, text),
-    "throughput": Entry("Throughput in fixed batches", False, throughput),
-    "concurrency": Entry("Concurrent users", False, concurrency),
-    "camera": Entry("A camera's newest frame", False, camera),
-    "repeat-frame": Entry("The same image again, caches on", True, repeat_frame),
-    "cold-start": Entry("Process start to first token", None, cold_start),
-}
 
 
 def choose(names: Sequence[str]) -> list[str]:
@@ -128,7 +99,7 @@ def run(bench: Bench, open_engine: Open, names: Sequence[str] = ("report",)) -> 
     firm_end = bench.clock() + bench.options.time_limit_s
     try:
         for caches in (False, True, None):
-            left = [name for name in chosen if SCENARIOS[name].caches is caches]
+            left = [name for name in chosen if SCENARIOS[name][1] is caches]
             while left:
                 _run_on_one_engine(bench, open_engine, left, caches, firm_end)
         document.complete = all(scenario.complete for scenario in document.scenarios)
@@ -152,8 +123,8 @@ def _run_on_one_engine(
             bench.ends = firm_end if bench.options.firm else end
             while left:
                 name = left.pop(0)
-                with bench.scenario(name, SCENARIOS[name].title):
-                    rows = SCENARIOS[name].rows(bench)
+                with bench.scenario(name, SCENARIOS[name][0]):
+                    rows = rows_of(name, bench)
                     for number, measure_row in enumerate(rows):
                         bench.rows_left = len(rows) - number
                         measure_row()
@@ -163,7 +134,7 @@ def _run_on_one_engine(
         if not isinstance(exc, EngineError) or len(left) == before:
             while left:
                 name = left.pop(0)
-                with bench.scenario(name, SCENARIOS[name].title):
+                with bench.scenario(name, SCENARIOS[name][0]):
                     raise BenchmarkError(f"not run, no engine: {exc}") from exc
     finally:
         bench.vlm = None
@@ -250,7 +221,7 @@ def closed_loop(bench: Bench, users: int) -> None:
         _concurrently(bench, row, users, work)
 
 
-def open_loop_below_best(bench: Bench, fraction: float) -> None:
+def below_best(bench: Bench, fraction: float) -> None:
     """Arrivals at a fraction of the best rate that the closed loops reached."""
     rows = bench.document.scenarios[-1].rows
     best = max(row.counts.get("requests_per_s") or 0.0 for row in rows)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer import Argument, Option
 
 from molmo_edge.bench import cases as case_set
 from molmo_edge.bench import document as documents
@@ -67,10 +68,10 @@ def parse_numbers(text: str) -> tuple[float, ...]:
     return values
 
 
-ImageOption = Annotated[list[Path] | None, typer.Option(help="Your image; repeatable.")]
-QuestionOption = Annotated[str | None, typer.Option(help="What to ask about --image.")]
-OutputOption = Annotated[Path, typer.Option(help="Directory, or .json file, of the result.")]
-Results = Annotated[list[Path], typer.Argument(help="Result documents (JSON).")]
+ImageOption = Annotated[list[Path] | None, Option(help="Your image; repeatable.")]
+QuestionOption = Annotated[str | None, Option(help="What to ask about --image.")]
+OutputOption = Annotated[Path, Option(help="Directory, or .json file, of the result.")]
+Results = Annotated[list[Path], Argument(help="Result documents (JSON).")]
 OUTPUT = Path("bench-results")
 
 
@@ -81,16 +82,16 @@ class TargetOptions:
     model: ModelOption = None
     config: ConfigOption = None
     load_format: Annotated[
-        str | None, typer.Option(help="dummy: random weights of the model's shape.")
+        str | None, Option(help="dummy: random weights of the model's shape.")
     ] = None
-    max_crops: Annotated[int | None, typer.Option(help="Crops of an image, engine-wide.")] = None
-    precision: Annotated[str | None, typer.Option()] = None
-    kv_cache_dtype: Annotated[str | None, typer.Option()] = None
-    dtype: Annotated[str | None, typer.Option()] = None
-    max_model_len: Annotated[int | None, typer.Option()] = None
-    max_num_seqs: Annotated[int | None, typer.Option()] = None
+    max_crops: Annotated[int | None, Option(help="Crops of an image, engine-wide.")] = None
+    precision: Annotated[str | None, Option()] = None
+    kv_cache_dtype: Annotated[str | None, Option()] = None
+    dtype: Annotated[str | None, Option()] = None
+    max_model_len: Annotated[int | None, Option()] = None
+    max_num_seqs: Annotated[int | None, Option()] = None
     profile: ProfileOption = None
-    seed: Annotated[int, typer.Option()] = 0
+    seed: Annotated[int, Option()] = 0
 
     def target(self) -> Target:
         """The engine, not yet started."""
@@ -102,46 +103,27 @@ class TargetOptions:
 class MeasureOptions:
     """The fields of RunOptions that the command line has, None where the library chooses."""
 
-    iterations: Annotated[
-        int | None, typer.Option(min=1, help="Minimum iterations of a row; default: 10.")
-    ] = None
-    max_iterations: Annotated[int | None, typer.Option(help="Maximum; default: twice.")] = None
+    iterations: Annotated[int | None, Option(min=1, help="Minimum of a row; default: 10.")] = None
+    max_iterations: Annotated[int | None, Option(help="Maximum of a row; default: twice.")] = None
     time_limit_s: Annotated[
-        float | None,
-        typer.Option(
-            "--time-limit",
-            min=1,
-            help="Stop adding iterations beyond the minimum after this many seconds.",
-        ),
+        float | None, Option("--time-limit", min=1, help="Seconds; then no more than the minimum.")
     ] = None
     interval_width: Annotated[
-        float,
-        typer.Option(
-            "--width",
-            min=0.0001,
-            max=1,
-            help="Stop when the interval is ± this fraction of the mean.",
-        ),
+        float, Option("--width", min=1e-4, max=1, help="A row ends at ± this fraction of its mean.")
     ] = 0.02
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Output tokens of a request.")] = (
-        None
-    )
-    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 is greedy.")] = 0.0
+    max_tokens: Annotated[int | None, Option(min=1, help="Output tokens of a request.")] = None
+    temperature: Annotated[float, Option(min=0, max=2, help="0 is greedy.")] = 0.0
     ignore_eos: Annotated[
         bool | None,
-        typer.Option("--ignore-eos/--stop-at-eos", help="Default: only random weights ignore it."),
+        Option("--ignore-eos/--stop-at-eos", help="Default: only random weights ignore it."),
     ] = None
-    batches: Annotated[
-        Any, typer.Option(parser=parse_integers, help="Batch sizes of throughput.")
-    ] = "1,2,4,8"
-    users: Annotated[Any, typer.Option(parser=parse_integers, help="Users of concurrency.")] = (
-        "1,2,4,8"
+    batches: Annotated[Any, Option(parser=parse_integers, help="Sizes of throughput.")] = "1,2,4,8"
+    users: Annotated[Any, Option(parser=parse_integers, help="Users of concurrency.")] = "1,2,4,8"
+    rates: Annotated[Any, Option(parser=parse_numbers, help="Open-loop requests per second.")] = (
+        None
     )
-    rates: Annotated[
-        Any, typer.Option(parser=parse_numbers, help="Open-loop requests per second.")
-    ] = None
-    fps: Annotated[float, typer.Option(min=0.001, help="Frames per second of camera.")] = 10.0
-    starts: Annotated[int, typer.Option(min=1, help="Cold starts with disk caches present.")] = 2
+    fps: Annotated[float, Option(min=0.001, help="Frames per second of camera.")] = 10.0
+    starts: Annotated[int, Option(min=1, help="Cold starts with disk caches present.")] = 2
 
 
 @app.callback()
@@ -154,19 +136,19 @@ def bench(
     question: QuestionOption = None,
     scenario: Annotated[
         list[str] | None,
-        typer.Option(help=f"{', '.join(scenarios.SCENARIOS)} or all; repeatable; default: report."),
+        Option(help=f"{', '.join(scenarios.SCENARIOS)} or all; repeatable; default: report."),
     ] = None,
     sizes: Annotated[
-        Any, typer.Option(parser=parse_sizes, help="Sweep image sizes: 640x480,1280x960.")
+        Any, Option(parser=parse_sizes, help="Sweep image sizes: 640x480,1280x960.")
     ] = None,
     sweep_crops: Annotated[
-        Any, typer.Option(parser=parse_integers, help="Sweep max_crops: 1,4,12.")
+        Any, Option(parser=parse_integers, help="Sweep max_crops: 1,4,12.")
     ] = None,
-    label: Annotated[str | None, typer.Option(help="Heading of this run in comparisons.")] = None,
+    label: Annotated[str | None, Option(help="Heading of this run in comparisons.")] = None,
     output: OutputOption = OUTPUT,
     form: Annotated[
         Literal["table", "md", "csv", "json", "jsonl"],
-        typer.Option("-o", "--format", help="On standard output."),
+        Option("-o", "--format", help="On standard output."),
     ] = "table",
 ) -> None:
     """Run scenarios and write a JSON document and a Markdown page."""
@@ -202,9 +184,9 @@ def bench(
 @app.command(name="compare")
 def compare_results(
     results: Results,
-    form: Annotated[Literal["table", "md"], typer.Option("-o", "--format")] = "table",
+    form: Annotated[Literal["table", "md"], Option("-o", "--format")] = "table",
     strict: Annotated[
-        bool, typer.Option(help="Exit status 1 if the results are not comparable.")
+        bool, Option(help="Exit status 1 if the results are not comparable.")
     ] = False,
 ) -> None:
     """Put results side by side and say what makes them not comparable."""
@@ -227,8 +209,8 @@ def print_page(markdown: str, form: str) -> None:
 @app.command(name="report")
 def report_results(
     results: Results,
-    output: Annotated[Path, typer.Option(help="The HTML page.")] = Path("bench-report.html"),
-    png: Annotated[Path | None, typer.Option(help="Directory for the plots as PNG.")] = None,
+    output: Annotated[Path, Option(help="The HTML page.")] = Path("bench-report.html"),
+    png: Annotated[Path | None, Option(help="Directory for the plots as PNG.")] = None,
 ) -> None:
     """Make one self-contained HTML page, with plots (extra `plot`)."""
     from molmo_edge.bench import plots
@@ -247,19 +229,19 @@ def drift_command(
     model: ModelOption = None,
     config: ConfigOption = None,
     kv_cache_dtype: Annotated[
-        str | None, typer.Option(help="Reference first: auto,fp8,fp8_per_token_head.")
+        str | None, Option(help="Reference first: auto,fp8,fp8_per_token_head.")
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="Reference first: bf16,fp8.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Reference first: float32,bfloat16.")] = None,
+    precision: Annotated[str | None, Option(help="Reference first: bf16,fp8.")] = None,
+    dtype: Annotated[str | None, Option(help="Reference first: float32,bfloat16.")] = None,
     image: ImageOption = None,
     question: QuestionOption = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each reference answer.")] = 64,
+    max_tokens: Annotated[int, Option(min=1, help="Tokens of each reference answer.")] = 64,
     min_equal: Annotated[
-        float, typer.Option(min=0, max=1, help="Minimum fraction of equal greedy tokens.")
+        float, Option(min=0, max=1, help="Minimum fraction of equal greedy tokens.")
     ] = 0.95,
-    max_kl: Annotated[float, typer.Option(min=0, help="Maximum mean KL in nats.")] = 0.05,
+    max_kl: Annotated[float, Option(min=0, help="Maximum mean KL in nats.")] = 0.05,
     output: OutputOption = OUTPUT,
-    form: Annotated[Literal["table", "md", "json"], typer.Option("-o", "--format")] = "table",
+    form: Annotated[Literal["table", "md", "json"], Option("-o", "--format")] = "table",
 ) -> None:
     """Same prompts under several configurations; exit status 1 if one drifts too far."""
     target = Target.choose(model, config, {})
@@ -286,7 +268,7 @@ def drift_command(
 
 @app.command()
 def schema(
-    drift: Annotated[bool, typer.Option("--drift", help="Of drift results instead.")] = False,
+    drift: Annotated[bool, Option("--drift", help="Of drift results instead.")] = False,
 ) -> None:
     """Print the JSON Schema of a result document."""
     kind = drifts.DriftDocument if drift else documents.Document

@@ -61,7 +61,7 @@ class Scoring:
 
 def compared(other: Scoring) -> drift.CaseDrift:
     reference = drift.answer_all(Scoring(), [CASE], max_tokens=3)[0]
-    return drift.against(other, reference, max_tokens=3)
+    return drift.against(other, *reference, max_tokens=3)
 
 
 def test_the_same_configuration_does_not_drift() -> None:
