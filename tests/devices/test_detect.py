@@ -127,6 +127,7 @@ def test_this_machine_is_described_without_torch_or_vllm() -> None:
     code = (
         "import sys; from molmo_edge.devices import detect, doctor, plan, telemetry;"
         "d = detect.detect(); assert d.kind in ('cuda', 'cpu') and d.memory_total_bytes > 0;"
+        "assert doctor.diagnose().findings;"
         "print([m for m in ('torch', 'vllm', 'rich') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from molmo_edge.devices.detect import detect, known_device
 from molmo_edge.devices.info import DeviceInfo
@@ -18,9 +17,7 @@ from molmo_edge.devices.precision import (
 )
 from molmo_edge.devices.profiles import load_profile
 from molmo_edge.devices.shapes import model_shape
-from molmo_edge.devices.specs import SPECS
 from molmo_edge.errors import ConfigError
-from molmo_edge.settings import PRECISIONS
 from tests.devices.recorded import machine
 
 MOLMO = model_shape("allenai/Molmo-7B-D-0924").bytes_by_precision()
@@ -99,28 +96,6 @@ def test_usable_memory_keeps_to_what_is_free() -> None:
     assert usable_bytes(thor, 0.3) == 120213504 * 1024 - (1 << 30)
 
 
-@given(
-    st.sampled_from(PRECISIONS),
-    st.sampled_from([spec.key for spec in SPECS]),
-    st.integers(0, 200 << 30),
-    st.sampled_from([("bf16", "fp8"), ("w4a16",)]),
-    st.integers(1, 100 << 30),
-    st.integers(0, 100 << 30),
-)
-@settings(deadline=None, max_examples=100)
-def test_what_is_chosen_fits_and_is_there(
-    requested: str, known: str, free: int, names: tuple[str, ...], size: int, kv: int
-) -> None:
-    device = replace(known_device(known), memory_available_bytes=free)
-    sizes = {name: size // (i + 1) for i, name in enumerate(names)}
-    try:
-        choice = choose_precision(requested, device, sizes, kv_bytes=kv)
-    except ConfigError:
-        return
-    assert sizes[choice.precision] + kv <= (usable_bytes(device) or 0)
-    assert requested in ("auto", choice.precision)
-
-
 @pytest.mark.parametrize(
     ("dtype", "device", "backend", "message"),
     [
@@ -130,25 +105,18 @@ def test_what_is_chosen_fits_and_is_there(
         ("fp8_per_token_head", "thor", "FLASHINFER", "TRITON_ATTN only, not FLASHINFER"),
         ("fp8", "thor", "FLASH_ATTN", "no FP8 KV cache on sm_110"),
         ("fp8", "rtx5080", "flash_attn", "no FP8 KV cache on sm_120"),
+        ("fp8", "thor", "TRITON_ATTN", None),
+        ("fp8", "h100", "FLASH_ATTN", None),
+        ("auto", "orin", None, None),
+        ("int8_per_token_head", "orin", "TRITON_ATTN", None),
     ],
 )
 def test_a_cache_dtype_the_gpu_cannot_have_is_refused(
-    dtype: str, device: str, backend: str | None, message: str
+    dtype: str, device: str, backend: str | None, message: str | None
 ) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) if message else nullcontext():
         check_kv_cache_dtype(dtype, known_device(device), backend)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "device", "backend"),
-    [("fp8", "thor", "TRITON_ATTN"), ("fp8", "h100", "FLASH_ATTN"), ("auto", "orin", None),
-     ("int8_per_token_head", "orin", "TRITON_ATTN")],
-)  # fmt: skip
-def test_a_cache_dtype_the_gpu_can_have_is_accepted(
-    dtype: str, device: str, backend: str | None
-) -> None:
-    check_kv_cache_dtype(dtype, known_device(device), backend)
-    check_kv_cache_dtype(dtype, DeviceInfo(name="NVIDIA GPU", kind="cuda"))
+    check_kv_cache_dtype(dtype, DeviceInfo(name="NVIDIA GPU", kind="cuda"))  # nothing is known
 
 
 def test_fp8_cache_on_a_cpu_needs_avx512() -> None:
