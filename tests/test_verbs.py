@@ -121,8 +121,8 @@ def test_count_prefers_points_to_the_stated_number(
     answer = vlm.count(photo, label)
     assert (answer.number, answer.how, answer.consistent) == (number, how, consistent)
     assert not answer.truncated
-    assert answer.result is not None
-    assert answer.as_dict()["points"]["text"] == answer.result.text
+    assert answer.points.result is not None
+    assert answer.as_dict()["points"]["text"] == answer.points.result.text
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,8 @@ class FakeEngine:
 
     def step(self) -> list[Update]:
         """Generate one token for each of the first `max_num_seqs` requests."""
-        time.sleep(self._step_s)
+        if self._step_s:
+            time.sleep(self._step_s)
         self._call("step")
         running = list(self._requests)[: self._max_num_seqs]
         updates = [self._requests[i].step(i) for i in running]
