@@ -175,7 +175,7 @@ def _read_schema(given: object) -> tuple[dict[str, Any], type[BaseModel] | None]
 def check_token_ids(answer: Sequence[int]) -> list[int]:
     """Return the ids as a list. Raises PromptError unless it is at least one token id."""
     ids = list(answer)
-    if not ids or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+    if not ids or not all(isinstance(i, int) and i >= 0 for i in ids):
         raise PromptError("An answer to score is a list of at least one token id.")
     return ids
 
@@ -238,24 +238,17 @@ def load_turns(messages: Sequence[Message], limits: ImageLimits) -> list[Turn]:
 
 def read_labels(given: object) -> list[str]:
     """Labels as in training: lower-cased and stripped. Raises PromptError."""
-    if isinstance(given, str):
-        given = [given]
-    if isinstance(given, bytes) or not isinstance(given, Sequence) or not given:
-        raise PromptError("Give a label, or a list of at least one label.")
-    return [_read_label(one) for one in given]
-
-
-def _read_label(given: object) -> str:
-    if not isinstance(given, str):
-        raise PromptError(f"A label must be a str, not {type(given).__name__}.")
-    label = " ".join(given.lower().split())
-    if not label:
+    labels = [given] if isinstance(given, str) else given
+    if not isinstance(labels, list | tuple) or not all(isinstance(one, str) for one in labels):
+        raise PromptError("A label must be a string; several must be a list of strings.")
+    labels = [" ".join(one.lower().split()) for one in labels]
+    if not labels or not all(labels):
         raise PromptError("A label is empty; say what to look for, such as 'the red mug'.")
-    if "<" in label or ">" in label or not label.isprintable():
+    if any("<" in one or ">" in one or not one.isprintable() for one in labels):
         raise PromptError(
             "A label contains '<', '>' or characters that cannot be printed; use plain words."
         )
-    return label
+    return labels
 
 
 def refuse_special(ids: Sequence[int], special: Mapping[int, str]) -> None:
@@ -283,22 +276,15 @@ def check_turns(turns: Sequence[Turn]) -> None:
     if not turns:
         raise PromptError("The conversation is empty; give at least one user turn.")
     for i, turn in enumerate(turns):
-        expected = "user" if i % 2 == 0 else "assistant"
-        if turn.role != expected:
-            raise PromptError(
-                f"Turn {i + 1} must be the {expected}'s: roles alternate, starting with the user."
-            )
-        _check_text(turn.text)
+        if turn.role != ("assistant" if i % 2 else "user"):
+            raise PromptError("Roles must alternate, starting with the user.")
+        if not isinstance(turn.text, str):
+            raise PromptError(f"The text must be a str, not {type(turn.text).__name__}.")
+        if not turn.text.strip():
+            raise PromptError("The text is empty.")
+        try:
+            turn.text.encode()
+        except UnicodeEncodeError:
+            raise PromptError("The text contains lone surrogates: no valid Unicode.") from None
     if len(turns) % 2 == 0:
         raise PromptError("The last turn must be the user's.")
-
-
-def _check_text(text: object) -> None:
-    if not isinstance(text, str):
-        raise PromptError(f"The text must be a str, not {type(text).__name__}.")
-    if not text.strip():
-        raise PromptError("The text is empty.")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise PromptError("The text contains lone surrogates; it must be valid Unicode.") from None

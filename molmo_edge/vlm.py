@@ -608,9 +608,7 @@ class EdgeVLM:
         config = read_config(directory)
         self.family = family_of(config)
         self.family.check(config, directory, settings.load_format)
-        build_plan = plan_build(
-            resolved, self.device, self.family, directory, config, self._profile
-        )
+        build_plan = plan_build(resolved, self.device, self.family, directory, self._profile)
         self._shape = build_plan.shape
         # A restart finds all of this done.
         config_s = iter([time.perf_counter() - began])

@@ -52,7 +52,7 @@ class WarmupReport:
     """Result of a warm-up.
 
     Attributes:
-        steps: each kind of request, in order.
+        steps: one for each kind of request, in order.
         decode_tps: successive decode speeds of one request, tokens per second.
         steady: whether the last two of them agree within `AGREEMENT`.
         seconds: duration of the warm-up.

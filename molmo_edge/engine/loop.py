@@ -54,7 +54,7 @@ class State(StrEnum):
 
 
 class EngineLoop:
-    """Owns one engine from its construction to its end; never reused, see `EdgeVLM.restart`.
+    """Owns one engine; never reused, see `EdgeVLM.restart`.
 
     Args:
         factory: builds the engine; called once, in the loop's thread.
@@ -156,8 +156,7 @@ class EngineLoop:
     def submit(self, request: PendingRequest, *, wait: bool = False) -> None:
         """Hand a request to the engine.
 
-        Waits for room in the queue until the request's deadline; without one not at all, or with
-        `wait` as long as it takes.
+        Waits for room until its deadline; without one not at all, or with `wait` without limit.
 
         Raises:
             QueueFull, RequestTimeout, EngineDeadError, EngineClosedError, EngineForkedError.
@@ -187,10 +186,7 @@ class EngineLoop:
             self._inbox.put(lambda: self.cancel(request))
 
     def abandon_engine(self) -> None:
-        """Close an engine that nobody holds any more, after the answers still being read.
-
-        Takes no lock, so finalizers may call.
-        """
+        """Close, as `abandon` does, after the answers still being read."""
         if self._is_owner():
             self._inbox.put(lambda: self._leave(drain=True))
 
@@ -220,15 +216,7 @@ class EngineLoop:
         return results.pop()
 
     def close(self, timeout: float | None = None, *, drain: bool = False) -> bool:
-        """End the engine; from any thread, any number of times, in any state.
-
-        Args:
-            timeout: maximum seconds to wait, None for as long as it takes.
-            drain: let requests in flight finish first; otherwise they end with EngineClosedError.
-
-        Returns:
-            Whether the engine is gone. If False, it ends after its current step.
-        """
+        """End the engine; from any thread, any number of times, in any state. See `EdgeVLM`."""
         if not self._is_owner():
             return True
         self._leave(drain=drain)

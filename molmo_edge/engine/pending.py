@@ -91,10 +91,7 @@ class Waiters:
 
 
 class PendingRequest:
-    """State of one request.
-
-    Unread text is one growing string, so a consumer that never reads costs no more memory than
-    the answer itself, which `max_tokens` bounds.
+    """State of one request; unread text is one growing string, which `max_tokens` bounds.
 
     Attributes:
         text: what was generated so far.

@@ -68,7 +68,6 @@ def plan_build(
     device: DeviceInfo,
     family: ModelFamily,
     folder: Path,
-    config: Mapping[str, Any],
     profile: Profile,
 ) -> BuildPlan:
     """Decide the arguments of one engine.

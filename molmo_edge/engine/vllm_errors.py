@@ -20,7 +20,6 @@ from molmo_edge.errors import (
     MissingDependencyError,
     ModelError,
     MolmoEdgeError,
-    QueueFull,
 )
 
 logger = logging.getLogger("molmo_edge")
@@ -32,8 +31,6 @@ TABLE: Mapping[str, tuple[type[MolmoEdgeError], type[MolmoEdgeError]]] = {
     "vllm.exceptions.VLLMError": (EngineStartError, GenerationError),
     "vllm.exceptions.VLLMClientError": (ConfigError, InputError),
     "vllm.exceptions.VLLMNotFoundError": (ModelError, InputError),
-    "vllm.exceptions.QueueOverflowError": (EngineStartError, QueueFull),
-    "vllm.exceptions.MaxQueuedTokensError": (EngineStartError, QueueFull),
     "pydantic_core._pydantic_core.ValidationError": (ConfigError, InputError),
     "safetensors._safetensors_rust.SafetensorError": (ModelError, GenerationError),
     "torch.OutOfMemoryError": (EngineStartError, GenerationError),
@@ -68,7 +65,8 @@ def mapped(stage: Stage) -> Iterator[None]:
 
 def advice(exc: BaseException) -> str:
     """Return a sentence on how to avoid this failure, with a space after it, or ``""``."""
-    return _NO_MEMORY if any(_is_out_of_memory(link) for link in _chain(exc)) else ""
+    kinds = {type(link).__name__ for link in _chain(exc)}
+    return _NO_MEMORY if kinds & {"MemoryError", "OutOfMemoryError"} else ""
 
 
 def drop_frames(exc: BaseException) -> None:
@@ -105,14 +103,8 @@ def _translate(exc: Exception, stage: Stage) -> MolmoEdgeError:
             f"Not enough memory for this request ({name}). Lower max_crops, or run fewer requests "
             "at once."
         )
-    parameter = getattr(exc, "parameter", None)
-    about = f" about {parameter}" if isinstance(parameter, str) and parameter.isidentifier() else ""
     failed = "could not be prepared" if stage == "render" else "was refused by vLLM"
-    return for_request(f"The request {failed}: {name}{about}. The chained exception says why.")
-
-
-def _is_out_of_memory(exc: BaseException) -> bool:
-    return isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError"
+    return for_request(f"The request {failed}: {name}. The chained exception says why.")
 
 
 def _chain(exc: BaseException) -> Iterator[BaseException]:

@@ -80,7 +80,7 @@ def plan(device: DeviceInfo, checkpoint: Path, **settings: Any) -> BuildPlan:
     profile = load_profile(name) if name else select_profile(device)[0]
     resolved = resolve(settings, profile_settings=lambda _: (profile.name, profile.as_settings()))
     config = json.loads((checkpoint / "config.json").read_text())
-    return plan_build(resolved, device, family_of(config), checkpoint, config, profile)
+    return plan_build(resolved, device, family_of(config), checkpoint, profile)
 
 
 def args(device: DeviceInfo, checkpoint: Path, **settings: Any) -> Mapping[str, Any]:
@@ -318,7 +318,7 @@ def test_plans_are_made_without_vllm_or_torch(molmo: Path) -> None:
         "folder = Path(sys.argv[1]); config = json.loads((folder / 'config.json').read_text())\n"
         "profile = load_profile('thor')\n"
         "resolved = resolve({}, profile_settings=lambda n: ('thor', profile.as_settings()))\n"
-        "plan_build(resolved, known_device('thor'), family_of(config), folder, config, profile)\n"
+        "plan_build(resolved, known_device('thor'), family_of(config), folder, profile)\n"
         "print([m for m in ('vllm', 'torch') if m in sys.modules])\n"
     )
     command = [sys.executable, "-c", code, str(molmo)]

@@ -19,7 +19,6 @@ from molmo_edge.errors import (
     ModelError,
     MolmoEdgeError,
     PromptError,
-    QueueFull,
 )
 
 SECRET = "my prompt <object at 0x7f0000001234>"
@@ -117,15 +116,13 @@ def test_every_class_of_the_table_exists_and_means_what_it_says() -> None:
         module, _, kind = name.rpartition(".")
         assert issubclass(getattr(importlib.import_module(module), kind), Exception)
     from safetensors import SafetensorError
-    from vllm.exceptions import QueueOverflowError, VLLMServerError, VLLMValidationError
+    from vllm.exceptions import VLLMServerError, VLLMValidationError
     from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
     wrong = VLLMValidationError(SECRET, parameter="top_p", value=SECRET)
     assert type(translate(wrong, "add")) is InputError
     assert type(translate(wrong, "build")) is ConfigError
-    assert "top_p" in str(translate(wrong, "add"))
     assert "prompt <" not in str(translate(wrong, "add"))
-    assert type(translate(QueueOverflowError(), "add")) is QueueFull
     for server in (VLLMServerError("x"), EngineGenerateError("x"), EngineDeadError()):
         assert type(translate(server, "add")) is GenerationError
         assert type(translate(server, "build")) is EngineStartError
