@@ -43,9 +43,10 @@ def make_image(height: int, width: int) -> np.ndarray:
 def implementations() -> dict[str, Callable[[np.ndarray], np.ndarray]]:
     """Name → a function from an image to patches, float32."""
     from molmo_edge.models.molmo.image_processor import MolmoImageProcessor
+    from molmo_edge.models.molmo.prompts import ImageTokenIds
     from molmo_edge.reference import molmo_inputs
 
-    special = molmo_inputs.SpecialTokens(1, 2, 3, 4)
+    special = ImageTokenIds(1, 2, 3, 4)
     ours = MolmoImageProcessor(CROPS, "torch")
     out: dict[str, Callable[[np.ndarray], np.ndarray]] = {
         OURS: lambda image: ours.inputs(image).images.numpy(),

@@ -26,19 +26,6 @@ def register() -> None:
     register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.PrefixLMBackend")
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageRows:
-    """The image tokens of one step.
-
-    Attributes:
-        rows: (n,) their rows in the batch.
-        metadata: one sequence per image, its queries in the order of `rows`.
-    """
-
-    rows: torch.Tensor
-    metadata: CPUAttentionMetadata
-
-
 class PrefixLMBackend(CPUAttentionBackend):  # type: ignore[misc]
     """vLLM's CPU backend, with bidirectional attention inside images."""
 
@@ -70,11 +57,12 @@ class PrefixLMBuilder(CPUAttentionMetadataBuilder):  # type: ignore[misc]
             common_attn_metadata.query_start_loc_cpu.tolist(),
             common_attn_metadata.seq_lens.tolist(),
         )
+        # Rows of the batch, and one sequence per image with its queries in the order of the rows.
         metadata.images = None
         if spans:
-            image_metadata = super().build(0, _as_sequences(common_attn_metadata, spans), True)
             rows = torch.cat([torch.arange(first, first + n) for _, first, n, _ in spans])
-            metadata.images = ImageRows(rows, image_metadata)
+            sequences = _as_sequences(common_attn_metadata, spans)
+            metadata.images = rows, super().build(0, sequences, True)
         return metadata
 
 
@@ -93,15 +81,14 @@ class PrefixLMImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        scales = (output_scale, output_block_scale)
+        scales = output_scale, output_block_scale
         super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
         # None while vLLM warms up, without metadata at all.
-        images: ImageRows | None = getattr(attn_metadata, "images", None)
-        if images is not None:
-            part = torch.empty_like(output[images.rows])
-            queries = query[images.rows]
-            super().forward(layer, queries, key, value, kv_cache, images.metadata, part, *scales)
-            output[images.rows] = part
+        if images := getattr(attn_metadata, "images", None):
+            rows, metadata = images
+            part = torch.empty_like(output[rows])
+            super().forward(layer, query[rows], key, value, kv_cache, metadata, part, *scales)
+            output[rows] = part
         return output
 
 

@@ -12,11 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from molmo_edge.checkpoint_files import check_weights
-from molmo_edge.errors import (
-    ImageError,
-    ModelError,
-    SamplingError,
-)
+from molmo_edge.errors import ImageError, ModelError, SamplingError
 from molmo_edge.interface import Rendered, Renderer, Resize, Turn
 from molmo_edge.requests import check_length, check_turns, refuse_special
 
@@ -31,19 +27,19 @@ class Gemma3:
     """Gemma 3 with vision (4B, 12B, 27B)."""
 
     name = "gemma3"
-    verbs = frozenset({"query", "chat", "caption"})
+    verbs: frozenset[str] = frozenset({"query", "chat", "caption"})
     # 256 tokens each; engine_args={"limit_mm_per_prompt": {"image": …}} sets another limit.
     max_images = 16
     crops = False
     unquantized: tuple[str, ...] = ("vision_tower.*", "multi_modal_projector.*")
+    parts: tuple[str, ...] = ("text_config", "vision_config")
 
     def check(self, config: Mapping[str, Any], folder: Path, load_format: str) -> None:
-        for part in ("text_config", "vision_config"):
-            if not isinstance(config.get(part), Mapping):
-                raise ModelError(
-                    f"config.json lacks {part}; a Gemma 3 checkpoint with vision has text_config "
-                    "and vision_config."
-                )
+        if missing := [part for part in self.parts if not isinstance(config.get(part), Mapping)]:
+            raise ModelError(
+                f"config.json lacks {', '.join(missing)}; a Gemma 3 checkpoint with vision has "
+                "text_config and vision_config."
+            )
         if load_format != "dummy":
             check_weights(folder)
 
@@ -75,18 +71,14 @@ class Gemma3:
         return Gemma3Renderer(engine)
 
 
-class Gemma3Text:
+class Gemma3Text(Gemma3):
     """Gemma 3 without vision (270M, 1B)."""
 
     name = "gemma3_text"
     verbs = frozenset({"query", "chat"})
     max_images = 0
-    crops = False
     unquantized: tuple[str, ...] = ()
-
-    def check(self, config: Mapping[str, Any], folder: Path, load_format: str) -> None:
-        if load_format != "dummy":
-            check_weights(folder)
+    parts: tuple[str, ...] = ()
 
     def engine_args(self, max_crops: int, resize: Resize) -> dict[str, Any]:
         return {}
@@ -96,9 +88,6 @@ class Gemma3Text:
         from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
 
         ModelRegistry.register_model("Gemma3ForCausalLM", Gemma3ForCausalLM)
-
-    def renderer(self, engine: Any, max_crops: int, resize: Resize) -> Renderer:
-        return Gemma3Renderer(engine)
 
 
 class Gemma3Renderer:
@@ -131,30 +120,27 @@ class Gemma3Renderer:
         if options.get("max_crops") is not None:
             raise SamplingError("max_crops means nothing to Gemma 3, whose images have no crops.")
         check_turns(turns)
-        self._check_images(sum(len(turn.images) for turn in turns))
+        n_images = sum(len(turn.images) for turn in turns)
+        self._check_images(n_images)
         answer = list(options.get("answer", ()))
         characters = sum(len(turn.text) for turn in turns)
-        check_length(-(-characters // self._longest_token), self._max_model_len)
+        check_length(characters // self._longest_token, self._max_model_len)
         # The tokenizer and the image processor are not made for several threads.
         with self._lock:
             for turn in turns:
                 refuse_special(self._encode(turn.text), self._control)
             _, prompt = self._renderer.render_messages(_messages(turns), self._params)
-            ids = self._encode(prompt["prompt"])
-            images = prompt.get("multi_modal_data")
-            if images:
-                # Before the pixels are touched: a prompt that does not fit costs nothing.
-                n = sum(len(turn.images) for turn in turns)
-                total = len(ids) + len(answer) + n * self._tokens_per_image
-                check_length(total, self._max_model_len, n)
-                tokens = {"prompt_token_ids": ids, "multi_modal_data": images}
-            else:
-                check_length(len(ids) + len(answer), self._max_model_len)
-                tokens = {"prompt_token_ids": ids}
+            tokens = {"prompt_token_ids": self._encode(prompt["prompt"])}
+            if images := prompt.get("multi_modal_data"):
+                tokens["multi_modal_data"] = images
+            # Before the pixels are touched: a prompt that does not fit costs nothing.
+            total = len(tokens["prompt_token_ids"]) + len(answer)
+            total += n_images * self._tokens_per_image
+            check_length(total, self._max_model_len, n_images)
             rendered = self._renderer.render_cmpl([tokens])[0]
         places = rendered.get("mm_placeholders", {}).get("image", ())
         ids = [*rendered["prompt_token_ids"], *answer]
-        check_length(len(ids), self._max_model_len, len(places))
+        check_length(len(ids), self._max_model_len, n_images)
         rendered["prompt_token_ids"] = ids
         # The line breaks between two images are one token, which both placeholders count.
         image_positions = {p.offset + i for p in places for i in range(p.length)}

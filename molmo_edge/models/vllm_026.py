@@ -14,10 +14,10 @@ _TOKENS_HOOK = "_apply_hf_processor_tokens_only"
 def adapted(processor: type[Any]) -> type[Any]:
     """Adapt a multimodal processor, written for the hooks of vLLM 0.32, to the installed vLLM.
 
-    0.32 calls it for images (`_call_hf_processor`, `_postprocess_hf_mm_data`) and for a prompt's
-    token ids (`_postprocess_prompt`) separately, and inserts the image tokens into the prompt
-    itself. 0.26 calls one hook for text and images together and another for token ids, and asks
-    whether the image tokens are in the prompt already.
+    0.32 calls it for images (`_call_hf_processor`) and for a prompt's token ids
+    (`_postprocess_prompt`) separately, and inserts the image tokens into the prompt itself. 0.26
+    calls one hook for text and images together and another for token ids, and asks whether the
+    image tokens are in the prompt already.
     """
     if not hasattr(processor, _TOKENS_HOOK):
         return processor
@@ -37,7 +37,6 @@ def adapted(processor: type[Any]) -> type[Any]:
             data = BatchFeature({})
             if mm_data:
                 data = super()._call_hf_processor(mm_data, mm_kwargs)
-                data = self._postprocess_hf_mm_data(mm_data, mm_kwargs, data)
             tokenizer = self.info.get_tokenizer()
             ids = tokenizer.encode(prompt, add_special_tokens=False)
             data["input_ids"] = [self._postprocess_prompt(ids)]

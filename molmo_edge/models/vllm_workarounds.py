@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from molmo_edge.errors import MissingDependencyError
-
 _LLVMLITE_TABLE = "llvmlite.binding.ffi"
 _TORCHVISION_PROCESSOR = "transformers.models.gemma3.image_processing_gemma3"
 
@@ -58,13 +56,8 @@ def gemma3_without_torchvision() -> Iterator[None]:
     if is_torchvision_available():
         yield
         return
-    try:
-        from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
-    except ImportError as exc:
-        raise MissingDependencyError(
-            "Gemma 3 needs torchvision with this transformers: install the build that belongs to "
-            "your torch, or transformers 5.16 or newer."
-        ) from exc
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
     module: Any = ModuleType(_TORCHVISION_PROCESSOR)
     module.Gemma3ImageProcessor = Gemma3ImageProcessorPil
     sys.modules[_TORCHVISION_PROCESSOR] = module

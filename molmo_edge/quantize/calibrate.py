@@ -31,14 +31,9 @@ from molmo_edge.models.molmo.hf import load_tokenizer
 from molmo_edge.models.molmo.prompts import ImageTokenIds, bos_id
 from molmo_edge.quantize.formats import Format, pack, unpack
 from molmo_edge.quantize.plan import Job
-from molmo_edge.reference.molmo import (
-    ReferenceInputs,
-    ReferenceMolmo,
-    SpecialTokens,
-    preprocess,
-    sequence,
-)
+from molmo_edge.reference.molmo import ReferenceMolmo
 from molmo_edge.reference.molmo_checkpoint import TextConfig, text_config
+from molmo_edge.reference.molmo_inputs import ReferenceInputs, preprocess, sequence
 
 LAYERS = ("att_proj", "attn_out", "ff_proj", "ff_out")
 NORMS = {"attn_norm": "att_proj", "ff_norm": "ff_proj"}
@@ -181,8 +176,7 @@ def read_images(checkpoint: Path, files: Sequence[Path]) -> list[tuple[Any, Refe
         ModelError: no tokenizer, or one that lacks the image tokens.
     """
     tokenizer = load_tokenizer(checkpoint)
-    ids = ImageTokenIds.from_vocab(tokenizer.get_vocab())
-    special = SpecialTokens(ids.start, ids.end, ids.patch, ids.col)
+    special = ImageTokenIds.from_vocab(tokenizer.get_vocab())
     text = tokenizer.encode(f" User: {QUESTION} Assistant:", add_special_tokens=False)
     prompts = []
     for file in files:

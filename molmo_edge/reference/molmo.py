@@ -23,33 +23,20 @@ import torch
 import torch.nn.functional as F
 
 from molmo_edge.devices.tensors import BLOCKS, POOL, PROJECTOR, TEXT, VISION, VIT, VIT_BLOCKS
-from molmo_edge.errors import InputError, SamplingError
+from molmo_edge.errors import InputError
 from molmo_edge.reference.molmo_checkpoint import (
-    VIT_HEAD,
     TextConfig,
     count_blocks,
     read_checkpoint,
 )
-from molmo_edge.reference.molmo_inputs import (
-    ReferenceInputs,
-    SpecialTokens,
-    preprocess,
-    sequence,
-)
-
-__all__ = [
-    "ReferenceInputs",
-    "ReferenceMolmo",
-    "ReferenceOutput",
-    "SpecialTokens",
-    "preprocess",
-    "sequence",
-]
+from molmo_edge.reference.molmo_inputs import ReferenceInputs
 
 TokenIds = Sequence[int] | npt.NDArray[np.integer[Any]]
 Cache = list[tuple[torch.Tensor, torch.Tensor]]  # per layer: keys, values (kv heads, seen, head)
 
-VIT_EPS = 1e-5  # layer norms of the vision tower; checkpoints do not say
+# Checkpoints do not state these.
+VIT_EPS = 1e-5  # layer norms of the vision tower
+VIT_HEAD = 64  # head size of the vision tower and of the pooling
 
 
 @dataclass(frozen=True)
@@ -92,7 +79,6 @@ class ReferenceMolmo:
         self.config = config
         self._w = dict(weights)
         self._vit_blocks = count_blocks(weights, VIT_BLOCKS)
-        self._cached: tuple[ReferenceInputs, torch.Tensor] | None = None
         self._embedding = torch.cat(  # ids after the vocabulary are the new tokens
             [self._w.pop(TEXT + "wte.embedding"), self._w.pop(TEXT + "wte.new_embedding")]
         )
@@ -148,42 +134,34 @@ class ReferenceMolmo:
         return self._attend_all(windows.mean(1, keepdim=True), windows, POOL)[:, 0]
 
     def image_features(self, inputs: ReferenceInputs) -> torch.Tensor:
-        """(1 + crops, 144, hidden) float32; those of the last image are cached."""
-        if self._cached is not None and self._cached[0] is inputs:
-            return self._cached[1]
+        """(1 + crops, 144, hidden) float32."""
         out = []
-        crops = torch.tensor(inputs.images, dtype=torch.float32)
-        masks = torch.tensor(inputs.image_masks, dtype=torch.float32)
-        with torch.no_grad():
-            padding = self._w[VISION + "pad_embed"]
-            for crop, mask in zip(crops, masks, strict=True):
-                all_pad, part_pad = mask == 0, (mask < 1) & (mask != 0)
-                x = self._tower(crop)
-                x = x + padding[0] * all_pad[:, None] + padding[1] * part_pad[:, None]
-                x = self._pool(x)
-                gate = F.silu(self._linear(x, PROJECTOR + "w1"))
-                out.append(self._linear(gate * self._linear(x, PROJECTOR + "w3"), PROJECTOR + "w2"))
-        features = torch.stack(out)
-        self._cached = (inputs, features)
-        return features
+        padding = self._w[VISION + "pad_embed"]
+        crops, masks = torch.tensor(inputs.images), torch.tensor(inputs.image_masks)
+        for crop, mask in zip(crops, masks, strict=True):
+            all_pad, part_pad = mask == 0, (mask < 1) & (mask != 0)
+            x = self._tower(crop)
+            x = x + padding[0] * all_pad[:, None] + padding[1] * part_pad[:, None]
+            x = self._pool(x)
+            gate = F.silu(self._linear(x, PROJECTOR + "w1"))
+            out.append(self._linear(gate * self._linear(x, PROJECTOR + "w3"), PROJECTOR + "w2"))
+        return torch.stack(out)
 
     # Features into the sequence, sequence to logits
 
     def _embed(self, input_ids: TokenIds, inputs: ReferenceInputs | None) -> torch.Tensor:
-        """(n, hidden): features are added to the embeddings of their `<im_patch>` tokens."""
-        ids = np.asarray(input_ids)
-        if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
-            raise InputError("Token ids must be a flat sequence of at least one integer.")
-        if ids.min() < 0 or ids.max() >= len(self._embedding):
-            raise InputError(f"Token ids must be from 0 to {len(self._embedding) - 1}.")
-        x = self._embedding[torch.tensor(ids.astype(np.int64))]
+        """(n, hidden): features are added to the embeddings of their `<im_patch>` tokens.
+
+        Raises InputError when the sequence is too short for the image.
+        """
+        x = F.embedding(torch.tensor(input_ids), self._embedding)
         if inputs is None:
             return x
-        place = torch.tensor(inputs.image_input_idx.astype(np.int64)).flatten()
-        if int(place.max()) >= len(ids):
+        place = torch.tensor(inputs.image_input_idx).flatten().long()
+        if int(place.max()) >= len(x):
             raise InputError(
                 f"The image's features go up to position {int(place.max())}, but the sequence "
-                f"has {len(ids)} tokens. Build it from BOS, the image's tokens, then the text."
+                f"has {len(x)} tokens. Build it from BOS, the image's tokens, then the text."
             )
         features = self.image_features(inputs).flatten(0, 1)
         return x.index_add(0, place[place >= 0], features[place >= 0])
@@ -243,12 +221,7 @@ class ReferenceMolmo:
         max_tokens: int,
         stop_ids: Collection[int] = (),
     ) -> ReferenceOutput:
-        """Greedy decoding, up to `max_tokens` or a stop token, which is kept.
-
-        Raises InputError for token ids that do not fit, SamplingError for `max_tokens` below 1.
-        """
-        if max_tokens < 1:
-            raise SamplingError(f"max_tokens must be at least 1, not {max_tokens}.")
+        """Greedy decoding, up to `max_tokens` or a stop token, which is kept."""
         token_ids: list[int] = []
         logprobs: list[float] = []
         cache = self._new_cache()
@@ -264,17 +237,3 @@ class ReferenceMolmo:
                     break
                 x = self._embed([token], None)
         return ReferenceOutput(token_ids, logprobs)
-
-    def logprobs_of(
-        self, input_ids: TokenIds, continuation: TokenIds, inputs: ReferenceInputs | None = None
-    ) -> list[float]:
-        """Log-probability of each token of `continuation`, given all that stands before it."""
-        chosen = [int(token) for token in continuation]
-        if any(not 0 <= token < self.config.vocabulary for token in chosen):
-            raise InputError(
-                f"A continuation takes token ids from 0 to {self.config.vocabulary - 1}."
-            )
-        start = len(input_ids) - 1
-        logits = self.logits([*(int(token) for token in input_ids), *chosen], inputs)
-        scores = logits[start : start + len(chosen)].log_softmax(-1)
-        return [float(row[token]) for row, token in zip(scores, chosen, strict=True)]

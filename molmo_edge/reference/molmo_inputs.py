@@ -11,12 +11,13 @@ of the tiling overlap, one starts every 224 pixels; of the overlap each neighbou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from molmo_edge.errors import ImageError, InputError
+from molmo_edge.errors import ImageError
+from molmo_edge.models.molmo.prompts import ImageTokenIds
 
 Array = npt.NDArray[np.generic]
 FloatArray = npt.NDArray[np.float32]
@@ -34,19 +35,9 @@ MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # CLIP's, RGB
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
-@dataclass(frozen=True)
-class SpecialTokens:
-    """Ids of ``<im_start>``, ``<im_end>``, ``<im_patch>`` and ``<im_col>`` in a tokenizer."""
-
-    start: int
-    end: int
-    patch: int
-    col: int
-
-
 @dataclass(frozen=True, eq=False)
 class ReferenceInputs:
-    """One image as the model takes it. Arrays are copied and read-only.
+    """One image as the model takes it.
 
     Attributes:
         image_tokens: (n,) int64, both views, without BOS and text.
@@ -57,8 +48,6 @@ class ReferenceInputs:
             the global view is first, and the weights were trained with that.
         image_input_idx: (1 + crops, 144) int32, where each pooled feature goes in a sequence that
             has BOS in front; -100 where it is dropped.
-
-    Raises InputError when the shapes do not fit.
     """
 
     image_tokens: Array
@@ -66,27 +55,12 @@ class ReferenceInputs:
     image_masks: FloatArray
     image_input_idx: Array
 
-    def __post_init__(self) -> None:
-        views = max(len(self.images), 1)
-        shapes = {"images": (views, 576, 588), "image_masks": (views, 576)}
-        shapes["image_input_idx"] = (views, 144)
-        for name, shape in shapes.items():
-            actual = getattr(self, name).shape
-            if actual != shape:
-                raise InputError(f"{name} must have shape {shape}, not {actual}.")
-        for field in fields(self):
-            array = getattr(self, field.name).copy()
-            array.setflags(write=False)
-            object.__setattr__(self, field.name, array)
-
 
 def select_tiling(height: int, width: int, max_crops: int) -> tuple[int, int]:
-    """Rows and columns of crops for a image of that size in pixels."""
+    """Rows and columns of crops for an image of that size in pixels."""
+    sides = range(1, max_crops + 1)
     tilings = [
-        (rows, columns)
-        for rows in range(1, max_crops + 1)
-        for columns in range(1, max_crops + 1)
-        if rows * columns <= max_crops
+        (rows, columns) for rows in sides for columns in sides if rows * columns <= max_crops
     ]
     tilings.sort(key=lambda tiling: (tiling[0] * tiling[1], tiling[0]))  # ties: first wins
     with np.errstate(divide="ignore"):  # a side of exactly 112 pixels never limits: infinite
@@ -152,7 +126,7 @@ def _patches(crop: Array) -> Array:
     )
 
 
-def _view_tokens(ids: SpecialTokens, rows: int, columns: int) -> list[int]:
+def _view_tokens(ids: ImageTokenIds, rows: int, columns: int) -> list[int]:
     return [ids.start, *([ids.patch] * columns + [ids.col]) * rows, ids.end]
 
 
@@ -163,18 +137,13 @@ def _kept(index: int, count: int) -> slice:
     return slice(first, last)
 
 
-def preprocess(image: Array, token_ids: SpecialTokens, max_crops: int = 12) -> ReferenceInputs:
+def preprocess(image: Array, token_ids: ImageTokenIds, max_crops: int = 12) -> ReferenceInputs:
     """Convert one image, (height, width, 3) uint8 RGB, to what the model takes.
 
-    Raises ImageError for any other array and InputError for `max_crops` below 1.
+    Raises ImageError for any other array.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
-        raise ImageError(
-            "The reference takes images as (height, width, 3) uint8 RGB, at least one pixel; "
-            f"this one is {image.dtype} of shape {image.shape}."
-        )
-    if max_crops < 1:
-        raise InputError(f"max_crops must be at least 1, not {max_crops}.")
+        raise ImageError("The reference takes (height, width, 3) uint8 RGB, at least one pixel.")
     pixels = image.astype(np.float32) / np.float32(255)
     rows, columns = select_tiling(image.shape[0], image.shape[1], max_crops)
 

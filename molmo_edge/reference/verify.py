@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
@@ -112,11 +113,9 @@ def synthetic_image(height: int, width: int, seed: int) -> npt.NDArray[np.uint8]
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
-def default_images(seed: int = 0) -> dict[str, ImageLike | None]:
+def default_images() -> dict[str, ImageLike | None]:
     """The cases of `verify`: four shapes of image, and none."""
-    images: dict[str, ImageLike | None] = {
-        name: synthetic_image(h, w, seed + i) for i, (name, h, w) in enumerate(SIZES)
-    }
+    images = {name: synthetic_image(h, w, i) for i, (name, h, w) in enumerate(SIZES)}
     return {**images, "text only": None}
 
 
@@ -126,11 +125,9 @@ def verify(
     layout: Literal["7b-d", "7b-o"] = "7b-d",
     dtype: str = "float32",
     kv_cache_dtype: str = "auto",
-    engine: Literal["thread", "process"] | None = None,
     stock: bool = False,
     images: Images | None = None,
     max_tokens: int = 12,
-    seed: int = 0,
     engine_args: Mapping[str, Any] | None = None,
 ) -> Iterator[Report]:
     """Yield the report on molmo_edge's model, and with `stock` one on vLLM's own.
@@ -140,8 +137,6 @@ def verify(
         dtype, kv_cache_dtype: of the engine. Equality is required in float32 with an unquantised
             KV cache; otherwise the reference's tokens are forced and the drift of their
             log-probabilities must stay below `DRIFT_BOUND`.
-        engine: as in `EdgeSettings.engine`, which decides when None; vLLM's own model always runs
-            in its own process.
         images: name → image, or None for text only.
         engine_args: further settings of `EdgeVLM`, of which vLLM's own model gets the backends.
 
@@ -153,70 +148,70 @@ def verify(
         raise ConfigError("max_tokens must be at least 1.")
     require_vllm()
     quiet()
-    images = default_images(seed) if images is None else images
-    settings = dict(engine_args or {})
-    eight_bit = kv_cache_dtype != "auto" or "precision" in settings
+    images = default_images() if images is None else images
+    settings = {"precision": "bf16", **(engine_args or {})}
+    eight_bit = kv_cache_dtype != "auto" or settings["precision"] != "bf16"
     exact = dtype == "float32" and not eight_bit
     drift = max(DRIFT_BOUND.get(dtype, 0.0), DRIFT_BOUND["fp8"] if eight_bit else 0.0)
     bound = EXACT_BOUND if exact else drift
-    with _checkpoint(model, layout, seed) as directory:
+    with _checkpoint(model, layout) as directory:
         check_layout(read_config(directory))
         expected = reference_answers(directory, images, max_tokens)
         longest = max(len(e.prompt) + len(e.token_ids) for e in expected.values())
         # One request at a time, and room for vLLM's own worst-case image.
-        args: dict[str, Any] = {"max_model_len": max(2048, longest + 1), "max_num_seqs": 1}
-        args |= {"dtype": dtype, "kv_cache_dtype": kv_cache_dtype}
-        settings = {"precision": "bf16", **settings, **args}
-        if engine is not None:
-            settings["engine"] = engine
-        answers, environment = _engine_answers(directory, images, expected, settings)
-        yield _report(expected, answers, environment, False, exact, bound)
+        args = {
+            "max_model_len": max(2048, longest + 1),
+            "max_num_seqs": 1,
+            "dtype": dtype,
+            "kv_cache_dtype": kv_cache_dtype,
+        }
+
+        def report(answers: Mapping[str, Answer], stock: bool) -> Report:
+            cases = (compare(n, expected[n], answers[n], exact, bound) for n in answers)
+            return Report(tuple(cases), environment, stock, exact, bound)
+
+        answers, environment = _engine_answers(directory, images, expected, {**settings, **args})
+        yield report(answers, stock=False)
         if stock:
             backends = ("attention_backend", "mm_encoder_attn_backend")
             args |= {name: settings[name] for name in backends if settings.get(name)}
             # In a process of its own, as there is one vLLM engine per process.
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 answers = pool.submit(_stock_answers, directory, images, expected, args).result()
-            yield _report(expected, answers, environment, True, exact, bound)
+            yield report(answers, stock=True)
 
 
 @contextmanager
-def _checkpoint(model: Path | None, layout: str, seed: int) -> Iterator[Path]:
+def _checkpoint(model: Path | None, layout: str) -> Iterator[Path]:
     if model is not None:
         yield model
         return
-    from molmo_edge.models.molmo.synthetic import write_checkpoint
+    from molmo_edge.models.molmo.synthetic import hub_config, write_checkpoint
 
+    config = hub_config("molmo-d" if layout == "7b-d" else "molmo-o")
     with tempfile.TemporaryDirectory(prefix="molmo-edge-verify-") as directory:
-        yield write_checkpoint(
-            Path(directory), "molmo-d" if layout == "7b-d" else "molmo-o", seed=seed
-        )
+        yield write_checkpoint(Path(directory), config)
 
 
 def reference_answers(directory: Path, images: Images, max_tokens: int) -> dict[str, Answer]:
     from molmo_edge.images import load
     from molmo_edge.models.molmo.hf import load_tokenizer
-    from molmo_edge.reference import molmo as reference
+    from molmo_edge.models.molmo.prompts import ImageTokenIds, bos_id
+    from molmo_edge.reference.molmo import ReferenceMolmo
+    from molmo_edge.reference.molmo_inputs import preprocess, sequence
 
     tokenizer = load_tokenizer(directory)
+    ids = ImageTokenIds.from_vocab(tokenizer.get_vocab())
     # Written out, because the engine's own prompt code is compared with it.
     text_ids = tokenizer.encode(f" User: {QUESTION} Assistant:", add_special_tokens=False)
-    eos = int(tokenizer.eos_token_id)
-    bos = eos if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
-    vocab = tokenizer.get_vocab()
-    special = reference.SpecialTokens(
-        vocab["<im_start>"], vocab["<im_end>"], vocab["<im_patch>"], vocab["<im_col>"]
-    )
-    model = reference.ReferenceMolmo.load(directory)
+    stop_ids = {int(tokenizer.eos_token_id)}
+    model = ReferenceMolmo.load(directory)
     out = {}
     for name, image in images.items():
-        inputs = None
-        if image is not None:
-            inputs = reference.preprocess(np.asarray(load(image)), special)
-        prompt = reference.sequence(inputs, text_ids, bos)
-        answer = model.generate(prompt, inputs, max_tokens=max_tokens, stop_ids={eos})
-        logprobs = list(answer.logprobs)
-        out[name] = Answer(prompt.tolist(), list(answer.token_ids), logprobs, logprobs)
+        inputs = None if image is None else preprocess(np.asarray(load(image)), ids)
+        prompt = sequence(inputs, text_ids, bos_id(tokenizer))
+        answer = model.generate(prompt, inputs, max_tokens=max_tokens, stop_ids=stop_ids)
+        out[name] = Answer(prompt.tolist(), answer.token_ids, answer.logprobs, answer.logprobs)
     return out
 
 
@@ -279,34 +274,14 @@ def _stock_answers(
         ]
         # Its own tokens instead of forced ones: they are equal or the case fails in float32.
         forced = (logprobs + [float("nan")] * len(want.token_ids))[: len(want.token_ids)]
-        answers[name] = Answer(
-            list(output.prompt_token_ids), list(one.token_ids), logprobs, forced
-        )
+        answers[name] = Answer(list(output.prompt_token_ids), list(one.token_ids), logprobs, forced)
     return answers
-
-
-def _report(
-    expected: Mapping[str, Answer],
-    answers: Mapping[str, Answer],
-    environment: Mapping[str, Any],
-    stock: bool,
-    exact: bool,
-    bound: float,
-) -> Report:
-    cases = tuple(
-        compare(name, expected[name], answer, exact, bound) for name, answer in answers.items()
-    )
-    return Report(cases, environment, stock, exact, bound)
 
 
 def compare(name: str, want: Answer, got: Answer, exact: bool, bound: float) -> Case:
     """Compare one answer with the reference's: for equality, or for drift of forced tokens."""
-    different = next(
-        (i for i, (a, b) in enumerate(zip(want.token_ids, got.token_ids, strict=False)) if a != b),
-        None,
-    )
-    if different is None and len(want.token_ids) != len(got.token_ids):
-        different = min(len(want.token_ids), len(got.token_ids))
+    pairs_of_tokens = zip_longest(want.token_ids, got.token_ids)
+    different = next((i for i, (a, b) in enumerate(pairs_of_tokens) if a != b), None)
     if exact:
         pairs = list(zip(want.logprobs, got.logprobs, strict=False))[:different]
     else:

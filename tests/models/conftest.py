@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from molmo_edge.devices.tensors import Tower
 from molmo_edge.models.molmo import hf
-from molmo_edge.models.molmo.synthetic import Shape, write_checkpoint
+from molmo_edge.models.molmo.synthetic import write_checkpoint
 
 
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Files of a 7B-D-like checkpoint; its tower has one block, so no engine loads it."""
     hf.register()
-    folder = tmp_path_factory.mktemp("molmo-d")
-    return write_checkpoint(folder, "molmo-d", shape=Shape(vit_blocks=1))
+    return write_checkpoint(tmp_path_factory.mktemp("molmo-d"), tower=Tower(blocks=1))

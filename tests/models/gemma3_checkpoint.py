@@ -184,9 +184,7 @@ def write_tokenizer(folder: Path) -> dict[str, int]:
         _merge("▁", word, pieces, merges)
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     tokenizer = Tokenizer(
-        models.BPE(
-            vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"
-        )
+        models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>")
     )
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.decoder = decoders.Sequence(

@@ -243,9 +243,7 @@ def test_unusable_requests_are_refused(
     assert renderer.render([Turn("user", "x " * 230)], {}).prompt_tokens
 
 
-def test_checkpoints_without_vision_take_text_only(
-    tmp_path: Path, renderer: Renderer
-) -> None:
+def test_checkpoints_without_vision_take_text_only(tmp_path: Path, renderer: Renderer) -> None:
     directory = tiny.write_gemma3_text(tmp_path)
     text_only = build_renderer(directory, model_type="gemma3_text")
     assert isinstance(text_only, Gemma3Renderer)

@@ -1,4 +1,4 @@
-"""Config, image processor and processor read the hub's files, and never run code from them."""
+"""Config and processor read the hub's files, and never run code from them."""
 
 from __future__ import annotations
 
@@ -9,21 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoProcessor
 
-from molmo_edge.checkpoint_files import read_json
+from molmo_edge.checkpoint_files import read_config
 from molmo_edge.errors import ImageError, ModelError
 from molmo_edge.models.molmo.hf import MolmoConfig, MolmoProcessor
 from molmo_edge.models.molmo.image_processor import MolmoImageProcessor
 from molmo_edge.models.molmo.prompts import ImageTokenIds
-from molmo_edge.reference import molmo as reference
+from molmo_edge.reference.molmo_inputs import preprocess, sequence
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (150, 400, 3), dtype=np.uint8)
-
-
-@pytest.fixture(scope="module")
-def processor(small_checkpoint: Path) -> MolmoProcessor:
-    return AutoProcessor.from_pretrained(small_checkpoint)
 
 
 def test_the_auto_classes_use_ours_and_run_no_code_of_the_checkpoint(
@@ -35,21 +30,19 @@ def test_the_auto_classes_use_ours_and_run_no_code_of_the_checkpoint(
     for name in ("config", "modeling", "preprocessing", "image_preprocessing"):
         (directory / f"{name}_molmo.py").write_text(trap)
     assert isinstance(AutoConfig.from_pretrained(directory), MolmoConfig)
-    images = AutoImageProcessor.from_pretrained(directory)
-    assert isinstance(images, MolmoImageProcessor) and images.max_crops == 12
-    assert isinstance(AutoProcessor.from_pretrained(directory), MolmoProcessor)
-    AutoTokenizer.from_pretrained(directory)
+    processor = AutoProcessor.from_pretrained(directory)
+    assert isinstance(processor, MolmoProcessor)
+    assert isinstance(processor.image_processor, MolmoImageProcessor)
     assert not witness.exists()
 
 
-def test_the_whole_sequence_equals_the_references(processor: MolmoProcessor) -> None:
-    ids = ImageTokenIds.from_vocab(processor.tokenizer.get_vocab())
-    special = reference.SpecialTokens(ids.start, ids.end, ids.patch, ids.col)
-    out = processor.process("What is it?", IMAGE)
-    expected = reference.preprocess(IMAGE, special)
+def test_the_whole_sequence_equals_the_references(small_checkpoint: Path) -> None:
+    processor = MolmoProcessor.from_pretrained(str(small_checkpoint))
+    out = processor.process("What is it?", [IMAGE])
+    expected = preprocess(IMAGE, ImageTokenIds.from_vocab(processor.tokenizer.get_vocab()))
     text = processor.tokenizer.encode(" User: What is it? Assistant:", add_special_tokens=False)
     bos = processor.tokenizer.eos_token_id
-    assert out["input_ids"].tolist() == reference.sequence(expected, text, bos).tolist()
+    assert out["input_ids"].tolist() == sequence(expected, text, bos).tolist()
     assert np.array_equal(out["image_input_idx"].numpy(), expected.image_input_idx)
     assert np.array_equal(out["image_masks"].numpy(), expected.image_masks)
     assert np.abs(out["images"].numpy() - expected.images).max() <= 1e-3
@@ -57,23 +50,13 @@ def test_the_whole_sequence_equals_the_references(processor: MolmoProcessor) -> 
     dtypes |= {"image_input_idx": torch.int32, "input_ids": torch.int64}
     assert {name: tensor.dtype for name, tensor in out.items()} == dtypes
     assert set(processor.process("Hello")) == {"input_ids"}
-
-
-def test_max_crops_of_one_call_is_honoured(processor: MolmoProcessor) -> None:
-    big = np.zeros((900, 1200, 3), np.uint8)
-    assert len(processor.process("x", big, max_crops=2)["images"]) == 3
-    assert len(processor.process("x", big)["images"]) == 13
-
-
-def test_two_images_are_refused_with_the_reason(processor: MolmoProcessor) -> None:
     with pytest.raises(ImageError, match="single images"):
         processor.process("x", [IMAGE, IMAGE])
 
 
 def test_a_null_number_of_kv_heads_means_all(small_checkpoint: Path) -> None:
-    config = read_json(small_checkpoint / "config.json")
-    config.update(num_key_value_heads=None, rope_theta=500000.0)
-    made = MolmoConfig(**config)
+    config = read_config(small_checkpoint)
+    made = MolmoConfig(**{**config, "num_key_value_heads": None, "rope_theta": 500000.0})
     assert made.num_key_value_heads == made.num_attention_heads
     assert made.rope_parameters["rope_theta"] == 500000.0
 
@@ -91,9 +74,8 @@ def test_a_null_number_of_kv_heads_means_all(small_checkpoint: Path) -> None:
 def test_other_layouts_are_refused_with_the_supported_ones(
     small_checkpoint: Path, change: dict[str, Any], message: str
 ) -> None:
-    config = read_json(small_checkpoint / "config.json")
     with pytest.raises(ModelError, match=message) as caught:
-        MolmoConfig(**{**config, **change})
+        MolmoConfig(**{**read_config(small_checkpoint), **change})
     assert "Molmo-7B-O-0924" in str(caught.value)
 
 

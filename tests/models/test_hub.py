@@ -85,6 +85,7 @@ def test_a_missing_stub_is_written_once_and_whole(
 
     def write(directory: Path, **_: object) -> None:
         written.append(directory)
+        directory.mkdir()
         (directory / "config.json").write_text("{}")
 
     monkeypatch.setattr(synthetic, "write_checkpoint", write)

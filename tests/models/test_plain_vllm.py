@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from molmo_edge.models.molmo.synthetic import write_checkpoint
+from molmo_edge.models.molmo.synthetic import hub_config, write_checkpoint
 from molmo_edge.models.molmo.tiling import tiling_for
 from molmo_edge.reference.verify import (
     EXACT_BOUND,
@@ -48,7 +48,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_plain_vllm_in_its_own_process_equals_the_reference(tmp_path: Path) -> None:
-    directory = write_checkpoint(tmp_path / "molmo-o", "molmo-o")
+    directory = write_checkpoint(tmp_path / "molmo-o", hub_config("molmo-o"))
     images = {"image": synthetic_image(460, 460, 0)}
     expected = reference_answers(directory, images, 8)
     Image.fromarray(images["image"]).save(tmp_path / "image.png")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
@@ -12,24 +10,16 @@ from molmo_edge.errors import ConfigError
 pytestmark = pytest.mark.slow
 
 
-def naive_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
-    size = q.shape[-1] // heads
-    out = torch.empty_like(q)
-    for b in range(q.shape[0]):
-        for h in range(heads):
-            part = slice(h * size, (h + 1) * size)
-            scores = q[b, :, part] @ k[b, :, part].T / math.sqrt(size)
-            out[b, :, part] = torch.softmax(scores, dim=-1) @ v[b, :, part]
-    return out
-
-
 def test_pooling_attends_one_query_to_four_keys() -> None:
     from molmo_edge.models.molmo.vllm_model import PoolingAttention
 
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(6, 1, 64, generator=generator)
     k, v = (torch.randn(6, 4, 64, generator=generator) for _ in range(2))
-    assert torch.allclose(PoolingAttention(4, 16)(q, k, v), naive_attention(q, k, v, 4), atol=1e-6)
+    heads = [x.unflatten(-1, (4, 16)) for x in (q, k, v)]
+    scores = torch.einsum("bqhc,bkhc->bhqk", *heads[:2]) / 4
+    expected = torch.einsum("bhqk,bkhc->bqhc", scores.softmax(-1), heads[2]).flatten(-2)
+    assert torch.allclose(PoolingAttention(4, 16)(q, k, v), expected, atol=1e-6)
 
 
 def test_registering_may_repeat_and_the_engine_gets_the_class() -> None:
@@ -62,7 +52,10 @@ def test_unknown_processor_options_are_refused() -> None:
         def get_merged_mm_kwargs(self, kwargs: dict[str, object]) -> dict[str, object]:
             return kwargs
 
+        def get_hf_image_processor_config(self) -> dict[str, object]:
+            return {}
+
     info = MolmoInfo(Context())
-    assert info.options({"max_crops": 3, "truncation": False}) == {"max_crops": 3}
+    assert info.image_processor({"max_crops": 3, "truncation": False}).max_crops == 3
     with pytest.raises(ConfigError, match="max_crop,"):
-        info.options({"max_crop": 3, "other": 1})
+        info.image_processor({"max_crop": 3, "other": 1})

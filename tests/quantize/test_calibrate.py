@@ -9,8 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from molmo_edge.devices.tensors import Tower
 from molmo_edge.errors import QuantizeError
-from molmo_edge.models.molmo.synthetic import Family, Shape, random_weights, write_checkpoint
+from molmo_edge.models.molmo.config import Family
+from molmo_edge.models.molmo.synthetic import hub_config, random_weights, write_checkpoint
 from molmo_edge.quantize import calibrate, quantize
 from molmo_edge.quantize.calibrate import LAYERS, image_files, read_images
 from molmo_edge.quantize.formats import format_of
@@ -42,9 +44,11 @@ def outliers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
             made[5::41] *= 6
         return made
 
-    shape = Shape(vit_blocks=9, heads=4, kv_heads=2)
     directory = tmp_path_factory.mktemp("outliers") / family
-    return write_checkpoint(directory, family, shape=shape, weights=weights, dtype=torch.bfloat16)
+    tower = Tower(blocks=9)
+    return write_checkpoint(
+        directory, hub_config(family), tower=tower, weights=weights, dtype=torch.bfloat16
+    )
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from molmo_edge.devices.tensors import Tower
 from molmo_edge.errors import ModelError, QuantizeError
-from molmo_edge.models.molmo.synthetic import Shape, write_checkpoint
+from molmo_edge.models.molmo.synthetic import write_checkpoint
 from molmo_edge.quantize import quantize, run
 from molmo_edge.quantize.formats import format_of, unpack
 from tests.quantize.support import SCHEMES, TYPICAL, layer_of, tensors_of
@@ -26,7 +27,7 @@ from tests.quantize.support import SCHEMES, TYPICAL, layer_of, tensors_of
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint in float32 whose tower has one block; no engine loads it."""
     directory = tmp_path_factory.mktemp("original") / "small"
-    return write_checkpoint(directory, seed=3, shape=Shape(vit_blocks=1), dtype=torch.float32)
+    return write_checkpoint(directory, seed=3, tower=Tower(blocks=1), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

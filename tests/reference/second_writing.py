@@ -1,4 +1,4 @@
-"""Molmo 1 written a second time, another way, to hold the yardstick against."""
+"""Molmo 1 written a second time, another way, to compare the reference implementation with."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from molmo_edge.reference.molmo import ReferenceInputs
-from tests.reference import tiny_reference as tiny
+from molmo_edge.reference.molmo_inputs import ReferenceInputs
+from tests.reference.tiny_reference import TOWER
 
 
 def by_hand(tensors: Mapping[str, torch.Tensor], config: dict[str, Any], x: Any) -> Any:
@@ -77,40 +77,33 @@ def features_by_library(
     x = x + w("image_vit.positional_embedding")
     x = F.layer_norm(x, x.shape[-1:], w("image_vit.pre_ln.weight"), w("image_vit.pre_ln.bias"))
     states = []
-    for i in range(tiny.VIT_BLOCKS):
+    names = {
+        "self_attn.out_proj": "attention.wo",
+        "linear1": "feed_forward.w1",
+        "linear2": "feed_forward.w2",
+        "norm1": "attention_norm",
+        "norm2": "ffn_norm",
+    }
+    for i in range(TOWER.blocks):
         layer = torch.nn.TransformerEncoderLayer(
-            tiny.VIT_WIDTH,
-            tiny.VIT_WIDTH // 64,
-            tiny.VIT_MLP,
+            TOWER.width,
+            TOWER.width // 64,
+            TOWER.mlp,
             dropout=0.0,
             batch_first=True,
             norm_first=True,
             activation=lambda h: h * torch.sigmoid(1.702 * h),
         ).eval()
         b = f"image_vit.transformer.resblocks.{i}."
-        layer.load_state_dict(
-            {
-                "self_attn.in_proj_weight": torch.cat(
-                    [w(f"{b}attention.{n}.weight") for n in ("wq", "wk", "wv")]
-                ),
-                "self_attn.in_proj_bias": torch.cat(
-                    [w(f"{b}attention.{n}.bias") for n in ("wq", "wk", "wv")]
-                ),
-                "self_attn.out_proj.weight": w(b + "attention.wo.weight"),
-                "self_attn.out_proj.bias": w(b + "attention.wo.bias"),
-                "linear1.weight": w(b + "feed_forward.w1.weight"),
-                "linear1.bias": w(b + "feed_forward.w1.bias"),
-                "linear2.weight": w(b + "feed_forward.w2.weight"),
-                "linear2.bias": w(b + "feed_forward.w2.bias"),
-                "norm1.weight": w(b + "attention_norm.weight"),
-                "norm1.bias": w(b + "attention_norm.bias"),
-                "norm2.weight": w(b + "ffn_norm.weight"),
-                "norm2.bias": w(b + "ffn_norm.bias"),
-            }
-        )
+        state = {}
+        for part in ("weight", "bias"):
+            state |= {f"{name}.{part}": w(f"{b}{ours}.{part}") for name, ours in names.items()}
+            qkv = [w(f"{b}attention.{name}.{part}") for name in ("wq", "wk", "wv")]
+            state[f"self_attn.in_proj_{part}"] = torch.cat(qkv)
+        layer.load_state_dict(state)
         x = layer(x)
         states.append(x)
-    x = torch.cat([states[tiny.VIT_BLOCKS - 2], states[tiny.VIT_BLOCKS - 9]], -1)[:, 1:]
+    x = torch.cat([states[-2], states[-9]], -1)[:, 1:]
     x[masks == 0] += w("pad_embed")[0]
     x[(masks < 1) & (masks != 0)] += w("pad_embed")[1]
     grid = x.unflatten(1, (24, 24))

@@ -24,7 +24,7 @@ WANT = Answer([1, 2], [5, 6, 7], LOGPROBS, LOGPROBS)
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_engine_equals_the_reference_and_stock_vllm_does_not() -> None:
-    ours, stock = verify(images=IMAGES, max_tokens=8, engine="process", stock=True)
+    ours, stock = verify(images=IMAGES, max_tokens=8, stock=True, engine_args={"engine": "process"})
     assert ours.ok and not stock.ok
     assert max(case.max_dlogprob for case in ours.cases) <= 1e-4
     assert {"vllm", "torch", "transformers"} <= set(ours.environment)

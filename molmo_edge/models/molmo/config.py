@@ -14,14 +14,39 @@ SUPPORTED = (
     "Molmo-7B-O-0924 (q/k norm, norm after)."
 )
 
-# config.json may leave these out, but not say otherwise: vLLM's model computes only this.
-_FIXED: Mapping[str, object] = {
-    "layer_norm_type": "rms",
+# config.json of Molmo-7B-D-0924; `intermediate_size` counts both halves of `ff_proj`.
+DEFAULTS: Mapping[str, Any] = {
+    "attention_layer_norm": False,
     "clip_qkv": None,
-    "weight_tying": False,
+    "embedding_size": None,
+    "hidden_size": 3584,
+    "initializer_range": 0.02,
+    "intermediate_size": 37888,
+    "layer_norm_eps": 1e-6,
+    "layer_norm_type": "rms",
+    "max_position_embeddings": 4096,
+    "norm_after": False,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": None,
+    "qkv_bias": True,
+    "rope_theta": 1_000_000.0,
+    "tie_word_embeddings": False,
+    "use_cache": True,
     "use_position_ids": True,
+    "vocab_size": 152064,
+    "weight_tying": False,
 }
+# A checkpoint may not say otherwise: vLLM's model computes only this.
+_FIXED = ("layer_norm_type", "clip_qkv", "weight_tying", "use_position_ids")
+# MolmoE-1B has these.
+_MIXTURE = ("moe_num_experts", "num_experts", "block_type")
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_LAYOUT = ("qkv_bias", "attention_layer_norm", "norm_after")
+_LAYOUTS: Mapping[tuple[bool, ...], Family] = {
+    (True, False, False): "molmo-d",
+    (False, True, True): "molmo-o",
+}
 
 
 def check_layout(config: Mapping[str, Any]) -> Family:
@@ -32,24 +57,17 @@ def check_layout(config: Mapping[str, Any]) -> Family:
     if (model_type := config.get("model_type")) != "molmo":
         raise ModelError(f"Model type '{model_type}' is not Molmo 1. {SUPPORTED}")
     wrong = [
-        f"{key}={config[key]!r} (must be {value!r})"
-        for key, value in _FIXED.items()
-        if config.get(key, value) != value
+        f"{key}={config[key]!r} (must be {DEFAULTS[key]!r})"
+        for key in _FIXED
+        if config.get(key, DEFAULTS[key]) != DEFAULTS[key]
     ]
-    # MolmoE-1B has these; the dense layouts do not.
-    wrong += [key for key in ("moe_num_experts", "num_experts", "block_type") if config.get(key)]
+    wrong += [key for key in _MIXTURE if config.get(key)]
     if wrong:
         raise ModelError(f"This Molmo layout is not supported: {', '.join(wrong)}. {SUPPORTED}")
     if missing := [key for key in _SIZES if not isinstance(config.get(key), int)]:
         raise ModelError(f"config.json lacks {', '.join(missing)}. {SUPPORTED}")
-    flags = tuple(
-        bool(config.get(key, False)) for key in ("qkv_bias", "attention_layer_norm", "norm_after")
-    )
-    if flags == (True, False, False):
-        return "molmo-d"
-    if flags == (False, True, True):
-        return "molmo-o"
-    raise ModelError(
-        f"qkv_bias={flags[0]}, attention_layer_norm={flags[1]}, norm_after={flags[2]} is not a "
-        f"released layout. {SUPPORTED}"
-    )
+    flags = {key: bool(config.get(key, False)) for key in _LAYOUT}
+    if (family := _LAYOUTS.get(tuple(flags.values()))) is None:
+        stated = ", ".join(f"{key}={value}" for key, value in flags.items())
+        raise ModelError(f"{stated} is not a released layout. {SUPPORTED}")
+    return family

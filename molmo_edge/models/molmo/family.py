@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +117,9 @@ class MolmoRenderer:
             return Rendered(tokens_input(ids), len(ids), 0, ids, ANSWER_PREFIX)
         # Once: Pillow copies all pixels each time it is asked for an array.
         pixels = np.asarray(images[0])
-        processor = self._image_processor.with_options(max_crops=options.get("max_crops"))
+        processor = self._image_processor
+        if (max_crops := options.get("max_crops")) is not None:
+            processor = replace(processor, max_crops=max_crops)
         # Before the pixels are touched: a prompt that does not fit costs nothing.
         tiling = tiling_for(*pixels.shape[:2], processor.max_crops)
         total = 1 + tiling.n_tokens + len(text_ids)
@@ -132,11 +135,7 @@ class MolmoRenderer:
         return Rendered(prompt, total, tiling.n_tokens, ids, ANSWER_PREFIX)
 
     def _tensors(self, inputs: ImageInputs) -> tuple[Any, Any]:
-        """vLLM's keyword items and placeholder range for one image.
-
-        Float32: the model casts. A cast in this thread would start an OpenMP pool, which halves
-        the engine's speed on a CPU.
-        """
+        """vLLM's keyword items and placeholder range for one image."""
         import torch
         from vllm.multimodal.inputs import (
             MultiModalFieldConfig,
@@ -144,16 +143,8 @@ class MolmoRenderer:
             PlaceholderRange,
         )
 
-        crops = torch.tensor([len(inputs.images)])
-        by_crop = MultiModalFieldConfig.flat_from_sizes("image", crops)
-        data = {
-            "images": inputs.images,
-            "image_masks": inputs.image_masks,
-            # Only the order of positions counts, not where the image stands.
-            "image_input_idx": torch.from_numpy(inputs.tiling.input_idx),
-            "num_crops": crops,
-            "img_patch_id": torch.tensor(self._ids.patch),
-        }
+        data = inputs.for_vllm(self._ids.patch)
+        by_crop = MultiModalFieldConfig.flat_from_sizes("image", data["num_crops"])
         fields = {
             "images": by_crop,
             "image_masks": by_crop,

@@ -2,49 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoProcessor,
-    AutoTokenizer,
-    PretrainedConfig,
-)
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PretrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
+from transformers.models.auto.image_processing_auto import get_image_processor_config
 from transformers.processing_utils import ProcessorMixin
 
 from molmo_edge.errors import ImageError, ModelError
-from molmo_edge.models.molmo.config import check_layout
-from molmo_edge.models.molmo.image_processor import MolmoImageProcessor
+from molmo_edge.models.molmo.config import DEFAULTS, check_layout
+from molmo_edge.models.molmo.image_processor import MolmoImageProcessor, processor_of
 from molmo_edge.models.molmo.prompts import ONE_IMAGE, ImageTokenIds, bos_id
-
-# Molmo-7B-D-0924's; `intermediate_size` counts both halves of `ff_proj`.
-_DEFAULTS: Mapping[str, Any] = {
-    "vocab_size": 152064,
-    "embedding_size": None,
-    "hidden_size": 3584,
-    "intermediate_size": 37888,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": None,
-    "max_position_embeddings": 4096,
-    "initializer_range": 0.02,
-    "use_cache": True,
-    "layer_norm_eps": 1e-6,
-    "clip_qkv": None,
-    "qkv_bias": True,
-    "weight_tying": False,
-    "use_position_ids": True,
-    "attention_layer_norm": False,
-    "norm_after": False,
-    "layer_norm_type": "rms",
-}
 
 
 class MolmoConfig(PretrainedConfig):  # type: ignore[misc]
@@ -55,77 +26,59 @@ class MolmoConfig(PretrainedConfig):  # type: ignore[misc]
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs.pop("auto_map", None)  # these classes are used whatever code the checkpoint names
-        values = {**_DEFAULTS, **{k: v for k, v in kwargs.items() if k in _DEFAULTS}}
-        check_layout({"model_type": "molmo", **kwargs, **values})
+        values = {**DEFAULTS, **kwargs}
+        check_layout({"model_type": "molmo", **values})
         if values["embedding_size"] is None:
             values["embedding_size"] = values["vocab_size"]
         # null on the hub (7B-O): as many key/value heads as heads.
         if values["num_key_value_heads"] is None:
             values["num_key_value_heads"] = values["num_attention_heads"]
-        for name, value in values.items():
-            kwargs.pop(name, None)
-            setattr(self, name, value)
-        theta = kwargs.pop("rope_theta", 1_000_000.0)
-        rope = kwargs.pop("rope_parameters", None)
-        kwargs.setdefault("tie_word_embeddings", False)
-        super().__init__(
-            rope_parameters=rope or {"rope_type": "default", "rope_theta": theta}, **kwargs
-        )
+        theta = values.pop("rope_theta")
+        rope = {"rope_type": "default", "rope_theta": theta}
+        values["rope_parameters"] = values.get("rope_parameters") or rope
+        for name in DEFAULTS.keys() & values.keys():
+            setattr(self, name, values.pop(name))
+        super().__init__(tie_word_embeddings=self.tie_word_embeddings, **values)
 
 
 class MolmoProcessor(ProcessorMixin):  # type: ignore[misc]
-    """Pairs a `MolmoImageProcessor` with the checkpoint's tokenizer.
+    """AllenAI's `process`, which vLLM's own Molmo calls; molmo_edge's model does without it."""
 
-    `process` is what AllenAI's examples call; vLLM's own Molmo code also calls `get_tokens_input`
-    and `process(tokens=…)`.
-    """
-
-    def __init__(
-        self,
-        image_processor: MolmoImageProcessor | None = None,
-        tokenizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        # The hub's processor_config.json contains nothing that this class needs.
-        super().__init__(image_processor or MolmoImageProcessor(), tokenizer)
+    def __init__(self, image_processor: MolmoImageProcessor, tokenizer: Any) -> None:
+        super().__init__(image_processor, tokenizer)
         self.image_token_ids = ImageTokenIds.from_vocab(tokenizer.get_vocab())
-        self.bos_token_id = bos_id(tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, name: str, **kwargs: Any) -> MolmoProcessor:
+        """Read the processor of a checkpoint; keyword arguments of transformers are ignored."""
+        return cls(processor_of(get_image_processor_config(name)), load_tokenizer(name))
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
         """Accept this package's image processor, where the base class wants transformers' own."""
         return type(argument)
 
     def get_tokens_input(
-        self,
-        prompt: str,
-        message_format: str | None = "role",
-        always_start_with_space: bool = True,
+        self, prompt: str, message_format: str = "role", always_start_with_space: bool = True
     ) -> list[int]:
         """Token ids of one user turn, without BOS; ``message_format="none"`` adds no roles."""
         if message_format == "role":
             prompt = f"User: {prompt} Assistant:"
-        elif message_format not in (None, "none"):
-            raise ValueError("message_format must be 'role' or 'none'.")
-        if always_start_with_space:
-            prompt = f" {prompt}"
-        return list(self.tokenizer.encode(prompt, add_special_tokens=False))
+        space = " " if always_start_with_space else ""
+        return list(self.tokenizer.encode(space + prompt, add_special_tokens=False))
 
     def process(
         self,
-        text: str | None = None,
-        images: Any = None,
+        text: str = "",
+        images: Any = (),
         *,
         tokens: Sequence[int] | None = None,
-        max_crops: int | None = None,
-        resize: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Convert one sequence to model inputs, unbatched as in the reference.
 
         Args:
             text: one user turn; or give `tokens`, used as they are.
-            images: None, or one image (RGB PIL, or H×W×3 uint8), or a list of one.
-            max_crops, resize: override the image processor's for this call.
+            images: none or one, RGB PIL image or H×W×3 uint8.
 
         Returns:
             ``input_ids`` (n,) int64: BOS, the image, the text; with an image also ``images``
@@ -135,43 +88,31 @@ class MolmoProcessor(ProcessorMixin):  # type: ignore[misc]
         Raises:
             ImageError: more than one image, or not an image.
         """
-        if tokens is None:
-            tokens = self.get_tokens_input(text or "", kwargs.get("message_format", "role"))
-        ids = [np.array([self.bos_token_id], dtype=np.int64)]
+        ids = [bos_id(self.tokenizer)]
         out: dict[str, torch.Tensor] = {}
-        if images is not None:
-            if isinstance(images, list | tuple):
-                if len(images) != 1:
-                    raise ImageError(ONE_IMAGE)
-                images = images[0]
-            processor = self.image_processor.with_options(max_crops=max_crops, resize=resize)
-            # vLLM calls this before its CPU backend starts, which fails once numba is imported
-            # (models/vllm_workarounds.py).
-            inputs = processor.inputs(images, compiled="numba" in sys.modules)
-            ids.append(inputs.tiling.tokens(self.image_token_ids))
-            index = inputs.tiling.input_idx
+        if len(images) > 1:
+            raise ImageError(ONE_IMAGE)
+        for image in images:
+            inputs = self.image_processor.inputs(image, compiled=False)
+            ids += inputs.tiling.tokens(self.image_token_ids).tolist()
+            index = torch.from_numpy(inputs.tiling.input_idx)
             out = {
                 "images": inputs.images,
                 "image_masks": inputs.image_masks,
                 # One later, as BOS stands before the image.
-                "image_input_idx": torch.from_numpy(np.where(index < 0, index, index + 1)),
+                "image_input_idx": torch.where(index < 0, index, index + 1),
             }
-        ids.append(np.asarray(tokens, dtype=np.int64))
-        return BatchFeature({"input_ids": torch.from_numpy(np.concatenate(ids)), **out})
-
-    __call__ = process
+        ids += self.get_tokens_input(text) if tokens is None else tokens
+        return BatchFeature({"input_ids": torch.tensor(ids), **out})
 
 
 def register() -> None:
     """Make transformers' Auto classes read Molmo 1's files with these classes."""
     AutoConfig.register("molmo", MolmoConfig, exist_ok=True)
-    AutoImageProcessor.register(
-        MolmoConfig, image_processor_classes={"pil": MolmoImageProcessor}, exist_ok=True
-    )
     AutoProcessor.register(MolmoConfig, MolmoProcessor, exist_ok=True)
 
 
-def load_tokenizer(directory: Path) -> Any:
+def load_tokenizer(directory: Path | str) -> Any:
     """Read the tokenizer of a Molmo 1 checkpoint. Raises ModelError when there is none."""
     register()
     try:

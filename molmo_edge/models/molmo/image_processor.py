@@ -1,21 +1,20 @@
-"""Molmo 1's image processor for transformers 5: RGB image to normalised patches."""
+"""Molmo 1's image processor: RGB image to normalised patches."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
 from molmo_edge.errors import ConfigError, ImageError, MissingDependencyError
 from molmo_edge.interface import Resize
-from molmo_edge.models.molmo.resize import available, write_patches
+from molmo_edge.models.molmo.resize import compiled_kernel, write_patches
 from molmo_edge.models.molmo.tiling import (
     CROP_FEATURES,
     CROP_PATCHES,
@@ -33,8 +32,8 @@ from molmo_edge.models.molmo.tiling import (
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
-# The model's geometry is fixed; a preprocessor_config.json that says otherwise is refused.
-_FIXED: Mapping[str, object] = {
+# The model's geometry; a preprocessor_config.json that says otherwise is refused.
+FIXED: Mapping[str, Any] = {
     "overlap_margins": [MARGIN_PATCHES, MARGIN_PATCHES],
     "base_image_input_size": [CROP_PX, CROP_PX],
     "image_token_length_w": CROP_FEATURES,
@@ -43,7 +42,6 @@ _FIXED: Mapping[str, object] = {
     "image_padding_mask": True,
     "do_normalize": True,
 }
-_NAMES_OF_CODE = frozenset({"auto_map", "image_processor_type", "processor_class"})
 
 
 @dataclass(frozen=True)
@@ -62,9 +60,25 @@ class ImageInputs:
     image_masks: torch.Tensor
     tiling: Tiling
 
+    def for_vllm(self, patch_id: int) -> dict[str, torch.Tensor]:
+        """The image's inputs of vLLM's model; `patch_id` is the token `<im_patch>`.
 
-class MolmoImageProcessor(BaseImageProcessor):  # type: ignore[misc]
-    """Reads the hub's `preprocessor_config.json`.
+        Float32: the model casts. A cast in the caller's thread would start an OpenMP pool, which
+        halves the engine's speed on a CPU.
+        """
+        return {
+            "images": self.images,
+            "image_masks": self.image_masks,
+            # Only the order of positions counts, not where the image stands.
+            "image_input_idx": torch.from_numpy(self.tiling.input_idx),
+            "num_crops": torch.tensor([len(self.images)]),
+            "img_patch_id": torch.tensor(patch_id),
+        }
+
+
+@dataclass(frozen=True)
+class MolmoImageProcessor:
+    """The options of a `preprocessor_config.json`. Raises ConfigError for unusable ones.
 
     Args:
         max_crops: maximum crops of the grid, 12 in the released checkpoints.
@@ -73,37 +87,23 @@ class MolmoImageProcessor(BaseImageProcessor):  # type: ignore[misc]
             was trained with; needs the extra ``tf``).
     """
 
-    model_input_names = ["images", "image_masks", "image_input_idx"]  # noqa: RUF012
+    max_crops: int = DEFAULT_MAX_CROPS
+    resize: Resize = "torch"
+    image_mean: Sequence[float] = MEAN
+    image_std: Sequence[float] = STD
+    # vLLM's own Molmo reads the geometry here.
+    overlap_margins: ClassVar[Sequence[int]] = FIXED["overlap_margins"]
+    base_image_input_size: ClassVar[Sequence[int]] = FIXED["base_image_input_size"]
+    image_token_length_w: ClassVar[int] = CROP_FEATURES
+    image_token_length_h: ClassVar[int] = CROP_FEATURES
+    image_patch_size: ClassVar[int] = PATCH_PX
 
-    def __init__(
-        self,
-        max_crops: int = DEFAULT_MAX_CROPS,
-        resize: Resize = "torch",
-        image_mean: tuple[float, ...] | None = None,
-        image_std: tuple[float, ...] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        for name, expected in _FIXED.items():
-            given = kwargs.pop(name, expected)
-            given = list(given) if isinstance(given, tuple) else given
-            if isinstance(expected, list) and isinstance(given, int):
-                given = [given, given]
-            if given != expected:
-                raise ConfigError(
-                    f"Image processor option {name} must be {expected} for Molmo 1, not {given}."
-                )
-            setattr(self, name, expected)
-        super().__init__(**kwargs)
-        if isinstance(max_crops, bool) or not isinstance(max_crops, int) or max_crops < 1:
-            raise ConfigError(f"max_crops must be an integer of at least 1, not {max_crops}.")
-        if resize not in get_args(Resize):
-            raise ConfigError(
-                f"resize must be one of {', '.join(get_args(Resize))}, not '{resize}'."
-            )
-        self.max_crops = max_crops
-        self.resize = resize
-        self.image_mean = list(image_mean or MEAN)
-        self.image_std = list(image_std or STD)
+    def __post_init__(self) -> None:
+        if type(self.max_crops) is not int or self.max_crops < 1:
+            raise ConfigError(f"max_crops must be an integer of at least 1, not {self.max_crops}.")
+        if self.resize not in get_args(Resize):
+            choices = ", ".join(get_args(Resize))
+            raise ConfigError(f"resize must be one of {choices}, not '{self.resize}'.")
 
     def inputs(
         self, image: Image.Image | npt.NDArray[np.uint8], *, compiled: bool = True
@@ -119,57 +119,20 @@ class MolmoImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         height, width = pixels.shape[:2]
         tiling = tiling_for(height, width, self.max_crops)
         views = [Tiling(1, 1).fit(height, width), tiling.fit(height, width)]
-        images = torch.empty(
-            (tiling.n_crops + 1, CROP_PATCHES * CROP_PATCHES, PATCH_PX * PATCH_PX * 3)
-        )
+        images = torch.empty((tiling.n_crops + 1, CROP_PATCHES**2, PATCH_PX**2 * 3))
         outputs = [images[:1], images[1:]]
-        if self.resize == "torch" and compiled and available():
-            write_patches(
-                pixels,
-                [(view, out.numpy()) for view, out in zip(views, outputs, strict=True)],
-                self.image_mean,
-                self.image_std,
-                torch.get_num_threads(),
-            )
+        kernel = compiled_kernel() if self.resize == "torch" and compiled else None
+        if kernel is not None:
+            arrays = [(view, out.numpy()) for view, out in zip(views, outputs, strict=True)]
+            threads = torch.get_num_threads()
+            write_patches(kernel, pixels, arrays, self.image_mean, self.image_std, threads)
         else:
             scale = _resize_by_tensorflow if self.resize == "tensorflow" else _resize_by_torch
             for view, out in zip(views, outputs, strict=True):
                 self._cut(scale(pixels, (view.height, view.width)), view, out)
-        masks = torch.full((tiling.n_crops + 1, CROP_PATCHES * CROP_PATCHES), -1.0)
+        masks = torch.full((tiling.n_crops + 1, CROP_PATCHES**2), -1.0)
         masks[:-1] = _mask(views[1])
         return ImageInputs(images, masks, tiling)
-
-    def preprocess(
-        self, images: Any, *, max_crops: int | None = None, resize: Any = None, **kwargs: Any
-    ) -> BatchFeature:
-        """transformers' interface: one image (or a list of one) to the three model inputs.
-
-        `image_input_idx` counts from the first image token; a processor adds what stands before.
-        """
-        image = images[0] if isinstance(images, list | tuple) and len(images) == 1 else images
-        inputs = self.with_options(max_crops=max_crops, resize=resize).inputs(image)
-        return BatchFeature(
-            {
-                "images": inputs.images,
-                "image_masks": inputs.image_masks,
-                "image_input_idx": torch.from_numpy(inputs.tiling.input_idx),
-            }
-        )
-
-    __call__ = preprocess
-
-    def with_options(
-        self, *, max_crops: int | None = None, resize: Resize | None = None
-    ) -> MolmoImageProcessor:
-        """Return itself, or a copy with these options for one request."""
-        if max_crops in (None, self.max_crops) and resize in (None, self.resize):
-            return self
-        return MolmoImageProcessor(
-            max_crops=self.max_crops if max_crops is None else max_crops,
-            resize=resize or self.resize,
-            image_mean=tuple(self.image_mean),
-            image_std=tuple(self.image_std),
-        )
 
     def _cut(self, scaled: torch.Tensor, view: View, out: torch.Tensor) -> None:
         """Write a resized image, (height, width, 3) in 0..1, as normalised patches of crops."""
@@ -192,14 +155,20 @@ def processor_of(config: Mapping[str, Any], **options: Any) -> MolmoImageProcess
 
     Code that it names (`auto_map`) is not followed. Raises ConfigError.
     """
-    described = {name: value for name, value in config.items() if name not in _NAMES_OF_CODE}
-    return MolmoImageProcessor(**{**described, **options})
+    for name, expected in FIXED.items():
+        given = config.get(name, expected)
+        if given != expected and [given] * 2 != expected:  # one number for both sides
+            raise ConfigError(
+                f"Image processor option {name} must be {expected} for Molmo 1, not {given}."
+            )
+    stated = {key: config[key] for key in ("max_crops", "image_mean", "image_std") if key in config}
+    return MolmoImageProcessor(**{**stated, **options})
 
 
 def _pixels(image: Image.Image | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     if isinstance(image, Image.Image):
-        image = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    if isinstance(image, torch.Tensor):
+        image = np.asarray(image.convert("RGB"))
+    if isinstance(image, torch.Tensor):  # vLLM's form of an array
         image = image.numpy()
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
         raise ImageError("The image must be a PIL image or an array of uint8.")
@@ -210,17 +179,15 @@ def _pixels(image: Image.Image | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]
 
 def _resize_by_torch(pixels: npt.NDArray[np.uint8], size: tuple[int, int]) -> torch.Tensor:
     """Bilinear with antialias, (height, width, 3) float32 in 0..1."""
-    owned = pixels.flags.writeable and pixels.flags.c_contiguous
-    source = torch.from_numpy(pixels if owned else pixels.copy()).permute(2, 0, 1).unsqueeze(0)
     # A channels-last view: the resize kernel vectorises over it.
-    source = source.to(torch.float32, memory_format=torch.channels_last)
+    source = torch.from_numpy(pixels.astype(np.float32, order="C")).permute(2, 0, 1).unsqueeze(0)
     # torch 2.13's kernel repeats the first row when the output is one column wide: transpose it.
     narrow = size[1] == 1
     if narrow:
-        source, size = source.transpose(2, 3), (size[1], size[0])
-    scaled = F.interpolate(source, size=size, mode="bilinear", antialias=True, align_corners=False)
+        source, size = source.mT, (size[1], size[0])
+    scaled = F.interpolate(source, size=size, mode="bilinear", antialias=True)
     if narrow:
-        scaled = scaled.transpose(2, 3)
+        scaled = scaled.mT
     return scaled.squeeze(0).permute(1, 2, 0).div_(255.0).clamp_(0.0, 1.0)
 
 
@@ -241,11 +208,10 @@ def _mask(view: View) -> torch.Tensor:
     """Fraction of each patch that is image, (n_crops, 576): the image is one rectangle."""
 
     def covered(start: int, length: int, crops: int) -> npt.NDArray[np.int64]:
-        edge = (
-            np.arange(crops)[:, None] * STRIDE_PX + np.arange(CROP_PATCHES)[None, :] * PATCH_PX
-        )
-        inside = np.minimum(edge + PATCH_PX, start + length) - np.maximum(edge, start)
-        pixels: npt.NDArray[np.int64] = np.maximum(inside, 0)
+        """Pixels of the image along each patch, (crops, 24)."""
+        first = np.arange(crops)[:, None] * STRIDE_PX + np.arange(CROP_PATCHES) * PATCH_PX
+        end = np.minimum(first + PATCH_PX, start + length)
+        pixels: npt.NDArray[np.int64] = np.maximum(end - np.maximum(first, start), 0)
         return pixels
 
     down = covered(view.top, view.height, view.rows)

@@ -9,16 +9,22 @@ second, later read from its cache on disk).
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from molmo_edge.errors import MissingDependencyError
-from molmo_edge.models.molmo.tiling import CROP_PATCHES, PATCH_PX, STRIDE_PATCHES, View
+from molmo_edge.models.molmo.tiling import (
+    CROP_PATCHES,
+    OVERLAP_PX,
+    PATCH_PX,
+    STRIDE_PATCHES,
+    STRIDE_PX,
+    View,
+)
 
 logger = logging.getLogger("molmo_edge")
 
@@ -32,6 +38,7 @@ CHUNK = 1024  # values of a row that are filtered together: they stay in the L1 
 
 
 def write_patches(
+    kernel: Callable[..., None],
     pixels: Pixels,
     views: Sequence[tuple[View, Floats]],
     mean: Sequence[float],
@@ -45,58 +52,33 @@ def write_patches(
 
     Safe to call from many threads at once; the result does not depend on `threads`.
     """
-    kernel = _compiled()
-    if kernel is None:
-        raise MissingDependencyError("Compiled resizing needs numba: pip install numba.")
     height, width = pixels.shape[:2]
     source = np.ascontiguousarray(pixels).reshape(height, width * 3)
     gain = (1 / (255 * np.asarray(std))).astype(np.float32)
     offset = (-np.asarray(mean) / np.asarray(std)).astype(np.float32)
-    jobs: list[tuple[Any, ...]] = []
-    for view, out in views:
-        down, across = _taps(height, view.height, 4), _taps(width, view.width, 1)
-        lines = (view.rows * STRIDE_PATCHES + CROP_PATCHES - STRIDE_PATCHES) * PATCH_PX
-        # Few and even: each job is one call, which needs the interpreter's lock.
-        step = -(-lines // (2 * threads if lines > CROP_PATCHES * PATCH_PX else threads))
-        for first in range(0, lines, step):
-            rows = first, min(first + step, lines)
+    threads = min(threads, MAX_THREADS)
+    jobs = []
+    with ThreadPoolExecutor(threads, "molmo-edge-resize") as pool:
+        for view, out in views:
+            taps = *_taps(height, view.height), *_taps(width, view.width)
             place = view.top, view.left, view.cols
-            jobs.append((source, *down, *across, gain, offset, *place, *rows, out))
-    _share(kernel, jobs, min(threads, MAX_THREADS))
-
-
-def _share(work: Callable[..., None], jobs: Sequence[tuple[Any, ...]], threads: int) -> None:
-    """Run all jobs in this thread and in others that end before this call does."""
-    left = iter(jobs)  # one `next` at a time, under the interpreter's lock
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            for job in left:
-                work(*job)
-        except BaseException as exc:
-            failed.append(exc)
-
-    helpers = [
-        threading.Thread(target=run, name="molmo-edge-resize", daemon=True)
-        for _ in range(threads - 1)
-    ]
-    for helper in helpers:
-        helper.start()
-    run()
-    for helper in helpers:
-        helper.join()
-    if failed:
-        raise failed[0]
+            lines = view.rows * STRIDE_PX + OVERLAP_PX
+            step = -(-lines // (2 * threads))
+            for first in range(0, lines, step):
+                last = min(first + step, lines)
+                jobs.append(
+                    pool.submit(kernel, source, *taps, gain, offset, *place, first, last, out)
+                )
+    for job in jobs:
+        job.result()
 
 
 # A camera's images are all of one size.
 @lru_cache(maxsize=16)
-def _taps(size: int, new_size: int, multiple: int) -> tuple[Ints, Floats]:
+def _taps(size: int, new_size: int) -> tuple[Ints, Floats]:
     """The triangle filter from `size` to `new_size`, made wider when shrinking.
 
-    First input of each output, and (new_size, taps) weights that sum to 1, padded with zeros to a
-    `multiple`; taps of weight 0 may lie after the end.
+    First input of each output, and (new_size, taps) weights that sum to 1.
     """
     scale = size / new_size
     reach = max(scale, 1.0)
@@ -108,7 +90,7 @@ def _taps(size: int, new_size: int, multiple: int) -> tuple[Ints, Floats]:
     distance = np.abs(first[:, None] + np.arange(taps) + 0.5 - centre[:, None])
     weights = np.maximum(1.0 - distance / reach, 0.0)
     weights /= weights.sum(axis=1, keepdims=True)
-    return first, np.pad(weights, ((0, 0), (0, -taps % multiple))).astype(np.float32)
+    return first, weights.astype(np.float32)
 
 
 def _filter_rows(
@@ -131,8 +113,7 @@ def _filter_rows(
     taps_down, taps_across = down_weights.shape[1], across_weights.shape[1]
     rows, values = len(out) // cols, source.shape[1]
     line = np.empty(values, np.float32)
-    columns = (cols * STRIDE_PATCHES + CROP_PATCHES - STRIDE_PATCHES) * PATCH_PX
-    scaled = np.empty((columns, 3), np.float32)
+    scaled = np.empty((cols * STRIDE_PX + OVERLAP_PX, 3), np.float32)
     for y in range(begin, end):
         row = y - top
         if y == begin or row == height:
@@ -144,22 +125,11 @@ def _filter_rows(
                 part = line[start : start + CHUNK]
                 for x in range(len(part)):
                     part[x] = 0.0
-                # Four rows at a time: a sum is read and written once for four products.
-                for tap in range(0, taps_down, 4):
-                    w0, w1 = down_weights[row, tap], down_weights[row, tap + 1]
-                    w2, w3 = down_weights[row, tap + 2], down_weights[row, tap + 3]
-                    at, end_row = down_first[row] + tap, len(source) - 1
-                    s0 = source[min(at, end_row), start : start + CHUNK]
-                    s1 = source[min(at + 1, end_row), start : start + CHUNK]
-                    s2 = source[min(at + 2, end_row), start : start + CHUNK]
-                    s3 = source[min(at + 3, end_row), start : start + CHUNK]
+                for tap in range(taps_down):
+                    weight = down_weights[row, tap]
+                    pixels = source[down_first[row] + tap, start : start + CHUNK]
                     for x in range(len(part)):
-                        part[x] += (
-                            w0 * np.float32(s0[x])
-                            + w1 * np.float32(s1[x])
-                            + w2 * np.float32(s2[x])
-                            + w3 * np.float32(s3[x])
-                        )
+                        part[x] += weight * np.float32(pixels[x])
             for column in range(width):
                 at = 3 * across_first[column]
                 red = green = blue = np.float32(0.0)
@@ -187,24 +157,9 @@ def _filter_rows(
                                 ]
 
 
-_lock = threading.Lock()
-_kernel: list[Callable[..., None] | None] = []
-
-
-def available() -> bool:
-    """Whether `write_patches` works: numba can be imported."""
-    return _compiled() is not None
-
-
-def _compiled() -> Callable[..., None] | None:
-    """`_filter_rows` in machine code, None without numba."""
-    with _lock:
-        if not _kernel:
-            _kernel.append(_compile())
-    return _kernel[0]
-
-
-def _compile() -> Callable[..., None] | None:
+@cache
+def compiled_kernel() -> Callable[..., None] | None:
+    """Return `_filter_rows` in machine code, None without numba."""
     try:
         import numba  # type: ignore[import-untyped, unused-ignore]
     except (ImportError, SystemError) as exc:  # missing, or for another numpy

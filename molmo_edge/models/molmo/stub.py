@@ -7,13 +7,13 @@ something must be written.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from molmo_edge.devices.tensors import KNOWN
 from molmo_edge.errors import ModelError
+from molmo_edge.models.molmo.config import Family
 
 NAME = "stub"
 # `TEXT` in tokens: no token twice, nor the colon of "Assistant:", which starts it.
@@ -33,9 +33,9 @@ def ensure_stub(cache_dir: Path) -> Path:
     """Directory of the stub checkpoint (0.6 GB), written on first use. Raises ModelError."""
 
     def write(directory: Path) -> None:
-        from molmo_edge.models.molmo.synthetic import Shape, stub_weights, write_checkpoint
+        from molmo_edge.models.molmo.synthetic import hub_config, stub_weights, write_checkpoint
 
-        write_checkpoint(directory, weights=stub_weights(Shape(), TOKENS))
+        write_checkpoint(directory, weights=stub_weights(hub_config(), TOKENS))
 
     return _ensure(cache_dir / f"stub-{_STUB_VERSION}", write, "The stub checkpoint (0.6 GB)")
 
@@ -53,11 +53,11 @@ def ensure_description(name: str, cache_dir: Path) -> Path:
     """
 
     def write(directory: Path) -> None:
-        from molmo_edge.models.molmo.synthetic import Shape, hub_config, write_description
+        from molmo_edge.models.molmo.synthetic import hub_config, write_description
 
-        sizes = KNOWN[name]
-        config = hub_config("molmo-d" if sizes["qkv_bias"] else "molmo-o", Shape())
-        write_description(directory, {**config, **sizes, "vocab_size": sizes["embedding_size"]})
+        sizes = {**KNOWN[name], "vocab_size": KNOWN[name]["embedding_size"]}
+        family: Family = "molmo-d" if sizes["qkv_bias"] else "molmo-o"
+        write_description(directory, hub_config(family, **sizes))
 
     directory = cache_dir / f"shaped-{_DESCRIPTION_VERSION}" / name.rsplit("/", 1)[-1]
     return _ensure(directory, write, f"The description of {name} (a few MB)")
@@ -73,16 +73,14 @@ def _ensure(directory: Path, write: Callable[[Path], None], what: str) -> Path:
         return directory
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix="making-", dir=directory.parent))
-        try:
-            write(work)
+        with tempfile.TemporaryDirectory(prefix="making-", dir=directory.parent) as work:
+            made = Path(work) / directory.name
+            write(made)
             try:
-                work.rename(directory)
-            except OSError:
+                made.rename(directory)
+            except OSError:  # another process was first
                 if not (directory / "config.json").is_file():
                     raise
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
     except OSError as exc:
         raise ModelError(
             f"{what} cannot be written into '{directory.parent}'. Free space there, or name "

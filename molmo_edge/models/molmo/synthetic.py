@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,10 @@ import numpy as np
 import torch
 
 from molmo_edge.devices.tensors import Tower, tensor_shapes
-from molmo_edge.models.molmo.config import Family
-from molmo_edge.models.molmo.image_processor import MolmoImageProcessor
+from molmo_edge.models.molmo.config import DEFAULTS, Family
+from molmo_edge.models.molmo.image_processor import FIXED, MEAN, STD
 from molmo_edge.models.molmo.prompts import IMAGE_TOKENS
+from molmo_edge.models.molmo.tiling import DEFAULT_MAX_CROPS
 
 END_OF_TEXT = "<|endoftext|>"
 # Whole-word tokens of the synthetic tokenizer; everything else is split into bytes.
@@ -30,24 +30,17 @@ _WORDS = (
     "molmo edge stub real architecture random weights table red mug"
 ).split()
 
+# The same turns as Molmo's own template.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'].capitalize() + ': ' + m['content'] }}"
+    "{% if not loop.last %}{{ ' ' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' Assistant:' }}{% endif %}"
+)
+
 # Added tokens are searched for one by one; the hub's tokenizers have some 400 fillers.
 _MAX_ADDED = 1024
 
 STUB_SEED = 20251208
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a synthetic language model; the defaults load in seconds on a CPU."""
-
-    hidden_size: int = 256
-    layers: int = 2
-    heads: int = 4
-    kv_heads: int = 2
-    mlp: int = 512
-    embedding_size: int = 512
-    max_position_embeddings: int = 4096
-    vit_blocks: int = Tower().blocks
 
 
 Weights = Callable[[str, tuple[int, ...]], torch.Tensor]
@@ -76,48 +69,44 @@ def random_weights(seed: int) -> Weights:
     return weight
 
 
-def hub_config(family: Family, shape: Shape) -> dict[str, Any]:
-    """`config.json` with the hub's fields, `auto_map` included."""
+def hub_config(family: Family = "molmo-d", **changes: Any) -> dict[str, Any]:
+    """`config.json` with the hub's fields, `auto_map` included.
+
+    The sizes load in seconds on a CPU; `changes` override them.
+    """
     d_like = family == "molmo-d"
     return {
+        **DEFAULTS,
         "architectures": ["MolmoForCausalLM"],
         "attention_layer_norm": not d_like,
         "auto_map": {
             "AutoConfig": "config_molmo.MolmoConfig",
             "AutoModelForCausalLM": "modeling_molmo.MolmoForCausalLM",
         },
-        "clip_qkv": None,
-        "embedding_size": shape.embedding_size,
-        "hidden_size": shape.hidden_size,
-        "initializer_range": 0.02,
-        "intermediate_size": 2 * shape.mlp,
-        "layer_norm_eps": 1e-6,
-        "layer_norm_type": "rms",
-        "max_position_embeddings": shape.max_position_embeddings,
+        "embedding_size": 512,
+        "hidden_size": 256,
+        "intermediate_size": 1024,
         "model_type": "molmo",
         "norm_after": not d_like,
-        "num_attention_heads": shape.heads,
-        "num_hidden_layers": shape.layers,
-        "num_key_value_heads": shape.kv_heads,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
         "qkv_bias": d_like,
         "rope_theta": 1_000_000.0 if d_like else 500_000.0,
-        "tie_word_embeddings": False,
         "torch_dtype": "float32",
         "transformers_version": "4.43.3",
-        "use_cache": True,
-        "use_position_ids": True,
-        "vocab_size": shape.embedding_size,
-        "weight_tying": False,
+        "vocab_size": 512,
+        **changes,
     }
 
 
 def write_checkpoint(
     directory: Path,
-    family: Family = "molmo-d",
+    config: Mapping[str, Any] | None = None,
     *,
     seed: int = 0,
-    shape: Shape | None = None,
     weights: Weights | None = None,
+    tower: Tower | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Path:
     """Write a whole checkpoint into `directory` (created when missing) and return it.
@@ -127,11 +116,10 @@ def write_checkpoint(
     """
     from safetensors.torch import save_file
 
-    shape = shape or Shape()
+    config = config or hub_config()
     make = weights or random_weights(seed)
-    config = hub_config(family, shape)
     write_description(directory, config)
-    shapes = tensor_shapes(config, Tower(blocks=shape.vit_blocks))
+    shapes = tensor_shapes(config, tower)
     tensors = {name: make(name, size).to(dtype) for name, size in shapes.items()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
@@ -140,28 +128,38 @@ def write_checkpoint(
 def write_description(directory: Path, config: Mapping[str, Any]) -> None:
     """Write a checkpoint without its weights: configuration, processor and tokenizer."""
     directory.mkdir(parents=True, exist_ok=True)
-    _write_json(directory / "config.json", config)
     auto_map = {
         "AutoImageProcessor": "image_preprocessing_molmo.MolmoImageProcessor",
         "AutoProcessor": "preprocessing_molmo.MolmoProcessor",
     }
-    processor = {**vars(MolmoImageProcessor()), "auto_map": auto_map}
-    processor |= {"image_processor_type": "MolmoImageProcessor"}
-    del processor["resize"]  # not the hub's
-    names = {"processor_class": "MolmoProcessor"}
-    _write_json(directory / "preprocessor_config.json", processor | names)
-    _write_json(directory / "processor_config.json", {"auto_map": auto_map} | names)
-    _write_json(
-        directory / "generation_config.json",
-        {"eos_token_id": len(vocabulary()), "do_sample": False},
-    )
-    _write_tokenizer(directory, config)
+    names = {"auto_map": auto_map, "processor_class": "MolmoProcessor"}
+    options = {"max_crops": DEFAULT_MAX_CROPS, "image_mean": MEAN, "image_std": STD}
+    files: dict[str, Mapping[str, Any]] = {
+        "config.json": config,
+        "preprocessor_config.json": {**FIXED, **options, **names},
+        "processor_config.json": names,
+        "generation_config.json": {"eos_token_id": len(vocabulary()), "do_sample": False},
+        "tokenizer_config.json": {
+            "add_prefix_space": False,
+            "bos_token": None if config["qkv_bias"] else END_OF_TEXT,
+            "chat_template": CHAT_TEMPLATE,
+            "clean_up_tokenization_spaces": False,
+            "eos_token": END_OF_TEXT,
+            "model_max_length": config["max_position_embeddings"],
+            "pad_token": END_OF_TEXT,
+            "processor_class": "MolmoProcessor",
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        },
+    }
+    for name, content in files.items():
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _tokenizer(config["embedding_size"]).save(str(directory / "tokenizer.json"))
 
 
-def stub_weights(shape: Shape, sentence_tokens: Sequence[str]) -> Weights:
+def stub_weights(config: Mapping[str, Any], sentence_tokens: Sequence[str]) -> Weights:
     """Weights of the built-in stub: a next-token table that spells a sentence, in tokens."""
     random = random_weights(STUB_SEED)
-    size = (shape.embedding_size, shape.hidden_size)
+    size = (config["embedding_size"], config["hidden_size"])
     embedding = random_tensor("model.transformer.wte.embedding", size, STUB_SEED, 1.0)
     # Each token's row of the head answers to the embedding of the token before it.
     head = random_tensor("model.transformer.ff_out.weight", size, STUB_SEED, 0.02)
@@ -194,11 +192,12 @@ def vocabulary() -> dict[str, int]:
     return {piece: i for i, piece in enumerate(pieces)}
 
 
-def _write_tokenizer(directory: Path, config: Mapping[str, Any]) -> None:
+def _tokenizer(embedding_size: int) -> Any:
+    """A tokenizer whose image tokens have the first ids that are not in the vocabulary."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     vocab = vocabulary()
-    fillers = [f"|<EXTRA_TOKENS_{i}>|" for i in range(config["embedding_size"] - len(vocab) - 1)]
+    fillers = [f"|<EXTRA_TOKENS_{i}>|" for i in range(embedding_size - len(vocab) - 1)]
     if len(fillers) > _MAX_ADDED:
         # Only their ids matter, and plain tokens are not searched for in every text.
         vocab |= {token: i for i, token in enumerate([END_OF_TEXT, *fillers], len(vocab))}
@@ -208,31 +207,4 @@ def _write_tokenizer(directory: Path, config: Mapping[str, Any]) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     added = [END_OF_TEXT, *fillers, *IMAGE_TOKENS]
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in added])
-    tokenizer.save(str(directory / "tokenizer.json"))
-    _write_json(
-        directory / "tokenizer_config.json",
-        {
-            "add_prefix_space": False,
-            "additional_special_tokens": added[1:],
-            "bos_token": None if config["qkv_bias"] else END_OF_TEXT,
-            "chat_template": CHAT_TEMPLATE,
-            "clean_up_tokenization_spaces": False,
-            "eos_token": END_OF_TEXT,
-            "model_max_length": config["max_position_embeddings"],
-            "pad_token": END_OF_TEXT,
-            "processor_class": "MolmoProcessor",
-            "tokenizer_class": "PreTrainedTokenizerFast",
-        },
-    )
-
-
-# The same turns as Molmo's own template.
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ m['role'].capitalize() + ': ' + m['content'] }}"
-    "{% if not loop.last %}{{ ' ' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ ' Assistant:' }}{% endif %}"
-)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    return tokenizer

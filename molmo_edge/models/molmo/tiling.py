@@ -29,12 +29,7 @@ DEFAULT_MAX_CROPS = 12
 @lru_cache(maxsize=64)
 def _candidates(max_crops: int) -> npt.NDArray[np.int32]:
     """All tilings of at most `max_crops` crops, small first: argmin and argmax favour those."""
-    pairs = [
-        (i, j)
-        for i in range(1, max_crops + 1)
-        for j in range(1, max_crops + 1)
-        if i * j <= max_crops
-    ]
+    pairs = [(i, j) for i in range(1, max_crops + 1) for j in range(1, max_crops // i + 1)]
     return np.array(sorted(pairs, key=lambda p: (p[0] * p[1], p[0])), dtype=np.int32)
 
 
@@ -86,10 +81,8 @@ class Tiling:
     @property
     def features(self) -> tuple[int, int]:
         """Pooled features (rows, columns) of the whole grid."""
-        return (
-            (self.rows * STRIDE_PATCHES + 2 * MARGIN_PATCHES) // 2,
-            (self.cols * STRIDE_PATCHES + 2 * MARGIN_PATCHES) // 2,
-        )
+        height, width = self.canvas_px
+        return height // (2 * PATCH_PX), width // (2 * PATCH_PX)
 
     @property
     def canvas_px(self) -> tuple[int, int]:
@@ -167,6 +160,5 @@ def tiling_for(height: int, width: int, max_crops: int = DEFAULT_MAX_CROPS) -> T
 @lru_cache(maxsize=64)
 def largest_tiling(max_crops: int) -> Tiling:
     """Return the tiling with the most image tokens for `max_crops`."""
-    return max(
-        (Tiling(int(r), int(c)) for r, c in _candidates(max_crops)), key=lambda t: t.n_tokens
-    )
+    tilings = [Tiling(*pair) for pair in _candidates(max_crops).tolist()]
+    return max(tilings, key=lambda tiling: tiling.n_tokens)

@@ -13,6 +13,7 @@ What stock vLLM computes differently from AllenAI's reference, and what corrects
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -35,8 +36,8 @@ from vllm.multimodal.processing import (
 
 from molmo_edge.errors import ConfigError
 from molmo_edge.models import vllm_026
-from molmo_edge.models.molmo.hf import MolmoProcessor
 from molmo_edge.models.molmo.image_processor import MolmoImageProcessor, processor_of
+from molmo_edge.models.molmo.prompts import ImageTokenIds, bos_id
 from molmo_edge.models.molmo.tiling import largest_tiling, tiling_for
 
 # What a request or the engine may set through `mm_processor_kwargs`.
@@ -49,33 +50,25 @@ class MolmoInfo(stock.MolmoProcessingInfo):  # type: ignore[misc]
     """Answers vLLM's questions about tokens and sizes with our processor's own geometry."""
 
     @cached_property
-    def _processor(self) -> MolmoProcessor:
-        processor = processor_of(self.ctx.get_hf_image_processor_config())
-        return MolmoProcessor(processor, self.get_tokenizer())
+    def ids(self) -> ImageTokenIds:
+        return ImageTokenIds.from_vocab(self.get_tokenizer().get_vocab())
 
-    def options(self, kwargs: Mapping[str, object]) -> dict[str, Any]:
-        """Engine-wide and request `mm_processor_kwargs` merged; unknown names are refused."""
-        merged = dict(self.ctx.get_merged_mm_kwargs(kwargs))
-        nested = merged.get("images_kwargs")
-        if isinstance(nested, Mapping):
-            merged = {**merged, **nested}
-        if unknown := sorted(set(merged) - _OPTIONS - _FROM_VLLM):
+    @cached_property
+    def bos(self) -> int:
+        return bos_id(self.get_tokenizer())
+
+    def image_processor(self, kwargs: Mapping[str, object]) -> MolmoImageProcessor:
+        """The image processor with the engine's and one request's `mm_processor_kwargs`."""
+        options = dict(self.ctx.get_merged_mm_kwargs(kwargs))
+        options |= options.pop("images_kwargs", {})
+        for name in _FROM_VLLM:
+            options.pop(name, None)
+        if unknown := sorted(options.keys() - _OPTIONS):
             raise ConfigError(
                 f"mm_processor_kwargs: unknown {', '.join(unknown)}; Molmo 1 takes "
                 f"{', '.join(sorted(_OPTIONS))}."
             )
-        return {key: value for key, value in merged.items() if key in _OPTIONS}
-
-    def image_processor(self, kwargs: Mapping[str, object]) -> MolmoImageProcessor:
-        """The image processor with the options of one request."""
-        processor: MolmoImageProcessor = self._processor.image_processor
-        return processor.with_options(**self.options(kwargs))
-
-    def get_hf_processor(self, **kwargs: object) -> MolmoProcessor:
-        image_processor = self.image_processor(kwargs)
-        if image_processor is self._processor.image_processor:
-            return self._processor
-        return MolmoProcessor(image_processor, self.get_tokenizer())
+        return processor_of(self.ctx.get_hf_image_processor_config(), **options)
 
     def get_supported_mm_processor_kwargs(self) -> dict[str, set[str]]:
         return {"text_kwargs": set(), "images_kwargs": set(_OPTIONS)}
@@ -97,21 +90,22 @@ class MolmoInputs(stock.MolmoMultiModalProcessor):  # type: ignore[misc]
     """Turns a request's image into tensors and its prompt into token ids."""
 
     def _postprocess_prompt(self, prompt: list[int]) -> list[int]:
-        processor = self.info.get_hf_processor()
-        bos = processor.bos_token_id
-        if prompt[:1] == [bos]:
+        if prompt[:1] == [self.info.bos]:
             return prompt
         # A string that vLLM tokenised: the reference starts it with BOS and a space.
-        text = self.info.get_tokenizer().decode(prompt)
-        return [bos, *processor.get_tokens_input(text, message_format="none")]
+        tokenizer = self.info.get_tokenizer()
+        text = " " + tokenizer.decode(prompt)
+        return [self.info.bos, *tokenizer.encode(text, add_special_tokens=False)]
 
     def _call_hf_processor(
-        self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]
+        self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, object]
     ) -> BatchFeature:
-        processor = self.info.get_hf_processor(**hf_kwargs)
-        return self.info.ctx.call_hf_processor(
-            processor.process, {"images": hf_data["images"], "tokens": []}
-        )
+        [image] = hf_data["images"]
+        # vLLM calls this before its CPU backend starts, which fails once numba is imported
+        # (models/vllm_workarounds.py).
+        compiled = "numba" in sys.modules
+        inputs = self.info.image_processor(hf_kwargs).inputs(image, compiled=compiled)
+        return BatchFeature(inputs.for_vllm(self.info.ids.patch))
 
     def _postprocess_hf_mm_data(
         self,
@@ -119,11 +113,6 @@ class MolmoInputs(stock.MolmoMultiModalProcessor):  # type: ignore[misc]
         hf_kwargs: Mapping[str, object],
         processed_data: BatchFeature,
     ) -> BatchFeature:
-        if "images" not in processed_data:
-            return processed_data
-        processed_data.pop("input_ids")
-        processed_data["num_crops"] = torch.tensor([len(processed_data["images"])])
-        processed_data["img_patch_id"] = self.info.get_hf_processor().image_token_ids.patch
         return processed_data
 
     def _get_prompt_updates(
@@ -132,9 +121,8 @@ class MolmoInputs(stock.MolmoMultiModalProcessor):  # type: ignore[misc]
         hf_processor_mm_kwargs: Mapping[str, object],
         out_mm_kwargs: MultiModalKwargsItems,
     ) -> Sequence[PromptUpdate]:
-        processor = self.info.get_hf_processor(**hf_processor_mm_kwargs)
-        ids = processor.image_token_ids
-        max_crops = processor.image_processor.max_crops
+        ids = self.info.ids
+        max_crops = self.info.image_processor(hf_processor_mm_kwargs).max_crops
 
         def image_tokens(item_idx: int) -> PromptUpdateDetails:
             size = mm_items.get_items("image", ImageProcessorItems).get_image_size(item_idx)
@@ -144,7 +132,7 @@ class MolmoInputs(stock.MolmoMultiModalProcessor):  # type: ignore[misc]
         return [
             PromptInsertion(
                 modality="image",
-                target=PromptIndexTargets.prefix([processor.bos_token_id]),
+                target=PromptIndexTargets.prefix([self.info.bos]),
                 insertion=image_tokens,
             )
         ]
