@@ -154,14 +154,6 @@ def test_compare_prints_the_2025_table_beside_a_result(opened: Opened, tmp_path:
     assert "| 103.8 (5.0) |" in run("compare", *HISTORIC, "-o", "md").stdout
 
 
-@pytest.mark.parametrize("verb", ["compare", "report"])
-def test_foreign_files_are_refused(tmp_path: Path, verb: str) -> None:
-    path = tmp_path / "other.json"
-    path.write_text('{"model": "x"}')
-    result = run(verb, str(path))
-    assert result.exit_code == 2 and "is not a benchmark result" in result.stderr
-
-
 def test_report_writes_a_page_and_plots(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     page, directory = tmp_path / "r.html", tmp_path / "png"

@@ -8,7 +8,6 @@ import json
 import re
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 
@@ -99,12 +98,6 @@ def test_every_plot_with_something_to_show_is_on_the_page(page: str, full: Docum
         if line.get_marker() == "o" and line.get_markerfacecolor() == "white"
     ]
     assert [len(line.get_xdata()) for line in hollow] == [4]
-
-
-def test_plots_become_png_files(full: Document, tmp_path: Path) -> None:
-    path = tmp_path / "new" / "speed.png"
-    plots.png(plots.figures([full])["speed"], path)
-    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_matplotlib_the_extra_is_named(

@@ -17,7 +17,6 @@ from molmo_edge.bench.cases import text_only
 from molmo_edge.bench.document import Document
 from molmo_edge.bench.measure import RunOptions
 from molmo_edge.errors import (
-    BenchmarkError,
     EngineDeadError,
     EngineStartError,
     GenerationError,
@@ -221,12 +220,6 @@ def test_progress_has_every_iteration_and_the_time_left() -> None:
     assert lines[:2] == ["starting the engine", "One: 1 of 6, about 0:10 left"]
     assert lines[6] == "One: 6 of 6, about 0:05 left"
     assert lines[-1] == "Two: 6 of 6, until narrow"
-
-
-def test_an_unknown_scenario_lists_the_known_ones() -> None:
-    with pytest.raises(BenchmarkError, match="cold-start"):
-        scenarios.choose(["speed"])
-    assert scenarios.choose(["all"]) == list(scenarios.SCENARIOS)
 
 
 def test_random_weights_have_answers_of_fixed_length_and_a_firm_limit() -> None:

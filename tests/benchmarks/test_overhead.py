@@ -7,9 +7,6 @@ from typing import Any
 import harness
 import overhead
 import pytest
-from PIL import Image
-
-from molmo_edge.bench.cases import Case
 
 
 def rounds(
@@ -64,23 +61,6 @@ def test_a_disturbed_one_token_answer_makes_no_long_one_look_fast() -> None:
     disturbed = [{kind: dict(sides) for kind, sides in one.items()} for one in rounds(EQUAL)]
     disturbed[2]["text_first"]["bare"] = {**disturbed[2]["text_first"]["bare"], "seconds": 0.31}
     assert overhead.series(disturbed, "bare")["decode_tps"] == pytest.approx([100.0] * 6)
-
-
-def test_each_request_has_its_own_image_or_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[Any, str]] = []
-
-    def ask(vlm: Any, image: Any, text: str, tokens: int) -> dict[str, Any]:
-        seen.append((image, text))
-        return {"tokens": tokens}
-
-    monkeypatch.setattr(overhead, "ask_ours", ask)
-    case = Case("c", "C", "What?", Image.new("RGB", (8, 8)))
-    answer = overhead.timed(None, "ours", case, 7, 3)
-    overhead.timed(None, "ours", case, None, 2)
-    assert answer["seconds"] >= 0 and answer["cpu_s"] >= 0
-    (image, question), (none, text) = seen
-    assert image.getpixel((7, 7)) == (0, 0, 7) and question == "What?"
-    assert none is None and text == overhead.TEXT
 
 
 def test_one_disturbed_pair_does_not_move_the_ratio() -> None:
