@@ -37,14 +37,8 @@ PREFIX = "MOLMO_EDGE_"
 
 PrecisionName = Literal["auto", "bf16", "fp8", "w4a16", "nvfp4"]
 KVCacheDtype = Literal[
-    "auto",
-    "fp8",
-    "fp8_e4m3",
-    "fp8_e5m2",
-    "fp8_per_token_head",
-    "int8_per_token_head",
-    "bfloat16",
-]
+    "auto", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_per_token_head", "int8_per_token_head", "bfloat16"
+]  # fmt: skip
 PRECISIONS: tuple[str, ...] = get_args(PrecisionName)
 
 _MOE_ONLY = (
@@ -323,12 +317,12 @@ def _merge(checked: list[tuple[Source, dict[str, Any]]], profile_name: str | Non
 def _explain(error: ErrorDetails, prefix: str) -> str:
     """Describe an error of pydantic's; variables are named in capitals, after their prefix."""
     name, value = str(error["loc"][0])[:60], error["input"]
-    written = prefix + name.upper() if prefix else name
+    title = prefix + name.upper() if prefix else name
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, EdgeSettings.model_fields, n=1, cutoff=0.0)[0]
         near = prefix + near.upper() if prefix else near
-        return f"{written!r} is unknown; the nearest valid name is {near}"
+        return f"{title!r} is unknown; the nearest valid name is {near}"
     problem = re.sub("^(Value error,|Input|String) ", "", error["msg"])
-    plain = isinstance(value, str | int | float)
-    shown = f"{value!r:.60}" if plain else f"a value of type {type(value).__name__}"
-    return f"{written} {problem}; got {shown}"
+    simple = isinstance(value, str | int | float)
+    given = f"{value!r:.60}" if simple else f"a value of type {type(value).__name__}"
+    return f"{title} {problem}; got {given}"

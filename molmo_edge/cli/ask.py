@@ -60,7 +60,6 @@ def ask(
             return
         output({}, as_json=False, vlm=vlm)
         _print_stream(stream)
-        warn_truncated(stream.result())
 
 
 @app.command(
@@ -118,9 +117,9 @@ def chat(
             warn(stub)
         for line in _lines():
             command, _, rest = line.partition(" ")
+            if command == "/quit":
+                break
             try:
-                if command == "/quit":
-                    break
                 if command == "/image" and rest.strip():
                     loaded, messages = engine.load_image(rest.strip()), []
                 elif command == "/new":
@@ -139,8 +138,6 @@ def chat(
                     messages += [question, {"role": "assistant", "content": result.text}]
                     if as_json:
                         output(result_dict(result), as_json=True, vlm=vlm, line=True)
-                    else:
-                        warn_truncated(result)
             except (InputError, RequestError) as exc:
                 failed = True
                 warn(f"{type(exc).__name__}: {exc}", "red")
@@ -167,6 +164,7 @@ def _print_stream(stream: Any) -> None:
             write(delta)
     finally:
         write("\n")
+    warn_truncated(stream.result())
 
 
 def _read_schema(path: Path) -> Any:
