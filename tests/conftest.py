@@ -28,7 +28,13 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-STUB: dict[str, Any] = {"model": "stub", "max_model_len": 2048, "kv_cache_memory_gb": 0.25}
+# At most three crops: each costs a processor seconds.
+STUB: dict[str, Any] = {
+    "model": "stub",
+    "max_model_len": 2048,
+    "max_crops": 2,
+    "kv_cache_memory_gb": 0.25,
+}
 
 
 @pytest.fixture(scope="session")

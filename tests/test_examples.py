@@ -95,17 +95,12 @@ def test_the_control_loop_keeps_its_rate_while_the_fake_engine_answers() -> None
 @pytest.mark.engine
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_examples_run_on_the_stub(frames: Path, cache_dir: Path) -> None:
+def test_the_camera_loop_runs_on_the_stub(frames: Path, cache_dir: Path) -> None:
     where = {"MOLMO_EDGE_CACHE_DIR": str(cache_dir)}
     from molmo_edge.models.molmo.stub import TEXT
 
     output = run("camera_loop", frames, "What?", timeout=300, **where)
     assert output.startswith(f"frame 0: {TEXT}")
-    _, busy = run("async_robot", "--seconds", 10, timeout=300, **where).splitlines()
-    ticked, missed, answers = ticks(busy)
-    assert ticked + missed >= 490
-    assert ticked >= 250
-    assert answers >= 1
 
 
 class Node:

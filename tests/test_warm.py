@@ -138,7 +138,7 @@ def test_the_real_engine_warms_up_and_continues(stub_vlm: EdgeVLM) -> None:
     tokens = {step.name: step.prompt_tokens for step in report.steps}
     assert tokens["text"] is not None and tokens["text"] < 64
     assert tokens["global view"] is not None and tokens["global view"] > 316
-    assert tokens["all crops"] is not None and tokens["all crops"] > 1100
+    assert tokens["all crops"] is not None and tokens["all crops"] > tokens["global view"]
     assert [step.output_tokens for step in report.steps] == [4, 4, 4, 8, 16, 32]
     assert len(report.decode_tps) == 2 and min(report.decode_tps) > 0
     assert stub_vlm.query(None, "x", max_tokens=2).text == "This is"
