@@ -73,9 +73,10 @@ def weight_files(directory: Path) -> list[Path]:
     if not index.is_file():
         return sorted(directory.glob("*.safetensors"))
     weight_map = read_json(index).get("weight_map")
-    names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-    if not names:
+    files = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not files or not all(isinstance(name, str) for name in files):
         raise ModelError(f"'{index}' has no weight_map from tensor names to file names.")
+    names = sorted(set(files))
     if any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
         raise ModelError(f"'{index}' names a file that is not a safetensors file beside it.")
     missing = [name for name in names if not (directory / name).is_file()]

@@ -85,6 +85,8 @@ def test_broken_headers(tmp_path: Path, content: bytes) -> None:
         ({"weight_map": {"a": "weights.bin"}}, "not a safetensors file beside it"),
         ({"weight_map": {"a": "m-1.safetensors"}}, "lacks 1 of 1 weight files, first 'm-1"),
         ({"weight_map": {}}, "has no weight_map"),
+        ({"weight_map": {"a": 1}}, "has no weight_map"),
+        ({"weight_map": {"a": ["x"]}}, "has no weight_map"),
     ],
 )
 def test_broken_index(tmp_path: Path, index: Any, message: str) -> None:
