@@ -139,7 +139,7 @@ def paired_ratio(ours: Sequence[float], other: Sequence[float]) -> dict[str, Any
 
 
 def interval_text(interval: Mapping[str, Any], digits: int = 3) -> str:
-    """ "0.981 (0.975 to 0.988)"."""
+    """Median and interval, such as 0.981 (0.975 to 0.988)."""
     text = f"{interval['median']:.{digits}f}"
     if interval["low"] is None:
         return text

@@ -41,6 +41,8 @@ FOREIGN_ERRORS: Final[tuple[type[Exception], ...]] = (
 )  # fmt: skip
 
 _FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP")
+SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+"""Of file names, where a directory is searched for images."""
 _URL: Final = re.compile(r"\s*([a-z][a-z0-9+.-]*://|data:)", re.IGNORECASE)
 
 # Each scan of a progressive JPEG file costs a pass over the whole image however few bytes it has,
@@ -126,6 +128,11 @@ def load(image: ImageLike, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
             "a PIL image or a uint8 array of shape (height, width, 3)"
         )
     return _upright_rgb(image)
+
+
+def image_files(directory: Path) -> list[Path]:
+    """Files of a directory whose names are those of images, sorted. Raises OSError."""
+    return sorted(path for path in directory.iterdir() if path.suffix.lower() in SUFFIXES)
 
 
 @contextmanager

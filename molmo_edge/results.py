@@ -5,8 +5,9 @@ Times are seconds on the monotonic clock, counts are tokens; unknown is None, ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 
@@ -95,3 +96,9 @@ class Score:
     candidates: tuple[Mapping[int, float], ...]
     prompt_token_ids: tuple[int, ...]
     greedy_token_ids: tuple[int, ...]
+
+
+def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
+    """Index of the first token that differs, also where one answer ends first; None if equal."""
+    pairs = enumerate(zip_longest(one, other))
+    return next((i for i, (a, b) in pairs if a != b), None)

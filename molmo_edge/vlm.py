@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 from molmo_edge.checkpoint_files import read_config
+from molmo_edge.devices.caches import default_cache_dir
 from molmo_edge.devices.detect import DeviceInfo
 from molmo_edge.devices.plan import Plan, plan
 from molmo_edge.devices.profiles import load_profile, select_profile
@@ -34,7 +35,7 @@ from molmo_edge.engine.vllm_errors import mapped
 from molmo_edge.errors import ConfigError, EngineClosedError, MolmoEdgeError, PromptError
 from molmo_edge.images import ImageLike, ImageLimits, load
 from molmo_edge.interface import Engine, ModelFamily, Turn
-from molmo_edge.models.hub import default_cache_dir, locate
+from molmo_edge.models.hub import locate
 from molmo_edge.models.registry import family_of
 from molmo_edge.points import CountResult, PointAnswer, parse_points
 from molmo_edge.requests import (

@@ -38,7 +38,7 @@ from molmo_edge.errors import (
     QueueFull,
     RequestError,
 )
-from molmo_edge.images import ImageLike
+from molmo_edge.images import SUFFIXES, ImageLike, image_files
 from molmo_edge.results import Result
 
 logger = logging.getLogger("molmo_edge")
@@ -51,7 +51,6 @@ _FRAME_ERRORS = (ImageError, RequestError, QueueFull)
 # read cannot be interrupted, and it ends by itself when that returns.
 _JOIN_S = 5.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 5.0
-_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 # One image or its bytes; iterating over it would give rows or numbers.
 _NO_FRAMES = (str, bytes, bytearray, memoryview, Mapping, np.ndarray)
 
@@ -391,13 +390,13 @@ def _open_name(source: str | Path, realtime: bool) -> Feed:
             )
     if path.is_dir():
         return Feed(lambda: _iterate(_images_of(path)), clocked=False)
-    if path.suffix.lower() in _SUFFIXES and path.is_file():
+    if path.suffix.lower() in SUFFIXES and path.is_file():
         return Feed(lambda: _iterate([path]), clocked=False)
     return Feed(lambda: _read_opencv(name, realtime=realtime))
 
 
 def _images_of(directory: Path) -> list[Path]:
-    images = sorted(p for p in directory.iterdir() if p.suffix.lower() in _SUFFIXES)
+    images = image_files(directory)
     if not images:
         raise CameraError("The directory holds no image (JPEG, PNG, WebP or BMP).")
     return images

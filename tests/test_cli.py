@@ -194,6 +194,16 @@ def test_a_drawing_that_cannot_be_written_is_refused_before_the_engine_starts(
     assert built == []
 
 
+def test_a_drawing_too_large_for_its_format_is_an_error_in_one_line(
+    run: Run, tmp_path: Path
+) -> None:
+    wide = tmp_path / "wide.png"
+    Image.new("RGB", (20_000, 8)).save(wide)  # WebP has at most 16,383 columns
+    ended = run("point", wide, "mug", "--draw", tmp_path / "marked.webp")
+    assert ended.status == 2
+    assert "marked.webp' cannot be written" in ended.err
+
+
 def test_chat_answers_each_line_of_a_pipe(run: Run, image: Path, fake: FakeFactory) -> None:
     lines = f"/image {image}\nWhat is it?\n\nWhere?\n/new\nWhat is it?\n/quit\nnever\n"
     ended = run("chat", stdin=lines.encode())

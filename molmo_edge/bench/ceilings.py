@@ -12,9 +12,10 @@ from typing import Any
 
 from molmo_edge.bench.document import Ceiling, Environment, Row
 from molmo_edge.devices import shapes
+from molmo_edge.devices.caches import default_cache_dir
 from molmo_edge.devices.telemetry import Sampler
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.models.hub import default_cache_dir, locate
+from molmo_edge.models.hub import locate
 
 MIN_READINGS = 5
 """Fewer power readings than this within decode say nothing about decode."""

@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from itertools import zip_longest
 from statistics import fmean
 from typing import Any, Literal
 
@@ -25,7 +24,7 @@ from molmo_edge.bench.environment import Target
 from molmo_edge.bench.tables import UNKNOWN, number
 from molmo_edge.errors import BenchmarkError
 from molmo_edge.points import Point, parse_points
-from molmo_edge.results import Result, Score
+from molmo_edge.results import Result, Score, first_difference
 
 TOP = 20
 """Candidates for each token, over which the divergence is taken."""
@@ -157,12 +156,6 @@ def divergence(reference: Mapping[int, float], other: Mapping[int, float]) -> fl
     if left_a > 1e-9:
         total += left_a * math.log(left_a / max(left_b, 1e-9))
     return max(total, 0.0)
-
-
-def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
-    """Index of the first token that differs, also where one answer ends first."""
-    pairs = enumerate(zip_longest(one, other))
-    return next((i for i, (a, b) in pairs if a != b), None)
 
 
 def paired_distances(

@@ -20,6 +20,7 @@ from molmo_edge.cli.common import (
     with_options,
 )
 from molmo_edge.errors import ConfigError
+from molmo_edge.images import SUFFIXES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from molmo_edge.points import PointAnswer
 
 app = typer.Typer()
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _HOW = {
     "points": "by its points",
     "stated": "stated, not pointed at",
@@ -140,8 +140,8 @@ def _warn_flaws(answers: Sequence[PointAnswer]) -> None:
 
 def _check_target(path: Path | None) -> None:
     """Refuse an image that cannot be written, before the engine starts."""
-    if path is not None and path.suffix.lower() not in _SUFFIXES:
-        raise ConfigError(f"--draw: the name must end in one of {', '.join(_SUFFIXES)}.")
+    if path is not None and path.suffix.lower() not in SUFFIXES:
+        raise ConfigError(f"--draw: the name must end in one of {', '.join(SUFFIXES)}.")
     if path is not None and not path.parent.is_dir():
         raise ConfigError(f"--draw: directory '{path.parent}' does not exist.")
 
@@ -154,5 +154,5 @@ def _draw(answers: Sequence[PointAnswer], image: Image.Image, path: Path | None)
     points = PointResult("", tuple(one for answer in answers for one in answer.points))
     try:
         points.draw(image).save(path)
-    except OSError as exc:
+    except (OSError, ValueError) as exc:  # a format has a largest size, of which it says either
         raise ConfigError(f"--draw: '{path}' cannot be written.") from exc

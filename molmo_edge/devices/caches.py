@@ -6,6 +6,7 @@ useless to another. A variable that the user has set takes precedence over the r
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,13 @@ _GPU_DIRECTORIES = {
 }
 CACHE_VARIABLES = frozenset(_DIRECTORIES | _GPU_DIRECTORIES)
 """Variables that ``cache_environment`` may set; each value is a directory."""
+
+
+def default_cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """`$XDG_CACHE_HOME/molmo_edge`, or `~/.cache/molmo_edge`."""
+    root = environ.get("XDG_CACHE_HOME")
+    home = environ.get("HOME") or Path.home()
+    return (Path(root) if root else Path(home) / ".cache") / "molmo_edge"
 
 
 def cache_environment(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from molmo_edge.devices.binaries import Library, scan
+from molmo_edge.devices.caches import default_cache_dir
 from molmo_edge.devices.detect import detect
 from molmo_edge.devices.info import DeviceInfo
 from molmo_edge.devices.nvml import visible_gpu
@@ -290,8 +291,7 @@ def _power(device: DeviceInfo) -> Iterator[Finding]:
 
 def _cache(src: Sources) -> Iterator[Finding]:
     env = src.environ
-    parent = env.get("XDG_CACHE_HOME") or f"{env.get('HOME') or Path.home()}/.cache"
-    name = env.get("MOLMO_EDGE_CACHE_DIR") or f"{parent}/molmo_edge"
+    name = env.get("MOLMO_EDGE_CACHE_DIR") or str(default_cache_dir(env))
     directory = src.path(name)
     existing = next(p for p in (directory, *directory.parents) if os.access(p, os.F_OK))
     if not os.access(existing, os.W_OK | os.X_OK):

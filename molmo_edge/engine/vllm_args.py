@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from molmo_edge._version import __version__
-from molmo_edge.devices.caches import cache_environment
+from molmo_edge.devices.caches import cache_environment, default_cache_dir
 from molmo_edge.devices.detect import DeviceInfo, detect
 from molmo_edge.devices.precision import (
     Choice,
@@ -30,7 +30,6 @@ from molmo_edge.devices.profiles import Profile, profile_warning
 from molmo_edge.devices.shapes import ModelShape, model_shape
 from molmo_edge.errors import ConfigError, MissingDependencyError
 from molmo_edge.interface import ModelFamily
-from molmo_edge.models.hub import default_cache_dir
 from molmo_edge.settings import EdgeSettings, Resolved
 
 logger = logging.getLogger("molmo_edge")

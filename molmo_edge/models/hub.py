@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
@@ -13,12 +12,6 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _DESCRIPTION = ("config.json", "tokenizer.json", "preprocessor_config.json")
 # Data only: a checkpoint's Python files are never downloaded.
 _DATA_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken")
-
-
-def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/molmo_edge`, or `~/.cache/molmo_edge`."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "molmo_edge"
 
 
 def locate(model: str, cache_dir: Path, load_format: str = "auto") -> Path:

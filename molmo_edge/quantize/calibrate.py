@@ -26,7 +26,7 @@ from safetensors import safe_open
 from molmo_edge.checkpoint_files import Tensor
 from molmo_edge.devices.tensors import BLOCKS, TEXT, VISION
 from molmo_edge.errors import ImageError, QuantizeError
-from molmo_edge.images import load
+from molmo_edge.images import SUFFIXES, image_files, load
 from molmo_edge.models.molmo.hf import load_tokenizer
 from molmo_edge.models.molmo.prompts import ImageTokenIds, bos_id
 from molmo_edge.quantize.formats import Format, pack, unpack
@@ -37,7 +37,6 @@ from molmo_edge.reference.molmo_inputs import ReferenceInputs, preprocess, seque
 
 LAYERS = ("att_proj", "attn_out", "ff_proj", "ff_out")
 NORMS = {"attn_norm": "att_proj", "ff_norm": "ff_proj"}
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 # Statistics converge on few images, each of which has up to 1,600 tokens.
 MAX_IMAGES = 16
 QUESTION = "Describe this image."
@@ -152,13 +151,12 @@ class Streamed(ReferenceMolmo):
         return weights
 
 
-def image_files(directory: Path) -> list[Path]:
+def choose_images(directory: Path) -> list[Path]:
     """The images that are used: all, or `MAX_IMAGES` spread evenly over the sorted names.
 
     Raises QuantizeError if there are none.
     """
-    files = directory.iterdir() if directory.is_dir() else ()
-    images = sorted(path for path in files if path.suffix.lower() in SUFFIXES)
+    images = image_files(directory) if directory.is_dir() else []
     if not images:
         raise QuantizeError(
             f"'{directory}' is not a directory with images ({', '.join(SUFFIXES)}). Give one with "

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from molmo_edge._version import __version__
 from molmo_edge.checkpoint_files import INDEX, Tensor
 from molmo_edge.errors import QuantizeError
-from molmo_edge.quantize.calibrate import Calibration, image_files
+from molmo_edge.quantize.calibrate import Calibration, choose_images
 from molmo_edge.quantize.calibrate import calibrate as run_calibration
 from molmo_edge.quantize.formats import Format, format_of, pack
 from molmo_edge.quantize.plan import IGNORED, Job, is_quantized, plan
@@ -102,7 +102,7 @@ def quantize(
             "size, whatever their column's scale. Leave it out, or use w4a16 or nvfp4."
         )
     job = plan(source, form)
-    images = [] if calibrate is None else image_files(Path(calibrate).expanduser())
+    images = [] if calibrate is None else choose_images(Path(calibrate).expanduser())
     work = out.with_name(f".{out.name}.quantize")
     try:
         shutil.rmtree(work, ignore_errors=True)

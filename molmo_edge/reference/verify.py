@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +25,7 @@ from molmo_edge.engine.vllm_args import require_vllm
 from molmo_edge.errors import ConfigError
 from molmo_edge.images import ImageLike
 from molmo_edge.models.molmo.config import check_layout
+from molmo_edge.results import first_difference
 
 Images = Mapping[str, ImageLike | None]
 
@@ -280,8 +280,7 @@ def _stock_answers(
 
 def compare(name: str, want: Answer, got: Answer, exact: bool, bound: float) -> Case:
     """Compare one answer with the reference's: for equality, or for drift of forced tokens."""
-    pairs_of_tokens = zip_longest(want.token_ids, got.token_ids)
-    different = next((i for i, (a, b) in enumerate(pairs_of_tokens) if a != b), None)
+    different = first_difference(want.token_ids, got.token_ids)
     if exact:
         pairs = list(zip(want.logprobs, got.logprobs, strict=False))[:different]
     else:

@@ -14,7 +14,7 @@ from molmo_edge.errors import QuantizeError
 from molmo_edge.models.molmo.config import Family
 from molmo_edge.models.molmo.synthetic import hub_config, random_weights, write_checkpoint
 from molmo_edge.quantize import calibrate, quantize
-from molmo_edge.quantize.calibrate import LAYERS, image_files, read_images
+from molmo_edge.quantize.calibrate import LAYERS, choose_images, read_images
 from molmo_edge.quantize.formats import format_of
 from molmo_edge.quantize.plan import plan
 from molmo_edge.reference.molmo import ReferenceMolmo
@@ -59,7 +59,7 @@ def model(outliers: Path) -> ReferenceMolmo:
 @pytest.fixture(scope="module")
 def states(outliers: Path, model: ReferenceMolmo, images: Path) -> list[torch.Tensor]:
     """Inputs of the first block by the reference implementation."""
-    prompts = read_images(outliers, image_files(images))
+    prompts = read_images(outliers, choose_images(images))
     with torch.no_grad():
         return [model._embed(ids, seen) for ids, seen in prompts]
 
@@ -74,7 +74,7 @@ def test_scales_change_no_answer(
     outliers: Path, images: Path, model: ReferenceMolmo, states: list[torch.Tensor]
 ) -> None:
     form = format_of("w4a16")
-    known = calibrate.calibrate(outliers, plan(outliers, form), form, image_files(images))
+    known = calibrate.calibrate(outliers, plan(outliers, form), form, choose_images(images))
     scaled = {"attn_out", "ff_out"} if model.config.norm_after else set(LAYERS)
     assert {name.rpartition(".")[2] for name in known.scales} == scaled
     assert any(float(s.max() / s.min()) > 1.5 for s in known.scales.values())
@@ -121,9 +121,9 @@ def test_images_are_spread_over_the_directory(
 ) -> None:
     for name in ("0.png", "1.JPG", "2.webp", "3.bmp", "notes.txt"):
         (tmp_path / name).touch()
-    assert [p.name for p in image_files(tmp_path)] == ["0.png", "1.JPG", "2.webp", "3.bmp"]
+    assert [p.name for p in choose_images(tmp_path)] == ["0.png", "1.JPG", "2.webp", "3.bmp"]
     monkeypatch.setattr(calibrate, "MAX_IMAGES", 2)
-    assert [p.name for p in image_files(tmp_path)] == ["0.png", "2.webp"]
+    assert [p.name for p in choose_images(tmp_path)] == ["0.png", "2.webp"]
 
 
 def test_fp8_and_bad_images_are_refused_and_nothing_is_left(
