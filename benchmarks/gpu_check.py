@@ -13,10 +13,13 @@ failure.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -66,7 +69,13 @@ def verify_case(
 ) -> Case:
     """A verdict of `reference.verify` with these backends, None leaving them to vLLM."""
     backends = {"attention_backend": language, "mm_encoder_attn_backend": vision}
-    args = {**{k: v for k, v in backends.items() if v}, **options.pop("engine_args", {})}
+    # A part of the memory, so that cases can share the card.
+    room = {"gpu_memory_utilization": 0.2, "kv_cache_memory_gb": 0.5}
+    args = {
+        **room,
+        **{k: v for k, v in backends.items() if v},
+        **options.pop("engine_args", {}),
+    }
     return Case("verify", name, {**options, "engine_args": args})
 
 
@@ -252,31 +261,44 @@ def run(
     *,
     limits_s: Mapping[str, float] = LIMITS_S,
     threads: int = 0,
+    jobs: int = 1,
 ) -> dict[str, Any]:
-    """Run the cases that the file lacks, writing it after each; returns the document."""
-    document = begin(output)
+    """Run the cases that the file lacks, writing it after each; returns the document.
+
+    `jobs` cases of `verify`, which times nothing, run at once.
+    """
+    document, lock = begin(output), threading.Lock()
+
+    def measure(case: Case, results: dict[str, Any], ends: float, threads: int) -> None:
+        left = ends - time.monotonic()
+        if left < 1:
+            skipped = {"status": "not run", "error": "no time left", "values": {}}
+            results.setdefault(case.name, skipped)
+            return
+        child = harness.run_child(
+            __file__, case.function, case.options, limit_s=left, threads=threads
+        )
+        with lock:
+            results[case.name] = {"options": dict(case.options), **child}
+            harness.progress(
+                f"{case.stage}: {case.name}: {child['status']}, {child['seconds']:.0f} s"
+            )
+            harness.write(document, output)
+
     for stage in dict.fromkeys(case.stage for case in cases):
         ends = time.monotonic() + limits_s[stage]
         results = document["stages"].setdefault(stage, {})
-        for case in (case for case in cases if case.stage == stage):
-            if results.get(case.name, {}).get("status") in DONE:
-                continue
-            left = ends - time.monotonic()
-            if left < 1:
-                results.setdefault(
-                    case.name, {"status": "not run", "error": "no time left", "values": {}}
-                )
-                continue
-            child = harness.run_child(
-                __file__,
-                case.function,
-                case.options,
-                limit_s=left,
-                threads=threads,
-            )
-            results[case.name] = {"options": dict(case.options), **child}
-            harness.progress(f"{stage}: {case.name}: {child['status']}, {child['seconds']:.0f} s")
-            harness.write(document, output)
+        missing = [
+            case
+            for case in cases
+            if case.stage == stage and results.get(case.name, {}).get("status") not in DONE
+        ]
+        side_by_side = jobs if stage == "verify" else 1
+        share = (os.cpu_count() or 1) // side_by_side if side_by_side > 1 else threads
+        with ThreadPoolExecutor(side_by_side) as pool:
+            pending = [pool.submit(measure, case, results, ends, share) for case in missing]
+        for each in pending:
+            each.result()
     harness.write(document, output)
     return document
 
@@ -365,6 +387,7 @@ def main() -> None:
     parser.add_argument("--stages", default=",".join(LIMITS_S), help="of " + ", ".join(LIMITS_S))
     parser.add_argument("--attention", help="language backend of cases that name none")
     parser.add_argument("--vision", help="vision backend of cases that name none")
+    parser.add_argument("--jobs", type=int, default=1, help="cases of verify at once")
     arguments = parser.parse_args()
     stages = [name.strip() for name in arguments.stages.split(",")]
     try:
@@ -375,7 +398,8 @@ def main() -> None:
             for case in (cuda_cases() if arguments.device == "cuda" else cpu_cases())
             if case.stage in stages
         ]
-        document = run(cases, arguments.output, threads=int(arguments.device == "cpu"))
+        threads = int(arguments.device == "cpu")
+        document = run(cases, arguments.output, threads=threads, jobs=arguments.jobs)
     except MolmoEdgeError as exc:
         sys.exit(f"error: {exc}")
     print(markdown(document))

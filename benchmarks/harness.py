@@ -25,7 +25,7 @@ from molmo_edge.bench import document as documents
 from molmo_edge.bench import tables
 from molmo_edge.bench.environment import detected_device
 from molmo_edge.engine.vllm_args import versions
-from molmo_edge.errors import BenchmarkError, EngineStartError, MolmoEdgeError
+from molmo_edge.errors import BenchmarkError, ConfigError, EngineStartError, MolmoEdgeError
 
 Emit = Callable[[str, Any], None]
 Measure = Callable[[Emit, Mapping[str, Any]], None]
@@ -48,8 +48,8 @@ def run_child(
     other programs compute too, OpenMP threads wait for each other at the end of every kernel far
     longer than the kernel takes; one thread does not.
 
-    Returns `status` ("ok", "unusable" if the engine cannot start, "failed" or "timeout"),
-    `seconds`, `error` and `values`, the last value of each name emitted.
+    Returns `status` ("ok", "unusable" if the device or vLLM refuses the settings, "failed" or
+    "timeout"), `seconds`, `error` and `values`, the last value of each name emitted.
     """
     with tempfile.TemporaryDirectory(prefix="molmo-edge-benchmark-") as directory:
         lines, log = Path(directory, "lines"), Path(directory, "log")
@@ -102,7 +102,8 @@ def serve_child(measurements: Mapping[str, Measure]) -> None:
         try:
             measurements[name](emit, json.loads(options))
         except MolmoEdgeError as exc:
-            status = "unusable" if isinstance(exc, EngineStartError) else "failed"
+            refused = isinstance(exc, ConfigError | EngineStartError)
+            status = "unusable" if refused else "failed"
             error = _causes(exc)
         emit("outcome", {"status": status, "error": error})
     sys.exit(0)

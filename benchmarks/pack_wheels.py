@@ -24,9 +24,9 @@ from pathlib import Path, PurePosixPath
 PIECE_BYTES = 60_000_000
 
 DROPPED = (
-    # FlashAttention 2 and 3: half of the wheel. Without them vLLM takes Triton's kernels.
+    # FlashAttention 2: half of the wheel. Without it vLLM takes Triton's kernels, or on Hopper
+    # FlashAttention 3, which packs well.
     "vllm/vllm_flash_attn/_vllm_fa2_C*",
-    "vllm/vllm_flash_attn/_vllm_fa3_C*",
     # Kernels of mixtures of experts and of MLA; Molmo has neither.
     "vllm/_moe_C*",
     "vllm/_flashmla*_C*",
