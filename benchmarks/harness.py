@@ -62,13 +62,16 @@ def run_child(
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
-                env={**os.environ, **(limits if threads else {})},
+                env={**os.environ, **(limits if threads else {}), "PYTHONFAULTHANDLER": "1"},
                 start_new_session=True,
             )
             try:
                 code: int | None = child.wait(limit_s)
             except subprocess.TimeoutExpired:
                 code = None
+                child.send_signal(signal.SIGABRT)  # its threads' stacks go to the log
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(5)
             finally:
                 # Its own children too: engines and other starts.
                 with contextlib.suppress(ProcessLookupError):
@@ -79,10 +82,10 @@ def run_child(
             values.update(json.loads(line))
         seconds = time.monotonic() - began
         outcome = values.pop("outcome", None)
+        end = log.read_text(errors="replace").strip()[-1500:]
         if code is None:
-            outcome = {"status": "timeout", "error": f"ended after {limit_s:.0f} s"}
+            outcome = {"status": "timeout", "error": f"ended after {limit_s:.0f} s: {end}"}
         elif outcome is None:
-            end = log.read_text(errors="replace").strip()[-1500:]
             outcome = {"status": "failed", "error": f"exit status {code}: {end}"}
     return {**outcome, "seconds": round(seconds, 2), "values": values}
 

@@ -175,7 +175,10 @@ def engine_environment(
     settings: EdgeSettings, device: DeviceInfo, profile: Profile
 ) -> dict[str, str]:
     """Return the variables to set before torch, CUDA and vLLM read them."""
+    # Triton's kernels would multiply float32 as TF32, with ten bits of mantissa.
+    exact = {"TRITON_F32_DEFAULT": "ieee"} if settings.dtype == "float32" else {}
     return {
+        **exact,
         **cache_environment(settings.cache_dir or default_cache_dir(), device, versions()),
         **profile.env,
         # Nothing leaves the machine.
