@@ -82,7 +82,8 @@ def run_child(
             values.update(json.loads(line))
         seconds = time.monotonic() - began
         outcome = values.pop("outcome", None)
-        end = log.read_text(errors="replace").strip()[-1500:]
+        # faulthandler lists hundreds of modules after the stacks.
+        end = log.read_text(errors="replace").partition("\nExtension modules:")[0].strip()[-1500:]
         if code is None:
             outcome = {"status": "timeout", "error": f"ended after {limit_s:.0f} s: {end}"}
         elif outcome is None:
