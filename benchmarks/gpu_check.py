@@ -197,7 +197,7 @@ def decode(emit: harness.Emit, options: Mapping[str, Any]) -> None:
 
     engine = dict(options["engine"])
     target = Target(engine.pop("model"), options=engine)
-    scenarios.run(Bench(cases, plan, save=save, sensors=True), target.open, ["latency"])
+    scenarios.run(Bench(cases, plan, save=save, sensors=True), target.open, ["report"])
 
 
 def overhead(emit: harness.Emit, options: Mapping[str, Any]) -> None:

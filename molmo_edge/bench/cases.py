@@ -7,11 +7,9 @@ are known.
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from importlib import resources
 from io import BytesIO
@@ -20,7 +18,6 @@ from pathlib import Path
 from PIL import Image
 
 from molmo_edge import images
-from molmo_edge.bench.document import ImageInfo
 from molmo_edge.errors import BenchmarkError, MolmoEdgeError
 
 DEFAULT_QUESTION = "Describe this image in detail."
@@ -33,18 +30,9 @@ class Case:
     name: str
     title: str
     question: str
-    image: Image.Image | None = field(default=None, repr=False, compare=False)
+    image: Image.Image | None = None
     expected: tuple[str, ...] = ()
     max_crops: int | None = None
-
-    def image_info(self) -> ImageInfo | None:
-        """The image's description for the result document."""
-        if self.image is None:
-            return None
-        digest = hashlib.sha256(self.image.tobytes()).hexdigest()
-        return ImageInfo(
-            name=self.name, width=self.image.width, height=self.image.height, sha256=digest
-        )
 
 
 def standard() -> tuple[Case, ...]:
@@ -94,22 +82,13 @@ def own(paths: Sequence[Path], question: str | None = None) -> tuple[Case, ...]:
     return tuple(cases)
 
 
-def sweep(
-    cases: Sequence[Case], sizes: Sequence[tuple[int, int]] = (), crops: Sequence[int] = ()
-) -> tuple[Case, ...]:
-    """Every case with an image at every (width, height) in pixels and every ``max_crops``."""
-    out: list[Case] = []
-    for case, size, limit in itertools.product(cases, sizes or (None,), crops or (None,)):
-        name, title, image = case.name, case.title, case.image
-        if image is not None and size is not None:
-            label = f"{size[0]}x{size[1]}"
-            image = image.resize(size, Image.Resampling.LANCZOS)
-            name, title = f"{name}-{label}", f"{title} {label}"
-        if image is not None and limit is not None:
-            name, title = f"{name}-crops{limit}", f"{title}, {limit} crops"
-        swept = replace(case, name=name, title=title, image=image)
-        out.append(swept if image is None or limit is None else replace(swept, max_crops=limit))
-    return tuple(dict.fromkeys(out))
+def sweep_crops(cases: Sequence[Case], crops: Sequence[int]) -> tuple[Case, ...]:
+    """Every case at every ``max_crops``."""
+    return tuple(
+        replace(case, name=f"{case.name}-crops{n}", title=f"{case.title}, {n} crops", max_crops=n)
+        for case in cases
+        for n in crops
+    )
 
 
 def fresh(image: Image.Image, number: int) -> Image.Image:

@@ -6,21 +6,19 @@ iterations included, cold ones too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import fmean
 
 from molmo_edge.bench import stats, tables
 from molmo_edge.bench.document import Document, Row, Summary
+from molmo_edge.bench.environment import PACKAGES
 from molmo_edge.bench.tables import UNKNOWN, interval, number, percent
 
 OVERALL = "overall"
-VERSIONS = {"vllm": "vLLM", "torch": "torch", "transformers": "transformers"}
-CASES = {
-    "boardwalk": "Boardwalk Photo",
-    "panels": "Complex Plot",
-    "linechart": "Data Interpretation",
-}
+"""The row of a 2025 result that has the figures of all cases together."""
+
+VERSIONS = ("vllm", "torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -39,76 +37,49 @@ class Comparison:
 
 def compare(documents: Sequence[Document]) -> Comparison:
     """Compare results; the first is the one that ratios refer to."""
-    heads = head_names(documents)
-    lines = {
-        title: cells for title, cells in _lines(documents) if any(cell != UNKNOWN for cell in cells)
-    }
-    return Comparison(heads, lines, differences(documents, heads))
-
-
-def head_names(documents: Sequence[Document]) -> list[str]:
-    """A distinct heading for each document."""
     heads: list[str] = []
-    for document in documents:
+    for place, document in enumerate(documents, 1):
         environment = document.environment
         name = document.label or environment.device.name or environment.model.name or "result"
-        same = sum(head == name or head.startswith(f"{name} (") for head in heads)
-        heads.append(f"{name} ({same + 1})" if same else name)
-    return heads
+        heads.append(f"{name} ({place})" if name in heads else name)
+    cases = {row.name: row.title for document in documents for row in case_rows(document)}
+    columns = [dict(_cells(document, documents[0], cases)) for document in documents]
+    lines = {title: [column[title] for column in columns] for title in columns[0]}
+    known = {title: cells for title, cells in lines.items() if {*cells} != {UNKNOWN}}
+    return Comparison(heads, known, differences(documents, heads))
 
 
-def _lines(documents: Sequence[Document]) -> Iterator[tuple[str, list[str]]]:
-    """Line titles, each with one cell per document."""
-
-    def each(cell: Callable[[Document], str]) -> list[str]:
-        return [cell(document) for document in documents]
-
-    def ceiling(name: str, digits: int) -> list[str]:
-        return each(lambda d: number(_ceiling(d, name), digits))
-
-    overall = [overall_speed(document) for document in documents]
-    yield (
-        "mean tok/s (std)",
-        [UNKNOWN if s.mean is None else f"{number(s.mean)} ({number(s.std)})" for s in overall],
-    )
-    yield "max tok/s", [number(s.max) for s in overall]
-    rows = [row for document in documents for row in case_rows(document)]
-    for name, title in (CASES | {r.name: r.title for r in rows if r.name not in CASES}).items():
-        speeds = [_speed(_row(document, name)) for document in documents]
-        yield f"{title}: mean", [number(s.mean) for s in speeds]
-        yield f"{title}: max", [number(s.max) for s in speeds]
-    yield "succeeded", each(_succeeded)
-    yield "warm-up mean tok/s", each(lambda d: number(_phase(d, steady=False)))
-    yield "steady mean tok/s", each(lambda d: number(_phase(d, steady=True)))
-    yield (
-        "decode tok/s, steady",
-        each(lambda d: interval(stats.summarize(_values(d, "output_tps")) or Summary())),
-    )
-    yield "decode against first", each(lambda d: _ratio(documents[0], d))
-    yield "TTFT ms, median", each(_ttft_ms)
-    yield "fraction of bandwidth", each(lambda d: percent(_ceiling(d, "bandwidth_share")))
-    yield "watts", ceiling("watts", 1)
-    yield "joules per token", ceiling("joules_per_token", 3)
-    yield "tok/s per watt", ceiling("tps_per_watt", 2)
-    known = [conditions(document) for document in documents]
-    for name in ("precision", "KV cache", *VERSIONS.values(), "power mode", "caches"):
-        yield name, [one[name] or UNKNOWN for one in known]
-    yield "measured", each(lambda d: d.created + ("" if d.complete else ", INCOMPLETE"))
+def _cells(
+    document: Document, first: Document, cases: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
+    """Titles and cells of one result's column; ``cases`` are names and titles."""
+    speed = _summary(document, "request_tps", "all")
+    mean = UNKNOWN if speed.mean is None else f"{number(speed.mean)} ({number(speed.std)})"
+    yield "mean tok/s (std)", mean
+    yield "max tok/s", number(speed.max)
+    rows = {row.name: row for row in case_rows(document)}
+    for name, title in cases.items():
+        summaries = rows[name].all if name in rows else {}
+        yield f"{title}: mean", number(summaries.get("request_tps", Summary()).mean)
+    yield "succeeded", _succeeded(document)
+    yield "warm-up mean tok/s", number(_summary(document, "request_tps", "cold").mean)
+    yield "steady mean tok/s", number(_summary(document, "request_tps", "steady").mean)
+    yield "decode tok/s, steady", interval(_summary(document, "output_tps", "steady"))
+    yield "decode against first", UNKNOWN if document is first else _ratio(document, first)
+    yield "TTFT ms, median", number(_summary(document, "ttft_s", "steady").median, 0, 1000)
+    yield "fraction of bandwidth", percent(_ceiling(document, "bandwidth_share"))
+    yield "joules per token", number(_ceiling(document, "joules_per_token"), 3)
+    known = conditions(document)
+    for name in ("precision", "KV cache", *(PACKAGES[name] for name in VERSIONS), "power mode"):
+        yield name, known[name] or UNKNOWN
+    yield "caches", known["caches"] or UNKNOWN
+    yield "measured", document.created + ("" if document.complete else ", INCOMPLETE")
 
 
 def _report_rows(document: Document) -> list[Row]:
     """Rows at batch 1 with a new image each time: the report's kind."""
-    found = {scenario.name: scenario.rows for scenario in document.scenarios if scenario.rows}
-    return next((found[name] for name in ("report", "latency", "text") if name in found), [])
-
-
-def _row(document: Document, name: str) -> Row | None:
-    return next((row for row in _report_rows(document) if row.name == name), None)
-
-
-def _speed(row: Row | None) -> Summary:
-    """Request speed over all iterations."""
-    return row.all.get("request_tps", Summary()) if row else Summary()
+    rows = {scenario.name: scenario.rows for scenario in document.scenarios}
+    return rows.get("report") or rows.get("text") or []
 
 
 def case_rows(document: Document) -> list[Row]:
@@ -116,44 +87,29 @@ def case_rows(document: Document) -> list[Row]:
     return [row for row in _report_rows(document) if row.name != OVERALL]
 
 
-def _values(document: Document, metric: str, *, steady: bool | None = True) -> list[float]:
-    """A metric's values of all cases: of the steady state, the warm-up, or (None) all of them."""
+def _values(document: Document, metric: str, phase: str = "steady") -> list[float]:
+    """A metric's values of all cases; ``phase`` is "all", "cold" or "steady"."""
     return [
         value
         for row in case_rows(document)
         for sample in row.succeeded
         if (value := getattr(sample, metric)) is not None
-        and (steady is None or row.is_steady(sample) is steady)
+        and (phase == "all" or row.is_steady(sample) is (phase == "steady"))
     ]
 
 
-def overall_speed(document: Document) -> Summary:
-    """Request speed over all cases and iterations, as the 2025 report has it."""
-    row = _row(document, OVERALL)
-    if row is not None:
-        return _speed(row)
-    return stats.summarize(_values(document, "request_tps", steady=None)) or Summary()
+def _summary(document: Document, metric: str, phase: str) -> Summary:
+    """A metric over all cases."""
+    for row in _report_rows(document):
+        if row.name == OVERALL:
+            summaries: dict[str, Summary] = getattr(row, phase)
+            return summaries.get(metric, Summary())
+    return stats.summarize(_values(document, metric, phase)) or Summary()
 
 
-def _phase(document: Document, *, steady: bool) -> float | None:
-    """Mean request speed before or in the steady state, all cases together."""
-    row = _row(document, OVERALL)
-    if row is not None:
-        return (row.steady if steady else row.cold).get("request_tps", Summary()).mean
-    values = _values(document, "request_tps", steady=steady)
-    return fmean(values) if values else None
-
-
-def _ratio(first: Document, other: Document) -> str:
-    if first is other:
-        return UNKNOWN
-    ratio = stats.ratio_interval(_values(other, "output_tps"), _values(first, "output_tps"))
+def _ratio(document: Document, first: Document) -> str:
+    ratio = stats.ratio_interval(_values(document, "output_tps"), _values(first, "output_tps"))
     return UNKNOWN if ratio is None else "x{:.2f} [{:.2f}, {:.2f}]".format(*ratio)
-
-
-def _ttft_ms(document: Document) -> str:
-    values = _values(document, "ttft_s")
-    return number(median(values), 0, 1000) if values else UNKNOWN
 
 
 def _ceiling(document: Document, name: str) -> float | None:
@@ -165,28 +121,24 @@ def _ceiling(document: Document, name: str) -> float | None:
 def _succeeded(document: Document) -> str:
     rows = _report_rows(document)
     failed = [row.counts["failed"] for row in rows if row.counts.get("failed") is not None]
-    # Historic results have no samples.
+    # Results of 2025 have no samples.
     total = sum(len(row.samples) for row in rows) or len(rows)
     return percent(1 - sum(count or 0 for count in failed) / total) if failed else UNKNOWN
-
-
-def _caches(document: Document) -> str | None:
-    proofs = [row.caches for row in case_rows(document) if row.caches]
-    modes = "/".join(sorted({proof.mode for proof in proofs}))
-    return (modes + ("" if all(p.proved for p in proofs) else ", unproved")) or None
 
 
 def conditions(document: Document) -> dict[str, str | None]:
     """What must be equal before two speeds say something about two devices or versions."""
     device, model = document.environment.device, document.environment.model
+    proofs = [row.caches for row in case_rows(document) if row.caches]
+    caches = "/".join(sorted({proof.mode for proof in proofs}))
     values = {
         "power mode": device.power_mode,
-        **{name: document.environment.software.get(key) for key, name in VERSIONS.items()},
+        **{PACKAGES[name]: document.environment.software.get(name) for name in VERSIONS},
         "model": model.name,
         "random weights": model.random_weights,
         "precision": model.precision,
         "KV cache": model.kv_cache_dtype,
-        "caches": _caches(document),
+        "caches": (caches + ("" if all(p.proved for p in proofs) else ", unproved")) or None,
         "max_crops": model.max_crops,
         "max_tokens": document.settings.get("max_tokens"),
         "temperature": document.settings.get("temperature"),
@@ -200,13 +152,11 @@ def differences(documents: Sequence[Document], heads: Sequence[str]) -> list[str
     flags = []
     each = [conditions(document) for document in documents]
     for name in each[0]:
-        values = [one[name] for one in each]
-        listed = [
-            f"{head}: {value or 'unknown'}" for head, value in zip(heads, values, strict=True)
-        ]
-        missing = [head for head, value in zip(heads, values, strict=True) if value is None]
-        if len(set(values) - {None}) > 1:
-            flags.append(f"{name} differs ({'; '.join(listed)})")
+        values = dict(zip(heads, (one[name] for one in each), strict=True))
+        missing = [head for head, value in values.items() if value is None]
+        if len({*values.values()} - {None}) > 1:
+            listed = "; ".join(f"{head}: {value or 'unknown'}" for head, value in values.items())
+            flags.append(f"{name} differs ({listed})")
         elif missing and (len(missing) < len(values) or name == "power mode"):
             flags.append(f"{name} is unknown in {', '.join(missing)}")
     for head, document in zip(heads, documents, strict=True):

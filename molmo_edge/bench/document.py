@@ -1,14 +1,12 @@
-"""The result of a benchmark: one JSON document, its schema, and its file.
+"""The result of a benchmark: one JSON document and its file.
 
-The published schema is ``data/result.schema.json``, generated from the models below. Times are
-seconds, sizes bytes, speeds tokens per second, energies joules, powers watts. ``null`` always means
-"unknown", never zero.
+Times are seconds, sizes bytes, speeds tokens per second, energies joules, powers watts. ``null``
+always means "unknown", never zero.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 from datetime import UTC, datetime
@@ -20,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from molmo_edge.errors import BenchmarkError
 
 Scalar = str | int | float | bool | None
-Stop = Literal["narrow", "cap", "time", "short", "fixed", "interrupted", "error"]
-"""Why a row ended; "short": the time limit came before the minimum number of iterations."""
+Stop = Literal["narrow", "cap", "time", "fixed", "interrupted", "error"]
+"""Why a row ended; see ``stats.RULES``. Cold starts have a fixed number."""
 
 
 class Part(BaseModel):
@@ -32,16 +30,19 @@ class Part(BaseModel):
 
 
 class Device(Part):
-    """What the numbers were produced on. Bandwidth is the published peak; clocks are in MHz."""
+    """What the numbers were produced on: fields of ``devices.info.DeviceInfo``.
+
+    Bandwidth is the published peak, the power limit (enforced, default), clocks (current, maximum)
+    in MHz.
+    """
 
     name: str | None = None
     kind: str | None = None
-    memory_bytes: int | None = None
-    bandwidth_bytes_per_s: float | None = None
+    memory_total_bytes: int | None = None
+    memory_bandwidth_bytes_s: float | None = None
     power_mode: str | None = None
-    power_limit_w: float | None = None
-    clocks_mhz: dict[str, int | None] = Field(default_factory=dict)
-    clocks_max_mhz: dict[str, int | None] = Field(default_factory=dict)
+    power_limit_w: tuple[float, float] | None = None
+    clocks: dict[str, tuple[int | None, int | None]] = Field(default_factory=dict)
     cpu_governor: str | None = None
     cpu_count: int | None = None
     driver: str | None = None
@@ -81,8 +82,6 @@ class Sample(Part):
     """One request. ``itl_s`` holds one latency per output token after the first."""
 
     iteration: int
-    started_s: float | None = None
-    user: int | None = None
     wall_s: float | None = None
     queue_s: float | None = None
     preprocess_s: float | None = None
@@ -106,8 +105,6 @@ class Wave(Part):
 
     iteration: int
     wall_s: float
-    requests: int
-    failed: int
     output_tokens: int
     total_tps: float
 
@@ -121,12 +118,10 @@ class Summary(Part):
     std: float | None = None
     min: float | None = None
     max: float | None = None
-    p50: float | None = None
     p90: float | None = None
     p99: float | None = None
     ci_low: float | None = None
     ci_high: float | None = None
-    confidence: float | None = None
 
 
 class Warmup(Part):
@@ -140,22 +135,20 @@ class CacheProof(Part):
     """Whether reuse could have flattered the row.
 
     ``cached_tokens`` is the largest number of prompt tokens the engine took from its cache in
-    any request, ``fresh_images`` says that no image was used twice. ``proved`` is true if both
-    agree with what the row claims, and null if the engine did not count.
+    any request. ``proved`` is true if it agrees with ``mode``, which the row claims, and null if
+    the engine did not count.
     """
 
     mode: Literal["on", "off"]
     cached_tokens: int | None = None
-    fresh_images: bool | None = None
     proved: bool | None = None
 
 
 class Ceiling(Part):
-    """How near decode comes to what the memory allows, and what it costs.
+    """How near decode comes to what the memory allows, and what the row cost.
 
-    Watts, joules and tokens per second per watt are of decode alone at batch 1, of the whole row
-    otherwise; ``row_joules_per_token`` is always of the whole row, prefill included.
-    ``throttled``: power or heat held the clocks down at some time of the row.
+    Watts are the mean over the row. Joules per token are the row's energy over its output tokens,
+    prefill included. ``throttled``: power or heat held the clocks down at some time of the row.
     """
 
     bytes_per_token: float | None = None
@@ -163,19 +156,8 @@ class Ceiling(Part):
     ceiling_tps: float | None = None
     watts: float | None = None
     joules_per_token: float | None = None
-    tps_per_watt: float | None = None
-    row_joules_per_token: float | None = None
     gpu_mhz: float | None = None
     throttled: bool | None = None
-
-
-class ImageInfo(Part):
-    """The row's image, before any per-iteration change. ``sha256`` is of its pixels."""
-
-    name: str
-    width: int
-    height: int
-    sha256: str | None = None
 
 
 class Answer(Part):
@@ -193,7 +175,6 @@ class Row(Part):
     title: str
     conditions: dict[str, Scalar] = Field(default_factory=dict)
     prompt: str | None = None
-    image: ImageInfo | None = None
     stopped: Stop | None = None
     error: str | None = None
     samples: list[Sample] = Field(default_factory=list)
@@ -253,11 +234,9 @@ class Document(Part):
 
     format: Literal["molmo-edge-bench"] = "molmo-edge-bench"
     version: Literal[1] = 1
-    kind: Literal["measured", "historic"] = "measured"
     label: str | None = None
     created: str
     complete: bool = False
-    source: str | None = None
     notes: list[str] = Field(default_factory=list)
     rules: dict[str, str] = Field(default_factory=dict)
     environment: Environment = Field(default_factory=Environment)
@@ -266,31 +245,12 @@ class Document(Part):
     scenarios: list[Scenario] = Field(default_factory=list)
 
 
-def schema(model: type[Part] = Document) -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of a document class."""
-    fields = model.model_fields
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **model.model_json_schema(),
-        "title": f"{fields['format'].default} result, version {fields['version'].default}",
-    }
-
-
 def dumps(document: Part) -> str:
-    """The document as JSON text; numbers keep six decimal places."""
-    data = _rounded(document.model_dump(mode="json"))
-    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+    """The document as JSON text."""
+    return document.model_dump_json(indent=1) + "\n"
 
 
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return round(value, 6)
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
-
-
-def write(data: str | bytes, path: Path) -> None:
+def write(text: str, path: Path) -> None:
     """Replace a file atomically.
 
     Raises:
@@ -299,7 +259,7 @@ def write(data: str | bytes, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as exc:
         with contextlib.suppress(OSError):

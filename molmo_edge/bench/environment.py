@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from molmo_edge.bench.document import Device, Environment, Model, Scalar
+from molmo_edge.bench.document import Device, Environment, Model
 from molmo_edge.engine import vllm_args
 
 STUB = "stub"
@@ -23,10 +23,6 @@ CACHES_ON: dict[str, Any] = {"enable_prefix_caching": True, "mm_processor_cache_
 PACKAGES = {"vllm": "vLLM", "torch": "torch", "transformers": "transformers",
             "molmo_edge": "molmo_edge", "python": "Python"}  # fmt: skip
 """Keys of ``Environment.software``, and the names to print."""
-
-SAME_NAME = ("name", "kind", "power_mode", "cpu_governor", "cpu_count", "driver", "cuda",
-             "machine", "in_container")  # fmt: skip
-"""Fields of the document's device that DeviceInfo has too."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,8 @@ class Target:
     @property
     def name(self) -> str:
         """A short name for labels and files."""
-        return self.model or (self.config.stem if self.config else "default")
+        name = self.model or (self.config.stem if self.config else "default")
+        return name.rstrip("/").rsplit("/", 1)[-1]
 
     @property
     def random_weights(self) -> bool:
@@ -78,36 +75,27 @@ class Target:
 
 def of(vlm: Any) -> Environment:
     """The environment of a started engine; what it reports beats what is installed."""
-    reported: dict[str, Any] = {
-        key: value if isinstance(value, str | int | float | bool | None) else str(value)
-        for key, value in sorted(vlm.environment.items())
+    reported = {
+        "load_format": vlm.settings.load_format,
+        "max_num_seqs": vlm.settings.max_num_seqs,
+        **{name: value for name, value in vlm.environment.items() if value is not None},
     }
+    model = Model.model_validate({**reported, "name": reported.pop("model", None)})
     device = detected_device()
-    device.name = reported.pop("device", None) or device.name
-    software = vllm_args.versions() | {
-        name: reported.pop(name) for name in PACKAGES if name in reported
-    }
-    model: dict[str, Scalar] = {"name": reported.pop("model", None)}
-    for name in Model.model_fields.keys() & {*reported, "max_num_seqs", "load_format"}:
-        value = reported.pop(name, None)
-        model[name] = getattr(vlm.settings, name, None) if value is None else value
-    other = {"platform": platform.platform(terse=True), **reported}
-    return Environment(
-        software=software, device=device, model=Model.model_validate(model), other=other
-    )
+    device.name = reported.pop("device", device.name)
+    software = vllm_args.versions()
+    other: dict[str, Any] = {"platform": platform.platform(terse=True)}
+    for name, value in reported.items():
+        if name in PACKAGES:
+            software[name] = value
+        elif name not in Model.model_fields:
+            other[name] = value if isinstance(value, str | int | float) else str(value)
+    return Environment(software=software, device=device, model=model, other=other)
 
 
 def detected_device() -> Device:
     """The device that the engine runs on, as the document has it."""
-    device = vllm_args.engine_device()
-    return Device(
-        memory_bytes=device.memory_total_bytes,
-        bandwidth_bytes_per_s=device.memory_bandwidth_bytes_s,
-        power_limit_w=device.power_limit_w[0] if device.power_limit_w else None,
-        clocks_mhz={name: current for name, (current, _) in device.clocks.items()},
-        clocks_max_mhz={name: maximum for name, (_, maximum) in device.clocks.items()},
-        **{name: getattr(device, name) for name in SAME_NAME},
-    )
+    return Device.model_validate(vllm_args.engine_device().as_dict())
 
 
 def software_line(environment: Environment) -> str:

@@ -27,7 +27,6 @@ from molmo_edge.bench.document import (
     Sample,
     Scalar,
     Scenario,
-    Stop,
     Summary,
     Warmup,
     Wave,
@@ -49,32 +48,23 @@ SAVE_EVERY_S = 5.0
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How long to measure, with which requests and under which load.
+    """How long to measure, and with which requests.
 
     Attributes:
         iterations, max_iterations: of a row; beyond the minimum, until its interval is narrow.
-        interval_width: narrow enough, relative to the mean.
-        time_limit_s: seconds from when an engine is ready, after which no row goes beyond its
-            minimum. With ``firm`` it counts from the start of the run and ends rows before it.
-        batches, users: sizes of batches, and numbers of concurrent users.
-        rates: requests per second of the Poisson open loop; empty: half and four fifths of the
-            best closed-loop rate of the same run.
+        time_limit_s: of each scenario. Its rows have equal parts of it, and end with them.
+        batches: sizes of batches.
         fps: of the camera, frames per second.
         starts: cold starts with disk caches present.
     """
 
     iterations: int = 10
     max_iterations: int = 20
-    interval_width: float = 0.02
-    time_limit_s: float = 900.0
-    firm: bool = False
+    time_limit_s: float = 1800.0
     max_tokens: int = 300
     ignore_eos: bool = False
     temperature: float = 0.0
-    seed: int = 0
     batches: tuple[int, ...] = (1, 2, 4, 8)
-    users: tuple[int, ...] = (1, 2, 4, 8)
-    rates: tuple[float, ...] = ()
     fps: float = 10.0
     starts: int = 2
 
@@ -83,21 +73,13 @@ class RunOptions:
         """The given options that are not None; defaults depend on the weights.
 
         Random weights never end an answer by themselves, so their answers have a fixed length; and
-        the stub is tried by people who wait, so its time limit is firm unless one is given.
+        the stub is tried by people who wait.
         """
         known = {name: value for name, value in values.items() if value is not None}
         defaults: dict[str, Any] = {"max_iterations": 2 * known.get("iterations", cls.iterations)}
         if random_weights:
-            firm = not known.keys() & {"iterations", "time_limit_s"}
-            defaults |= {"max_tokens": 128, "time_limit_s": 210.0, "ignore_eos": True, "firm": firm}
+            defaults |= {"max_tokens": 128, "time_limit_s": 210.0, "ignore_eos": True}
         return cls(**(defaults | known))
-
-    def rules(self) -> dict[str, str]:
-        """The rules in words, with these numbers."""
-        stop = stats.STOP_RULE.format(width=self.interval_width)
-        if self.firm:
-            stop += f" The time limit of {self.time_limit_s:.0f} s ends a row before its minimum."
-        return {"steady": stats.STEADY_RULE, "stop": stop}
 
 
 @dataclass
@@ -106,8 +88,7 @@ class Bench:
 
     ``save`` gets the document every few seconds, ``progress`` a line of text per iteration. With
     ``sensors`` every row gets its ceiling and, where the device has sensors, power.
-    ``scenarios.run`` sets ``vlm``, ``rows_left`` of the scenario, and ``ends``, when the time limit
-    is spent by ``clock``.
+    ``scenarios.run`` sets ``vlm``, and ``row_limit_s`` of the scenario.
     """
 
     cases: tuple[Case, ...]
@@ -120,15 +101,11 @@ class Bench:
     clock: Callable[[], float] = time.perf_counter
     sleep: Callable[[float], None] = time.sleep
     vlm: Any = None
-    rows_left: int = 1
-    ends: float = float("inf")
+    row_limit_s: float = float("inf")
 
     def __post_init__(self) -> None:
         self.document = Document(
-            created=now(),
-            label=self.label,
-            rules=self.options.rules(),
-            settings=asdict(self.options),
+            created=now(), label=self.label, rules=stats.RULES, settings=asdict(self.options)
         )
         self.row_began = self._saved_at = self.clock()
         self._numbers = itertools.count(1)
@@ -155,7 +132,7 @@ class Bench:
             scenario.error = "interrupted"
             raise
         except Exception as exc:
-            scenario.error = _message(exc)
+            scenario.error = message(exc)
             if isinstance(exc, EngineError):
                 raise
             if not isinstance(exc, MolmoEdgeError):
@@ -182,7 +159,6 @@ class Bench:
             title=title or case.title,
             conditions=dict(conditions),
             prompt=case.question,
-            image=case.image_info(),
         )
         self.document.scenarios[-1].rows.append(row)
         sampler = Sampler() if self.sensors else None
@@ -194,9 +170,8 @@ class Bench:
             row.stopped = "interrupted"
             raise
         except Exception as exc:
-            row.stopped, row.error = "error", _message(exc)
-            gone = isinstance(exc, EngineError) and not isinstance(exc, QueueFull)
-            if gone or not isinstance(exc, MolmoEdgeError):
+            row.stopped, row.error = "error", message(exc)
+            if isinstance(exc, EngineError) or not isinstance(exc, MolmoEdgeError):
                 raise
         finally:
             summarise(row)
@@ -204,17 +179,12 @@ class Bench:
             if caches is not None:
                 row.caches = cache_proof(row, caches)
             if sampler is not None:
-                row.ceiling = ceilings.of(row, self.document.environment, self.vlm, sampler)
+                shape = ceilings.shape_of(self.vlm)
+                row.ceiling = ceilings.of(row, self.document.environment, shape, sampler.summary())
             self.save_now()
 
     def request(
-        self,
-        row: Row | None,
-        case: Case,
-        image: Image.Image | None,
-        *,
-        iteration: int,
-        user: int | None = None,
+        self, row: Row | None, case: Case, image: Image.Image | None, iteration: int
     ) -> Sample:
         """Measure one request; its answer becomes the row's last.
 
@@ -225,12 +195,12 @@ class Bench:
         try:
             result = self.vlm.query(image, case.question, **self.sampling(case))
         except (RequestError, QueueFull) as exc:
-            sample = failed_sample(exc, iteration, user)
+            sample = Sample(iteration=iteration, error=message(exc))
         else:
-            sample = sample_of(result, iteration, user)
+            sample = sample_of(result, iteration)
             if row is not None:
                 row.answer = self._answer(case, result.text)
-        sample.started_s, sample.wall_s = start - self.row_began, self.clock() - start
+        sample.wall_s = self.clock() - start
         return sample
 
     def sampling(self, case: Case) -> dict[str, Any]:
@@ -254,24 +224,17 @@ class Bench:
         row.samples.extend(samples)
         if wave is not None:
             row.waves.append(wave)
-        done, minimum = len(row.waves) or len(row.samples), self.options.iterations
-        # The time left is for the minimum of this scenario's rows.
-        ahead = max(minimum - done, 0) + (self.rows_left - 1) * minimum
-        left = round((self.clock() - self.row_began) / done * ahead)
-        time_left = f"about {left // 60}:{left % 60:02d} left" if ahead else "until narrow"
-        self.progress(f"{row.title}: {done} of {minimum}, {time_left}")
+        self.progress(f"{row.title}: iteration {len(row.waves) or len(row.samples)}")
         if self.clock() - self._saved_at > SAVE_EVERY_S:
             self.save_now()
 
     def repeat(self, row: Row, once: Callable[[int], None]) -> None:
         """Call ``once(iteration)``, which adds to ``row``, until there is a reason to stop.
 
-        Rows share evenly what is left of the time limit.
-
         Raises:
             BenchmarkError: several iterations in a row failed altogether.
         """
-        deadline = self.clock() + max(self.ends - self.clock(), 0.0) / self.rows_left
+        deadline = self.clock() + self.row_limit_s
         for iteration in itertools.count():
             once(iteration)
             recent = [s for s in row.samples if s.iteration > iteration - FAILURES_IN_A_ROW]
@@ -279,37 +242,35 @@ class Bench:
                 raise BenchmarkError(
                     f"{FAILURES_IN_A_ROW} iterations in a row failed: {recent[-1].error}"
                 )
-            row.stopped = self._stop(row, iteration + 1, late=self.clock() >= deadline)
+            if iteration + 1 >= self.options.iterations and is_narrow(row):
+                row.stopped = "narrow"
+            elif iteration + 1 >= self.options.max_iterations:
+                row.stopped = "cap"
+            elif self.clock() >= deadline:
+                row.stopped = "time"
             if row.stopped is not None:
                 return
 
-    def _stop(self, row: Row, done: int, *, late: bool) -> Stop | None:
-        options = self.options
-        if done < options.iterations:
-            return "short" if late and options.firm else None
-        speeds = [speed for _, speed in speeds_of(row)]
-        start = stats.steady_state(speeds).start
-        if start is not None and stats.narrow_enough(speeds[start:], options.interval_width):
-            return "narrow"
-        return "cap" if done >= options.max_iterations else "time" if late else None
 
-
-def _message(exc: BaseException) -> str:
+def message(exc: BaseException) -> str:
+    """The error as documents have it."""
     return f"{type(exc).__name__}: {exc}"
 
 
-def failed_sample(exc: BaseException, iteration: int, user: int | None = None) -> Sample:
-    """A request without an answer."""
-    return Sample(iteration=iteration, user=user, error=_message(exc))
-
-
-def sample_of(result: Result, iteration: int, user: int | None = None) -> Sample:
+def sample_of(result: Result, iteration: int) -> Sample:
     """A result's metrics. ``prefill_s`` is TTFT less queueing and preprocessing."""
     metrics = asdict(result.metrics)
-    sample = Sample(iteration=iteration, user=user, finish_reason=result.finish_reason, **metrics)
+    sample = Sample(iteration=iteration, finish_reason=result.finish_reason, **metrics)
     if sample.ttft_s is not None and sample.preprocess_s is not None:
         sample.prefill_s = sample.ttft_s - sample.preprocess_s - (sample.queue_s or 0.0)
     return sample
+
+
+def is_narrow(row: Row) -> bool:
+    """Whether the row is steady and its mean speed known well enough."""
+    speeds = [speed for _, speed in speeds_of(row)]
+    start = stats.steady_state(speeds).start
+    return start is not None and stats.narrow_enough(speeds[start:])
 
 
 def speeds_of(row: Row) -> list[tuple[int, float]]:
@@ -350,15 +311,10 @@ def _summaries(samples: Sequence[Sample], waves: Sequence[Wave]) -> dict[str, Su
 
 def cache_proof(row: Row, on: bool) -> CacheProof:
     """Compare what the row claims about reuse with the engine's own counter."""
-    counts = [sample.cached_tokens for sample in row.succeeded]
-    known = [count for count in counts if count is not None]
-    fresh_images = row.conditions.get("fresh_images") is not False if row.image else None
-    proved: bool | None = None
-    if known and len(known) == len(counts):
-        proved = max(known) > 0 if on else max(known) == 0 and fresh_images is not False
+    counts = [s.cached_tokens for s in row.succeeded if s.cached_tokens is not None]
+    proved = None
+    if counts and len(counts) == len(row.succeeded):
+        proved = (max(counts) > 0) is on
     return CacheProof(
-        mode="on" if on else "off",
-        cached_tokens=max(known) if known else None,
-        fresh_images=fresh_images,
-        proved=proved,
+        mode="on" if on else "off", cached_tokens=max(counts, default=None), proved=proved
     )

@@ -1,66 +1,24 @@
-"""A result document as a table, a Markdown or HTML page, CSV, or JSON lines.
-
-Everything here reads the document and nothing else. The HTML page is self-contained: no scripts, no
-external resource.
-"""
+"""A result document as Markdown, short for a terminal or in full; reads the document only."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any
-
-from rich.console import Console
 
 from molmo_edge.bench import document as documents_io
-from molmo_edge.bench import plots, tables
-from molmo_edge.bench.compare import compare, head_names
+from molmo_edge.bench import tables
 from molmo_edge.bench.document import Ceiling, Document, Row, Scenario
 from molmo_edge.bench.environment import software_line
-from molmo_edge.bench.measure import METRICS
 from molmo_edge.bench.tables import UNKNOWN, interval, number, percent
-
-STOPS = {
-    "narrow": "interval narrow enough",
-    "cap": "maximum number of iterations",
-    "time": "time limit",
-    "short": "time limit, before its minimum number of iterations",
-    "fixed": "its fixed number",
-    "interrupted": "an interruption",
-    "error": "a failure",
-    None: "nothing, it goes on",
-}
-WIDE = 120
-"""Columns of a terminal from which all columns of the table are shown."""
-
-
-@dataclass(frozen=True)
-class Column:
-    """Heading and cell; ``wide`` ones are left out on a narrow terminal."""
-
-    head: str
-    cell: Callable[[Row], str]
-    wide: bool = False
 
 
 def _ms(metric: str, field: str, digits: int = 0) -> Callable[[Row], str]:
     return lambda row: number(getattr(row.summary(metric), field), digits, 1000)
 
 
-def _total(row: Row) -> str:
-    speed = interval(row.summary("total_tps"))
-    return number(row.counts.get("total_tps")) if speed == UNKNOWN else speed
-
-
-def steady_text(row: Row) -> str:
-    """From which iteration on the row was steady."""
+def _steady(row: Row) -> str:
     if row.warmup is None or "disk_caches" in row.conditions:
         return UNKNOWN
     if row.warmup.start is None:
@@ -68,7 +26,14 @@ def steady_text(row: Row) -> str:
     return f"from {row.warmup.start + 1}{', slowed' if row.warmup.slowed else ''}"
 
 
-def caches_text(row: Row) -> str:
+def _since_due(row: Row) -> str:
+    walls = [sample.wall_s for sample in row.succeeded if sample.wall_s is not None]
+    if not walls or not row.conditions.keys() & {"fps", "disk_caches"}:
+        return UNKNOWN
+    return number(median(walls), 2)
+
+
+def _caches(row: Row) -> str:
     """What the row claims about caches, and whether the engine's counter agrees."""
     if row.caches is None:
         return UNKNOWN
@@ -80,47 +45,41 @@ def _ceiling(row: Row) -> Ceiling:
     return row.ceiling or Ceiling()
 
 
-def _since_due(row: Row) -> str:
-    walls = [sample.wall_s for sample in row.succeeded if sample.wall_s is not None]
-    if not walls or not row.conditions.keys() & {"fps", "rate", "disk_caches"}:
-        return UNKNOWN
-    return number(median(walls), 2)
-
-
-COLUMNS = (
-    Column("case", lambda row: row.title),
-    Column("n", lambda row: str(len(row.waves) or len(row.samples) or UNKNOWN)),
-    Column("steady", steady_text),
-    Column("since due s", _since_due),
-    Column("preproc ms", _ms("preprocess_s", "median"), wide=True),
-    Column("ttft ms", _ms("ttft_s", "median")),
-    Column("ttft p99", _ms("ttft_s", "p99"), wide=True),
-    Column("itl ms", _ms("itl_s", "p50", 2), wide=True),
-    Column("itl p99", _ms("itl_s", "p99", 2), wide=True),
-    Column("decode tok/s", lambda row: interval(row.summary("output_tps"))),
-    Column("request tok/s", lambda row: interval(row.summary("request_tps"))),
-    Column("total tok/s", _total),
-    Column("of bandwidth", lambda row: percent(_ceiling(row).bandwidth_share)),
-    Column("J/token", lambda row: number(_ceiling(row).joules_per_token, 3)),
-    Column("caches", caches_text),
-)
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "case": lambda row: row.title,
+    "n": lambda row: str(len(row.waves) or len(row.samples) or UNKNOWN),
+    "steady": _steady,
+    "since due s": _since_due,
+    "preproc ms": _ms("preprocess_s", "median"),
+    "ttft ms": _ms("ttft_s", "median"),
+    "ttft p99": _ms("ttft_s", "p99"),
+    "itl ms": _ms("itl_s", "median", 2),
+    "itl p99": _ms("itl_s", "p99", 2),
+    "decode tok/s": lambda row: interval(row.summary("output_tps")),
+    "request tok/s": lambda row: interval(row.summary("request_tps")),
+    "total tok/s": lambda row: interval(row.summary("total_tps")),
+    "of bandwidth": lambda row: percent(_ceiling(row).bandwidth_share),
+    "J/token": lambda row: number(_ceiling(row).joules_per_token, 3),
+    "caches": _caches,
+}
 """The steady state's where there is one; latencies are medians, speeds means with interval.
 
-"since due" is from when a frame existed, a request was due, or a process was started.
+"since due" is from when a frame existed or a process was started.
 """
+PAGE_ONLY = ("preproc ms", "ttft p99", "itl ms", "itl p99")
+"""Columns that a terminal has no room for."""
 
 
-def grid(scenario: Scenario, *, narrow: bool = False) -> str:
+def grid(scenario: Scenario, *, full: bool = True) -> str:
     """The scenario's rows, without columns in which nothing is known."""
-    columns = [column for column in COLUMNS if not (narrow and column.wide)]
-    lines = [[column.cell(row) for column in columns] for row in scenario.rows]
-    return tables.table([column.head for column in columns], lines, keep=3)
+    heads = [head for head in COLUMNS if full or head not in PAGE_ONLY]
+    lines = [[COLUMNS[head](row) for head in heads] for row in scenario.rows]
+    return tables.table(heads, lines, keep=3)
 
 
 def phases(scenario: Scenario) -> str:
     """Cold and steady apart, in full, for the speeds and the time to first token."""
     fields = ("mean", "median", "std", "min", "max", "p90", "p99")
-    heads = ["case", "phase", "metric", "n", *fields]
     lines = []
     for row in scenario.rows:
         parts = {"warm-up": row.cold, "steady": row.steady} if row.steady else {"all": row.all}
@@ -130,12 +89,12 @@ def phases(scenario: Scenario) -> str:
                     digits = 3 if name.endswith("_s") else 1
                     values = [number(getattr(summary, field), digits) for field in fields]
                     lines.append([row.title, phase, name, number(summary.n, 0), *values])
-    return tables.table(heads, lines)
+    return tables.table(["case", "phase", "metric", "n", *fields], lines)
 
 
 def remarks(row: Row) -> Iterator[str]:
     """Sentences about one row that the table has no room for."""
-    yield f"{row.title}: ended by {STOPS[row.stopped]}" + (f", {row.error}" if row.error else "")
+    yield f"{row.title}: ended as {row.stopped}" + (f", {row.error}" if row.error else "")
     if failed := row.counts.get("failed"):
         yield f"{row.title}: {failed:.0f} of {len(row.samples)} requests failed"
     if (offered := row.counts.get("offered")) is not None:
@@ -156,8 +115,6 @@ def head(document: Document) -> Iterator[str]:
     yield f"software: {software_line(document.environment)}"
     yield f"power mode: {device.power_mode or 'unknown'}"
     yield f"measured: {document.created}{'' if document.complete else ', INCOMPLETE'}"
-    if document.source:
-        yield f"source: {document.source}"
     if document.startup is not None:
         stages = document.startup.stages.items()
         cold = ", ".join(f"{name} {number(s)} s" for name, s in stages if s is not None)
@@ -167,8 +124,19 @@ def head(document: Document) -> Iterator[str]:
             yield f"first request: {first.error or times}"
 
 
-def parts(document: Document, *, full: bool = True, narrow: bool = False) -> Iterator[str]:
-    """A result in Markdown; without ``full`` as a terminal has it."""
+def terminal(document: Document) -> str:
+    """A result in Markdown for a terminal."""
+    return tables.page(_parts(document, full=False))
+
+
+def markdown(document: Document) -> str:
+    """A result as one Markdown page."""
+    name = document.label or document.environment.model.name or ""
+    title = f"# Benchmark {tables.escape(name)}".rstrip()
+    return tables.page([title, *_parts(document, full=True)])
+
+
+def _parts(document: Document, *, full: bool) -> Iterator[str]:
     yield tables.items(head(document))
     yield tables.warnings(document.notes)
     if not document.complete:
@@ -178,7 +146,7 @@ def parts(document: Document, *, full: bool = True, narrow: bool = False) -> Ite
         if scenario.error:
             yield tables.warnings([f"Not complete: {scenario.error}"])
         if scenario.rows:
-            yield grid(scenario, narrow=narrow)
+            yield grid(scenario, full=full)
             yield tables.items(line for row in scenario.rows for line in remarks(row))
         if scenario.rows and full:
             yield "### Warm-up and steady"
@@ -192,111 +160,6 @@ def parts(document: Document, *, full: bool = True, narrow: bool = False) -> Ite
         yield tables.items(f"{name}: {rule}" for name, rule in document.rules.items())
 
 
-def show(document: Document, console: Console) -> None:
-    """Print a result on a terminal."""
-    narrow = console.width < WIDE
-    tables.show(tables.page(parts(document, full=False, narrow=narrow)), console)
-
-
-def markdown(document: Document) -> str:
-    """A result as one Markdown page."""
-    name = document.label or document.environment.model.name or ""
-    return tables.page([f"# Benchmark {tables.escape(name)}".rstrip(), *parts(document)])
-
-
 def write(document: Document, path: Path) -> None:
     """Write the JSON document and the Markdown page beside it, each atomically."""
     documents_io.save(document, markdown(document), path)
-
-
-def flat(document: Document) -> Iterator[dict[str, Any]]:
-    """One flat record per row, for CSV and JSON lines; the same keys in every record."""
-    environment = document.environment
-    shared = {
-        "created": document.created,
-        "complete": document.complete,
-        "device": environment.device.name,
-        "power_mode": environment.device.power_mode,
-        "model": environment.model.name,
-        "random_weights": environment.model.random_weights,
-        "precision": environment.model.precision,
-        "kv_cache_dtype": environment.model.kv_cache_dtype,
-        **environment.software,
-    }
-    for scenario in document.scenarios:
-        for row in scenario.rows:
-            record = shared | {
-                "scenario": scenario.name,
-                "case": row.name,
-                "title": row.title,
-                "iterations": len(row.waves) or len(row.samples),
-                "steady_from": row.steady_from,
-                "stopped": row.stopped,
-                "caches": row.caches and row.caches.mode,
-                "caches_proved": row.caches and row.caches.proved,
-            }
-            for metric in (*METRICS, "total_tps"):
-                summary = row.summary(metric).model_dump(exclude={"n", "median", "confidence"})
-                record |= {f"{metric}_{name}": value for name, value in summary.items()}
-            yield record | _ceiling(row).model_dump()
-
-
-def render(document: Document, form: str) -> str:
-    """The document as ``md``, ``json``, ``jsonl`` or ``csv`` text."""
-    if form == "md":
-        return markdown(document)
-    if form == "json":
-        return documents_io.dumps(document)
-    records = list(flat(document))
-    if form == "jsonl":
-        return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(records[0]) if records else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return buffer.getvalue()
-
-
-STYLE = """
-:root { color-scheme: light; }
-body { margin: 0 auto; padding: 1rem; max-width: 76rem; color: #222; background: #fff;
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } h3 { font-size: 1rem; }
-ul { padding-left: 1.2rem; } li { color: #555; font-size: .9rem; overflow-wrap: anywhere; }
-blockquote { margin: 0; background: #fff4d6; border-left: 4px solid #c77f00; padding: .1rem .5rem; }
-table { display: block; overflow-x: auto; border-collapse: collapse; font-size: .9rem;
-  font-variant-numeric: tabular-nums; white-space: nowrap; }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr));
-  gap: 1rem; }
-figure { margin: 0; } figure svg { width: 100%; height: auto; display: block; }
-figcaption { color: #555; font-size: .9rem; }
-"""
-
-
-def html(documents: Sequence[Document]) -> str:
-    """One page about one or more results; with several, the comparison comes first.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-    """
-    names = head_names(documents)
-    title = f"Benchmark: {', '.join(names)}"
-    comparison = compare(documents).markdown() if len(documents) > 1 else ""
-    figures = "".join(
-        f'<figure id="{name}">{plots.svg(figure)}'
-        f"<figcaption>{escape(plots.CAPTIONS[name])}</figcaption></figure>\n"
-        for name, figure in plots.figures(documents).items()
-    )
-    results: list[str] = []
-    for name, document in zip(names, documents, strict=True):
-        results += [f"## {tables.escape(name)}", *parts(document)]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"{tables.html(tables.page([f'# {tables.escape(title)}', comparison]))}\n"
-        f'<div class="plots">{figures}</div>\n{tables.html(tables.page(results))}\n'
-        "</body>\n</html>\n"
-    )

@@ -1,39 +1,32 @@
-"""The measurements by name: one request at a time, fixed batches, concurrent users, a camera.
+"""The measurements by name: one request at a time, fixed batches, a camera, cold starts.
 
 Every request gets an image of its own, so that nothing is shared, unless the scenario is about
 reuse. Scenarios that need the caches off share one engine, those that need them on another; cold
-starts need none. An engine that dies ends its scenario; the next one gets a new engine, once.
+starts need none. An engine that dies ends its scenario and those that were to follow on it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import random
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 from molmo_edge.bench import coldstart, environment
 from molmo_edge.bench.cases import Case, text_only
-from molmo_edge.bench.document import Document, Row, Sample, Startup, Wave
-from molmo_edge.bench.measure import Bench, failed_sample, sample_of
-from molmo_edge.errors import BenchmarkError, EngineError, MolmoEdgeError, RequestError
+from molmo_edge.bench.document import Document, Sample, Scenario, Startup, Wave
+from molmo_edge.bench.measure import Bench, message, sample_of
+from molmo_edge.errors import BenchmarkError, MolmoEdgeError, QueueFull, RequestError
 from molmo_edge.requests import Request
-
-MAX_THREADS = 256
 
 Open = Callable[[bool], AbstractContextManager[Any]]
 """Builds an engine; the argument says whether its caches are on."""
 
 SCENARIOS: dict[str, tuple[str, bool | None]] = {
     "report": ("The report's cases", False),
-    "latency": ("Latency at batch 1", False),
     "text": ("Text only", False),
     "throughput": ("Throughput in fixed batches", False),
-    "concurrency": ("Concurrent users", False),
     "camera": ("A camera's newest frame", False),
     "repeat-frame": ("The same image again, caches on", True),
     "cold-start": ("Process start to first token", None),
@@ -43,22 +36,15 @@ SCENARIOS: dict[str, tuple[str, bool | None]] = {
 
 def rows_of(name: str, bench: Bench) -> list[Callable[[], None]]:
     """The functions that measure a scenario, one for each row."""
-    options = bench.options
     match name:
         case "text":
             return [partial(alone, bench, case) for case in text_only()]
-        case "repeat-frame":
-            return [partial(alone, bench, case, repeated=True) for case in image_cases(bench)]
         case "throughput":
-            return [partial(batches, bench, size) for size in options.batches]
-        case "concurrency":
-            return [
-                *(partial(closed_loop, bench, users) for users in options.users),
-                *(partial(open_loop, bench, rate) for rate in options.rates),
-                *(partial(below_best, bench, f) for f in (0.5, 0.8) if not options.rates),
-            ]
+            return [partial(batches, bench, size) for size in bench.options.batches]
         case "camera":
             return [partial(newest_frame, bench, image_cases(bench)[0])]
+        case "repeat-frame":
+            return [partial(alone, bench, case, repeated=True) for case in image_cases(bench)]
         case "cold-start":  # its two rows share a directory
             return [partial(coldstart.measure, bench)]
         case _:
@@ -96,12 +82,11 @@ def run(bench: Bench, open_engine: Open, names: Sequence[str] = ("report",)) -> 
         MolmoEdgeError: the first engine could not be started, or a scenario is unknown.
     """
     chosen, document = choose(names), bench.document
-    firm_end = bench.clock() + bench.options.time_limit_s
     try:
         for caches in (False, True, None):
-            left = [name for name in chosen if SCENARIOS[name][1] is caches]
-            while left:
-                _run_on_one_engine(bench, open_engine, left, caches, firm_end)
+            group = [name for name in chosen if SCENARIOS[name][1] is caches]
+            if group:
+                _run_on_one_engine(bench, open_engine, group, caches)
         document.complete = all(scenario.complete for scenario in document.scenarios)
     except KeyboardInterrupt:
         document.notes.append("interrupted: what was measured until then is kept")
@@ -110,32 +95,26 @@ def run(bench: Bench, open_engine: Open, names: Sequence[str] = ("report",)) -> 
 
 
 def _run_on_one_engine(
-    bench: Bench, open_engine: Open, left: list[str], caches: bool | None, firm_end: float
+    bench: Bench, open_engine: Open, names: Sequence[str], caches: bool | None
 ) -> None:
-    """Take scenarios from ``left`` until it is empty or the engine is gone."""
-    before = len(left)
+    left, scenarios = list(names), bench.document.scenarios
     bench.progress("starting the engine")
     try:
         with contextlib.nullcontext() if caches is None else open_engine(caches) as bench.vlm:
             if caches is not None and bench.document.startup is None:
                 _describe(bench)
-            end = bench.clock() + bench.options.time_limit_s
-            bench.ends = firm_end if bench.options.firm else end
             while left:
                 name = left.pop(0)
                 with bench.scenario(name, SCENARIOS[name][0]):
                     rows = rows_of(name, bench)
-                    for number, measure_row in enumerate(rows):
-                        bench.rows_left = len(rows) - number
+                    bench.row_limit_s = bench.options.time_limit_s / len(rows)
+                    for measure_row in rows:
                         measure_row()
     except MolmoEdgeError as exc:
-        if not bench.document.scenarios:
+        if not scenarios:
             raise
-        if not isinstance(exc, EngineError) or len(left) == before:
-            while left:
-                name = left.pop(0)
-                with bench.scenario(name, SCENARIOS[name][0]):
-                    raise BenchmarkError(f"not run, no engine: {exc}") from exc
+        error = f"not run, no engine: {exc}"
+        scenarios += [Scenario(name=name, title=SCENARIOS[name][0], error=error) for name in left]
     finally:
         bench.vlm = None
 
@@ -146,7 +125,7 @@ def _describe(bench: Bench) -> None:
     document.environment = environment.of(vlm)
     if document.environment.model.random_weights:
         document.notes.append("random weights: speeds are real, answers mean nothing")
-    first = bench.request(None, case, case.image, iteration=0)
+    first = bench.request(None, case, case.image, 0)
     document.startup = Startup(stages=dict(vlm.startup), first_request=first)
 
 
@@ -155,14 +134,12 @@ def alone(bench: Bench, case: Case, *, repeated: bool = False) -> None:
     conditions: dict[str, Any] = {"batch": 1}
     if case.max_crops is not None:
         conditions["max_crops"] = case.max_crops
-    if repeated:
-        conditions["fresh_images"] = False
     with bench.row(case, caches=repeated, **conditions) as row:
         bench.vlm.reset_caches()
 
         def once(iteration: int) -> None:
             image = case.image if repeated else bench.fresh(case)
-            bench.add(row, bench.request(row, case, image, iteration=iteration))
+            bench.add(row, bench.request(row, case, image, iteration))
 
         bench.repeat(row, once)
 
@@ -180,113 +157,22 @@ def batches(bench: Bench, size: int) -> None:
             start = bench.clock()
             results = bench.vlm.batch(requests, return_exceptions=True)
             wall_s = bench.clock() - start
-            samples = [_sample(one, iteration, user) for user, one in enumerate(results)]
-            bench.add(row, *samples, wave=_wave(samples, iteration, wall_s))
+            samples = [_batch_sample(result, iteration) for result in results]
+            tokens = sum(sample.output_tokens or 0 for sample in samples)
+            wave = Wave(
+                iteration=iteration, wall_s=wall_s, output_tokens=tokens, total_tps=tokens / wall_s
+            )
+            bench.add(row, *samples, wave=wave)
 
         bench.repeat(row, once)
 
 
-def _sample(result: Any, iteration: int, user: int) -> Sample:
-    if isinstance(result, RequestError):
-        return failed_sample(result, iteration, user)
+def _batch_sample(result: Any, iteration: int) -> Sample:
+    if isinstance(result, RequestError | QueueFull):
+        return Sample(iteration=iteration, error=message(result))
     if isinstance(result, BaseException):
         raise result
-    return sample_of(result, iteration, user)
-
-
-def _wave(samples: Sequence[Sample], iteration: int, wall_s: float) -> Wave:
-    tokens = sum(sample.output_tokens or 0 for sample in samples)
-    return Wave(
-        iteration=iteration,
-        wall_s=wall_s,
-        requests=len(samples),
-        failed=sum(sample.error is not None for sample in samples),
-        output_tokens=tokens,
-        total_tps=tokens / wall_s,
-    )
-
-
-def closed_loop(bench: Bench, users: int) -> None:
-    """Each user sends the next request once the answer is complete, ``iterations`` times."""
-    title = f"{users} user{'s' if users > 1 else ''}"
-    with bench.row(bench.cases[0], title=title, loop="closed", users=users) as row:
-
-        def work(user: int, stop: threading.Event) -> Iterator[Sample]:
-            for iteration in range(bench.options.iterations):
-                if stop.is_set():
-                    return
-                case = bench.cases[(iteration + user) % len(bench.cases)]
-                yield bench.request(row, case, bench.fresh(case), iteration=iteration, user=user)
-
-        _concurrently(bench, row, users, work)
-
-
-def below_best(bench: Bench, fraction: float) -> None:
-    """Arrivals at a fraction of the best rate that the closed loops reached."""
-    rows = bench.document.scenarios[-1].rows
-    best = max(row.counts.get("requests_per_s") or 0.0 for row in rows)
-    if best > 0:
-        open_loop(bench, best * fraction)
-
-
-def open_loop(bench: Bench, rate: float) -> None:
-    """Requests arrive at random (Poisson) whether or not earlier ones are answered.
-
-    ``wall_s`` counts from when a request was due, not from when a thread could send it.
-    """
-    count = max(bench.options.iterations, 8)
-    rng = random.Random(bench.options.seed)
-    due = [rng.expovariate(rate)]
-    while len(due) < count:
-        due.append(due[-1] + rng.expovariate(rate))
-    title = f"{rate:.3g} req/s, random"
-    with bench.row(bench.cases[0], title=title, loop="open", rate=rate) as row:
-
-        def work(number: int, stop: threading.Event) -> Iterator[Sample]:
-            case = bench.cases[number % len(bench.cases)]
-            image = bench.fresh(case)
-            arrival = bench.row_began + due[number]
-            while (delay := arrival - bench.clock()) > 0:
-                if stop.is_set():
-                    return
-                bench.sleep(min(delay, 0.1))  # short, so that Ctrl-C need not wait for arrivals
-            sample = bench.request(row, case, image, iteration=number)
-            sample.wall_s = bench.clock() - arrival
-            yield sample
-
-        row.counts["offered_per_s"] = rate
-        _concurrently(bench, row, count, work)
-
-
-def _concurrently(
-    bench: Bench, row: Row, count: int, work: Callable[[int, threading.Event], Iterator[Sample]]
-) -> None:
-    """Run ``work`` in ``count`` threads; a failure or Ctrl-C stops all after a request."""
-    stop, lock = threading.Event(), threading.Lock()
-
-    def job(number: int) -> None:
-        for sample in work(number, stop):
-            with lock:
-                bench.add(row, sample)
-
-    with ThreadPoolExecutor(min(count, MAX_THREADS), "bench-user") as pool:
-        futures = [pool.submit(job, number) for number in range(count)]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    wall_s = bench.clock() - bench.row_began
-    row.samples.sort(key=lambda s: (s.iteration, s.user or 0))
-    row.counts |= {
-        "wall_s": wall_s,
-        "requests": len(row.samples),
-        "requests_per_s": len(row.succeeded) / wall_s,
-        "total_tps": sum(sample.output_tokens or 0 for sample in row.succeeded) / wall_s,
-    }
-    row.stopped = "fixed"
+    return sample_of(result, iteration)
 
 
 def newest_frame(bench: Bench, case: Case) -> None:
@@ -297,21 +183,18 @@ def newest_frame(bench: Bench, case: Case) -> None:
     """
     fps = bench.options.fps
     with bench.row(case, title=f"{fps:g} frames/s, newest first", fps=fps) as row:
-        last, dropped = -1, 0
+        last = -1
 
         def once(iteration: int) -> None:
-            nonlocal last, dropped
+            nonlocal last
             newest = int((bench.clock() - bench.row_began) * fps)
             if newest <= last:
                 newest = last + 1
                 bench.sleep(max(0.0, bench.row_began + newest / fps - bench.clock()))
-            dropped += newest - last - 1
             last = newest
-            sample = bench.request(row, case, bench.fresh(case), iteration=iteration)
+            sample = bench.request(row, case, bench.fresh(case), iteration)
             sample.wall_s = bench.clock() - bench.row_began - newest / fps
             bench.add(row, sample)
-            row.counts |= {
-                "offered": last + 1, "dropped": dropped, "answered": len(row.succeeded)
-            }  # fmt: skip
+            row.counts |= {"offered": last + 1, "dropped": last - iteration}
 
         bench.repeat(row, once)

@@ -1,7 +1,7 @@
 """Statistics of measured series: summaries, confidence intervals, and the steady state.
 
-Every random draw is seeded, so the same samples always give the same report. :data:`STEADY_RULE`
-and :data:`STOP_RULE` apply to every row and are quoted in every report.
+Every random draw is seeded, so the same samples always give the same report. :data:`RULES` apply
+to every row and are quoted in every report.
 """
 
 from __future__ import annotations
@@ -14,6 +14,11 @@ import numpy as np
 from molmo_edge.bench.document import Summary, Warmup
 
 CONFIDENCE = 0.95
+TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
+WIDTH = 0.02
+"""A row is precise enough once its interval is no wider than this to either side, relative to the
+mean."""
+
 MIN_STEADY = 4
 """A steady state needs this many iterations."""
 
@@ -21,16 +26,15 @@ TOLERANCE = 0.10
 """Speeds of a warm engine scatter by up to 9 % on a busy machine; what warm-up costs is more: the
 cold iterations of the 2025 report were 45 % slower."""
 
-STEADY_RULE = (
-    "The level of a row is the median decode speed of the second half of its iterations. The "
-    f"steady state begins with the first iteration within {TOLERANCE:.0%} of that level, and needs "
-    f"at least {MIN_STEADY} iterations; all before it is warm-up."
-)
-STOP_RULE = (
-    f"A row ends once it has its minimum number of iterations and the {CONFIDENCE:.0%} interval of "
-    "the mean steady decode speed is within ±{width:.1%} of it; otherwise at its maximum number "
-    "of iterations or when the time limit is spent."
-)
+RULES = {
+    "steady": "The level of a row is the median decode speed of the second half of its iterations. "
+    f"The steady state begins with the first iteration within {TOLERANCE:.0%} of that level, and "
+    f"needs at least {MIN_STEADY} iterations; all before it is warm-up.",
+    "stop": "A row ends as narrow once it has its minimum number of iterations and the "
+    f"{CONFIDENCE:.0%} interval of the mean steady decode speed is within ±{WIDTH:.0%} of it; "
+    "otherwise as cap at its maximum number of iterations, or as time when its part of the "
+    "scenario's time limit is spent.",
+}
 
 
 def summarize(values: Sequence[float]) -> Summary | None:
@@ -46,20 +50,18 @@ def summarize(values: Sequence[float]) -> Summary | None:
     if not series.size:
         return None
     low, high = mean_interval(values) or (None, None)
-    p50, p90, p99 = (float(q) for q in np.percentile(series, [50, 90, 99]))
+    median, p90, p99 = (float(q) for q in np.percentile(series, [50, 90, 99]))
     return Summary(
         n=series.size,
         mean=float(series.mean()),
-        median=p50,
+        median=median,
         std=float(series.std(ddof=1)) if series.size > 1 else None,
         min=float(series.min()),
         max=float(series.max()),
-        p50=p50,
         p90=p90,
         p99=p99,
         ci_low=low,
         ci_high=high,
-        confidence=CONFIDENCE,
     )
 
 
@@ -79,7 +81,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     if not usable.any():
         return mean, mean
     t = (draws.mean(axis=1)[usable] - mean) / errors[usable]
-    low, high = np.quantile(t, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    low, high = np.quantile(t, TAILS)
     return mean - float(high) * error, mean - float(low) * error
 
 
@@ -92,12 +94,12 @@ def ratio_interval(
         return None
     rng = np.random.default_rng(0)
     tops, bottoms = (rng.choice(x, (4000, x.size)).mean(axis=1) for x in (top, bottom))
-    low, high = np.quantile(tops / bottoms, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    low, high = np.quantile(tops / bottoms, TAILS)
     return float(top.mean() / bottom.mean()), float(low), float(high)
 
 
 def steady_state(speeds: Sequence[float]) -> Warmup:
-    """Warm-up and steady state of speeds by iteration (:data:`STEADY_RULE`).
+    """Warm-up and steady state of speeds by iteration, by the rule in :data:`RULES`.
 
     ``slowed``: at least ``MIN_STEADY`` iterations before the steady state were faster than it.
     """
@@ -111,10 +113,10 @@ def steady_state(speeds: Sequence[float]) -> Warmup:
     return Warmup(start=start if series.size - start >= MIN_STEADY else None, slowed=faster)
 
 
-def narrow_enough(steady: Sequence[float], width: float) -> bool:
-    """Whether the interval of the mean lies within ``width`` (relative) of it on both sides."""
+def narrow_enough(steady: Sequence[float]) -> bool:
+    """Whether the interval of the mean lies within ``WIDTH`` of it on both sides."""
     interval = mean_interval(steady)
     if interval is None or len(steady) < MIN_STEADY:
         return False
     mean = float(np.mean(steady))
-    return max(mean - interval[0], interval[1] - mean) <= width * abs(mean)
+    return max(mean - interval[0], interval[1] - mean) <= WIDTH * abs(mean)

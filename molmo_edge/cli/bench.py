@@ -5,7 +5,6 @@ Without arguments it measures the three standard cases on the stub (random weigh
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from molmo_edge.cli.common import (
 app = typer.Typer(
     name="bench",
     cls=Commands,
-    help="Measure speed, steadiness and ceilings; compare and report results.",
+    help="Measure speed, steadiness and ceilings; compare results.",
     invoke_without_command=True,
     no_args_is_help=False,
     pretty_exceptions_enable=False,
@@ -41,37 +40,20 @@ app = typer.Typer(
 )
 
 
-def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
-    """``640x480,1280x960`` as (width, height) pairs in pixels."""
-    sizes = [re.fullmatch(r"\s*([1-9]\d{0,4})x([1-9]\d{0,4})\s*", part) for part in text.split(",")]
-    if None in sizes:
-        raise typer.BadParameter("must look like 640x480,1280x960 (width x height)")
-    return tuple((int(size[1]), int(size[2])) for size in sizes if size)
-
-
 def parse_integers(text: str) -> tuple[int, ...]:
-    """``1,2,4`` as numbers above 0."""
-    values = parse_numbers(text)
-    if not all(value.is_integer() for value in values):
-        raise typer.BadParameter("must be integers separated by commas, like 1,2,4")
-    return tuple(map(int, values))
-
-
-def parse_numbers(text: str) -> tuple[float, ...]:
-    """``0.5,2`` as numbers above 0."""
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        values = (0.0,)
-    if not all(0 < value < 1e6 for value in values):
-        raise typer.BadParameter("must be numbers above 0 separated by commas, like 1,2,4")
-    return values
+    """``1,2,4`` as integers above 0."""
+    if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", text):
+        raise typer.BadParameter("must be integers above 0 separated by commas, like 1,2,4")
+    return tuple(map(int, text.split(",")))
 
 
 ImageOption = Annotated[list[Path] | None, Option(help="Your image; repeatable.")]
 QuestionOption = Annotated[str | None, Option(help="What to ask about --image.")]
 OutputOption = Annotated[Path, Option(help="Directory, or .json file, of the result.")]
 Results = Annotated[list[Path], Argument(help="Result documents (JSON).")]
+FormatOption = Annotated[
+    Literal["table", "md", "json"], Option("-o", "--format", help="On standard output.")
+]
 OUTPUT = Path("bench-results")
 
 
@@ -91,7 +73,6 @@ class TargetOptions:
     max_model_len: Annotated[int | None, Option()] = None
     max_num_seqs: Annotated[int | None, Option()] = None
     profile: ProfileOption = None
-    seed: Annotated[int, Option()] = 0
 
     def target(self) -> Target:
         """The engine, not yet started."""
@@ -106,11 +87,9 @@ class MeasureOptions:
     iterations: Annotated[int | None, Option(min=1, help="Minimum of a row; default: 10.")] = None
     max_iterations: Annotated[int | None, Option(help="Maximum of a row; default: twice.")] = None
     time_limit_s: Annotated[
-        float | None, Option("--time-limit", min=1, help="Seconds; then no more than the minimum.")
+        float | None,
+        Option("--time-limit", min=1, help="Seconds of a scenario, shared by its rows."),
     ] = None
-    interval_width: Annotated[
-        float, Option("--width", min=1e-4, max=1, help="A row ends at ± this fraction of its mean.")
-    ] = 0.02
     max_tokens: Annotated[int | None, Option(min=1, help="Output tokens of a request.")] = None
     temperature: Annotated[float, Option(min=0, max=2, help="0 is greedy.")] = 0.0
     ignore_eos: Annotated[
@@ -118,10 +97,6 @@ class MeasureOptions:
         Option("--ignore-eos/--stop-at-eos", help="Default: only random weights ignore it."),
     ] = None
     batches: Annotated[Any, Option(parser=parse_integers, help="Sizes of throughput.")] = "1,2,4,8"
-    users: Annotated[Any, Option(parser=parse_integers, help="Users of concurrency.")] = "1,2,4,8"
-    rates: Annotated[Any, Option(parser=parse_numbers, help="Open-loop requests per second.")] = (
-        None
-    )
     fps: Annotated[float, Option(min=0.001, help="Frames per second of camera.")] = 10.0
     starts: Annotated[int, Option(min=1, help="Cold starts with disk caches present.")] = 2
 
@@ -138,18 +113,12 @@ def bench(
         list[str] | None,
         Option(help=f"{', '.join(scenarios.SCENARIOS)} or all; repeatable; default: report."),
     ] = None,
-    sizes: Annotated[
-        Any, Option(parser=parse_sizes, help="Sweep image sizes: 640x480,1280x960.")
-    ] = None,
     sweep_crops: Annotated[
         Any, Option(parser=parse_integers, help="Sweep max_crops: 1,4,12.")
     ] = None,
     label: Annotated[str | None, Option(help="Heading of this run in comparisons.")] = None,
     output: OutputOption = OUTPUT,
-    form: Annotated[
-        Literal["table", "md", "csv", "json", "jsonl"],
-        Option("-o", "--format", help="On standard output."),
-    ] = "table",
+    form: FormatOption = "table",
 ) -> None:
     """Run scenarios and write a JSON document and a Markdown page."""
     if ctx.invoked_subcommand is not None:
@@ -157,12 +126,13 @@ def bench(
     names = scenarios.choose(scenario or ["report"])
     target = engine.target()
     chosen = case_set.own(image, question) if image else case_set.standard()
-    name = label or target.name
-    path = documents.result_path(output, name.rstrip("/").rsplit("/", 1)[-1])
+    if sweep_crops:
+        chosen = case_set.sweep_crops(chosen, sweep_crops)
+    path = documents.result_path(output, label or target.name)
     with messages.status("") as status:
         run = Bench(
-            cases=case_set.sweep(chosen, sizes or (), sweep_crops or ()),
-            options=RunOptions.choose(target.random_weights, seed=engine.seed, **vars(measure)),
+            cases=chosen,
+            options=RunOptions.choose(target.random_weights, **vars(measure)),
             label=label,
             save=lambda document: report.write(document, path),
             progress=status.update,
@@ -170,15 +140,26 @@ def bench(
             start_command=target.start_command(image[0] if image else None),
         )
         document = scenarios.run(run, target.open, names)
-    if form == "table":
-        report.show(document, console)
-    else:
-        typer.echo(report.render(document, form), nl=False)
-    messages.print(f"written: {path} and {path.with_suffix('.md').name}", soft_wrap=True)
+    page = report.terminal(document) if form == "table" else report.markdown(document)
+    output_result(document, page, form, path)
     if any("interrupted" in note for note in document.notes):
         raise typer.Exit(130)
     if not document.complete:
         raise typer.Exit(1)
+
+
+def output_result(document: documents.Part, page: str, form: str, path: Path) -> None:
+    """Print a result in one form, and where its files are."""
+    print_page(documents.dumps(document) if form == "json" else page, form)
+    messages.print(f"written: {path} and {path.with_suffix('.md').name}", soft_wrap=True)
+
+
+def print_page(text: str, form: str) -> None:
+    """Print Markdown as a terminal shows it, any other form as it is."""
+    if form == "table":
+        tables.show(text, console)
+    else:
+        typer.echo(text, nl=False)
 
 
 @app.command(name="compare")
@@ -198,32 +179,6 @@ def compare_results(
         raise typer.Exit(1)
 
 
-def print_page(markdown: str, form: str) -> None:
-    """Print a page on the terminal, or as it is."""
-    if form == "md":
-        typer.echo(markdown, nl=False)
-    else:
-        tables.show(markdown, console)
-
-
-@app.command(name="report")
-def report_results(
-    results: Results,
-    output: Annotated[Path, Option(help="The HTML page.")] = Path("bench-report.html"),
-    png: Annotated[Path | None, Option(help="Directory for the plots as PNG.")] = None,
-) -> None:
-    """Make one self-contained HTML page, with plots (extra `plot`)."""
-    from molmo_edge.bench import plots
-
-    loaded = [documents.load(path) for path in results]
-    documents.write(report.html(loaded), output)
-    typer.echo(f"written: {output}")
-    if png is not None:
-        for name, figure in plots.figures(loaded).items():
-            plots.png(figure, png / f"{name}.png")
-            typer.echo(f"written: {png / name}.png")
-
-
 @app.command(name="drift")
 def drift_command(
     model: ModelOption = None,
@@ -241,13 +196,13 @@ def drift_command(
     ] = 0.95,
     max_kl: Annotated[float, Option(min=0, help="Maximum mean KL in nats.")] = 0.05,
     output: OutputOption = OUTPUT,
-    form: Annotated[Literal["table", "md", "json"], Option("-o", "--format")] = "table",
+    form: FormatOption = "table",
 ) -> None:
     """Same prompts under several configurations; exit status 1 if one drifts too far."""
     target = Target.choose(model, config, {})
     choices = {"kv_cache_dtype": kv_cache_dtype, "precision": precision, "dtype": dtype}
     chosen = drifts.variants(target, choices)
-    path = documents.result_path(output, f"drift-{target.name.rsplit('/', 1)[-1]}")
+    path = documents.result_path(output, f"drift-{target.name}")
     document = drifts.run(
         chosen,
         case_set.own(image, question) if image else drifts.prompts(),
@@ -257,19 +212,6 @@ def drift_command(
         progress=lambda text: messages.print(f"answering with {text}", markup=False),
         save=lambda result: documents.save(result, drifts.markdown(result), path),
     )
-    if form == "json":
-        typer.echo(documents.dumps(document), nl=False)
-    else:
-        print_page(drifts.markdown(document), form)
-    messages.print(f"written: {path} and {path.with_suffix('.md').name}", soft_wrap=True)
+    output_result(document, drifts.markdown(document), form, path)
     if not all(one.passed for one in document.drifts):
         raise typer.Exit(1)
-
-
-@app.command()
-def schema(
-    drift: Annotated[bool, Option("--drift", help="Of drift results instead.")] = False,
-) -> None:
-    """Print the JSON Schema of a result document."""
-    kind = drifts.DriftDocument if drift else documents.Document
-    typer.echo(json.dumps(documents.schema(kind), indent=1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -41,13 +40,11 @@ OPTIONS = RunOptions(iterations=6, max_iterations=12, max_tokens=20)
 
 
 class FakeClock:
-    """Seconds that pass only when somebody works, and ``tick`` at every look."""
+    """Seconds that pass only when somebody works."""
 
-    def __init__(self, tick: float = 0.0) -> None:
-        self.now, self.tick = 100.0, tick
+    now = 100.0
 
     def __call__(self) -> float:
-        self.now += self.tick
         return self.now
 
     def sleep(self, seconds: float) -> None:
@@ -73,9 +70,6 @@ class DoubleVLM:
     resets: int = 0
     closed: bool = False
 
-    def __post_init__(self) -> None:
-        self._lock = threading.Lock()
-
     def __enter__(self) -> DoubleVLM:
         return self
 
@@ -91,15 +85,14 @@ class DoubleVLM:
         return [image.tobytes() for image, _ in self.requests if image is not None]
 
     def query(self, image: Image.Image | None, text: str, **options: Any) -> Result:
-        with self._lock:
-            number = len(self.requests)
-            self.requests.append((image, text))
-            if (error := self.failure(number)) is not None:
-                self.clock.sleep(0.1)
-                raise error
-            tokens, tps = options["max_tokens"], self.speed(number)
-            decode = (tokens - 1) / tps
-            self.clock.sleep(0.5 + decode)
+        number = len(self.requests)
+        self.requests.append((image, text))
+        if (error := self.failure(number)) is not None:
+            self.clock.sleep(0.1)
+            raise error
+        tokens, tps = options["max_tokens"], self.speed(number)
+        decode = (tokens - 1) / tps
+        self.clock.sleep(0.5 + decode)
         return Result(
             text="Ten, no: 10, then 15, 25 and 40.",
             finish_reason="length",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from molmo_edge.bench import document
-from molmo_edge.bench.compare import compare, head_names
+from molmo_edge.bench.compare import compare
 from molmo_edge.bench.document import Document
 from molmo_edge.bench.measure import RunOptions
 from tests.bench.double import DoubleVLM, measure
@@ -27,13 +27,8 @@ def test_the_2025_reports_table_comes_out_again_beside_a_new_result() -> None:
     table = compare([*historic(), measured("mine")]).lines
     assert table["mean tok/s (std)"] == ["103.8 (5.0)", "11.1 (3.1)", "22.7 (0.0)"]
     assert table["max tok/s"][:2] == ["108.3", "14.0"]
-    for title, mean, maximum in (
-        ("Boardwalk Photo", "10.7", "13.9"),
-        ("Complex Plot", "11.3", "14.2"),
-        ("Data Interpretation", "11.3", "14.2"),
-    ):
-        assert table[f"{title}: mean"] == [DASH, mean, DASH]
-        assert table[f"{title}: max"] == [DASH, maximum, DASH]
+    for title, mean in (("Boardwalk Photo", "10.7"), ("Complex Plot", "11.3"), ("One", DASH)):
+        assert table[f"{title}: mean"][:2] == [DASH, mean]
     assert table["warm-up mean tok/s"] == [DASH, "7.6", DASH]
     assert table["steady mean tok/s"] == [DASH, "13.9", "22.7"]
     assert table["succeeded"] == ["100%"] * 3
@@ -75,4 +70,4 @@ def test_incomplete_and_slowing_results_are_flagged() -> None:
 
 def test_columns_never_share_a_heading() -> None:
     one = measured("a")
-    assert head_names([one, one, one]) == ["a", "a (2)", "a (3)"]
+    assert compare([one, one, one]).heads == ["a", "a (2)", "a (3)"]

@@ -1,53 +1,27 @@
-"""The result document: its published schema, atomic writing, and reading that refuses."""
+"""The result document: atomic writing, and reading that refuses."""
 
 from __future__ import annotations
 
-import json
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
-import jsonschema
 import pytest
 
 from molmo_edge.bench import document
-from molmo_edge.bench.document import Document, Part, Sample
-from molmo_edge.bench.drift import DriftDocument
+from molmo_edge.bench.document import Sample
 from molmo_edge.errors import BenchmarkError
 from tests.bench.double import DoubleVLM, measure
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
-def published(name: str = "result") -> dict[str, Any]:
-    data = resources.files("molmo_edge.bench").joinpath("data", f"{name}.schema.json").read_text()
-    loaded: dict[str, Any] = json.loads(data)
-    return loaded
-
-
-@pytest.mark.parametrize(("name", "model"), [("result", Document), ("drift", DriftDocument)])
-def test_the_published_schemas_are_those_of_the_models(name: str, model: type[Part]) -> None:
-    assert published(name) == document.schema(model)
-    jsonschema.Draft202012Validator.check_schema(published(name))
-
-
-def test_recorded_results_of_older_versions_too_fit_the_schema_and_load() -> None:
-    kinds = {}
-    for path in RESULTS.glob("20*.json"):
-        jsonschema.validate(json.loads(path.read_text()), published())
-        kinds[path.name] = document.load(path).kind
-    assert kinds["2025-12-08-rtx5080.json"] == kinds["2025-12-08-thor.json"] == "historic"
-    assert "measured" in kinds.values()
+def test_a_result_recorded_by_an_older_version_loads() -> None:
+    assert document.load(RESULTS / "2026-11-22-stub-cpu.json").complete
 
 
 def test_a_document_reads_back_as_written(tmp_path: Path) -> None:
     path, result = tmp_path / "new" / "r.json", measure(DoubleVLM())
-    result.scenarios[0].rows[0].samples[0].ttft_s = 0.123456789
     document.save(result, "page", path)
-    jsonschema.validate(json.loads(path.read_text()), published())
-    loaded = document.load(path)
-    assert loaded.scenarios[0].rows[0].samples[0].ttft_s == 0.123457
-    assert document.dumps(loaded) == document.dumps(result)
+    assert document.dumps(document.load(path)) == document.dumps(result)
     assert sorted(item.name for item in path.parent.iterdir()) == ["r.json", "r.md"]
 
 

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jsonschema
 import pytest
 from PIL import Image
 
-from molmo_edge.bench import document, drift
+from molmo_edge.bench import drift
 from molmo_edge.bench.cases import Case
 from molmo_edge.bench.environment import Target
 from molmo_edge.errors import BenchmarkError
 from molmo_edge.points import Point
 from molmo_edge.results import Result, Score
 from tests.bench.double import ENVIRONMENT, SETTINGS
-from tests.bench.test_document import published
 
 CASE = Case("dots", "Dots", "Point to the dots.", Image.new("RGB", (200, 100)))
 LIKELY = {1: math.log(0.7), 2: math.log(0.2)}
@@ -65,13 +62,13 @@ def compared(other: Scoring) -> drift.CaseDrift:
 def test_the_same_configuration_does_not_drift() -> None:
     same = compared(Scoring())
     assert (same.equal_greedy, same.first_divergence) == (1.0, None)
-    assert (same.mean_abs_dlogprob, same.max_kl, same.mean_px) == (0.0, 0.0, 0.0)
+    assert (same.mean_abs_dlogprob, same.mean_kl, same.mean_px) == (0.0, 0.0, 0.0)
     assert (same.points_reference, same.points_other) == (1, 1)
 
 
 def test_a_shift_of_the_logits_is_measured_token_by_token() -> None:
     shifted = compared(Scoring(shift=-0.5))
-    assert shifted.dlogprobs == pytest.approx([-0.5] * 3)
+    assert (shifted.mean_abs_dlogprob, shifted.max_abs_dlogprob) == pytest.approx((0.5, 0.5))
     assert shifted.equal_greedy == 1.0
     # 0.7 * 0.5 for token 1, nothing for token 2, the rest of 0.1 grows to 0.8 - 0.7/sqrt(e).
     rest = 0.8 - 0.7 * math.exp(-0.5)
@@ -84,10 +81,10 @@ def test_points_are_compared_in_pixels_and_answers_by_their_first_difference() -
     assert moved.mean_px == pytest.approx(math.hypot(6, 4))
     assert moved.first_divergence == 1
     none = compared(Scoring(text="There are none."))
-    assert (none.points_other, none.mean_px, none.max_px) == (0, None, None)
+    assert (none.points_other, none.mean_px) == (0, None)
     ours = [Point(0.1, 0.1), Point(0.5, 0.5)]
     theirs = [Point(0.5, 0.51), Point(0.1, 0.1), Point(0.9, 0.9)]
-    assert drift.paired_distances(ours, theirs, (100, 100)) == pytest.approx([0.0, 1.0])
+    assert drift.mean_distance(ours, theirs, (100, 100)) == pytest.approx(0.5)
 
 
 def test_exactly_one_option_varies_and_its_first_value_is_the_reference() -> None:
@@ -104,9 +101,7 @@ def test_exactly_one_option_varies_and_its_first_value_is_the_reference() -> Non
 @pytest.mark.parametrize(
     ("shift", "max_kl", "passed"), [(0.0, 0.05, True), (-0.5, 0.05, False), (-0.5, 1.0, True)]
 )
-def test_the_verdict_follows_the_bounds_and_the_document_its_schema(
-    shift: float, max_kl: float, passed: bool
-) -> None:
+def test_the_verdict_follows_the_bounds(shift: float, max_kl: float, passed: bool) -> None:
     engines = {"auto": Scoring(), "fp8": Scoring(shift=shift)}
     saved: list[drift.DriftDocument] = []
     result = drift.run(
@@ -117,7 +112,6 @@ def test_the_verdict_follows_the_bounds_and_the_document_its_schema(
         save=saved.append,
     )
     assert [one.passed for one in result.drifts] == [passed] and saved == [result]
-    jsonschema.validate(json.loads(document.dumps(result)), published("drift"))
     text = drift.markdown(result)
     assert "## kv_cache_dtype=fp8" in text and ("passed" if passed else "FAILED") in text
     assert "random weights" in text

@@ -13,11 +13,10 @@ from molmo_edge.bench import stats
 def test_summary_of_a_series_with_known_numbers() -> None:
     summary = stats.summarize([4.0, 1.0, 3.0, 2.0])
     assert summary is not None
-    assert (summary.n, summary.mean, summary.median, summary.p50) == (4, 2.5, 2.5, 2.5)
+    assert (summary.n, summary.mean, summary.median) == (4, 2.5, 2.5)
     assert (summary.min, summary.max) == (1.0, 4.0)
     assert summary.std == pytest.approx(math.sqrt(5 / 3))
     assert (summary.p90, summary.p99) == pytest.approx((3.7, 3.97))
-    assert stats.summarize([1.0, 5.0, 7.0]) == stats.summarize([1.0, 5.0, 7.0])
 
 
 def test_unknown_is_none_and_never_zero() -> None:
@@ -60,21 +59,3 @@ def test_the_steady_state_begins_after_the_cold_iterations(
 ) -> None:
     steady = stats.steady_state(series)
     assert (steady.start, steady.slowed) == (start, slowed)
-
-
-@pytest.mark.parametrize("n", [10, 30])
-def test_a_jump_in_noise_is_found_where_it_is_and_noise_alone_is_no_warm_up(n: int) -> None:
-    rng = np.random.default_rng(n)
-    noise, at = np.exp(rng.normal(0, 0.03, (100, n))), n * 4 // 10
-    jumps = [
-        stats.steady_state((np.where(np.arange(n) < at, 7.6, 13.9) * x).tolist()) for x in noise
-    ]
-    assert sum(one.start == at for one in jumps) >= 95
-    assert sum(stats.steady_state(x.tolist()).start == 0 for x in noise) >= 95
-
-
-def test_narrow_enough_needs_a_steady_number_of_samples_and_a_narrow_interval() -> None:
-    assert not stats.narrow_enough([10.0] * 3, 0.5)
-    assert not stats.narrow_enough([8.0, 12.0, 9.0, 11.0, 10.0], 0.02)
-    assert stats.narrow_enough([10.0, 10.05, 9.95, 10.0, 10.02, 9.98], 0.02)
-    assert stats.narrow_enough([7.0] * 5, 0.001)
