@@ -58,9 +58,8 @@ def of(
     ceiling.bytes_per_token = step / batch
     bandwidth = environment.device.memory_bandwidth_bytes_s
     reached = row.summary("output_tps").mean
-    if bandwidth is not None:
-        ceiling.ceiling_tps = bandwidth / step * batch
-        ceiling.bandwidth_share = None if reached is None else reached * step / bandwidth
+    if bandwidth is not None and reached is not None:
+        ceiling.bandwidth_share = reached * step / bandwidth
     return ceiling
 
 

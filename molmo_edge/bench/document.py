@@ -153,7 +153,6 @@ class Ceiling(Part):
 
     bytes_per_token: float | None = None
     bandwidth_share: float | None = None
-    ceiling_tps: float | None = None
     watts: float | None = None
     joules_per_token: float | None = None
     gpu_mhz: float | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,6 @@ def test_the_three_cases_have_their_images_and_the_chart_its_answers() -> None:
     assert [case.name for case in standard] == ["boardwalk", "panels", "linechart"]
     assert all(case.image is not None and case.image.size == (1024, 768) for case in standard)
     assert standard[2].expected == ("10", "15", "25", "40", "55", "70", "85")
-    data = resources.files("molmo_edge.bench").joinpath("data")
-    images = [item for item in data.iterdir() if item.name.endswith((".png", ".jpg"))]
-    assert sum(len(image.read_bytes()) for image in images) < 400_000
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])

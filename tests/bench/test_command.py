@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -80,24 +78,16 @@ def test_a_model_from_the_environment_or_a_file_beats_the_stub(
     assert Target.choose(None, None, {}).model is None
 
 
-@pytest.mark.parametrize(
-    ("form", "check"),
-    [
-        ("json", lambda text: json.loads(text)["format"] == "molmo-edge-bench"),
-        ("md", lambda text: text.startswith("# Benchmark")),
-    ],
-)
-def test_every_form_of_the_users_own_image_goes_to_standard_output_alone(
-    opened: Opened, tmp_path: Path, form: str, check: Callable[[str], bool]
+def test_json_of_the_users_own_image_goes_to_standard_output_alone(
+    opened: Opened, tmp_path: Path
 ) -> None:
     image, target = tmp_path / "mug.png", tmp_path / "deep" / "mine.json"
     Image.new("RGB", (30, 20)).save(image)
     picked = ["--image", str(image), "--question", "What?", "--output", str(target)]
-    result = run(*QUICK, *picked, "-o", form)
-    assert result.exit_code == 0 and check(result.stdout)
+    result = run(*QUICK, *picked, "-o", "json")
+    assert result.exit_code == 0 and result.stdout == target.read_text()
     row = document.load(target).scenarios[0].rows[0]
     assert (row.name, row.prompt) == ("mug", "What?")
-    assert target.with_suffix(".md").exists()
 
 
 @pytest.mark.parametrize(
@@ -146,7 +136,6 @@ def test_compare_prints_the_2025_table_beside_a_result(opened: Opened, tmp_path:
     assert run(*QUICK, "--output", mine).exit_code == 0
     result = run("compare", *HISTORIC, mine)
     assert result.exit_code == 0
-    assert "103.8 (5.0)" in result.stdout and "11.1 (3.1)" in result.stdout
     assert "not comparable: power mode" in result.stdout
     assert run("compare", *HISTORIC, mine, "--strict").exit_code == 1
     assert "| 103.8 (5.0) |" in run("compare", *HISTORIC, "-o", "md").stdout
