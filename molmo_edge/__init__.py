@@ -24,9 +24,7 @@ _WHERE = {
     "Score": "molmo_edge.results",
     "Point": "molmo_edge.points",
     "PointResult": "molmo_edge.points",
-    "PointStream": "molmo_edge.points",
     "parse_points": "molmo_edge.points",
-    "PointAnswer": "molmo_edge.points",
     "CountResult": "molmo_edge.points",
     "Seen": "molmo_edge.watch",
     "State": "molmo_edge.engine.loop",
@@ -40,9 +38,7 @@ if TYPE_CHECKING:
     from molmo_edge.errors import MolmoEdgeError as MolmoEdgeError
     from molmo_edge.points import CountResult as CountResult
     from molmo_edge.points import Point as Point
-    from molmo_edge.points import PointAnswer as PointAnswer
     from molmo_edge.points import PointResult as PointResult
-    from molmo_edge.points import PointStream as PointStream
     from molmo_edge.points import parse_points as parse_points
     from molmo_edge.requests import Request as Request
     from molmo_edge.results import Metrics as Metrics

@@ -33,16 +33,15 @@ ImageLike: TypeAlias = (
     bytes | bytearray | memoryview | Path | str | Image.Image | npt.NDArray[np.uint8]
 )
 
-# What Pillow, zlib and the operating system raise over damaged, hostile or missing images, as
-# found by fuzzing; `Warning` where the application turns warnings into errors.
-FOREIGN_ERRORS: Final[tuple[type[Exception], ...]] = (
+# What Pillow, zlib and the operating system raise over damaged or missing images, as found by
+# fuzzing; `Warning` where the application turns warnings into errors.
+_FOREIGN_ERRORS: Final[tuple[type[Exception], ...]] = (
     OSError, SyntaxError, TypeError, ValueError, EOFError, struct.error, zlib.error,
     Image.DecompressionBombError, Warning,
 )  # fmt: skip
 
-_FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP")
 SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-"""Of file names, where a directory is searched for images."""
+_FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP")
 _URL: Final = re.compile(r"\s*([a-z][a-z0-9+.-]*://|data:)", re.IGNORECASE)
 
 # Each scan of a progressive JPEG file costs a pass over the whole image however few bytes it has,
@@ -145,7 +144,7 @@ def _translated(action: str) -> Iterator[None]:
         yield
     except ImageError:  # which is a ValueError
         raise
-    except FOREIGN_ERRORS as exc:
+    except _FOREIGN_ERRORS as exc:
         raise ImageError(
             f"could not {action} ({type(exc).__name__}); the cause is chained to this error"
         ) from exc
@@ -243,7 +242,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     with _translated(f"convert the image from mode {image.mode} to RGB"):
         rgb = _rgb(image)
         rgb.info = image.info
-        with suppress(*FOREIGN_ERRORS):  # malformed EXIF
+        with suppress(*_FOREIGN_ERRORS):  # malformed EXIF
             rgb.getexif()
             rgb.info = {}  # or Pillow would write all EXIF data anew
             ImageOps.exif_transpose(rgb, in_place=True)

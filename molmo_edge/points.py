@@ -1,19 +1,19 @@
 """Points, tracks and counts out of the text a Molmo model writes, and drawn on the image.
 
-``parse_points`` reads a whole answer, ``PointStream`` one that is still being written. The form of
-the text says how its numbers are scaled; a number outside that scale is never tried on another:
+The form of the text says how its numbers are scaled; a number outside that scale is never tried on
+another:
 
 * percent, 0-100: ``x="61.5" y="40.4"``, ``x1= y1=``, ``Click(61.5, 40.4)``, ``(61.5, 40.4)``
 * tenths of a percent, exactly three digits each: ``p=123,456``, ``1=123,456``
 * thousandths, 0-1000: ``coords="frame id x y id x y;frame …"``
 
-Text is untrusted: whatever it is, nothing here raises over it, and reading a whole answer takes
-time linear in its length.
+Text is untrusted: none makes ``parse_points`` raise, and reading takes time linear in its length.
 """
 
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import re
 from dataclasses import asdict, dataclass, field, replace
@@ -22,7 +22,7 @@ from typing import Any, Literal
 from PIL import Image, ImageDraw, ImageFont
 
 from molmo_edge.errors import InputError
-from molmo_edge.images import DEFAULT_LIMITS, ImageLike, ImageLimits, load
+from molmo_edge.images import ImageLike, load
 from molmo_edge.results import Result
 
 
@@ -84,7 +84,9 @@ class PointResult:
         none_found: the text says there is nothing to point at, and there is no point.
         truncated: the answer was cut off, by its own look or by its finish reason.
         malformed: coordinate pairs outside their scale or unreadable, and tags without any pair.
+        label: what the prompt asked for, if known.
         image: the image the answer is about, if known; outside equality, repr and JSON.
+        result: the answer with its metrics, if known; outside equality and repr.
     """
 
     text: str
@@ -93,7 +95,9 @@ class PointResult:
     none_found: bool = False
     truncated: bool = False
     malformed: int = 0
+    label: str = ""
     image: ImageLike | None = field(default=None, compare=False, repr=False)
+    result: Result | None = field(default=None, compare=False, repr=False)
 
     @property
     def count(self) -> int:
@@ -106,8 +110,9 @@ class PointResult:
         return None if self.stated_count is None else self.stated_count == self.count
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: every field but ``image``, and ``count`` and ``consistent``."""
+        """Plain values for JSON."""
         return {
+            "label": self.label,
             "text": self.text,
             "points": [asdict(point) for point in self.points],
             "count": self.count,
@@ -116,25 +121,18 @@ class PointResult:
             "none_found": self.none_found,
             "truncated": self.truncated,
             "malformed": self.malformed,
+            "metrics": None if self.result is None else asdict(self.result.metrics),
         }
 
     def to_json(self) -> str:
         """``as_dict()`` as one line of ASCII JSON."""
         return json.dumps(self.as_dict(), allow_nan=False)
 
-    def draw(
-        self,
-        image: ImageLike | None = None,
-        *,
-        image_index: int | None = None,
-        limits: ImageLimits = DEFAULT_LIMITS,
-    ) -> Image.Image:
+    def draw(self, image: ImageLike | None = None) -> Image.Image:
         """Return a new upright RGB image with a dot, its number and its label at every point.
 
         Args:
             image: anything a query takes; by default the result's own image.
-            image_index: draw only the points of this image of the request, from 0.
-            limits: caps on the image's bytes and pixels.
 
         Numbers are positions in ``points``, from 1; a label stands at the first of its points.
 
@@ -145,33 +143,9 @@ class PointResult:
         image = self.image if image is None else image
         if image is None:
             raise InputError("There is no image to draw on: call draw(image).")
-        canvas = load(image, limits)
-        marks, labels = [], {None, ""}
-        for number, point in enumerate(self.points, 1):
-            if image_index is None or point.image_index == image_index:
-                text = str(number) if point.label in labels else f"{number} {point.label}"
-                labels.add(point.label)
-                marks.append((*point.px(canvas.size), text))
-        _draw(canvas, marks)
+        canvas = load(image)
+        _draw(canvas, self.points)
         return canvas
-
-
-@dataclass(frozen=True)
-class PointAnswer(PointResult):
-    """A `PointResult` with its request.
-
-    Attributes:
-        label: what the prompt asked for.
-        result: the answer it was read from, with its metrics; outside equality and repr.
-    """
-
-    label: str = ""
-    result: Result | None = field(default=None, compare=False, repr=False)
-
-    def as_dict(self) -> dict[str, Any]:
-        """As `PointResult.as_dict`, with the label and the metrics."""
-        metrics = None if self.result is None else asdict(self.result.metrics)
-        return {"label": self.label, **super().as_dict(), "metrics": metrics}
 
 
 @dataclass(frozen=True)
@@ -179,7 +153,8 @@ class CountResult:
     """How many there are, and how that is known.
 
     Attributes:
-        number: the count; None when the answer says nothing about it.
+        number: the count, a lower bound if the answer was cut off (``points.truncated``); None
+            when the answer says nothing about it.
         how: ``"points"``: the number of points in the answer; ``"stated"``: it has no point but
             names a number; ``"none"``: it says that there are none; ``"unread"``: nothing of that.
         points: everything read from the answer, and the answer itself.
@@ -187,55 +162,41 @@ class CountResult:
 
     number: int | None
     how: Literal["points", "stated", "none", "unread"]
-    points: PointAnswer
+    points: PointResult
 
     @classmethod
-    def of(cls, points: PointAnswer) -> CountResult:
+    def of(cls, points: PointResult) -> CountResult:
         """Count points before words: what a model points at can be looked at."""
         if points.points:
             return cls(points.count, "points", points)
         if points.none_found and not points.stated_count:
             return cls(0, "none", points)
-        how: Literal["stated", "unread"] = "unread" if points.stated_count is None else "stated"
-        return cls(points.stated_count, how, points)
+        if points.stated_count is None:
+            return cls(None, "unread", points)
+        return cls(points.stated_count, "stated", points)
 
     @property
     def consistent(self) -> bool | None:
         """Whether the stated number is the number of points; None unless there are both."""
         return self.points.consistent if self.points.points else None
 
-    @property
-    def truncated(self) -> bool:
-        """Whether the answer was cut off; `number` is then a lower bound."""
-        return self.points.truncated
-
-    @property
-    def result(self) -> Result | None:
-        """The answer, with its metrics."""
-        return self.points.result
-
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; what was read from the answer stands under ``points``."""
+        """Plain values for JSON."""
         return {
             "number": self.number,
             "how": self.how,
             "consistent": self.consistent,
-            "truncated": self.truncated,
             "points": self.points.as_dict(),
         }
 
 
-def parse_points(
-    text: str, *, truncated: bool = False, image: ImageLike | None = None
-) -> PointResult:
-    """Read the points of a whole answer. No text makes it raise.
+def parse_points(text: str) -> PointResult:
+    """Read the points of an answer. No text makes it raise.
 
-    Args:
-        text: the answer.
-        truncated: the answer was cut off (``finish_reason == "length"``).
-        image: the image it is about, for ``draw()``.
+    An answer that is still being written gives the points that are complete so far; their label
+    follows with the closing tag.
     """
-    scan = _Scan(text, final=True)
+    scan = _Scan(text)
     prose = scan.prose.strip().replace("\u2019", "'")
     stated = _stated_count(prose)
     return PointResult(
@@ -243,49 +204,9 @@ def parse_points(
         points=tuple(scan.points),
         stated_count=stated,
         none_found=not scan.points and (stated == 0 or bool(_NONE.search(prose))),
-        truncated=truncated or scan.cut,
+        truncated=scan.cut,
         malformed=scan.malformed,
-        image=image,
     )
-
-
-class PointStream:
-    """Finds points while the answer is still being written.
-
-    However the text is split, the points returned are those of ``parse_points`` in their order,
-    but for a ``label`` or ``alt`` that follows later in the text. Each call reads the text anew:
-    about a millisecond for an answer of a hundred points.
-    """
-
-    def __init__(self) -> None:
-        self._text = ""
-        self._returned = 0
-        self._ended = False
-
-    def feed(self, text: str) -> list[Point]:
-        """Take the next piece of text; return the points it completed, each exactly once.
-
-        Raises InputError after ``finish`` or ``result``.
-        """
-        if self._ended:
-            raise InputError("This point stream has ended; start a new PointStream.")
-        self._text += text
-        return self._new_points(final=False)
-
-    def finish(self) -> list[Point]:
-        """End the text; return the points that only its end decides, such as bare pairs."""
-        self._ended = True
-        return self._new_points(final=True)
-
-    def result(self, *, truncated: bool = False, image: ImageLike | None = None) -> PointResult:
-        """End the text; return everything it says. The arguments are those of parse_points."""
-        self._ended = True
-        return parse_points(self._text, truncated=truncated, image=image)
-
-    def _new_points(self, *, final: bool) -> list[Point]:
-        points = _Scan(self._text, final=final).points[self._returned :]
-        self._returned += len(points)
-        return points
 
 
 # Quantifiers over more than one character class are bounded or possessive: no text is slow.
@@ -324,17 +245,17 @@ _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,
 
 
 class _Scan:
-    """Everything a text says; while it is not `final`, the points no further text can change.
+    """Everything a text says.
 
     `malformed` counts pairs that cannot be used and tags without any pair, `cut` is whether the
     text ends inside a tag or a pair, `prose` holds the text outside of tags.
     """
 
-    def __init__(self, text: str, *, final: bool) -> None:
+    def __init__(self, text: str) -> None:
         self.points: list[Point] = []
         self.malformed = 0
         self.cut = False
-        self._text, self._final = text, final
+        self._text = text
         self._prose: list[str] = []
         self._halves: dict[tuple[str, int | None], float | None] = {}  # x or y without the other
         explicit = False  # a tag or a Click: bare pairs are mere prose
@@ -353,7 +274,7 @@ class _Scan:
         self._prose.append(text[at:])
         self.prose = "".join(self._prose)
         self.cut |= start is not None or _partial_tag(text) != ""
-        if final and not explicit:
+        if not explicit:
             for pair in _BARE.finditer(self.prose):
                 self._add_percents(*pair.groups())
             self.cut |= _BARE_CUT.search(self.prose, max(0, len(self.prose) - 20)) is not None
@@ -413,7 +334,7 @@ class _Scan:
         partial = "" if end else _partial_tag(self._text)
         body = self._text[at : end.start() if end else None].removesuffix(partial)
         self.cut |= end is None
-        if (end and end["close"]) or (self._final and partial.startswith("</")):
+        if (end and end["close"]) or partial.startswith("</"):
             return _clean(body), at + len(body)
         self._prose.append(body)  # what follows a tag that is never closed
         return None, at + len(body)
@@ -423,7 +344,7 @@ class _Scan:
         ended = not after or after.isspace() or after in "\"'<>/" or value[-1:].isspace()
         if name["id"]:
             tenths = _TENTHS.fullmatch(value.strip()) if ended else None
-            if tenths and (after or self._final):
+            if tenths:
                 self._add(int(tenths[1]) / 1000, int(tenths[2]) / 1000, _integer(name["id"]))
             elif after:
                 self.malformed += 1
@@ -443,7 +364,7 @@ class _Scan:
         if not after and frames[-1] and not value[-1].isspace():
             # Of a cut-off pair, only a y that no further digit could follow is complete.
             awaits_y = len(frames[-1]) > 1 and len(frames[-1]) % 3 == 1
-            if not (self._final and awaits_y and _LAST_Y.fullmatch(frames[-1][-1])):
+            if not (awaits_y and _LAST_Y.fullmatch(frames[-1][-1])):
                 frames[-1].pop()
         for numbers in frames[:-1]:
             self._read_frame(numbers, timed, ended=True)
@@ -454,20 +375,19 @@ class _Scan:
         known = _FRAME.fullmatch(frame) is not None
         t = float(frame) if known and (timed or "." in frame) else None
         index = int(frame) - 1 if known and t is None and int(frame) > 0 else None
-        slipped = ended and len(triples) % 3 > 0
-        waiting = False
+        # Numbers are padded to three digits. After a shorter one, in a frame whose numbers do not
+        # add up, a number may be missing and all that follow have slipped.
+        slipped, short = ended and len(triples) % 3 > 0, False
         for name, *xy in zip(*[iter(triples)] * 3, strict=False):
             id, (x, y) = _integer(name), map(_integer, xy)
             if id is None or x is None or y is None or max(x, y) > 1000 or not known:
                 self.malformed += 1
                 continue
-            # The form pads to three digits. A shorter number may mean that one is missing and all
-            # have slipped: such a pair waits until the frame's numbers are known to add up.
-            waiting |= min(map(len, xy)) < 3
-            if not waiting or (not slipped and (ended or self._final)):
-                self.points.append(Point(x / 1000, y / 1000, id=id, image_index=index, t=t))
+            short |= min(map(len, xy)) < 3
+            if slipped and short:
+                self.malformed += 1
             else:
-                self.malformed += slipped
+                self.points.append(Point(x / 1000, y / 1000, id=id, image_index=index, t=t))
         self.malformed += slipped or (ended and bool(numbers) and not triples)
 
 
@@ -543,8 +463,8 @@ _COLOURS = (
 )  # fmt: skip
 
 
-def _draw(canvas: Image.Image, marks: list[tuple[int, int, str]]) -> None:
-    """Draw a dot and a text at each (column, row, text): they show on any background."""
+def _draw(canvas: Image.Image, points: tuple[Point, ...]) -> None:
+    """Draw a dot and a text at each point: they show on any background."""
     width, height = canvas.size
     size = max(10, round(0.028 * min((width * height) ** 0.5, 2 * min(width, height))))
     line, radius = max(1, round(size * 0.1)), max(2, round(size * 0.25))
@@ -553,14 +473,18 @@ def _draw(canvas: Image.Image, marks: list[tuple[int, int, str]]) -> None:
     style: dict[str, Any] = {
         "font": ImageFont.load_default(size), "anchor": "lb", "stroke_width": 2 * line,
     }  # fmt: skip
-    for column, row, text in marks:
+    labels: set[str | None] = {None, ""}
+    for number, point in enumerate(points, 1):
+        text = str(number) if point.label in labels else f"{number} {point.label}"
         text = "".join(char if char.isprintable() else " " for char in text[:60])
+        labels.add(point.label)
+        column, row = point.px(canvas.size)
         _, top, right, _ = draw.textbbox((column + reach, row - reach), text, **style)
         x = column + reach - max(0, right - width)
         y = row - reach - min(0, top)
         draw.text((x, y), text, (255, 255, 255), stroke_fill=(0, 0, 0), **style)
     # After the texts, so that none hides a dot.
-    for index, (column, row, _) in enumerate(marks):
-        colour = _COLOURS[index % len(_COLOURS)]
+    for point, colour in zip(points, itertools.cycle(_COLOURS), strict=False):
+        column, row = point.px(canvas.size)
         for r, fill in ((reach, (0, 0, 0)), (radius + line, (255, 255, 255)), (radius, colour)):
             draw.ellipse((column - r, row - r, column + r, row + r), fill)

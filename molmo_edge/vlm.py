@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
@@ -37,7 +38,7 @@ from molmo_edge.images import ImageLike, ImageLimits, load
 from molmo_edge.interface import Engine, ModelFamily, Turn
 from molmo_edge.models.hub import locate
 from molmo_edge.models.registry import family_of
-from molmo_edge.points import CountResult, PointAnswer, parse_points
+from molmo_edge.points import CountResult, PointResult, parse_points
 from molmo_edge.requests import (
     CheckedOptions,
     Message,
@@ -55,7 +56,7 @@ from molmo_edge.sampling import Sampling
 from molmo_edge.settings import EdgeSettings, Resolved, resolve
 from molmo_edge.stream import AStream, Stream
 from molmo_edge.warmup import WarmupReport, warm
-from molmo_edge.watch import Seen, Source, WatchOptions, arun, run
+from molmo_edge.watch import Camera, Seen, Source, arun, run
 
 __all__ = ["EdgeVLM", "Request"]
 
@@ -295,16 +296,16 @@ class EdgeVLM:
         return self.query(image, CAPTION_PROMPTS[length], **options)
 
     @overload
-    def point(self, image: ImageLike, label: str, **options: Unpack[Options]) -> PointAnswer: ...
+    def point(self, image: ImageLike, label: str, **options: Unpack[Options]) -> PointResult: ...
 
     @overload
     def point(
         self, image: ImageLike, label: list[str] | tuple[str, ...], **options: Unpack[Options]
-    ) -> list[PointAnswer]: ...
+    ) -> list[PointResult]: ...
 
     def point(
         self, image: ImageLike, label: str | Sequence[str], **options: Unpack[Options]
-    ) -> PointAnswer | list[PointAnswer]:
+    ) -> PointResult | list[PointResult]:
         """Point to what a label names; several labels are one batch, answered in order.
 
         Args:
@@ -312,8 +313,8 @@ class EdgeVLM:
             label: "the red mug"; lower-cased and stripped, as in training.
 
         Returns:
-            A `PointResult` that also has `.result`; a list of them for a list of labels. An answer
-            cut off by `max_tokens` is `truncated` and keeps its complete points.
+            A `PointResult`; a list of them for a list of labels. An answer cut off by `max_tokens`
+            is `truncated` and keeps its complete points.
 
         Raises:
             ConfigError: the model cannot point; see `supports`.
@@ -347,7 +348,7 @@ class EdgeVLM:
         """Ask the same question about a camera's newest frame, again and again.
 
         Args:
-            source: see `molmo_edge.watch.WatchOptions`.
+            source: see `molmo_edge.watch.Camera`.
             drop: ``"oldest"``: a frame that arrives while another is answered replaces the one that
                 waits; ``"none"``: the source is read only as fast as frames are answered.
             max_fps: maximum number of frames to ask about per second.
@@ -366,8 +367,8 @@ class EdgeVLM:
             CameraError, MissingDependencyError: while iterating.
             As `query`, while iterating, about the question, the options or the engine.
         """
-        how = WatchOptions(source, drop, max_fps, frame_timeout, on_stall)
-        return run(how, lambda image: self.query(image, question, **options))
+        camera = Camera(source, drop, max_fps, frame_timeout, on_stall)
+        return run(camera, lambda image: self.query(image, question, **options))
 
     def awatch(
         self,
@@ -385,8 +386,8 @@ class EdgeVLM:
         Leaving the loop early leaves the source open until the iterator is closed: use
         ``contextlib.aclosing`` where that matters.
         """
-        how = WatchOptions(source, drop, max_fps, frame_timeout, on_stall)
-        return arun(how, lambda image: self.aquery(image, question, **options))
+        camera = Camera(source, drop, max_fps, frame_timeout, on_stall)
+        return arun(camera, lambda image: self.aquery(image, question, **options))
 
     # The engine.
 
@@ -571,7 +572,7 @@ class EdgeVLM:
 
     def _locate(
         self, image: ImageLike, labels: Sequence[str], prompts: Sequence[str], options: Options
-    ) -> list[PointAnswer]:
+    ) -> list[PointResult]:
         """One request per prompt, all about one image, and the points of each answer."""
         checked = check_options(options, self.settings.max_crops)
         started: float | None = time.monotonic()
@@ -588,9 +589,11 @@ class EdgeVLM:
             results = [stream.result() for stream in streams]
         answers = []
         for label, result in zip(labels, results, strict=True):
-            truncated = result.finish_reason == "length"
-            points = parse_points(result.text, truncated=truncated, image=loaded)
-            answers.append(PointAnswer(**vars(points), label=label, result=result))
+            points = parse_points(result.text)
+            truncated = points.truncated or result.finish_reason == "length"
+            answers.append(
+                replace(points, truncated=truncated, label=label, image=loaded, result=result)
+            )
         return answers
 
     # The engine's start.

@@ -1,7 +1,7 @@
 """`watch`: answer the same question about the newest frame of a camera, again and again.
 
-A thread of its own opens, reads and closes the source; the consumer never blocks on a camera.
-Between the two are only queues written in C, so Ctrl-C in the consumer leaves nothing locked.
+A thread of its own opens, reads and closes the source; a camera that hangs never hangs the
+consumer. Between the two are only queues written in C, so Ctrl-C leaves nothing locked.
 """
 
 from __future__ import annotations
@@ -47,8 +47,7 @@ Source: TypeAlias = int | str | Path | Iterable[ImageLike] | Callable[[], Iterab
 
 # Failures that belong to one frame; the next one may be answered.
 _FRAME_ERRORS = (ImageError, RequestError, QueueFull)
-# Longest wait for a thread in the middle of a read. One that has stalled is not waited for: its
-# read cannot be interrupted, and it ends by itself when that returns.
+# Longest wait for a thread in the middle of a read, which cannot be interrupted.
 _JOIN_S = 5.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 5.0
 # One image or its bytes; iterating over it would give rows or numbers.
@@ -87,9 +86,11 @@ class Seen:
         return self.answered_s - self.captured_s
 
 
-@dataclass(frozen=True)
-class WatchOptions:
-    """How to watch; see `EdgeVLM.watch`. Nothing is opened yet.
+class Camera:
+    """The frames of a source, one at a time, through stalls and failures.
+
+    Nothing is opened before the first frame is asked for. The other arguments are those of
+    `EdgeVLM.watch`.
 
     Args:
         source: one of
@@ -98,125 +99,165 @@ class WatchOptions:
             - a string with ``!`` in it: a GStreamer pipeline that ends in ``appsink``, for an
               OpenCV with GStreamer (the wheels on PyPI have none, a Jetson's own build has);
             - the path of a device such as ``/dev/video0``, or of a video file, played at its own
-              speed;
+              speed; as a ``Path`` if there is a ``!`` in it;
             - a directory: its images in the order of their names. It has no clock, so none of
               them is dropped. The same holds for a list or tuple of images;
             - an iterator of images (arrays are RGB, as everywhere), or a function that returns
               one, which can be called again to reconnect.
 
     Raises:
-        ConfigError: `source` is none of these, or another option is wrong.
+        ConfigError: `source` is none of these, or another argument is wrong.
     """
 
-    source: Source
-    drop: Literal["oldest", "none"] = "oldest"
-    max_fps: float | None = None
-    frame_timeout: float | None = 10.0
-    on_stall: Literal["raise", "reconnect"] = "raise"
-
-    def __post_init__(self) -> None:
-        if self.drop not in ("oldest", "none"):
+    def __init__(
+        self,
+        source: Source,
+        drop: Literal["oldest", "none"] = "oldest",
+        max_fps: float | None = None,
+        frame_timeout: float | None = 10.0,
+        on_stall: Literal["raise", "reconnect"] = "raise",
+    ) -> None:
+        if drop not in ("oldest", "none"):
             raise ConfigError("drop must be 'oldest' or 'none'.")
-        if self.on_stall not in ("raise", "reconnect"):
+        if on_stall not in ("raise", "reconnect"):
             raise ConfigError("on_stall must be 'raise' or 'reconnect'.")
-        for name, value in (("max_fps", self.max_fps), ("frame_timeout", self.frame_timeout)):
+        for name, value in (("max_fps", max_fps), ("frame_timeout", frame_timeout)):
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if value is not None and not (number and 0 < value < math.inf):
                 raise ConfigError(f"{name} must be a positive number, or None.")
-        feed = open_source(self.source)
-        if self.on_stall == "reconnect" and not feed.reopens:
+        self._feed = _feed_of(source, realtime=drop == "oldest")
+        self._reconnect = on_stall == "reconnect"
+        if self._reconnect and not self._feed.reopens:
             raise ConfigError(
                 "An iterator cannot be opened again; for on_stall='reconnect' give a function "
                 "that returns one."
             )
+        self._keep_all = drop == "none" or not self._feed.clocked
+        self._period_s = 0.0 if max_fps is None else 1 / max_fps
+        self._timeout_s = math.inf if frame_timeout is None else frame_timeout
+        self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._reader: _Reader | None = None
+        self._due_s = 0.0  # no frame is due before
+        self._pause_s = _FIRST_PAUSE_S
+        self._first = 0  # number of the reader's first frame across reconnects
+        self._next = 0
+        self._reconnects = 0
+        self._closed = False
 
-
-def run(
-    options: WatchOptions, answer: Callable[[ImageLike], Result]
-) -> Generator[Seen, None, None]:
-    """Answer frame by frame; see `EdgeVLM.watch`."""
-    news: queue.SimpleQueue[None] = queue.SimpleQueue()
-
-    def notify() -> None:
-        if news.empty():
-            news.put(None)
-
-    camera = _Camera(options, notify)
-    try:
-        while True:
-            frame = camera.poll()
-            if camera.ended:
-                return
-            if frame is None:
-                with contextlib.suppress(queue.Empty):
-                    news.get(timeout=camera.wait_s())
+    def next_frame(self) -> Seen | None:
+        """Wait for a frame; None where the source ends or after `close`. Raises CameraError."""
+        while not self._closed:
+            if (wait_s := self._due_s - time.monotonic()) > 0:
+                _wait(self._news, wait_s)
                 continue
+            reader = self._reader or self._start_reader()
+            try:
+                frame = reader.next_frame(self._timeout_s)
+            except CameraError as exc:
+                reader.stop()
+                self._reader = None  # one that hangs in a read is not waited for
+                if not self._reconnect:
+                    raise
+                logger.warning("%s Opening it again in %.1f s.", exc, self._pause_s)
+                self._first = self._next = self._first + reader.count
+                self._reconnects += 1
+                self._due_s = time.monotonic() + self._pause_s
+                self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+                continue
+            if frame is None:
+                break
+            self._pause_s = _FIRST_PAUSE_S
+            self._due_s = time.monotonic() + self._period_s
+            index = self._first + frame.index
+            dropped, self._next = index - self._next, index + 1
+            return replace(frame, index=index, dropped=dropped, reconnects=self._reconnects)
+        return None
+
+    def close(self) -> None:
+        """Close the source and wait for its thread."""
+        self._closed = True
+        if self._reader is not None:
+            self._reader.stop()
+        self._news.put(None)  # wakes `next_frame` in another thread
+        if self._reader is not None and self._reader.thread.is_alive():
+            self._reader.thread.join(_JOIN_S)
+
+    def _start_reader(self) -> _Reader:
+        self._reader = reader = _Reader(self._feed, self._keep_all, self._news)
+        if self._closed:  # meanwhile, in another thread
+            reader.stop()
+        else:
+            reader.thread.start()  # once `close` knows it, for Ctrl-C in here
+        return reader
+
+
+def run(camera: Camera, answer: Callable[[ImageLike], Result]) -> Generator[Seen, None, None]:
+    """Answer frame by frame; see `EdgeVLM.watch`."""
+    with contextlib.closing(camera):
+        while (frame := camera.next_frame()) is not None:
             result, error = None, None
             try:
                 result = answer(frame.image)
             except _FRAME_ERRORS as exc:
                 error = exc
-            yield camera.seen(frame, result, error)
-    finally:
-        camera.close()
+            yield replace(frame, answered_s=time.monotonic(), result=result, error=error)
 
 
 async def arun(
-    options: WatchOptions, answer: Callable[[ImageLike], Awaitable[Result]]
+    camera: Camera, answer: Callable[[ImageLike], Awaitable[Result]]
 ) -> AsyncGenerator[Seen, None]:
     """Do the same as `run` for asyncio; see `EdgeVLM.awatch`."""
-    loop, news = asyncio.get_running_loop(), asyncio.Event()
-
-    def notify() -> None:
-        with contextlib.suppress(RuntimeError):  # the event loop may have ended
-            loop.call_soon_threadsafe(news.set)
-
-    camera = _Camera(options, notify)
     try:
-        while True:
-            news.clear()
-            frame = camera.poll()
-            if camera.ended:
-                return
-            if frame is None:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(news.wait(), camera.wait_s())
-                continue
+        while (frame := await asyncio.to_thread(camera.next_frame)) is not None:
             result, error = None, None
             try:
                 result = await answer(frame.image)
             except _FRAME_ERRORS as exc:
                 error = exc
-            yield camera.seen(frame, result, error)
+            yield replace(frame, answered_s=time.monotonic(), result=result, error=error)
     finally:
         await asyncio.to_thread(camera.close)
 
 
-class _Capture:
+class _Reader:
     """The thread that reads one feed, and the one frame that waits."""
 
-    def __init__(self, feed: Feed, keep_all: bool, notify: Callable[[], None]) -> None:
+    def __init__(self, feed: _Feed, keep_all: bool, news: queue.SimpleQueue[None]) -> None:
         self._feed = feed
         self._keep_all = keep_all
-        self._notify = notify
+        self._news = news
         self._waiting: deque[Seen] = deque(maxlen=1)
         self._resume: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._since = time.monotonic()  # when the source last gave a frame, or was asked for one
         self._stopped = False
+        self._finished = False
+        self._failure: MolmoEdgeError | None = None
         self.count = 0
-        self.finished = False
-        self.failure: MolmoEdgeError | None = None
-        self.since = time.monotonic()  # when the source last gave a frame, or was asked for one
         self.thread = threading.Thread(target=self._run, name="molmo-edge-camera", daemon=True)
 
-    def take(self) -> Seen | None:
-        try:
-            frame = self._waiting.popleft()
-        except IndexError:
-            return None
-        if self._keep_all:
-            self.since = time.monotonic()
-            self._resume.put(None)
-        return frame
+    def next_frame(self, timeout_s: float) -> Seen | None:
+        """Wait for a frame; None where the feed ends. Raises CameraError at a stall."""
+        while not self._stopped:
+            # In this order: a frame that came before the end is still given.
+            finished = self._finished
+            left_s = self._since + timeout_s - time.monotonic()
+            if self._waiting and (left_s > 0 or finished or self._keep_all):
+                frame = self._waiting.popleft()
+                if self._keep_all:
+                    self._since = time.monotonic()
+                    self._resume.put(None)
+                return frame
+            if finished and self._failure is not None:
+                raise self._failure
+            if finished:
+                break
+            if left_s <= 0:
+                raise CameraError(
+                    f"The source has given no frame for {timeout_s:g} s. Check the camera, raise "
+                    "frame_timeout, or watch with on_stall='reconnect'."
+                )
+            _wait(self._news, left_s)
+        return None
 
     def stop(self) -> None:
         self._stopped = True
@@ -231,113 +272,37 @@ class _Capture:
                     if self._stopped:
                         break
         except MolmoEdgeError as exc:
-            self.failure = exc
+            self._failure = exc
         except Exception as exc:
-            self.failure = CameraError(
+            self._failure = CameraError(
                 f"The source failed: {type(exc).__name__}. The chained error says why."
             )
-            self.failure.__cause__ = exc
-        self.finished = True
+            self._failure.__cause__ = exc
+        self._finished = True
         self._notify()
 
     def _add(self, image: ImageLike) -> None:
         now = time.monotonic()
         if not self._keep_all:
-            self.since = now
+            self._since = now
         self._waiting.append(Seen(image, self.count, now, time.time()))
         self.count += 1
         self._notify()
         if self._keep_all:
             self._resume.get()
 
+    def _notify(self) -> None:
+        if self._news.empty():
+            self._news.put(None)
 
-class _Camera:
-    """The current capture, its deadlines, and its successors after a failure; never blocks."""
 
-    def __init__(self, options: WatchOptions, notify: Callable[[], None]) -> None:
-        self._options = options
-        self._notify = notify
-        self._feed = open_source(options.source, realtime=options.drop == "oldest")
-        self._keep_all = options.drop == "none" or not self._feed.clocked
-        self._capture: _Capture | None = None
-        self._due_s = 0.0  # no frame is due before
-        self._pause_s = _FIRST_PAUSE_S
-        self._first = 0  # number of this capture's first frame across reconnects
-        self._next = 0
-        self._reconnects = 0
-        self.ended = False
-
-    def poll(self) -> Seen | None:
-        """Return a frame that is due now. Sets `ended` at the end; raises CameraError."""
-        now = time.monotonic()
-        if now < self._due_s:
-            return None
-        if self._capture is None:
-            self._capture = _Capture(self._feed, self._keep_all, self._notify)
-            self._capture.thread.start()  # once it is known to `close`, for Ctrl-C in here
-        capture = self._capture
-        # In this order: a frame that came before the end is still given.
-        finished, stalled = capture.finished, self._left_s(now) <= 0
-        if not stalled or finished or self._keep_all:
-            if (frame := capture.take()) is not None:
-                self._pause_s = _FIRST_PAUSE_S
-                self._due_s = now + 1 / (self._options.max_fps or math.inf)
-                return frame
-        if finished and capture.failure is None:
-            self.ended = True
-        elif finished or stalled:
-            self._fail(capture, now)
-        return None
-
-    def wait_s(self) -> float:
-        """Seconds after which to poll again though there was no notice."""
-        now = time.monotonic()
-        due = self._due_s - now
-        return min(due if due > 0 else max(0.0, self._left_s(now)), 3600.0)
-
-    def seen(self, frame: Seen, result: Result | None, error: MolmoEdgeError | None) -> Seen:
-        """Complete a frame with its answer."""
-        index = self._first + frame.index
-        dropped, self._next = index - self._next, index + 1
-        return replace(
-            frame,
-            index=index,
-            answered_s=time.monotonic(),
-            dropped=dropped,
-            reconnects=self._reconnects,
-            result=result,
-            error=error,
-        )
-
-    def close(self) -> None:
-        if self._capture is not None:
-            self._capture.stop()
-            if self._capture.thread.is_alive():
-                self._capture.thread.join(_JOIN_S)
-
-    def _left_s(self, now: float) -> float:
-        if self._options.frame_timeout is None or self._capture is None:
-            return math.inf
-        return self._capture.since + self._options.frame_timeout - now
-
-    def _fail(self, capture: _Capture, now: float) -> None:
-        error = capture.failure or CameraError(
-            f"The source has given no frame for {self._options.frame_timeout:g} s. Check the "
-            "camera, raise frame_timeout, or watch with on_stall='reconnect'."
-        )
-        capture.stop()
-        self._capture = None
-        if self._options.on_stall != "reconnect" or not isinstance(error, CameraError):
-            raise error
-        logger.warning("%s Opening it again in %.1f s.", error, self._pause_s)
-        self._first = self._next = self._first + capture.count
-        self._reconnects += 1
-        self._due_s = now + self._pause_s
-        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+def _wait(news: queue.SimpleQueue[None], seconds: float) -> None:
+    with contextlib.suppress(queue.Empty):
+        news.get(timeout=min(seconds, 3600.0))
 
 
 @dataclass(frozen=True)
-class Feed:
+class _Feed:
     """A source of frames.
 
     Attributes:
@@ -352,25 +317,19 @@ class Feed:
     reopens: bool = True
 
 
-def open_source(source: Source, *, realtime: bool = True) -> Feed:
-    """Return the feed of a source, not opened yet; see `WatchOptions`. Raises ConfigError.
-
-    A video file is played at its own speed, unless `realtime` is false.
-    """
+def _feed_of(source: Source, *, realtime: bool) -> _Feed:
+    """Return the feed of a source, not opened yet; `realtime` plays a video at its own speed."""
     if isinstance(source, str) and source.strip().isdecimal():
         source = int(source)
     if isinstance(source, int) and not isinstance(source, bool) and source >= 0:
-        return Feed(lambda: _read_opencv(source))
+        return _Feed(lambda: _read_opencv(source))
     if isinstance(source, str | Path) and str(source).strip():
-        return _open_name(source, realtime)
-    if isinstance(source, list | tuple):
-        return Feed(lambda: _iterate(source), clocked=False)
-    if isinstance(source, Iterator):
-        return Feed(lambda: _iterate(source), reopens=False)
-    if callable(source):
-        return Feed(lambda: _iterate(source()))
+        return _named_feed(source, realtime)
     if isinstance(source, Iterable) and not isinstance(source, _NO_FRAMES):
-        return Feed(lambda: _iterate(source))
+        clocked, reopens = not isinstance(source, list | tuple), not isinstance(source, Iterator)
+        return _Feed(lambda: _iterate(source), clocked, reopens)
+    if callable(source):
+        return _Feed(lambda: _iterate(source()))
     shown = source if isinstance(source, int) else f"a value of type {type(source).__name__}"
     raise ConfigError(
         "A source is a camera's index, a device, video file, directory or GStreamer pipeline by "
@@ -378,28 +337,27 @@ def open_source(source: Source, *, realtime: bool = True) -> Feed:
     )
 
 
-def _open_name(source: str | Path, realtime: bool) -> Feed:
+def _named_feed(source: str | Path, realtime: bool) -> _Feed:
     name, path = str(source), Path(source)
-    if isinstance(source, str) and not path.exists():
-        if "!" in name:
-            return Feed(lambda: _read_opencv(name, pipeline=True))
-        if "://" in name:
-            raise ConfigError(
-                "A source is not a URL: nothing is fetched. Give a GStreamer pipeline, such as "
-                "'rtspsrc location=… ! … ! appsink', or an iterator of images."
-            )
+    if isinstance(source, str) and "!" in name:
+        return _Feed(lambda: _read_opencv(name, pipeline=True))
+    if isinstance(source, str) and "://" in name:
+        raise ConfigError(
+            "A source is not a URL: nothing is fetched. Give a GStreamer pipeline, such as "
+            "'rtspsrc location=… ! … ! appsink', or an iterator of images."
+        )
     if path.is_dir():
-        return Feed(lambda: _iterate(_images_of(path)), clocked=False)
+        return _Feed(lambda: _read_directory(path), clocked=False)
     if path.suffix.lower() in SUFFIXES and path.is_file():
-        return Feed(lambda: _iterate([path]), clocked=False)
-    return Feed(lambda: _read_opencv(name, realtime=realtime))
+        return _Feed(lambda: _iterate([path]), clocked=False)
+    return _Feed(lambda: _read_opencv(name, realtime=realtime))
 
 
-def _images_of(directory: Path) -> list[Path]:
+def _read_directory(directory: Path) -> Generator[ImageLike, None, None]:
     images = image_files(directory)
     if not images:
         raise CameraError("The directory holds no image (JPEG, PNG, WebP or BMP).")
-    return images
+    yield from images
 
 
 def _iterate(images: Iterable[ImageLike]) -> Generator[ImageLike, None, None]:

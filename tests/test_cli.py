@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from molmo_edge import EdgeVLM
 from molmo_edge.cli import common
 from molmo_edge.cli.app import main
 from molmo_edge.engine.fake import FakeEngine, FakeFactory
+from molmo_edge.models.molmo.stub import NOTICE, TEXT
 
 MUG = '<point x="61.5" y="40.4" alt="mug">mug</point>'
 ANSWERS = {
@@ -47,7 +50,6 @@ class Ended:
 
 
 Run = Callable[..., Ended]
-PatchVLM = Callable[[Callable[..., EdgeVLM]], None]
 
 
 @pytest.fixture
@@ -62,15 +64,9 @@ def built() -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def patch_vlm(monkeypatch: pytest.MonkeyPatch) -> PatchVLM:
-    return lambda make: monkeypatch.setattr(molmo_edge, "EdgeVLM", make, raising=False)
-
-
-@pytest.fixture
 def run(
     fake: FakeFactory,
     built: list[dict[str, Any]],
-    patch_vlm: PatchVLM,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Run:
@@ -78,7 +74,7 @@ def run(
         built.append({"model": model, **settings})
         return EdgeVLM(model, engine=fake, **settings)
 
-    patch_vlm(make)
+    monkeypatch.setattr(molmo_edge, "EdgeVLM", make, raising=False)
     monkeypatch.setenv("COLUMNS", "200")
 
     def call(*arguments: object, stdin: bytes | None = None) -> Ended:
@@ -118,8 +114,7 @@ def test_json_holds_answer_metrics_and_environment(run: Run, image: Path) -> Non
     assert (answer["text"], answer["finish_reason"], answer["notice"]) == ("A cup.", "stop", None)
     assert answer["metrics"]["output_tokens"] == 3
     assert answer["environment"]["model"] == "fake"
-    for command in (["caption"], ["caption", "--length", "long"]):
-        assert run(*command, image, "--json").json["text"].startswith("Something")
+    assert run("caption", "--length", "long", image, "--json").json["text"].startswith("Something")
 
 
 def test_options_reach_the_engine(
@@ -128,10 +123,10 @@ def test_options_reach_the_engine(
     config = tmp_path / "edge.toml"
     config.write_text("max_queue = 7\n")
     ended = run(
-        "ask", image, "What is it?", "--max-tokens", "1", "--model", "local", "--config", config,
+        "caption", image, "--max-tokens", "1", "--model", "local", "--config", config,
         "--max-crops", "3",
     )  # fmt: skip
-    assert ended.out == "A\n"
+    assert ended.out == "Something\n"
     assert "cut off" in ended.err
     assert built == [{"model": "local", "config": config, "max_crops": 3}]
 
@@ -150,20 +145,38 @@ def test_a_schema_file_makes_the_answer_json(
 def test_the_stub_is_named_beside_its_answers(
     run: Run, image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(common, "notice", lambda vlm: "This is the stub.")
-    ended = run("ask", image, "What is it?")
-    assert (ended.out, ended.err) == ("A cup.\n", "This is the stub.\n")
-    ended = run("point", image, "mug", "--json")
-    assert ended.json["notice"] == "This is the stub."
-    assert ended.err == ""
+    monkeypatch.setattr(common, "notice", lambda vlm: NOTICE)
+    for command in (["ask", image, "?"], ["caption", image], ["point", image, "mug"],
+                    ["chat"], ["watch", image, "?"]):  # fmt: skip
+        assert run(*command, stdin=b"What?").err == f"{NOTICE}\n"
+    ended = run("count", image, "mugs", "--json")
+    assert (ended.json["notice"], ended.err) == (NOTICE, "")
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_shell_gets_an_answer_of_the_stub(image: Path, cache_dir: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "molmo_edge", "ask", str(image), "What is it?"],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**os.environ, "MOLMO_EDGE_CACHE_DIR": str(cache_dir), "MOLMO_EDGE_MODEL": "stub"},
+    )
+    assert (done.returncode, done.stdout) == (0, f"{TEXT}\n")
+    assert NOTICE in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
 
 
 def test_point_prints_places_and_draws_them(run: Run, image: Path, tmp_path: Path) -> None:
     drawn = tmp_path / "marked.png"
     ended = run("point", image, "Mug", "unicorn", "--draw", drawn)
     assert ended.status == 0
-    assert "73, 36" in ended.out
-    assert "unicorn: none found" in ended.out
+    assert ended.out.splitlines() == [
+        "1 mug: x 0.615, y 0.404, pixel 73, 36",
+        "unicorn: none found",
+    ]
     with Image.open(drawn) as marked:
         assert marked.size == (120, 90)
     answer = run("point", image, "mug", "unicorn", "--json").json
@@ -172,7 +185,6 @@ def test_point_prints_places_and_draws_them(run: Run, image: Path, tmp_path: Pat
     assert answer["labels"][0]["points"][0]["px"] == [73, 36]
     assert answer["labels"][1]["none_found"]
     assert run("point", image, "unicorn").status == 1
-    assert run("point", image, "unicorn", "--json").status == 1
 
 
 def test_count_prints_a_number_and_how_it_is_known(run: Run, image: Path) -> None:
@@ -184,28 +196,20 @@ def test_count_prints_a_number_and_how_it_is_known(run: Run, image: Path) -> Non
     assert run("count", image, "ideas").status == 1
 
 
-def test_a_drawing_that_cannot_be_written_is_refused_before_the_engine_starts(
-    run: Run, image: Path, built: list[dict[str, Any]]
+def test_a_drawing_that_cannot_be_written_is_an_error(
+    run: Run, image: Path, built: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     for name in ("marked.txt", "missing/marked.png"):
         ended = run("point", image, "mug", "--draw", name)
-        assert ended.status == 2
-        assert "--draw" in ended.err
+        assert ended.status == 2 and "--draw" in ended.err
     assert built == []
-
-
-def test_a_drawing_too_large_for_its_format_is_an_error_in_one_line(
-    run: Run, tmp_path: Path
-) -> None:
-    wide = tmp_path / "wide.png"
-    Image.new("RGB", (20_000, 8)).save(wide)  # WebP has at most 16,383 columns
-    ended = run("point", wide, "mug", "--draw", tmp_path / "marked.webp")
-    assert ended.status == 2
-    assert "marked.webp' cannot be written" in ended.err
+    (tmp_path / "directory.png").mkdir()
+    ended = run("point", image, "mug", "--draw", tmp_path / "directory.png")
+    assert ended.status == 2 and "directory.png' cannot be written" in ended.err
 
 
 def test_chat_answers_each_line_of_a_pipe(run: Run, image: Path, fake: FakeFactory) -> None:
-    lines = f"/image {image}\nWhat is it?\n\nWhere?\n/new\nWhat is it?\n/quit\nnever\n"
+    lines = f"/image {image}\nWhat is it?\n\nWhere?\n/new\nWhat is it?\n"
     ended = run("chat", stdin=lines.encode())
     assert (ended.status, ended.err) == (0, "")
     assert ended.out.splitlines() == ["A cup.", "Something [bold]else[/bold].", "A cup."]
@@ -216,11 +220,9 @@ def test_chat_answers_each_line_of_a_pipe(run: Run, image: Path, fake: FakeFacto
 
 def test_chat_goes_on_after_a_line_that_cannot_be_answered(run: Run) -> None:
     ended = run("chat", stdin=b"/image missing.png\n<|endoftext|>\nWhat is it?\n/help\n")
-    assert ended.status == 2
-    assert ended.out == "A cup.\n"
-    assert "ImageError" in ended.err
-    assert "PromptError" in ended.err
-    assert "/image PATH" in ended.err
+    assert (ended.status, ended.out) == (2, "A cup.\n")
+    for part in ("ImageError", "PromptError", "/image PATH"):
+        assert part in ended.err
 
 
 def test_watch_answers_each_image_of_a_directory(
@@ -235,9 +237,8 @@ def test_watch_answers_each_image_of_a_directory(
     assert [one["text"] for one in seen] == ["A cup.", "A cup.", "A cup.", None]
     assert seen[3]["error"].startswith("ImageError")
     assert all(one["latency_s"] > 0 for one in seen)
-    ended = run("watch", frames, "What is it?", "--frames", 2)
-    assert len(ended.out.splitlines()) == 2
-    assert ended.out.splitlines()[0].endswith(": A cup.")
+    lines = run("watch", frames, "What is it?", "--frames", 2).out.splitlines()
+    assert len(lines) == 2 and lines[0].endswith(": A cup.")
 
 
 @pytest.mark.parametrize(
@@ -245,14 +246,12 @@ def test_watch_answers_each_image_of_a_directory(
     [
         ["ask", "missing.png", "What?"],
         ["ask", "https://example.com/a.png", "What?"],
-        ["caption", "."],
         ["plan", "--model", "no/such/model"],
         ["plan", "--model", "allenai/Molmo-7B-D-0924", "--device", "abacus"],
         ["doctor", "--profile", "abacus"],
         ["config", "show", "--config", "missing.toml"],
         ["watch", "rtsp://x"],
         ["watch", "missing.mp4"],
-        ["watch", ""],
         ["watch", "0", "--max-fps=0"],
     ],
 )
@@ -268,34 +267,28 @@ def test_our_errors_are_exit_status_2_and_a_line_without_a_traceback(
 
 
 def test_a_failed_start_is_reported_with_its_cause_and_ctrl_c_is_130(
-    run: Run, image: Path, patch_vlm: PatchVLM
+    run: Run, image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def build() -> Any:
         raise RuntimeError("no kernel image")
 
-    patch_vlm(lambda *args, **settings: EdgeVLM(engine=build))
+    def interrupt(*args: Any, **settings: Any) -> EdgeVLM:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(molmo_edge, "EdgeVLM", lambda *args, **settings: EdgeVLM(engine=build))
     ended = run("ask", image, "What?")
     assert ended.status == 2
     assert ended.err.startswith("EngineStartError: ")
     assert "caused by RuntimeError: no kernel image" in ended.err
-
-    def interrupt(*args: Any, **settings: Any) -> EdgeVLM:
-        raise KeyboardInterrupt
-
-    patch_vlm(interrupt)
+    monkeypatch.setattr(molmo_edge, "EdgeVLM", interrupt)
     assert run("ask", image, "What?").status == 130
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [
-        ["ask", "x.png"],
-        ["ask", "x.png", "What?", "--colour"],
-        ["caption", "x.png", "--length", "endless"],
-        ["nonsense"],
-        ["bench", "--scenario", "abacus"],
-    ],
-)
+    [["ask", "x.png"], ["ask", "x.png", "What?", "--colour"],
+     ["caption", "x.png", "--length", "endless"], ["nonsense"], ["bench", "--scenario", "abacus"]],
+)  # fmt: skip
 def test_wrong_usage_is_exit_status_2(run: Run, arguments: list[str]) -> None:
     assert run(*arguments).status == 2
 
@@ -308,9 +301,8 @@ def test_wrong_usage_is_exit_status_2(run: Run, arguments: list[str]) -> None:
 def test_every_command_helps_with_examples(run: Run, command: str) -> None:
     ended = run(*command.split(), "--help")
     assert ended.status == 0
-    assert "Examples:" in ended.out
-    assert f"molmo-edge {command}" in ended.out
-    assert "--json" in ended.out
+    for part in ("Examples:", f"molmo-edge {command}", "--json"):
+        assert part in ended.out
 
 
 def test_the_commands_about_the_machine_answer(run: Run) -> None:
@@ -337,9 +329,6 @@ def test_config_show_names_the_source_of_each_setting(
 
 
 def test_warmup_reports_what_it_ran(run: Run) -> None:
-    ended = run("warmup", "--tokens", 2, "--rounds", 2)
-    assert ended.status == 0
-    assert "decode, tok/s:" in ended.out
+    assert "decode, tok/s:" in run("warmup", "--tokens", 2, "--rounds", 2).out
     report = run("warmup", "--tokens", 2, "--rounds", 2, "--json").json
-    assert report["steps"]
-    assert report["environment"]["model"] == "fake"
+    assert report["steps"] and report["environment"]["model"] == "fake"

@@ -13,20 +13,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image
 
 from molmo_edge.errors import ConfigError, ImageError
-from molmo_edge.images import FOREIGN_ERRORS, MAX_JPEG_SCANS, ImageLimits, load
+from molmo_edge.images import MAX_JPEG_SCANS, ImageLimits, load
 from tests.image_files import (
     ACCEPTED,
     REFUSED,
-    REFUSED_MODES,
     WHITE,
     chunk,
     corners,
     encode,
-    exif,
-    image_of_mode,
     opened,
     pixels,
     scan_bomb,
@@ -81,18 +78,13 @@ def test_an_image_over_the_pixel_cap_is_refused_from_its_header(
         load(REFUSED[f"huge.{kind}"])
 
 
-@pytest.mark.parametrize("file_format", ["PNG", "BMP", "WEBP", "JPEG"])
-def test_files_decode_as_pillow_decodes_them(file_format: str) -> None:
+def test_files_decode_as_pillow_decodes_them() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (31, 17, 3), np.uint8)
-    data = encode(Image.fromarray(noise), file_format, lossless=True)
-    assert np.array_equal(load(data), opened(data))
-    if file_format != "JPEG":
+    for file_format in ("PNG", "BMP", "WEBP"):
+        data = encode(Image.fromarray(noise), file_format, lossless=True)
         assert np.array_equal(load(data), noise)
-
-
-@pytest.mark.parametrize("name", ["cmyk.jpg", "ycck.jpg", "grey.jpg", "progressive.jpg"])
-def test_jpeg_files_of_any_kind_decode_as_pillow_decodes_them(name: str) -> None:
-    assert np.array_equal(load(ACCEPTED[name]), opened(ACCEPTED[name]).convert("RGB"))
+    for name in ("cmyk.jpg", "ycck.jpg", "grey.jpg", "progressive.jpg"):
+        assert np.array_equal(load(ACCEPTED[name]), opened(ACCEPTED[name]).convert("RGB"))
 
 
 def test_scans_up_to_the_limit_load_and_one_more_does_not() -> None:
@@ -175,34 +167,11 @@ def test_limits_are_inclusive() -> None:
             load(image, ImageLimits(max_pixels=48 * 32 - 1))
 
 
-@pytest.mark.parametrize("value", [0, True, 1.5, float("inf"), None])
-@pytest.mark.parametrize("name", ["max_bytes", "max_pixels"])
-def test_limits_are_positive_integers(name: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=name):
-        ImageLimits(**{name: value})
-
-
-# Errors
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [*FOREIGN_ERRORS, KeyboardInterrupt, AssertionError, MemoryError],
-    ids=lambda kind: kind.__name__,
-)
-def test_only_foreign_errors_are_mapped_and_their_cause_is_kept(
-    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    raised = kind("<secret at 0x7f00>")
-
-    def fail(self: Any) -> None:
-        raise raised
-
-    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
-    with pytest.raises(ImageError if kind in FOREIGN_ERRORS else kind) as caught:
-        load(PNG)
-    if kind in FOREIGN_ERRORS:
-        assert caught.value.__cause__ is raised and "secret" not in str(caught.value)
+@pytest.mark.parametrize("value", [0, True, 1.5, None])
+def test_limits_are_positive_integers(value: Any) -> None:
+    for name in ("max_bytes", "max_pixels"):
+        with pytest.raises(ConfigError, match=name):
+            ImageLimits(**{name: value})
 
 
 # Orientation
@@ -222,8 +191,6 @@ def test_exif_orientation_is_applied_once(orientation: int) -> None:
     for name in (f"exif_{orientation}.{kind}" for kind in ("png", "webp")):
         if name in ACCEPTED:
             assert pixels(load(ACCEPTED[name])) == pixels(corners())
-    viewer = ImageOps.exif_transpose(opened(data))
-    assert load(data) == load(viewer) and np.array_equal(load(data), viewer)
 
 
 @quiet
@@ -261,15 +228,6 @@ def test_transparency_is_white_and_depth_is_scaled(name: str, expected: list[Any
     assert pixels(load(ACCEPTED[name])) == expected
 
 
-def test_alpha_is_composited_on_white_to_the_nearest_level() -> None:
-    alpha, colour = np.meshgrid(np.arange(256), np.arange(256))
-    rgba = np.stack([colour, 255 - colour, colour * 0, alpha], axis=-1).astype(np.uint8)
-    wide = rgba.astype(float)
-    fraction = wide[..., 3:] / 255
-    exact = wide[..., :3] * fraction + 255 * (1 - fraction)
-    assert np.abs(np.asarray(load(Image.fromarray(rgba))) - exact).max() <= 0.5
-
-
 @pytest.mark.parametrize("mode", ["I", "I;16", "I;16B", "I;16L", "I;16N"])
 def test_sixteen_bit_grey_is_scaled_not_clipped(mode: str) -> None:
     values = [0, 128, 129, 256, 257, 32767, 65406, 65407, 65535]
@@ -279,33 +237,13 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(mode: str) -> None:
     assert [pixel[0] for pixel in pixels(load(image))] == [round(value / 257) for value in values]
 
 
-def test_every_mode_of_this_pillow_loads_or_is_refused_by_name() -> None:
-    for mode in Image.MODES:
-        if mode in REFUSED_MODES:
-            with pytest.raises(ImageError, match=f"mode {mode} "):
-                load(Image.new(mode, (2, 2)))
-            continue
-        image = image_of_mode(mode, (2, 2), b"\0")
-        assert load(image).size == (2, 2)
-        if not image.has_transparency_data:
-            assert load(image) == image.convert("RGB")
-    for value in (-1, 65536, 2**31 - 1):
-        with pytest.raises(ImageError, match=r"0\.\.65535"):
-            load(Image.new("I", (2, 2), value))
+@pytest.mark.parametrize("value", [-1, 65536, 2**31 - 1])
+def test_values_beyond_sixteen_bits_are_refused(value: int) -> None:
+    with pytest.raises(ImageError, match=r"0\.\.65535"):
+        load(Image.new("I", (2, 2), value))
 
 
 # PIL images and arrays
-
-
-def test_pil_images_are_left_as_they_are_and_nothing_is_shared() -> None:
-    image = image_of_mode("P", (9, 9))
-    image.info.update(transparency=bytes(range(200)), exif=exif(6), note=["x"])
-    before = image.tobytes(), dict(image.info), image.getpalette("RGBA"), image.mode
-    load(image).paste((0, 0, 0), (0, 0, 9, 9))
-    assert (image.tobytes(), dict(image.info), image.getpalette("RGBA"), image.mode) == before
-    source = corners()
-    load(source).paste((0, 0, 0), (0, 0, 24, 16))
-    assert source == corners()
 
 
 @pytest.mark.parametrize("name", ["animated.png", "animated.webp", "phone.mpo"])
@@ -369,9 +307,6 @@ def test_views_and_read_only_arrays_load_and_nothing_is_shared() -> None:
         assert np.array_equal(load(view), view)
     frozen = array.copy()
     frozen.flags.writeable = False
-    loaded = load(frozen)
-    frozen.flags.writeable = True
-    frozen[:] = 0
-    assert np.array_equal(loaded, array)
-    loaded.putpixel((0, 0), (1, 2, 3))
-    assert not frozen.any()
+    for source in (frozen, corners()):
+        load(source).paste((1, 2, 3), (0, 0, 4, 4))
+    assert np.array_equal(frozen, array) and source == corners()

@@ -120,7 +120,7 @@ def test_count_prefers_points_to_the_stated_number(
 ) -> None:
     answer = vlm.count(photo, label)
     assert (answer.number, answer.how, answer.consistent) == (number, how, consistent)
-    assert not answer.truncated
+    assert not answer.points.truncated
     assert answer.points.result is not None
     assert answer.as_dict()["points"]["text"] == answer.points.result.text
 

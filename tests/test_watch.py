@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -56,17 +57,16 @@ def vlm() -> Iterator[EdgeVLM]:
         yield vlm
 
 
-class Camera:
+class Source:
     """Delivers numbered frames on demand; a generator function for `watch`."""
 
-    def __init__(self) -> None:
-        self.more = threading.Semaphore(0)
-        self.given = self.awaited = self.opened = self.closed = 0
+    def __init__(self, frames: int = 0) -> None:
+        self.more = threading.Semaphore(frames)
+        self.given = self.awaited = self.closed = 0
         self.ended = False
         self.changed = threading.Condition()
 
     def __call__(self) -> Iterator[np.ndarray]:
-        self.opened += 1
         try:
             while True:
                 with self.changed:
@@ -91,13 +91,11 @@ class Camera:
 
 
 def test_a_slow_consumer_sees_the_newest_frame_and_how_many_it_missed(vlm: EdgeVLM) -> None:
-    camera = Camera()
-    camera.more.release()
+    camera = Source(1)
     seen = vlm.watch(camera)
     first = next(seen)
     assert (value(first), first.index, first.dropped) == (1, 0, 0)
-    assert first.result is not None
-    assert first.result.text == "A cup."
+    assert first.result is not None and first.result.text == "A cup."
     camera.more.release(4)
     camera.wait(6)
     second = next(seen)
@@ -160,8 +158,7 @@ def test_max_fps_is_not_exceeded(vlm: EdgeVLM) -> None:
 
 
 def test_a_stall_is_an_error_and_an_older_frame_is_not_taken_for_a_new_one(vlm: EdgeVLM) -> None:
-    camera = Camera()
-    camera.more.release()
+    camera = Source(1)
     seen = vlm.watch(camera, frame_timeout=0.5)
     next(seen)
     camera.more.release()
@@ -173,13 +170,11 @@ def test_a_stall_is_an_error_and_an_older_frame_is_not_taken_for_a_new_one(vlm: 
 
 
 def test_a_camera_that_stalls_is_opened_again_when_asked(vlm: EdgeVLM) -> None:
-    cameras: list[Camera] = []
+    cameras: list[Source] = []
 
     def connect() -> Iterator[np.ndarray]:
-        camera = Camera()
-        cameras.append(camera)
-        camera.more.release(2)
-        return camera()
+        cameras.append(Source(2))
+        return cameras[-1]()
 
     seen = vlm.watch(connect, frame_timeout=1, on_stall="reconnect", drop="none")
     assert [next(seen).index for _ in range(2)] == [0, 1]
@@ -210,7 +205,7 @@ def test_a_camera_that_disappears_is_an_error_or_opened_again(vlm: EdgeVLM) -> N
 
 
 def test_ctrl_c_while_waiting_for_a_frame_leaves_nothing_behind(vlm: EdgeVLM) -> None:
-    camera, main = Camera(), threading.get_ident()
+    camera, main = Source(), threading.get_ident()
 
     def interrupt() -> None:
         camera.wait(1)
@@ -250,12 +245,10 @@ def test_what_would_fail_for_every_frame_ends_the_watch(vlm: EdgeVLM) -> None:
         ({"drop": "newest"}, "drop"),
         ({"on_stall": "ignore"}, "on_stall"),
         ({"max_fps": 0}, "max_fps"),
-        ({"max_fps": float("nan")}, "max_fps"),
-        ({"frame_timeout": -1}, "frame_timeout"),
+        ({"frame_timeout": float("nan")}, "frame_timeout"),
         ({"source": ""}, "type str"),
         ({"source": -1}, "-1"),
         ({"source": True}, "index"),
-        ({"source": None}, "NoneType"),
         ({"source": image()}, "ndarray"),
         ({"source": "rtsp://camera/1"}, "URL"),
         ({"source": iter([]), "on_stall": "reconnect"}, "opened again"),
@@ -273,7 +266,7 @@ def test_sources_that_are_not_there_are_reported(vlm: EdgeVLM, tmp_path: Path) -
     for source, match in (
         (tmp_path / "missing.mp4", "no device, file or directory"),
         (tmp_path / "notes.mp4", "cannot open"),
-        ("nothing ! appsink", "with GStreamer"),
+        ("nothing ! appsink" + " " * 300, "with GStreamer"),
     ):
         with pytest.raises(CameraError, match=match):
             next(vlm.watch(source))
@@ -288,38 +281,18 @@ def test_without_opencv_the_extra_is_named(vlm: EdgeVLM, monkeypatch: pytest.Mon
         next(vlm.watch(0))
 
 
-class Device:
-    """Stands in for `cv2.VideoCapture` of a device: three blue BGR frames, then nothing."""
-
-    made: list[Device]
-
-    def __init__(self, name: Any, *args: Any) -> None:
-        self.frames = iter([np.full((4, 6, 3), (200, 0, 0), np.uint8)] * 3)
-        self.released = False
-        self.made.append(self)
-
-    def isOpened(self) -> bool:
-        return True
-
-    def read(self) -> tuple[bool, np.ndarray | None]:
-        frame = next(self.frames, None)
-        return frame is not None, frame
-
-    def release(self) -> None:
-        self.released = True
-
-
 def test_opencv_frames_are_converted_to_rgb_and_the_device_is_released(
     vlm: EdgeVLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Device, "made", [], raising=False)
-    monkeypatch.setattr(cv2, "VideoCapture", Device)
+    blue = np.full((4, 6, 3), (200, 0, 0), np.uint8)
+    device = mock.Mock(**{"read.side_effect": [(True, blue), (True, blue), (False, None)]})
+    monkeypatch.setattr(cv2, "VideoCapture", lambda *args: device)
     seen = vlm.watch("0", drop="none")
-    frames = [next(seen) for _ in range(3)]
-    assert [tuple(np.asarray(one.image)[0, 0]) for one in frames] == [(0, 0, 200)] * 3
+    for _ in range(2):
+        assert tuple(np.asarray(next(seen).image)[0, 0]) == (0, 0, 200)
     with pytest.raises(CameraError, match="no more frames from camera 0"):
         next(seen)
-    assert [one.released for one in Device.made] == [True]
+    device.release.assert_called_once_with()
 
 
 def test_a_video_file_is_played_at_its_own_speed_and_ends(vlm: EdgeVLM, tmp_path: Path) -> None:
@@ -342,9 +315,8 @@ def test_awatch_answers_while_the_event_loop_goes_on_and_closes_the_source(vlm: 
             ticks.append(time.monotonic())
             await asyncio.sleep(0.002)
 
-    async def first_frame(camera: Camera) -> None:
-        async for _ in vlm.awatch(camera, frame_timeout=None):
-            pass
+    async def first_frame(camera: Source) -> None:
+        await anext(vlm.awatch(camera, frame_timeout=None))
 
     async def check() -> None:
         ticks: list[float] = []
@@ -353,14 +325,13 @@ def test_awatch_answers_while_the_event_loop_goes_on_and_closes_the_source(vlm: 
         ticking.cancel()
         assert [value(one) for one in seen] == list(range(5)) and len(ticks) > 20
         assert all(one.result is not None for one in seen)
-        left, waiting = Camera(), Camera()
-        left.more.release(2)
+        left, waiting = Source(2), Source()
         async with contextlib.aclosing(vlm.awatch(left, drop="none")) as answers:
             await anext(answers)
             left.end()
+        # Cancelled while it waits for a frame.
         task = asyncio.create_task(first_frame(waiting))
-        while not waiting.opened:
-            await asyncio.sleep(0.001)
+        await asyncio.to_thread(waiting.wait, 1)
         waiting.end()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):

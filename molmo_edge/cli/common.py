@@ -137,30 +137,38 @@ def notice(vlm: EdgeVLM) -> str | None:
     return NOTICE
 
 
+def warn_stub(vlm: EdgeVLM) -> None:
+    """Print the notice of the stub, if it is one, on standard error."""
+    if stub := notice(vlm):
+        warn(stub)
+
+
 def output(
     data: Mapping[str, Any] | list[Any],
     *shown: RenderableType,
     as_json: bool,
     vlm: EdgeVLM | None = None,
-    line: bool = False,
 ) -> None:
     """Print a result: `data` as JSON, or what is `shown` in a terminal.
 
     The notice of a `vlm` that is the stub goes to standard error, or into the JSON object together
-    with the environment. `line` prints one line of JSON without the environment.
+    with the environment.
     """
-    stub = None if vlm is None else notice(vlm)
     if as_json:
-        if vlm is not None:
-            more = {"notice": stub} if line else {"notice": stub, "environment": vlm.environment}
-            data = {**data, **more} if isinstance(data, Mapping) else data
-        text = json.dumps(data, indent=None if line else 2, default=str, ensure_ascii=False)
-        write(text + "\n")
+        if vlm is not None and isinstance(data, Mapping):
+            data = {**data, "notice": notice(vlm), "environment": vlm.environment}
+        write(json.dumps(data, indent=2, default=str, ensure_ascii=False) + "\n")
         return
-    if stub is not None and not line:
-        warn(stub)
+    if vlm is not None:
+        warn_stub(vlm)
     for one in shown:
         console.print(one, soft_wrap=isinstance(one, Text))
+
+
+def output_line(data: Mapping[str, Any], vlm: EdgeVLM) -> None:
+    """Print one of many results as a line of JSON."""
+    line = json.dumps({**data, "notice": notice(vlm)}, default=str, ensure_ascii=False)
+    write(line + "\n")
 
 
 def write(text: str) -> None:
@@ -171,12 +179,6 @@ def write(text: str) -> None:
 def warn(text: str, style: str = "yellow") -> None:
     """Print one line on standard error, without interpreting markup."""
     messages.print(Text(text, style), soft_wrap=True)
-
-
-def warn_truncated(result: Result) -> None:
-    """Say on standard error that an answer was cut off."""
-    if result.finish_reason == "length":
-        warn("The answer was cut off; raise --max-tokens for more.")
 
 
 def result_dict(result: Result) -> dict[str, Any]:

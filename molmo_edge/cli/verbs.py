@@ -1,0 +1,400 @@
+"""The commands that start an engine: ask, caption, chat, point, count, watch and warmup."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from PIL import Image
+from rich.table import Table
+from rich.text import Text
+
+from molmo_edge.cli.common import (
+    EngineOptions,
+    ImageArgument,
+    JsonOption,
+    SamplingOptions,
+    examples,
+    messages,
+    output,
+    output_line,
+    result_dict,
+    warn,
+    warn_stub,
+    with_options,
+    write,
+)
+from molmo_edge.errors import ConfigError, InputError, RequestError
+from molmo_edge.images import SUFFIXES
+from molmo_edge.points import PointResult
+from molmo_edge.stream import Stream
+from molmo_edge.watch import Camera
+
+app = typer.Typer()
+
+
+@app.command(
+    epilog=examples(
+        'molmo-edge ask photo.jpg "What is on the table?"',
+        "ffmpeg -i in.mp4 -frames:v 1 -f image2pipe -c:v png - | molmo-edge ask - 'Who is there?'",
+        'molmo-edge ask photo.jpg "Is the door open?" --schema door.json --json',
+    )
+)
+@with_options
+def ask(
+    image: ImageArgument,
+    question: Annotated[str, typer.Argument(help="Question about the image.")],
+    engine: EngineOptions,
+    sampling: SamplingOptions,
+    schema: Annotated[
+        Path | None, typer.Option(help="A JSON Schema file that the answer must follow.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask a question about an image; the answer is printed as it is generated."""
+    options = sampling.given()
+    if schema is not None:
+        try:
+            options["json_schema"] = json.loads(schema.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as exc:
+            raise ConfigError(f"--schema: '{schema.name}' is not a readable JSON file.") from exc
+    loaded = engine.load_image(image)
+    with engine.open() as vlm:
+        stream = vlm.stream(loaded, question, **options)
+        if as_json:
+            output(result_dict(stream.result()), as_json=True, vlm=vlm)
+        else:
+            warn_stub(vlm)
+            _print_stream(stream)
+
+
+@app.command(
+    epilog=examples(
+        "molmo-edge caption photo.jpg", "molmo-edge caption photo.jpg --length long --json"
+    )
+)
+@with_options
+def caption(
+    image: ImageArgument,
+    engine: EngineOptions,
+    sampling: SamplingOptions,
+    length: Annotated[
+        Literal["short", "normal", "long"], typer.Option(help="Length of the description.")
+    ] = "normal",
+    as_json: JsonOption = False,
+) -> None:
+    """Describe an image."""
+    loaded = engine.load_image(image)
+    with engine.open() as vlm:
+        result = vlm.caption(loaded, length, **sampling.given())
+        output(result_dict(result), as_json=as_json, vlm=vlm)
+        if not as_json:
+            write(result.text + "\n")
+            _warn_truncated(result.finish_reason == "length")
+
+
+_HELP = "/image PATH starts over with an image, /new without one, Ctrl-D ends."
+
+
+@app.command(
+    epilog=examples(
+        "molmo-edge chat",
+        "molmo-edge chat --image photo.jpg",
+        "printf '/image photo.jpg\\nWhat is this?\\nWhere?\\n' | molmo-edge chat --json",
+    )
+)
+@with_options
+def chat(
+    engine: EngineOptions,
+    sampling: SamplingOptions,
+    image: Annotated[str | None, typer.Option(help="Image to talk about.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Talk with the model, line by line; from a pipe, each line is one question.
+
+    /image PATH starts over with an image, /new starts over without one, Ctrl-D ends.
+    Exit status 2 when lines came from a pipe and one could not be answered.
+    """
+    loaded = None if image is None else engine.load_image(image)
+    history: list[dict[str, Any]] = []
+    failed = False
+    with engine.open() as vlm:
+        warn_stub(vlm)
+        for line in _lines():
+            command, _, name = line.partition(" ")
+            try:
+                if command == "/image" and name.strip():
+                    loaded, history = engine.load_image(name.strip()), []
+                elif command == "/new":
+                    loaded, history = None, []
+                elif command.startswith("/"):
+                    warn(_HELP, "dim")
+                else:
+                    content: list[Any] = [{"type": "text", "text": line}]
+                    if loaded is not None and not history:
+                        content.insert(0, {"type": "image", "image": loaded})
+                    question = {"role": "user", "content": content}
+                    stream = vlm.chat_stream([*history, question], **sampling.given())
+                    if as_json:
+                        output_line(result_dict(stream.result()), vlm)
+                    else:
+                        _print_stream(stream)
+                    answer = {"role": "assistant", "content": stream.result().text}
+                    history += [question, answer]
+            except (InputError, RequestError) as exc:
+                failed = True
+                warn(f"{type(exc).__name__}: {exc}", "red")
+    if failed and not sys.stdin.isatty():
+        raise typer.Exit(2)
+
+
+def _lines() -> Iterator[str]:
+    """Lines from a pipe, or from the terminal with a prompt."""
+    if not sys.stdin.isatty():
+        yield from (line.strip() for line in sys.stdin if line.strip())
+        return
+    warn(_HELP, "dim")
+    with contextlib.suppress(EOFError):
+        while True:
+            if line := input("> ").strip():
+                yield line
+    write("\n")
+
+
+def _print_stream(stream: Stream) -> None:
+    try:
+        for delta in stream:
+            write(delta)
+    finally:
+        write("\n")
+    _warn_truncated(stream.result().finish_reason == "length")
+
+
+def _warn_truncated(truncated: bool) -> None:
+    if truncated:
+        warn("The answer was cut off; raise --max-tokens for more.")
+
+
+@app.command(
+    epilog=examples(
+        'molmo-edge point photo.jpg "the red mug"',
+        "molmo-edge point photo.jpg mug spoon --draw marked.png",
+        "molmo-edge point photo.jpg mug --json | jq '.labels[0].points[0].px'",
+    )
+)
+@with_options
+def point(
+    image: ImageArgument,
+    label: Annotated[list[str], typer.Argument(help="What to point to; several are a batch.")],
+    engine: EngineOptions,
+    sampling: SamplingOptions,
+    draw: Annotated[
+        Path | None, typer.Option(help="Write the image with numbered markers to this file.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Point to things in an image. Exit status 1 when nothing was found.
+
+    x and y are from 0 to 1 from the top left corner; pixels are column and row of the upright
+    image.
+    """
+    # Before the engine starts, so that a wrong name is reported at once.
+    if draw is not None and not (draw.suffix.lower() in SUFFIXES and draw.parent.is_dir()):
+        raise ConfigError(
+            f"--draw: give a name in an existing directory that ends in one of "
+            f"{', '.join(SUFFIXES)}."
+        )
+    loaded = engine.load_image(image)
+    with engine.open() as vlm:
+        answers = vlm.point(loaded, label, **sampling.given())
+        if draw is not None:
+            _write_drawing(answers, loaded, draw)
+        data = {
+            "size": loaded.size,
+            "labels": [_with_pixels(answer, loaded) for answer in answers],
+            "drawn": None if draw is None else str(draw),
+        }
+        lines = map(Text, _point_lines(answers, loaded))
+        output(data, *lines, as_json=as_json, vlm=vlm)
+        for answer in answers:
+            _warn_flaws(answer)
+    if not any(answer.points for answer in answers):
+        raise typer.Exit(1)
+
+
+_HOW = {
+    "points": "by its points",
+    "stated": "stated, not pointed at",
+    "none": "there are none",
+    "unread": "the answer has no number",
+}
+
+
+@app.command(
+    epilog=examples("molmo-edge count photo.jpg chairs", "molmo-edge count photo.jpg cups --json")
+)
+@with_options
+def count(
+    image: ImageArgument,
+    label: Annotated[str, typer.Argument(help="What to count, in the plural.")],
+    engine: EngineOptions,
+    sampling: SamplingOptions,
+    as_json: JsonOption = False,
+) -> None:
+    """Count things in an image. Exit status 1 when the answer has no number."""
+    loaded = engine.load_image(image)
+    with engine.open() as vlm:
+        counted = vlm.count(loaded, label, **sampling.given())
+        data = {**counted.as_dict(), "points": _with_pixels(counted.points, loaded)}
+        number = "unknown" if counted.number is None else str(counted.number)
+        output(data, Text(f"{number} ({_HOW[counted.how]})"), as_json=as_json, vlm=vlm)
+        if counted.consistent is False:
+            stated, pointed = counted.points.stated_count, counted.points.count
+            warn(f"The text states {stated}, but has {pointed} points.")
+        _warn_flaws(counted.points)
+    if counted.number is None:
+        raise typer.Exit(1)
+
+
+def _with_pixels(answer: PointResult, image: Image.Image) -> dict[str, Any]:
+    data = answer.as_dict()
+    for shown, one in zip(data["points"], answer.points, strict=True):
+        shown["px"] = one.px(image.size)
+    return data
+
+
+def _point_lines(answers: Sequence[PointResult], image: Image.Image) -> Iterator[str]:
+    numbers = itertools.count(1)
+    for answer in answers:
+        for one in answer.points:
+            column, row = one.px(image.size)
+            place = f"x {one.x:.3f}, y {one.y:.3f}, pixel {column}, {row}"
+            yield f"{next(numbers)} {answer.label}: {place}"
+        if not answer.points:
+            why = "none found" if answer.none_found else "the answer has no point"
+            yield f"{answer.label}: {why}"
+
+
+def _warn_flaws(answer: PointResult) -> None:
+    _warn_truncated(answer.truncated)
+    if answer.malformed:
+        warn(f"{answer.label}: {answer.malformed} points could not be read.")
+
+
+def _write_drawing(answers: Sequence[PointResult], image: Image.Image, path: Path) -> None:
+    points = tuple(one for answer in answers for one in answer.points)
+    try:
+        PointResult("", points).draw(image).save(path)
+    except (OSError, ValueError) as exc:  # a format has a largest size, of which it says either
+        raise ConfigError(f"--draw: '{path}' cannot be written.") from exc
+
+
+@app.command(
+    epilog=examples(
+        'molmo-edge watch 0 "Is somebody at the door?" --max-fps 1 --max-crops 1',
+        'molmo-edge watch images/ "What is in the image?" --json',
+        'molmo-edge watch "v4l2src ! videoconvert ! appsink" "What moves?" --on-stall reconnect',
+    )
+)
+@with_options
+def watch(
+    source: Annotated[
+        str,
+        typer.Argument(help="Camera index, device, video file, directory or GStreamer pipeline."),
+    ],
+    engine: EngineOptions,
+    sampling: SamplingOptions,
+    question: Annotated[str, typer.Argument(help="Question about each frame.")] = (
+        "Describe this image in one sentence."
+    ),
+    frames: Annotated[int | None, typer.Option(min=1, help="Stop after this many frames.")] = None,
+    max_fps: Annotated[float | None, typer.Option(help="Maximum frames per second.")] = None,
+    drop: Annotated[
+        Literal["oldest", "none"],
+        typer.Option(help="oldest: always the newest frame; none: every frame."),
+    ] = "oldest",
+    frame_timeout: Annotated[
+        float, typer.Option(help="Seconds without a frame that are a stall; 0: wait forever.")
+    ] = 10.0,
+    on_stall: Annotated[
+        Literal["raise", "reconnect"], typer.Option(help="Stop, or open the source again.")
+    ] = "raise",
+    as_json: JsonOption = False,
+) -> None:
+    """Ask the same question about a camera's newest frame until Ctrl-C.
+
+    With --json, each frame is one line of JSON.
+    """
+    options: dict[str, Any] = {
+        "drop": drop,
+        "max_fps": max_fps,
+        "frame_timeout": frame_timeout or None,
+        "on_stall": on_stall,
+    }
+    # Before the engine starts, so that a wrong source or option is reported at once.
+    Camera(source, **options)
+    # OpenCV writes its own lines about cameras that are not there.
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
+    with engine.open() as vlm:
+        if not as_json:
+            warn_stub(vlm)
+        answers = vlm.watch(source, question, **options, **sampling.given())
+        with contextlib.closing(answers):
+            for seen in itertools.islice(answers, frames):
+                error = None if seen.error is None else f"{type(seen.error).__name__}: {seen.error}"
+                dropped = f", {seen.dropped} dropped" if seen.dropped else ""
+                head = f"[{seen.index}] {seen.latency_s:.2f} s{dropped}"
+                if as_json:
+                    data = {
+                        "index": seen.index,
+                        "captured_at": seen.captured_at,
+                        "latency_s": seen.latency_s,
+                        "dropped": seen.dropped,
+                        "reconnects": seen.reconnects,
+                        "error": error,
+                        "text": None,
+                    }
+                    output_line(data | (result_dict(seen.result) if seen.result else {}), vlm)
+                elif seen.result is None:
+                    warn(f"{head}: {error}")
+                else:
+                    write(f"{head}: {seen.result.text}\n")
+
+
+@app.command(
+    epilog=examples(
+        "molmo-edge warmup --config configs/thor.toml", "molmo-edge warmup --tokens 16 --json"
+    )
+)
+@with_options
+def warmup(
+    engine: EngineOptions,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each request.")] = 32,
+    rounds: Annotated[int, typer.Option(min=2, help="Maximum decode speeds to measure.")] = 10,
+    as_json: JsonOption = False,
+) -> None:
+    """Run every kind of request once; fills the compile caches that later starts read."""
+    with engine.open() as vlm:
+        with messages.status("Warming up …"):
+            report = vlm.warmup(tokens=tokens, max_rounds=rounds)
+        table = Table("request", "concurrent", "seconds", "ttft")
+        for step in report.steps:
+            seconds = Text(step.skipped or _seconds(step.seconds))
+            table.add_row(Text(step.name), str(step.requests), seconds, _seconds(step.ttft_s))
+        speeds = ", ".join(f"{tps:.1f}" for tps in report.decode_tps)
+        line = (
+            f"decode, tok/s: {speeds} ({'steady' if report.steady else 'not steady yet'}); "
+            f"warm-up {report.seconds:.1f} s, start {_seconds(report.startup_s.get('total'))}"
+        )
+        output(report.as_dict(), table, Text(line), as_json=as_json, vlm=vlm)
+
+
+def _seconds(value: float | None) -> str:
+    return "?" if value is None else f"{value:.2f} s"
