@@ -54,9 +54,6 @@ ENV PATH=/opt/molmo-edge/bin:$PATH \
 USER 10001:10001
 WORKDIR /work
 VOLUME ["/cache"]
-# Checks GPU, driver, vLLM's binaries and caches; loads no model and does not start CUDA.
-HEALTHCHECK --interval=10m --timeout=60s --start-period=30s \
-    CMD ["molmo-edge", "doctor", "--running", "--json"]
 # No server: the arguments of `docker run` are those of molmo-edge.
 ENTRYPOINT ["molmo-edge"]
 CMD ["doctor"]

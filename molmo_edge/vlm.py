@@ -415,7 +415,7 @@ class EdgeVLM:
         """What this device can do with this checkpoint: memory, and ceilings of its speed.
 
         Args:
-            request: `prompt_tokens`, `output_tokens`, `lengths`, `batch` or `bandwidth_bytes_s` of
+            request: `prompt_tokens`, `output_tokens`, `batch` or `bandwidth_bytes_s` of
                 `molmo_edge.devices.plan.plan`.
 
         Raises:

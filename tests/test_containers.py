@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import fnmatch
 import re
 import sys
 import tomllib
@@ -94,7 +93,6 @@ def test_images_are_pinned_staged_and_not_root(name: str) -> None:
     assert last["USER"] == "10001:10001"
     assert last["VOLUME"] == '["/cache"]'
     assert last["ENTRYPOINT"] == '["molmo-edge"]'
-    assert '"doctor"' in last["HEALTHCHECK"]
     assert "MOLMO_EDGE_CACHE_DIR=/cache" in last["ENV"].split()
     for word, rest in steps:
         if word == "RUN" and "pip install" in rest:
@@ -104,17 +102,3 @@ def test_images_are_pinned_staged_and_not_root(name: str) -> None:
 def test_the_two_images_differ_in_their_build_arguments_alone() -> None:
     thor, x86 = ((ROOT / f"Dockerfile.{name}").read_text().split("\nFROM ", 1) for name in NAMES)
     assert thor[1] == x86[1]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_build_context_has_the_files_that_are_copied_and_no_others(name: str) -> None:
-    rules = (ROOT / ".dockerignore").read_text().split("\n")
-    kept = [rule[1:] for rule in rules if rule.startswith("!")]
-    for word, rest in instructions(name):
-        files = re.findall(r"requirements/\S+\.lock", rest)
-        if word == "COPY" and not rest.startswith("--from"):
-            files += rest.split()[:-1]
-        for path in files:
-            assert (ROOT / path).exists()
-            assert any(fnmatch.fnmatch(path, rule) or path.startswith(f"{rule}/") for rule in kept)
-    assert "*" in rules and not {"tests", ".env", ".git", "benchmarks"} & set(kept)

@@ -30,9 +30,9 @@ class Part(BaseModel):
 
 
 class Device(Part):
-    """What the numbers were produced on: fields of ``devices.info.DeviceInfo``.
+    """What the numbers were produced on: fields of ``devices.detect.DeviceInfo``.
 
-    Bandwidth is the published peak, the power limit (enforced, default), clocks (current, maximum)
+    Bandwidth is the published peak, the power limit the one enforced, clocks (current, maximum)
     in MHz.
     """
 
@@ -41,7 +41,7 @@ class Device(Part):
     memory_total_bytes: int | None = None
     memory_bandwidth_bytes_s: float | None = None
     power_mode: str | None = None
-    power_limit_w: tuple[float, float] | None = None
+    power_limit_w: float | None = None
     clocks: dict[str, tuple[int | None, int | None]] = Field(default_factory=dict)
     cpu_governor: str | None = None
     cpu_count: int | None = None

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -18,6 +22,9 @@ from molmo_edge.cli.common import (
     output,
 )
 from molmo_edge.devices.profiles import load_profile, profile_names, select_profile
+
+if TYPE_CHECKING:
+    from molmo_edge.devices.plan import Plan
 
 app = typer.Typer()
 config_app = typer.Typer(help="The settings and the source of each.")
@@ -62,7 +69,6 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """What fits a device, in which precision, and the upper bound of its speed."""
-    from molmo_edge.cli.plan_table import plan_table
     from molmo_edge.devices import plan as planning
     from molmo_edge.devices.detect import detect, known_device
     from molmo_edge.devices.shapes import model_shape
@@ -76,7 +82,44 @@ def plan(
         output_tokens=output_tokens,
         batch=batch,
     )
-    output(made.as_dict(), plan_table(made), as_json=as_json)
+    output(made.as_dict(), *_plan_lines(made), as_json=as_json)
+
+
+def _plan_lines(plan: Plan) -> Iterator[RenderableType]:
+    """The plan's head, a table of its precisions, and its notes."""
+    bandwidth = plan.bandwidth_bytes_s
+    known = "bandwidth unknown" if bandwidth is None else f"{bandwidth / 1e9:g} GB/s"
+    usable = _number(plan.usable_bytes, 1e-9, ",.1f")
+    yield Text(
+        f"Model    {plan.model} ({plan.parameters / 1e9:.2f} B parameters)\n"
+        f"Device   {plan.device} ({known}, {usable} GB usable)\n"
+        f"Profile  {plan.profile_reason}\n"
+        f"Choice   {plan.chosen or 'nothing fits'}: {plan.chosen_reason}\n"
+        f"Request  {plan.prompt_tokens:,} prompt and {plan.output_tokens:,} output tokens, KV "
+        f"cache {plan.kv_cache_dtype}: {plan.kv_bytes_per_token:,} bytes per token"
+    )
+    table = Table("precision", box=SIMPLE)
+    names = ("weights\nGB", "fits", "requests\nthat fit", "GB per\nstep", "tok/s",
+             f"tok/s of\n{plan.batch} together")  # fmt: skip
+    for name in names:
+        table.add_column(name, justify="right")
+    for row in plan.rows:
+        table.add_row(
+            row.precision + " *" * (row.precision == plan.chosen),
+            _number(row.weight_bytes, 1e-9, ".2f"),
+            {None: "?", True: "yes", False: "no"}[row.fits],
+            _number(row.requests),
+            _number(row.decode_bytes, 1e-9, ".2f"),
+            _number(row.decode_tps, form=",.1f"),
+            _number(row.decode_tps_batch, form=",.0f"),
+        )
+    yield table
+    notes = [f"{row.precision}: {row.note}" for row in plan.rows if row.note]
+    yield Text("\n".join(f"· {note}" for note in [*notes, *plan.notes]))
+
+
+def _number(value: float | None, scale: float = 1, form: str = ",.0f") -> str:
+    return "?" if value is None else format(value * scale, form)
 
 
 @app.command(epilog=examples("molmo-edge profiles", "molmo-edge profiles --json"))
@@ -90,15 +133,7 @@ def profiles(as_json: JsonOption = False) -> None:
     for profile in map(load_profile, profile_names()):
         fits = profile.name == chosen.name
         table.add_row(Text(profile.name), Text(profile.description), "*" if fits else "")
-        rows.append(
-            {
-                "name": profile.name,
-                "description": profile.description,
-                "fits": fits,
-                "settings": profile.as_settings(),
-                "env": dict(profile.env),
-            }
-        )
+        rows.append({**asdict(profile), "fits": fits})
     data = {"profiles": rows, "chosen": chosen.name, "reason": reason}
     output(data, table, Text(f"* {reason}"), as_json=as_json)
 

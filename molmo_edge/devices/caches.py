@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from molmo_edge.devices.info import DeviceInfo
+from molmo_edge.devices.detect import DeviceInfo
 
 # Environment variable → directory below the root, of each library with a cache.
 _DIRECTORIES = {

@@ -1,23 +1,20 @@
-"""Detect this machine: GPU or CPU, memory, clocks, power mode and published peaks.
+"""Detect this machine: GPU or CPU, memory and its bandwidth, clocks, power mode.
 
-Needs neither root nor torch and fails on no machine: what a missing source would have reported is
-``None``. ``/proc/cpuinfo`` is read directly because py-cpuinfo takes over a second and starts a
-process, which every start of an engine would pay.
+Needs neither root nor torch and fails on no machine. ``/proc/cpuinfo`` is read directly because
+py-cpuinfo takes over a second and starts a process, which every start of an engine would pay.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from molmo_edge.devices import specs
-from molmo_edge.devices.info import Clock, DeviceInfo
-from molmo_edge.devices.nvml import CLOCK_GRAPHICS, CLOCK_MEMORY, Nvml, visible_gpu
-from molmo_edge.devices.sources import Sources, system_sources
-
-__all__ = ["DeviceInfo", "detect", "known_device"]
+from molmo_edge.devices.sources import CLOCK_GRAPHICS, CLOCK_MEMORY, Nvml, Sources, system_sources
+from molmo_edge.devices.specs import GIB, Spec, find_spec, spec_named
 
 # What CPU kernels depend on: "flags" of /proc/cpuinfo on x86, "Features" on Arm.
 _ISA = frozenset(
@@ -32,6 +29,52 @@ _JETSON_GPUS = ("/dev/nvidia0", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/nvhost-ct
 _CPUFREQ = "/sys/devices/system/cpu/cpu0/cpufreq"
 
 
+@dataclass(frozen=True)
+class DeviceInfo:
+    """Description of one machine; ``None`` means unknown, never zero."""
+
+    name: str  # the GPU's by NVML, else the processor's
+    kind: Literal["cuda", "cpu"]  # "cuda" if this process can use an NVIDIA GPU
+    compute_capability: str | None = None  # such as "11.0"
+    integrated: bool | None = None  # whether GPU and CPU share their memory
+    # Of the GPU, or main memory (within the container's limit) where it is integrated or absent.
+    memory_total_bytes: int | None = None
+    memory_available_bytes: int | None = None
+    memory_bandwidth_bytes_s: float | None = None  # published, by `bandwidth_source`
+    bandwidth_source: str | None = None
+    driver: str | None = None
+    cuda: str | None = None  # the newest CUDA version that the driver supports
+    cpu_isa: frozenset[str] = frozenset()  # names of /proc/cpuinfo; empty when unknown
+    cpu_count: int | None = None  # logical processors
+    cpu_governor: str | None = None  # of the first core
+    power_mode: str | None = None  # nvpmodel's, such as "MAXN"
+    power_limit_w: float | None = None  # the one enforced
+    clocks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Current and maximum MHz of "gpu", "memory" and "cpu", where reported."""
+    jetson_model: str | None = None  # board name from the device tree
+    machine: str | None = None  # as ``uname -m`` prints it
+    in_container: bool = False
+    nvml_error: str | None = None  # NVML's message if it failed
+
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """Compute capability as (major, minor)."""
+        if self.compute_capability is None:
+            return None
+        major, _, minor = self.compute_capability.partition(".")
+        return int(major), int(minor)
+
+    @property
+    def sm(self) -> str | None:
+        """Architecture as compilers name it, such as "sm_110"."""
+        return None if self.capability is None else "sm_{}{}".format(*self.capability)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=sorted))
+        return plain
+
+
 def detect(sources: Sources | None = None, *, gpu: bool = True) -> DeviceInfo:
     """Describe this machine, or the one that ``sources`` stand for. Raises nothing.
 
@@ -40,7 +83,7 @@ def detect(sources: Sources | None = None, *, gpu: bool = True) -> DeviceInfo:
     src = system_sources() if sources is None else sources
     if not gpu:
         src = replace(src, environ={**src.environ, "CUDA_VISIBLE_DEVICES": ""})
-    total, available = main_memory(src)
+    total, available = _main_memory(src)
     cpu_name, cpu_isa, cpu_count = _cpu(src)
     board = _jetson(src)
     fields: dict[str, Any] = {
@@ -51,7 +94,7 @@ def detect(sources: Sources | None = None, *, gpu: bool = True) -> DeviceInfo:
     }
     with Nvml(src) as nvml:
         clocks = _clocks(src, nvml)
-        fields |= _gpu(src, nvml, board, total)
+        fields |= _gpu(src, nvml, board)
     return DeviceInfo(
         **fields,
         cpu_isa=cpu_isa,
@@ -61,7 +104,6 @@ def detect(sources: Sources | None = None, *, gpu: bool = True) -> DeviceInfo:
         clocks=clocks,
         jetson_model=None if board is None else board[0],
         machine=src.machine or None,
-        is_wsl="microsoft" in (src.read("/proc/sys/kernel/osrelease") or "").lower(),
         in_container=src.exists("/.dockerenv") or src.exists("/run/.containerenv"),
         nvml_error=nvml.error,
     )
@@ -75,39 +117,35 @@ def known_device(name: str) -> DeviceInfo:
     Raises:
         ConfigError: the name is not known; the message lists those that are.
     """
-    spec = specs.spec_named(name)
+    spec = spec_named(name)
     return DeviceInfo(
         name=spec.name,
         kind="cuda",
         compute_capability=spec.capability,
         integrated=spec.integrated,
-        memory_total_bytes=round(spec.memory_gib * specs.GIB),
-        jetson_model=spec.name if spec.is_jetson else None,
-        **_figures(spec),
+        memory_total_bytes=round(spec.memory_gib * GIB),
+        jetson_model=spec.name if spec.jetson else None,
+        **_bandwidth(spec),
     )
-
-
-def main_memory(src: Sources) -> tuple[int | None, int | None]:
-    """Total and available main memory in bytes, within the container's limit if there is one.
-
-    Available is the kernel's ``MemAvailable``, which counts reclaimable page cache: on an
-    integrated GPU it is also what vLLM takes for free GPU memory.
-    """
-    memory = src.memory()
-    if memory is None:
-        return None, None
-    total, available = memory
-    limit = src.read_int("/sys/fs/cgroup/memory.max")  # "max", no limit, is not an integer
-    if limit is not None and limit < total:
-        used = src.read_int("/sys/fs/cgroup/memory.current") or 0
-        return limit, min(available, max(0, limit - used))
-    return total, available
 
 
 def gpu_devfreq(src: Sources) -> Path | None:
     """sysfs directory of the clock of a Jetson's graphics clusters."""
     nodes = src.entries("/sys/class/devfreq")
     return next((node for node in nodes if _GPU_CLOCKS.fullmatch(node.name)), None)
+
+
+def _main_memory(src: Sources) -> tuple[int | None, int | None]:
+    """Total and available main memory in bytes, within the container's limit if there is one.
+
+    On an integrated GPU vLLM takes what is available, page cache included, for free GPU memory.
+    """
+    total, available = src.memory or (None, None)
+    limit = src.read_int("/sys/fs/cgroup/memory.max")  # "max", no limit, is not an integer
+    if total is None or available is None or limit is None or limit >= total:
+        return total, available
+    used = src.read_int("/sys/fs/cgroup/memory.current") or 0
+    return limit, min(available, max(0, limit - used))
 
 
 def _jetson(src: Sources) -> tuple[str, str] | None:
@@ -141,41 +179,31 @@ def _power_mode(src: Sources) -> str | None:
     return mode[1] if mode else f"mode {int(status[1])}"
 
 
-def _clocks(src: Sources, nvml: Nvml) -> dict[str, Clock]:
+def _clocks(src: Sources, nvml: Nvml) -> dict[str, tuple[int, int]]:
     """Current and maximum MHz of each clock that is reported."""
-    found: dict[str, tuple[int | None, int | None]] = {
-        name: (
-            nvml.device("nvmlDeviceGetClockInfo", kind),
-            nvml.device("nvmlDeviceGetMaxClockInfo", kind),
-        )
+    calls = ("nvmlDeviceGetClockInfo", "nvmlDeviceGetMaxClockInfo")
+    mhz: dict[str, list[int | None]] = {
+        name: [nvml.device(call, kind) for call in calls]
         for name, kind in {"gpu": CLOCK_GRAPHICS, "memory": CLOCK_MEMORY}.items()
     }
-    files: dict[str, tuple[str | Path, str | Path, float]] = {
-        "cpu": (f"{_CPUFREQ}/scaling_cur_freq", f"{_CPUFREQ}/cpuinfo_max_freq", 1e-3)
-    }
+    kilo = [src.read_int(f"{_CPUFREQ}/{file}") for file in ("scaling_cur_freq", "cpuinfo_max_freq")]
+    mhz["cpu"] = [None if value is None else round(value / 1e3) for value in kilo]
     if (node := gpu_devfreq(src)) is not None:
-        files["gpu"] = (node / "cur_freq", node / "max_freq", 1e-6)
-    for name, (current, maximum, mhz) in files.items():
-        values = [src.read_int(current), src.read_int(maximum)]
-        now, top = (None if value is None else round(value * mhz) for value in values)
-        found[name] = (now, top)
+        hertz = [src.read_int(node / file) for file in ("cur_freq", "max_freq")]
+        mhz["gpu"] = [None if value is None else round(value / 1e6) for value in hertz]
     return {
-        name: (now, top)
-        for name, (now, top) in found.items()
-        if now is not None and top is not None
+        name: (now, top) for name, (now, top) in mhz.items() if now is not None and top is not None
     }
 
 
-def _gpu(
-    src: Sources, nvml: Nvml, board: tuple[str, str] | None, main_total: int | None
-) -> dict[str, Any]:
+def _gpu(src: Sources, nvml: Nvml, board: tuple[str, str] | None) -> dict[str, Any]:
     """Fields of the GPU that this process can use; empty if it has none."""
-    present = visible_gpu(src) is not None and any(src.exists(file) for file in _JETSON_GPUS)
+    present = src.visible_gpu() is not None and any(src.exists(file) for file in _JETSON_GPUS)
     if nvml.handle is None and not (board and present):  # Jetsons work without NVML
         return {}
     model, compatible = board or ("NVIDIA GPU", "")
     name = nvml.device("nvmlDeviceGetName") or model
-    spec = specs.find_spec(name, f"{model} {compatible}", main_total)
+    spec = find_spec(name, f"{model} {compatible}")
     if (capability := nvml.device("nvmlDeviceGetCudaComputeCapability")) is not None:
         capability = "{}.{}".format(*capability)
     else:
@@ -191,26 +219,21 @@ def _gpu(
         "compute_capability": capability,
         "integrated": integrated,
         "driver": nvml.get("nvmlSystemGetDriverVersion"),
-        **_figures(spec),
+        **_bandwidth(spec),
     }
     if not integrated and memory is not None:
         fields |= {"memory_total_bytes": memory.total, "memory_available_bytes": memory.free}
     if (cuda := nvml.get("nvmlSystemGetCudaDriverVersion_v2")) is not None:
         fields["cuda"] = f"{cuda // 1000}.{cuda % 1000 // 10}"
-    enforced = nvml.device("nvmlDeviceGetEnforcedPowerLimit")
-    default = nvml.device("nvmlDeviceGetPowerManagementDefaultLimit")
-    if enforced is not None and default is not None:
-        fields["power_limit_w"] = (enforced / 1000, default / 1000)
+    if (milliwatts := nvml.device("nvmlDeviceGetEnforcedPowerLimit")) is not None:
+        fields["power_limit_w"] = milliwatts / 1000
     return fields
 
 
-def _figures(spec: specs.Spec | None) -> dict[str, Any]:
+def _bandwidth(spec: Spec | None) -> dict[str, Any]:
     if spec is None:
         return {}
-    peaks = {"bf16": spec.bf16_tflops, "fp8": spec.fp8_tflops, "fp4": spec.fp4_tflops}
     return {
-        "known_as": spec.key,
         "memory_bandwidth_bytes_s": spec.bandwidth_gb_s * 1e9,
-        "figures_source": spec.source,
-        **{f"{k}_flops": None if tera is None else tera * 1e12 for k, tera in peaks.items()},
+        "bandwidth_source": spec.source,
     }

@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from molmo_edge.devices.info import DeviceInfo
+from molmo_edge.devices.detect import DeviceInfo
 from molmo_edge.devices.profiles import Profile, select_profile
 from molmo_edge.errors import ConfigError
 from molmo_edge.settings import REFUSED_PRECISIONS
 
-WORKSPACE_BYTES = 1 << 30
-"""Allowance beside weights and cache for the CUDA context, activations and graphs."""
-
-SYSTEM_FRACTION = 0.15
-"""Fraction of shared or main memory left to other programs where free memory is not known."""
-
-DEFAULT_UTILIZATION = 0.9
+# Beside weights and cache, for the CUDA context, activations and graphs.
+_WORKSPACE_BYTES = 1 << 30
+# Of shared or main memory, left to other programs where free memory is not known.
+_SYSTEM_FRACTION = 0.15
+DEFAULT_UTILIZATION = 0.9  # vLLM's own gpu_memory_utilization
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,8 @@ def usable_bytes(device: DeviceInfo, utilization: float | None = None) -> int | 
     if device.kind == "cuda" and not device.integrated:
         limit = int(total * (DEFAULT_UTILIZATION if utilization is None else utilization))
     else:
-        limit = int(total * (1 - SYSTEM_FRACTION)) if free is None else free
-    return max(0, (limit if free is None else min(limit, free)) - WORKSPACE_BYTES)
+        limit = int(total * (1 - _SYSTEM_FRACTION)) if free is None else free
+    return max(0, (limit if free is None else min(limit, free)) - _WORKSPACE_BYTES)
 
 
 def choose_precision(
@@ -82,18 +80,11 @@ def choose_precision(
         return Choice(precision, reason)
     size, memory = _gb(sizes[precision]), f"{_gb(usable or 0)} of usable memory on {device.name}"
     if requested == "auto" and precision == "bf16" and device.kind == "cuda" and "fp8" in room:
-        reason = (
-            f"{plain} weights ({size}) do not fit {memory}: loading them in FP8 "
-            f"({_gb(sizes['fp8'])})"
-        )
-        return Choice("fp8", reason, fallback=True)
-    if device.kind == "cpu":
-        # FP8 is emulated on CPUs: where it fits, it is still no advice.
-        advice = "use a checkpoint quantised to w4a16, or a machine with more memory"
-    elif room:
+        smaller = f"loading them in FP8 ({_gb(sizes['fp8'])})"
+        return Choice("fp8", f"{plain} weights ({size}) do not fit {memory}: {smaller}", True)
+    advice = "use a checkpoint quantised to w4a16, or free memory"
+    if room and device.kind == "cuda":  # CPUs emulate FP8: where it fits, it is no advice
         advice = f"precision {' or '.join(room)} fits"
-    else:
-        advice = "use a checkpoint quantised to w4a16 or nvfp4, or free memory"
     label = plain if precision == "bf16" else precision.upper()
     cache = f" and {_gb(kv_bytes)} of KV cache" if kv_bytes else ""
     raise ConfigError(f"{label} weights ({size}){cache} do not fit {memory}; {advice}")

@@ -7,13 +7,14 @@ file to ``profiles/``.
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from molmo_edge.devices.info import DeviceInfo
+from molmo_edge.devices.detect import DeviceInfo
 from molmo_edge.devices.specs import GIB
 from molmo_edge.errors import ConfigError
 
@@ -65,45 +66,37 @@ def select_profile(device: DeviceInfo) -> tuple[Profile, str]:
 
     Never fails: ``cuda`` fits every NVIDIA GPU and ``cpu`` everything else.
     """
-    matches = [p for p in map(load_profile, profile_names()) if not _mismatches(p, device)]
+    matches = [p for p in map(load_profile, profile_names()) if _fits(p, device)]
     chosen = max(matches, key=lambda profile: len(profile.match))
     return chosen, f"{chosen.name}: {_traits(device)}"
 
 
 def profile_warning(profile: Profile, device: DeviceInfo) -> str | None:
     """Return a warning if a profile is for another device, else ``None``."""
-    unmet = _mismatches(profile, device)
-    if not unmet:
+    if _fits(profile, device):
         return None
+    purpose, _, _ = profile.description.partition(":")
     return (
-        f"profile {profile.name} is for another device: {'; '.join(unmet)}. "
+        f"profile {profile.name} is for another device: {purpose}; "
         f"{select_profile(device)[0].name} would fit {device.name}"
     )
 
 
-def _mismatches(profile: Profile, device: DeviceInfo) -> list[str]:
-    """Describe the conditions that a device does not meet; what is unknown is not met."""
-    match, unmet = profile.match, []
-    size = device.memory_total_bytes
-    if device.kind != match["kind"]:
-        unmet.append(f"it is for kind {match['kind']}, this device is {device.kind}")
-    if "capability" in match and device.compute_capability not in match["capability"]:
-        has = device.compute_capability or "unknown"
-        wanted = " or ".join(match["capability"])
-        unmet.append(f"it is for capability {wanted}, this device's is {has}")
-    if "integrated" in match and device.integrated is not match["integrated"]:
-        unmet.append(f"it is for {'shared' if match['integrated'] else 'discrete'} GPU memory")
-    if "memory_gb_max" in match and (size is None or size > match["memory_gb_max"] * GIB):
-        unmet.append(f"it is for {match['memory_gb_max']} GiB or less")
-    return unmet
+def _fits(profile: Profile, device: DeviceInfo) -> bool:
+    """Whether a device meets the profile's conditions; what is unknown is not met."""
+    match, size = profile.match, device.memory_total_bytes
+    return (
+        device.kind == match["kind"]
+        and device.compute_capability in match.get("capability", [device.compute_capability])
+        and device.integrated is match.get("integrated", device.integrated)
+        and ("memory_gb_max" not in match or (size or math.inf) <= match["memory_gb_max"] * GIB)
+    )
 
 
 def _traits(device: DeviceInfo) -> str:
     if device.kind == "cpu":
         return "no usable NVIDIA GPU"
-    parts = [device.name, device.sm or "capability unknown"]
-    if device.integrated is not None:
-        parts.append("memory shared with the CPU" if device.integrated else "memory of its own")
-    if device.memory_total_bytes is not None:
-        parts.append(f"{device.memory_total_bytes / GIB:.1f} GiB")
-    return ", ".join(parts)
+    memory = {None: "memory unknown", True: "shared memory", False: "memory of its own"}
+    size = device.memory_total_bytes
+    traits = [device.name, device.sm or "capability unknown", memory[device.integrated]]
+    return ", ".join(traits if size is None else [*traits, f"{size / GIB:.1f} GiB"])

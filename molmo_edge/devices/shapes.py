@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from molmo_edge.checkpoint_files import Tensor, read_config, tensors
-from molmo_edge.devices.tensors import KNOWN, gemma3_parts, gemma3_shapes, tensor_shapes
+from molmo_edge.devices.tensors import KNOWN, gemma3_parts, gemma3_tensors, tensor_shapes
 from molmo_edge.errors import ModelError
 from molmo_edge.settings import PRECISIONS as REQUESTS
 
@@ -53,28 +53,12 @@ def matrix_bytes(precision: str, rows: int, cols: int) -> int:
 
 
 @dataclass(frozen=True)
-class Weights:
-    """Bytes of a model's weights by part, as they lie in the device's memory."""
-
-    embedding: int
-    blocks: int
-    head: int
-    tower: int
-
-    @property
-    def total(self) -> int:
-        return self.embedding + self.blocks + self.head + self.tower
-
-
-@dataclass(frozen=True)
 class ModelShape:
     """Sizes of one model."""
 
     name: str  # directory or hub name
-    family: str  # `model_type` of its configuration
     # The language model's attention; sliding layers see only the tokens of the window.
     layers: int
-    heads: int
     kv_heads: int
     head_dim: int
     max_model_len: int  # positions the model was made for
@@ -85,7 +69,6 @@ class ModelShape:
     embedding: int
     head: int
     tower: int
-    matrix_params: int  # of the decoder's weight matrices
     block_params: int  # of all of the decoder
     block_bytes: Mapping[str, int]  # of the decoder, by precision
     stored: str | None  # precision of a quantised checkpoint
@@ -100,52 +83,47 @@ class ModelShape:
         """Precisions this checkpoint, or one quantised from it, can have."""
         return PRECISIONS if self.stored is None else (self.stored,)
 
-    def weights(self, precision: str) -> Weights:
-        """Bytes by part at a precision of ``precisions``.
+    def weight_bytes(self, precision: str) -> int:
+        """Bytes of all weights in memory at a precision of ``precisions``.
 
         Raises:
             ModelError: a quantised checkpoint of a kind that only its files can size.
         """
-        blocks = self.block_bytes.get(precision)
-        if blocks is None:
-            raise ModelError(
-                f"the size of {self.name} as {precision} is not known without its safetensors files"
-            )
-        return Weights(2 * self.embedding, blocks, 2 * self.head, 2 * self.tower)
+        return self._blocks(precision) + 2 * (self.embedding + self.head + self.tower)
 
     def decode_bytes(self, precision: str) -> int:
         """Bytes of weights read for every generated token: blocks and head.
 
-        Of the embedding one row is read, and the tower only when an image comes in.
+        Of the embedding one row is read, and the tower only when an image comes in. See
+        `weight_bytes` for errors.
         """
-        weights = self.weights(precision)
-        return weights.blocks + (weights.head or weights.embedding)
+        return self._blocks(precision) + 2 * (self.head or self.embedding)
 
     def bytes_by_precision(self, *, float32: bool = False) -> dict[str, int]:
-        """Bytes at each precision this very checkpoint can be loaded in.
+        """Bytes of all weights at each precision this very checkpoint can be loaded in.
 
         With ``float32`` what is not quantised takes four bytes per parameter, also under "bf16".
         """
         sizes = {}
         for name in ("bf16", "fp8") if self.stored is None else (self.stored,):
-            size = self.weights(name)
-            more = size.total if name == "bf16" else size.total - size.blocks
-            sizes[name] = size.total + (more if float32 else 0)
+            sizes[name] = total = self.weight_bytes(name)
+            if float32:
+                sizes[name] += total if name == "bf16" else total - self._blocks(name)
         return sizes
 
     def kv_bytes(self, tokens: int, kv_cache_dtype: str) -> int:
         """Bytes of the KV cache of one request of that many tokens."""
         width, scale = KV_DTYPES[kv_cache_dtype]
-        return 2 * self.kv_heads * (self.head_dim * width + scale) * self._seen(tokens)
+        seen = (self.layers - self.sliding_layers) * tokens
+        seen += self.sliding_layers * min(tokens, self.sliding_window)
+        return 2 * self.kv_heads * (self.head_dim * width + scale) * seen
 
-    def flops_per_token(self, context: int) -> float:
-        """FLOP of one token that sees ``context`` others: matrices and attention, no head."""
-        return 2.0 * self.matrix_params + 4.0 * self.heads * self.head_dim * self._seen(context)
-
-    def _seen(self, tokens: int) -> int:
-        """Tokens that attention sees, over all layers."""
-        full = self.layers - self.sliding_layers
-        return full * tokens + self.sliding_layers * min(tokens, self.sliding_window)
+    def _blocks(self, precision: str) -> int:
+        if precision not in self.block_bytes:
+            raise ModelError(
+                f"the size of {self.name} as {precision} is not known without its safetensors files"
+            )
+        return self.block_bytes[precision]
 
 
 def model_shape(model: str | Path) -> ModelShape:
@@ -173,27 +151,27 @@ def _shape(name: str, config: Mapping[str, Any], files: list[Tensor]) -> ModelSh
         known = "molmo or gemma3, with vision or without"
         raise ModelError(f"config.json has model_type {family!r}; planning knows {known}")
     try:
-        attention = _molmo(config) if family == "molmo" else _gemma3(config)
-        inventory = tensor_shapes(config) if family == "molmo" else gemma3_shapes(config)
         stored = stored_precision(config)
+        if family == "molmo":
+            attention = _molmo(config)
+            counts = _counts((part_of(name), size) for name, size in tensor_shapes(config).items())
+        else:
+            attention = _gemma3(config)
+            counts = _counts(gemma3_tensors(config))
     except (AttributeError, LookupError, TypeError, ZeroDivisionError, ValueError) as exc:
         missing = f": {exc.args[0]}" if isinstance(exc, KeyError) else ""
         raise ModelError(f"config.json lacks a size or has a wrong one{missing}") from exc
-    counts = _counts([Tensor(name, Path(), "BF16", size) for name, size in inventory.items()])
     if files and stored is None:
-        counts = _counts(files)
+        counts = _counts((part_of(tensor.name), tensor.shape) for tensor in files)
     elif files:  # packed matrices hide their shapes, so only the bytes are the files'
         counts["block_bytes"] = {stored: _stored_bytes(files)}
-    return ModelShape(
-        name=name, family=family, **attention, **counts, stored=stored, measured=bool(files)
-    )
+    return ModelShape(name=name, **attention, **counts, stored=stored, measured=bool(files))
 
 
 def _molmo(config: Mapping[str, Any]) -> dict[str, Any]:
     heads = int(config["num_attention_heads"])
     return {
         "layers": int(config["num_hidden_layers"]),
-        "heads": heads,
         "kv_heads": int(config.get("num_key_value_heads") or heads),
         "head_dim": int(config["hidden_size"]) // heads,
         "max_model_len": int(config.get("max_position_embeddings", 4096)),
@@ -210,7 +188,6 @@ def _gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
     sliding = layers - layers // int(text.get("sliding_window_pattern", 6))
     return {
         "layers": layers,
-        "heads": int(text.get("num_attention_heads", 8)),
         "kv_heads": int(text.get("num_key_value_heads", 4)),
         "head_dim": int(text.get("head_dim", 256)),
         "max_model_len": int(text.get("max_position_embeddings", 131072)),
@@ -220,28 +197,17 @@ def _gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _counts(found: Iterable[Tensor]) -> dict[str, Any]:
-    """Parameters of each part, and bytes of the blocks at each precision."""
+def _counts(parts: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, Any]:
+    """Parameters of each part, and bytes of the blocks, of tensors given as part and shape."""
     params = dict.fromkeys(("embedding", "head", "tower", "blocks"), 0)
     block_bytes = dict.fromkeys(PRECISIONS, 0)
-    matrix_params = 0
-    for tensor in found:
-        part = part_of(tensor.name)
-        params[part] += tensor.numel
-        if part != "blocks":
-            continue
-        matrix = len(tensor.shape) == 2
-        matrix_params += tensor.numel if matrix else 0
-        for name in PRECISIONS:
-            block_bytes[name] += matrix_bytes(name, *tensor.shape) if matrix else 2 * tensor.numel
-    return {
-        "embedding": params["embedding"],
-        "head": params["head"],
-        "tower": params["tower"],
-        "block_params": params["blocks"],
-        "matrix_params": matrix_params,
-        "block_bytes": block_bytes,
-    }
+    for part, shape in parts:
+        size = math.prod(shape)
+        params[part] += size
+        if part == "blocks":
+            for name in PRECISIONS:
+                block_bytes[name] += matrix_bytes(name, *shape) if len(shape) == 2 else 2 * size
+    return {"block_params": params.pop("blocks"), "block_bytes": block_bytes, **params}
 
 
 def _stored_bytes(files: Iterable[Tensor]) -> int:

@@ -11,12 +11,10 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 from molmo_edge.devices.detect import gpu_devfreq
-from molmo_edge.devices.nvml import CLOCK_GRAPHICS, Nvml
-from molmo_edge.devices.sources import Sources, system_sources
+from molmo_edge.devices.sources import CLOCK_GRAPHICS, Nvml, Sources, system_sources
 
 # Rails that carry everything the board draws; AGX Orin has none, and its rails are summed.
 _INPUT_RAILS = ("VDD_IN", "VIN", "POM_5V_IN")
@@ -28,7 +26,6 @@ class Reading:
 
     t_s: float  # since the start
     power_w: float | None  # of the board on a Jetson, of the GPU elsewhere
-    counter_j: float | None  # energy since the driver was loaded; a discrete GPU only
     gpu_mhz: float | None
     throttled: bool | None  # whether power or heat holds the GPU's clocks down
 
@@ -38,7 +35,7 @@ class TelemetrySummary:
     """Means over all readings; ``None`` where nothing was measured."""
 
     power_w: float | None
-    energy_j: float | None  # from the driver's counter, or power integrated over time
+    energy_j: float | None  # mean power times the time from first to last reading
     gpu_mhz: float | None
     throttled: bool | None  # whether any reading was
 
@@ -77,9 +74,13 @@ class Sampler:
         """Summarise the readings until now."""
         readings = self.readings.copy()
         throttled = [r.throttled for r in readings if r.throttled is not None]
+        power_w = _mean(reading.power_w for reading in readings)
+        energy_j = None
+        if power_w is not None and len(readings) > 1:
+            energy_j = power_w * (readings[-1].t_s - readings[0].t_s)
         return TelemetrySummary(
-            power_w=_mean(reading.power_w for reading in readings),
-            energy_j=_energy(readings),
+            power_w=power_w,
+            energy_j=energy_j,
             gpu_mhz=_mean(reading.gpu_mhz for reading in readings),
             throttled=any(throttled) if throttled else None,
         )
@@ -89,18 +90,17 @@ class Sampler:
             self._read()
 
     def _read(self) -> None:
-        nvml, counter = self._nvml, None
+        nvml = self._nvml
         if self._rails:  # on a Jetson NVML reports a part, and not with every driver
             power = _watts(self._sources, self._rails)
         else:
             power = _scaled(nvml.device("nvmlDeviceGetPowerUsage"), 1e-3)
-            counter = _scaled(nvml.device("nvmlDeviceGetTotalEnergyConsumption"), 1e-3)
         if self._clock is not None:
             clock = _scaled(self._sources.read_int(self._clock / "cur_freq"), 1e-6)
         else:
             clock = _scaled(nvml.device("nvmlDeviceGetClockInfo", CLOCK_GRAPHICS), 1)
         t_s = time.monotonic() - self._started
-        self.readings.append(Reading(t_s, power, counter, clock, nvml.throttled()))
+        self.readings.append(Reading(t_s, power, clock, nvml.throttled()))
 
 
 def _rails(src: Sources) -> list[tuple[Path, ...]]:
@@ -136,14 +136,3 @@ def _scaled(value: int | None, scale: float) -> float | None:
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-
-def _energy(readings: list[Reading]) -> float | None:
-    counts = [reading.counter_j for reading in readings if reading.counter_j is not None]
-    if counts and counts[-1] > counts[0]:  # one that stands still or was reset says nothing
-        return counts[-1] - counts[0]
-    powers = [(reading.t_s, reading.power_w) for reading in readings]
-    known = [(t_s, watts) for t_s, watts in powers if watts is not None]
-    if len(known) < 2:
-        return None
-    return sum((t - s) * (v + w) / 2 for (s, v), (t, w) in pairwise(known))

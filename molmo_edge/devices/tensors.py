@@ -1,8 +1,8 @@
-"""Tensor inventories: names and shapes of all tensors of a Molmo 1 or Gemma 3 checkpoint."""
+"""Tensor inventories of Molmo 1, with names, and of Gemma 3; the sizes of published models."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,34 +81,23 @@ def tensor_shapes(config: Mapping[str, Any], tower: Tower | None = None) -> Shap
     }
 
 
-def gemma3_shapes(config: Mapping[str, Any]) -> Shapes:
-    """Return name → shape of a Gemma 3, as on the hub; the LM head is tied to the embedding."""
+def gemma3_tensors(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Part and shape of each tensor of a Gemma 3; its LM head is the embedding."""
     text, vision = gemma3_parts(config)
     width, mlp = int(text["hidden_size"]), int(text["intermediate_size"])
     # The 4B's file leaves out what is transformers' default.
     size = int(text.get("head_dim", 256))
     q = int(text.get("num_attention_heads", 8)) * size
     kv = int(text.get("num_key_value_heads", 4)) * size
-    norms = ("input", "post_attention", "pre_feedforward", "post_feedforward")
-    block: Shapes = {
-        "self_attn.q_proj.weight": (q, width),
-        "self_attn.k_proj.weight": (kv, width),
-        "self_attn.v_proj.weight": (kv, width),
-        "self_attn.o_proj.weight": (width, q),
-        "self_attn.q_norm.weight": (size,),
-        "self_attn.k_norm.weight": (size,),
-        "mlp.gate_proj.weight": (mlp, width),
-        "mlp.up_proj.weight": (mlp, width),
-        "mlp.down_proj.weight": (width, mlp),
-        **{f"{place}_layernorm.weight": (width,) for place in norms},
-    }
-    top = "model." if vision is None else "language_model.model."
-    return {
-        top + "embed_tokens.weight": (int(text.get("vocab_size", 262208)), width),
-        **_repeat(f"{top}layers.", int(text["num_hidden_layers"]), block),
-        top + "norm.weight": (width,),
-        **({} if vision is None else _siglip_shapes(vision, width)),
-    }
+    yield "embedding", (int(text.get("vocab_size", 262208)), width)
+    for _ in range(int(text["num_hidden_layers"])):
+        attention = ((q, width), (kv, width), (kv, width), (width, q), (size,), (size,))
+        feed_forward = ((mlp, width), (mlp, width), (width, mlp))
+        norms = ((width,),) * 4
+        yield from (("blocks", shape) for shape in attention + feed_forward + norms)
+    yield "blocks", (width,)
+    if vision is not None:
+        yield from (("tower", shape) for shape in _siglip_shapes(vision, width))
 
 
 def gemma3_parts(
@@ -120,29 +109,16 @@ def gemma3_parts(
     return config["text_config"], config["vision_config"]
 
 
-def _siglip_shapes(vision: Mapping[str, Any], hidden: int) -> Shapes:
+def _siglip_shapes(vision: Mapping[str, Any], hidden: int) -> Iterator[tuple[int, ...]]:
+    """The vision tower of Gemma 3, and the projection to the language model's ``hidden``."""
     width, mlp = int(vision["hidden_size"]), int(vision["intermediate_size"])
     patch = int(vision["patch_size"])
-    block: Shapes = {
-        **{f"self_attn.{n}_proj": (width, width) for n in ("q", "k", "v", "out")},
-        "mlp.fc1": (mlp, width),
-        "mlp.fc2": (width, mlp),
-        "layer_norm1": (width,),
-        "layer_norm2": (width,),
-    }
-    top = "vision_tower.vision_model."
-    return {
-        top + "embeddings.patch_embedding.weight": (width, 3, patch, patch),
-        top + "embeddings.patch_embedding.bias": (width,),
-        top + "embeddings.position_embedding.weight": (
-            (int(vision["image_size"]) // patch) ** 2,
-            width,
-        ),
-        **_repeat(f"{top}encoder.layers.", int(vision["num_hidden_layers"]), _biased(block)),
-        **_biased({top + "post_layernorm": (width,)}),
-        "multi_modal_projector.mm_input_projection_weight": (width, hidden),
-        "multi_modal_projector.mm_soft_emb_norm.weight": (width,),
-    }
+    yield from ((width, 3, patch, patch), (width,))
+    yield (int(vision["image_size"]) // patch) ** 2, width
+    for _ in range(int(vision["num_hidden_layers"])):
+        for weight in (*[(width, width)] * 4, (mlp, width), (width, mlp), (width,), (width,)):
+            yield from (weight, weight[:1])  # each has a bias
+    yield from ((width,), (width,), (width, hidden), (width,))
 
 
 def _repeat(prefix: str, count: int, block: Shapes) -> Shapes:

@@ -24,9 +24,7 @@ _ANSWERS: dict[str, tuple[str, Callable[..., Any]]] = {
     "nvmlDeviceGetClockInfo": ("clocks", lambda clocks, kind: clocks[str(kind)][0]),
     "nvmlDeviceGetMaxClockInfo": ("clocks", lambda clocks, kind: clocks[str(kind)][1]),
     "nvmlDeviceGetEnforcedPowerLimit": ("limits_mw", lambda limits: limits[0]),
-    "nvmlDeviceGetPowerManagementDefaultLimit": ("limits_mw", lambda limits: limits[1]),
     "nvmlDeviceGetPowerUsage": ("power_mw", int),
-    "nvmlDeviceGetTotalEnergyConsumption": ("energy_mj", int),
     "nvmlDeviceGetCurrentClocksEventReasons": ("clocks_event_reasons", int),
 }
 
@@ -79,15 +77,11 @@ def machine(name: str, root: Path | None = None, **changes: Any) -> Sources:
     """A recorded machine; ``root`` replaces its files, ``changes`` its sources."""
     recording = json.loads((DATA / name / "machine.json").read_text())
     nvml, root = recording["nvml"], root or DATA / name / "root"
-
-    def memory() -> tuple[int, int]:
-        lines = (root / "proc/meminfo").read_text().splitlines()
-        kib = {key: int(value.split()[0]) for key, value in (line.split(":") for line in lines)}
-        return kib["MemTotal"] * 1024, kib["MemAvailable"] * 1024
-
+    lines = [line.split() for line in (root / "proc/meminfo").read_text().splitlines()]
+    kib = {line[0]: int(line[1]) for line in lines}
     values: dict[str, Any] = {
         "root": root,
-        "memory": memory,
+        "memory": (kib["MemTotal:"] * 1024, kib["MemAvailable:"] * 1024),
         "nvml": None if nvml is None else RecordedNvml(nvml),
         "environ": recording["environ"],
         "machine": recording["machine"],

@@ -8,7 +8,7 @@ from pathlib import Path
 import pynvml
 import pytest
 
-from molmo_edge.devices.sources import Sources, system_sources
+from molmo_edge.devices.sources import Sources
 from molmo_edge.devices.telemetry import Sampler
 from tests.devices.recorded import copied, machine
 from tests.engine.support import eventually
@@ -21,16 +21,12 @@ def finished(sources: Sources, readings: int = 5) -> Sampler:
     return sampler
 
 
-def integrated(watts: float, sampler: Sampler) -> float:
-    """Joules of a constant power between the first reading and the last."""
-    return watts * (sampler.readings[-1].t_s - sampler.readings[0].t_s)
-
-
 def test_thor_reports_the_boards_input_power() -> None:
     sampler = finished(machine("thor"))
     thor = sampler.summary()
     assert thor.power_w == pytest.approx(36.487)
-    assert thor.energy_j == pytest.approx(integrated(36.487, sampler))
+    seconds = sampler.readings[-1].t_s - sampler.readings[0].t_s
+    assert thor.energy_j == pytest.approx(36.487 * seconds)
     assert (thor.gpu_mhz, thor.throttled) == (315.0, None)
 
 
@@ -52,22 +48,6 @@ def test_a_rail_of_the_whole_input_is_preferred(tmp_path: Path) -> None:
     assert finished(machine("orin", root)).summary().power_w == pytest.approx(19 * 0.320)
 
 
-def test_discrete_card_counts_energy_with_the_drivers_counter() -> None:
-    sources = machine("rtx5080")
-    device = sources.nvml.recording["devices"][0]
-    with Sampler(0.01, sources) as sampler:
-        device["energy_mj"] += 2500
-    card = sampler.summary()
-    assert (card.energy_j, card.power_w, card.gpu_mhz) == (pytest.approx(2.5), 41.25, 2790)
-
-
-def test_a_counter_that_goes_backwards_is_not_believed() -> None:
-    sources = machine("rtx5080")
-    with Sampler(0.01, sources) as sampler:
-        sources.nvml.recording["devices"][0]["energy_mj"] = 10
-    assert sampler.summary().energy_j == pytest.approx(integrated(41.25, sampler))
-
-
 def test_unknown_is_none_never_zero(tmp_path: Path) -> None:
     nothing = finished(Sources(root=tmp_path)).summary()
     values = (nothing.power_w, nothing.energy_j, nothing.gpu_mhz, nothing.throttled)
@@ -80,7 +60,8 @@ def test_a_sensor_that_fails_for_a_while_leaves_a_gap() -> None:
     with Sampler(60, sources) as sampler:
         del device["power_mw"]
     assert [reading.power_w for reading in sampler.readings] == [41.25, None]
-    assert sampler.summary().power_w == 41.25
+    card = sampler.summary()
+    assert (card.power_w, card.gpu_mhz) == (41.25, 2790)
 
 
 def test_the_thread_ends_and_nvml_is_closed_also_after_an_error() -> None:
@@ -93,19 +74,13 @@ def test_the_thread_ends_and_nvml_is_closed_also_after_an_error() -> None:
     assert sources.nvml.open == 0
 
 
-def test_this_machine_can_be_sampled() -> None:
-    assert finished(system_sources()).readings[-1].t_s > 0
-
-
 @pytest.mark.parametrize(
     ("reasons", "throttled"),
     [(0, False), (pynvml.nvmlClocksEventReasonGpuIdle, False),
      (pynvml.nvmlClocksEventReasonApplicationsClocksSetting, False),
      (pynvml.nvmlClocksEventReasonSwPowerCap, True),
      (pynvml.nvmlClocksEventReasonSwThermalSlowdown, True),
-     (pynvml.nvmlClocksThrottleReasonHwSlowdown, True),
-     (pynvml.nvmlClocksThrottleReasonHwThermalSlowdown, True),
-     (pynvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown, True)],
+     (pynvml.nvmlClocksThrottleReasonHwThermalSlowdown, True)],
 )  # fmt: skip
 def test_power_and_heat_throttle_and_other_reasons_do_not(reasons: int, throttled: bool) -> None:
     sources = machine("rtx5080")
