@@ -6,15 +6,15 @@ the answer.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import inspect
 import json
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias, TypedDict, cast
+from dataclasses import replace
+from typing import Annotated, Any, TypeAlias, TypedDict, Unpack
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from pydantic.errors import PydanticUserError
 
 from molmo_edge.errors import (
@@ -27,7 +27,8 @@ from molmo_edge.errors import (
 from molmo_edge.images import ImageLike, ImageLimits, load
 from molmo_edge.interface import Turn
 from molmo_edge.results import Result
-from molmo_edge.sampling import DEFAULT_MAX_TOKENS, Sampling, check_integer, check_timeout
+from molmo_edge.sampling import Sampling
+from molmo_edge.settings import describe
 
 JsonSchema: TypeAlias = Mapping[str, Any] | type[BaseModel]
 
@@ -54,43 +55,34 @@ class Options(TypedDict, total=False):
     timeout: float | None
 
 
-@dataclass(frozen=True)
 class Request:
-    """One item of a batch: an image (or None), a text, and options as in `Options`."""
+    """One item of a batch: an image (or None), a text, and `Options`."""
 
-    image: ImageLike | None
-    text: str
-    max_tokens: int = DEFAULT_MAX_TOKENS
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: Sequence[str] | str = ()
-    logprobs: int | None = None
-    json_schema: JsonSchema | None = None
-    ignore_eos: bool = False
-    max_crops: int | None = None
-    timeout: float | None = None
-
-    def options(self) -> Options:
-        """Its options as keyword arguments."""
-        return cast(Options, {name: getattr(self, name) for name in Options.__annotations__})
+    def __init__(self, image: ImageLike | None, text: str, **options: Unpack[Options]) -> None:
+        self.image = image
+        self.text = text
+        self.options = options
 
 
-@dataclass(frozen=True)
-class CheckedOptions:
+class CheckedOptions(Sampling):
     """Options of one request, checked.
 
     Attributes:
-        sampling: how to choose tokens.
         max_crops: None for the engine's.
         timeout: seconds, None for no limit.
-        model: pydantic class that reads the answer of a `json_schema`, if one was given.
+        answer_model: pydantic class that reads the answer, if one was given as `json_schema`.
+        started: when the request began, on the monotonic clock.
     """
 
-    sampling: Sampling
-    max_crops: int | None = None
-    timeout: float | None = None
-    model: type[BaseModel] | None = None
+    max_crops: Annotated[int, Field(ge=1)] | None = None
+    timeout: Annotated[float, Field(gt=0)] | None = None
+    answer_model: type[BaseModel] | None = None
+    started: float = Field(default_factory=time.monotonic)
+
+    @property
+    def deadline(self) -> float | None:
+        """When `timeout` passes, on the monotonic clock."""
+        return None if self.timeout is None else self.started + self.timeout
 
     def read(self, result: Result) -> Result:
         """Return the result with `parsed` set if a JSON Schema was given.
@@ -98,13 +90,13 @@ class CheckedOptions:
         Raises:
             GenerationError: the answer is cut off, or the pydantic model refuses it.
         """
-        if self.sampling.json_schema is None:
+        if self.json_schema is None:
             return result
         text, truncated = result.text, result.finish_reason == "length"
         try:
             value = json.loads(text)
-            if self.model is not None:
-                value = self.model.model_validate_json(text)
+            if self.answer_model is not None:
+                value = self.answer_model.model_validate_json(text)
         except ValidationError as exc:
             message = (
                 f"The answer is JSON, but {exc.title} refuses it "
@@ -115,7 +107,7 @@ class CheckedOptions:
             raise GenerationError(_CUT if truncated else _STOPPED, partial=text) from exc
         if truncated and type(value) in (int, float):  # any part of a number reads as a number
             raise GenerationError(_CUT, partial=text)
-        return dataclasses.replace(result, parsed=value)
+        return replace(result, parsed=value)
 
 
 _CUT = (
@@ -135,19 +127,19 @@ def check_options(options: Mapping[str, Any], max_crops_limit: int) -> CheckedOp
             near = difflib.get_close_matches(name, Options.__annotations__, n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise SamplingError(f"Unknown option {name}.{hint}")
-    max_crops = options.get("max_crops")
-    if max_crops is not None:
-        check_integer("max_crops", max_crops, 1, max_crops_limit)
-    names = {field.name for field in dataclasses.fields(Sampling)}
-    values = {name: value for name, value in options.items() if name in names}
-    model: type[BaseModel] | None = None
+    values = dict(options)
     if values.get("json_schema") is not None:
-        values["json_schema"], model = _read_schema(values["json_schema"])
+        values["json_schema"], values["answer_model"] = _read_schema(values["json_schema"])
         if values.get("ignore_eos"):
             raise SamplingError("ignore_eos and json_schema exclude each other.")
-    return CheckedOptions(
-        Sampling(**values), max_crops, check_timeout(options.get("timeout")), model
-    )
+    try:
+        checked = CheckedOptions(**values)
+    except ValidationError as exc:
+        problems = [f"{error['loc'][0]} {describe(error)}" for error in exc.errors()]
+        raise SamplingError("; ".join(problems)) from None
+    if checked.max_crops is not None and checked.max_crops > max_crops_limit:
+        raise SamplingError(f"max_crops must be at most {max_crops_limit}, the engine's own.")
+    return checked
 
 
 def _read_schema(given: object) -> tuple[dict[str, Any], type[BaseModel] | None]:
@@ -172,43 +164,34 @@ def _read_schema(given: object) -> tuple[dict[str, Any], type[BaseModel] | None]
         raise SamplingError("json_schema contains values that are not JSON.") from exc
 
 
-def check_token_ids(answer: Sequence[int]) -> list[int]:
-    """Return the ids as a list. Raises PromptError unless it is at least one token id."""
-    ids = list(answer)
-    if not ids or not all(isinstance(i, int) and i >= 0 for i in ids):
-        raise PromptError("An answer to score is a list of at least one token id.")
-    return ids
+def check_token_ids(ids: Sequence[int]) -> list[int]:
+    """Return the ids as a list. Raises PromptError for what is no token id."""
+    if not all(isinstance(i, int) and i >= 0 for i in ids):
+        raise PromptError("An answer and its candidates are lists of token ids.")
+    return list(ids)
 
 
-@dataclass(frozen=True)
-class Message:
-    """One message of a conversation, its images not loaded yet."""
-
-    role: str
-    text: str
-    images: tuple[ImageLike, ...] = ()
+def question(image: ImageLike | None, text: str) -> list[Mapping[str, Any]]:
+    """A conversation of one user message, as `EdgeVLM.chat` takes it."""
+    images = [] if image is None else [{"type": "image", "image": image}]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
 
 
-def question(image: ImageLike | None, text: str) -> list[Message]:
-    """A conversation of one user message."""
-    return [Message("user", text, () if image is None else (image,))]
-
-
-def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """Check the structure of messages, see `EdgeVLM.chat`. Raises PromptError, ImageError."""
+def read_turns(messages: Sequence[Mapping[str, Any]], limits: ImageLimits) -> list[Turn]:
+    """Check the structure of messages and load their images. Raises PromptError, ImageError."""
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
         raise PromptError("messages must be a list of {'role': …, 'content': …}.")
-    return [_read_message(i, message) for i, message in enumerate(messages, start=1)]
+    return [_read_turn(i, message, limits) for i, message in enumerate(messages, start=1)]
 
 
-def _read_message(number: int, message: Mapping[str, Any]) -> Message:
+def _read_turn(number: int, message: Mapping[str, Any], limits: ImageLimits) -> Turn:
     if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
         raise PromptError(f"Message {number} must be a mapping with only 'role' and 'content'.")
     role, content = message["role"], message["content"]
     if role not in ("user", "assistant"):
         raise PromptError(f"Message {number}: role must be 'user' or 'assistant'.")
     if isinstance(content, str):
-        return Message(role, content)
+        content = [{"type": "text", "text": content}]
     if not isinstance(content, Sequence) or isinstance(content, bytes):
         raise PromptError(f"Message {number}: content must be a string or a list of parts.")
     texts, images = [], []
@@ -216,8 +199,10 @@ def _read_message(number: int, message: Mapping[str, Any]) -> Message:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
+        elif kind == "text":
+            raise PromptError(f"Message {number}: the text must be a string.")
         elif kind == "image" and part.get("image") is not None:
-            images.append(part["image"])
+            images.append(load(part["image"], limits))
         else:
             raise PromptError(
                 f"Message {number}: a part must be {{'type': 'text', 'text': …}} or "
@@ -225,15 +210,7 @@ def _read_message(number: int, message: Mapping[str, Any]) -> Message:
             )
     if images and role == "assistant":
         raise ImageError(f"Message {number}: an assistant message cannot contain an image.")
-    return Message(role, "\n".join(texts), tuple(images))
-
-
-def load_turns(messages: Sequence[Message], limits: ImageLimits) -> list[Turn]:
-    """Load the images of a conversation. Raises ImageError."""
-    return [
-        Turn(one.role, one.text, tuple(load(image, limits) for image in one.images))
-        for one in messages
-    ]
+    return Turn(role, "\n".join(texts), tuple(images))
 
 
 def read_labels(given: object) -> list[str]:
@@ -278,8 +255,6 @@ def check_turns(turns: Sequence[Turn]) -> None:
     for i, turn in enumerate(turns):
         if turn.role != ("assistant" if i % 2 else "user"):
             raise PromptError("Roles must alternate, starting with the user.")
-        if not isinstance(turn.text, str):
-            raise PromptError(f"The text must be a str, not {type(turn.text).__name__}.")
         if not turn.text.strip():
             raise PromptError("The text is empty.")
         try:

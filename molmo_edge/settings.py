@@ -41,30 +41,8 @@ KVCacheDtype = Literal[
 ]  # fmt: skip
 PRECISIONS: tuple[str, ...] = get_args(PrecisionName)
 
-_MOE_ONLY = (
-    "vLLM applies it to mixture-of-experts layers only and would silently leave every dense layer "
-    "in BF16"
-)
-# https://docs.vllm.ai/en/latest/features/quantization/int8/ ("Blackwell GPU Limitation")
-_NO_INT8 = "vLLM has no 8-bit integer matrix product on Blackwell GPUs (sm_100 and up); use fp8"
-_NO_BNB = "vLLM 0.32 no longer loads bitsandbytes; use fp8, or a checkpoint quantised to w4a16"
-REFUSED_PRECISIONS = {
-    "bitsandbytes": _NO_BNB,
-    "bnb": _NO_BNB,
-    "nvfp4_per_token": f"{_MOE_ONLY}; use a checkpoint quantised to nvfp4, or fp8",
-    "int8_per_channel_weight_only": f"{_MOE_ONLY}; use fp8, or a checkpoint quantised to w4a16",
-    "int8": _NO_INT8,
-    "w8a8": _NO_INT8,
-}
 # vLLM's names of what a setting with another name decides.
 _SETTING_OF = {"quantization": "precision", "kv_cache_memory_bytes": "kv_cache_memory_gb"}
-
-
-def _not_refused(value: object) -> object:
-    reason = REFUSED_PRECISIONS.get(value.lower()) if isinstance(value, str) else None
-    if reason is not None:
-        raise ValueError(f"is refused: {reason}. Valid values: {', '.join(PRECISIONS)}")
-    return value
 
 
 def _parse_json(value: object) -> object:
@@ -90,7 +68,6 @@ def _expand_home(value: Path) -> Path:
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Directory = Annotated[Path, Field(strict=False), AfterValidator(_expand_home)]
-Precision = Annotated[PrecisionName, BeforeValidator(_not_refused)]
 EngineArgs = Annotated[dict[str, Any], BeforeValidator(_parse_json), AfterValidator(_not_a_setting)]
 
 
@@ -137,7 +114,7 @@ class EdgeSettings(BaseModel):
 
     model: Text = "stub"
     profile: Text = "auto"
-    precision: Precision = "auto"
+    precision: PrecisionName = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     kv_cache_dtype: KVCacheDtype = "fp8"
     max_model_len: Annotated[int, Field(ge=64)] | None = None
@@ -168,7 +145,7 @@ class _Variables(EdgeSettings, BaseSettings):  # type: ignore[misc]
 
 
 class Origin(StrEnum):
-    """Kinds of sources, highest first."""
+    """Where a value comes from, highest first."""
 
     ARGUMENT = "argument"
     ENVIRONMENT = "environment"
@@ -179,46 +156,36 @@ class Origin(StrEnum):
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a value comes from; ``name`` is that of the config file or of the profile."""
-
-    origin: Origin
-    name: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.origin} {self.name}".strip()
-
-
-@dataclass(frozen=True)
 class Resolved:
-    """Settings and the source of each value.
+    """Settings and where each value comes from.
 
     Attributes:
         settings: the values.
-        sources: by setting. Keys of ``engine_args`` are listed as "engine_args.KEY";
+        origins: by setting. Keys of ``engine_args`` are listed as "engine_args.KEY";
             "engine_args" itself only while it is empty.
         profile_name: the profile that was applied, which is what ``settings.profile`` ``"auto"``
             became; ``None`` if none was.
     """
 
     settings: EdgeSettings
-    sources: Mapping[str, Source]
+    origins: Mapping[str, Origin]
     profile_name: str | None = None
 
-    def chosen(self, name: str) -> bool:
-        """Whether the user set it, as opposed to the profile or the default."""
-        source = self.sources.get(name)
-        return source is not None and source.origin not in (Origin.PROFILE, Origin.DEFAULT)
+    @property
+    def by_user(self) -> set[str]:
+        """Names that the user set, as opposed to the profile and the defaults."""
+        below = (Origin.PROFILE, Origin.DEFAULT)
+        return {name for name, origin in self.origins.items() if origin not in below}
 
-    def rows(self) -> Iterator[tuple[str, Any, str]]:
-        """Name, JSON value and source of each setting and of each key of ``engine_args``."""
-        for name, source in self.sources.items():
+    def rows(self) -> Iterator[tuple[str, Any, Origin]]:
+        """Name, JSON value and origin of each setting and of each key of ``engine_args``."""
+        for name, origin in self.origins.items():
             setting, _, key = name.partition(".")
             value = getattr(self.settings, setting)
             plain = to_jsonable_python(
                 value[key] if key else value, fallback=lambda other: f"<{type(other).__name__}>"
             )
-            yield name, plain, str(source)
+            yield name, plain, origin
 
 
 def resolve(
@@ -245,19 +212,20 @@ def resolve(
     if config is None:
         config = named[0] or named[1]
     # The order of sources, highest first; the profile that they name follows, then the defaults.
-    checked = [
-        _check(Source(Origin.ARGUMENT), arguments),
-        _check(Source(Origin.ENVIRONMENT), environment),
-        _check(Source(Origin.DOTENV), dotenv),
+    sources = [
+        (Origin.ARGUMENT, _check("argument", arguments)),
+        (Origin.ENVIRONMENT, _check("environment", environment, PREFIX)),
+        (Origin.DOTENV, _check(".env", dotenv, PREFIX)),
     ]
     if config is not None:
-        checked.append(_check(Source(Origin.CONFIG, Path(config).name), _read_toml(config)))
+        label = f"config {Path(config).name}"
+        sources.append((Origin.CONFIG, _check(label, _read_toml(config))))
     profile_name = None
     if profile_settings is not None:
-        requested = next((v["profile"] for _, v in checked if "profile" in v), "auto")
+        requested = next((v["profile"] for _, v in sources if "profile" in v), "auto")
         profile_name, values = profile_settings(requested)
-        checked.append(_check(Source(Origin.PROFILE, profile_name), values))
-    return _merge(checked, profile_name)
+        sources.append((Origin.PROFILE, _check(f"profile {profile_name}", values)))
+    return _merge(sources, profile_name)
 
 
 def _variables(source: EnvSettingsSource) -> dict[str, str]:
@@ -286,43 +254,48 @@ def _read_toml(config: Path | str) -> dict[str, Any]:
         raise ConfigError(f"config file '{config}' cannot be read: {exc}") from exc
 
 
-def _check(source: Source, values: Mapping[str, Any]) -> tuple[Source, dict[str, Any]]:
-    """Validate the names and values of one source."""
+def _check(label: str, values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Validate the names and values of one source; variables, which have a prefix, as strings."""
     given = {name: value for name, value in values.items() if value is not None}
-    as_text = source.origin in (Origin.ENVIRONMENT, Origin.DOTENV)
-    validate = EdgeSettings.model_validate_strings if as_text else EdgeSettings.model_validate
+    validate = EdgeSettings.model_validate_strings if prefix else EdgeSettings.model_validate
     try:
         settings = validate(given)
     except ValidationError as exc:
-        prefix = PREFIX if as_text else ""
-        problems = [f"{source}: {_explain(error, prefix)}" for error in exc.errors()]
+        problems = [f"{label}: {_explain(error, prefix)}" for error in exc.errors()]
         raise ConfigError("\n".join(problems)) from None
-    return source, {name: getattr(settings, name) for name in settings.model_fields_set}
+    return {name: getattr(settings, name) for name in settings.model_fields_set}
 
 
-def _merge(checked: list[tuple[Source, dict[str, Any]]], profile_name: str | None) -> Resolved:
+def _merge(sources: list[tuple[Origin, dict[str, Any]]], profile_name: str | None) -> Resolved:
     values: dict[str, Any] = {"engine_args": {}}
-    sources = dict.fromkeys(EdgeSettings.model_fields, Source(Origin.DEFAULT))
-    for source, given in reversed(checked):
+    origins = dict.fromkeys(EdgeSettings.model_fields, Origin.DEFAULT)
+    for origin, given in reversed(sources):
         keys = given.pop("engine_args", {})
         values |= given
         values["engine_args"] |= keys
-        names = [*given, *(f"engine_args.{key}" for key in keys)]
-        sources |= dict.fromkeys(names, source)
+        origins |= dict.fromkeys([*given, *(f"engine_args.{key}" for key in keys)], origin)
     if values["engine_args"]:
-        del sources["engine_args"]
-    return Resolved(EdgeSettings.model_construct(**values), sources, profile_name)
+        del origins["engine_args"]
+    return Resolved(EdgeSettings.model_construct(**values), origins, profile_name)
 
 
 def _explain(error: ErrorDetails, prefix: str) -> str:
     """Describe an error of pydantic's; variables are named in capitals, after their prefix."""
-    name, value = str(error["loc"][0])[:60], error["input"]
-    title = prefix + name.upper() if prefix else name
+
+    def spelled(name: str) -> str:
+        return prefix + name.upper() if prefix else name
+
+    name = str(error["loc"][0])[:60]
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, EdgeSettings.model_fields, n=1, cutoff=0.0)[0]
-        near = prefix + near.upper() if prefix else near
-        return f"{title!r} is unknown; the nearest valid name is {near}"
+        return f"{spelled(name)!r} is unknown; the nearest valid name is {spelled(near)}"
+    return f"{spelled(name)} {describe(error)}"
+
+
+def describe(error: ErrorDetails) -> str:
+    """Say what is wrong with a value, by pydantic's error about it."""
+    value = error["input"]
     problem = re.sub("^(Value error,|Input|String) ", "", error["msg"])
     simple = isinstance(value, str | int | float)
     given = f"{value!r:.60}" if simple else f"a value of type {type(value).__name__}"
-    return f"{title} {problem}; got {given}"
+    return f"{problem.strip()}; got {given}"

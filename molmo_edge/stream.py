@@ -48,12 +48,8 @@ class Stream:
 
     def result(self) -> Result:
         """Wait for the end. Raises what iterating would raise."""
-        try:
-            while not self._request.done:
-                self._wait(None)
-        except BaseException:  # Ctrl-C included: nobody waits any longer
-            self.cancel()
-            raise
+        while not self._request.done:
+            self._wait(None)
         return self._result()
 
     @property
@@ -72,32 +68,21 @@ class Stream:
         return self
 
     def __next__(self) -> str:
-        while True:
-            # Read first: text that arrives between the two reads must not be taken for the end.
-            done = self._request.done
-            if (delta := self._unread()) is not None:
-                return delta
-            if done:
-                self._end()
-                raise StopIteration
-            try:
-                self._wait(self._seen)
-            except BaseException:
-                self.cancel()
-                raise
+        while (delta := self._read()) is None:
+            self._wait(self._seen)
+        if not delta:
+            raise StopIteration
+        return delta
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> str:
-        while True:
-            done = self._request.done
-            if (delta := self._unread()) is not None:
-                return delta
-            if done:
-                self._end()
-                raise StopAsyncIteration
+        while (delta := self._read()) is None:
             await self._await(self._seen)
+        if not delta:
+            raise StopAsyncIteration
+        return delta
 
     def __enter__(self) -> Self:
         return self
@@ -111,12 +96,14 @@ class Stream:
     async def __aexit__(self, *_: object) -> None:
         self.cancel()
 
-    def _unread(self) -> str | None:
-        text = self._request.text
-        if len(text) == self._seen:
-            return None
+    def _read(self) -> str | None:
+        """Return text not read yet, "" at the end, None before either."""
+        # Looked at first: text that arrives between the two looks must not be taken for the end.
+        done, text = self._request.done, self._request.text
         delta, self._seen = text[self._seen :], len(text)
-        return delta
+        if done and not delta:
+            self._end()
+        return delta if delta or done else None
 
     def _result(self) -> Result:
         self._end()
@@ -131,14 +118,18 @@ class Stream:
         return None if deadline is None else max(0.0, deadline - time.monotonic())
 
     def _wait(self, seen: int | None) -> None:
-        """Wait for a change; end the request at its deadline."""
-        self._loop.check_may_wait()
-        if not self._request.wait(seen, self._left()):
-            self._loop.cancel(self._request, timed_out())
+        """Wait for a change; end the request at its deadline, and when nobody waits any longer."""
+        try:
+            self._loop.check_may_wait()
+            if not self._request.wait(seen, self._left()):
+                self._loop.cancel(self._request, timed_out())
+        except BaseException:  # Ctrl-C
+            self.cancel()
+            raise
 
     async def _await(self, seen: int | None) -> None:
-        self._loop.check_may_wait()
         try:
+            self._loop.check_may_wait()
             if not await self._request.async_wait(seen, self._left()):
                 self._loop.cancel(self._request, timed_out())
         except BaseException:  # the task was cancelled

@@ -12,8 +12,9 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
@@ -41,24 +42,19 @@ from molmo_edge.models.registry import family_of
 from molmo_edge.points import CountResult, PointResult, parse_points
 from molmo_edge.requests import (
     CheckedOptions,
-    Message,
     Options,
     Request,
     check_options,
     check_token_ids,
-    load_turns,
     question,
     read_labels,
-    read_messages,
+    read_turns,
 )
 from molmo_edge.results import Result, Score
-from molmo_edge.sampling import Sampling
 from molmo_edge.settings import EdgeSettings, Resolved, resolve
 from molmo_edge.stream import AStream, Stream
 from molmo_edge.warmup import WarmupReport, warm
 from molmo_edge.watch import Camera, Seen, Source, arun, run
-
-__all__ = ["EdgeVLM", "Request"]
 
 T = TypeVar("T")
 
@@ -68,7 +64,7 @@ CAPTION_PROMPTS: Mapping[str, str] = {
     "normal": "Describe this image.",
     "long": "Describe this image in detail.",
 }
-POINT_PROMPT = "Point to "
+POINT_PROMPT = "Point to {}"
 COUNT_PROMPT = "How many {} are there?"
 
 
@@ -161,7 +157,7 @@ class EdgeVLM:
         self, messages: Sequence[Mapping[str, Any]], **options: Unpack[Options]
     ) -> Stream:
         """Like `chat`, but return at once with the answer's text as it is generated."""
-        return self._open(read_messages(messages), options)
+        return self._open(messages, options)
 
     @overload
     def batch(self, requests: Iterable[Request]) -> list[Result]: ...
@@ -181,11 +177,13 @@ class EdgeVLM:
         """
         opened: list[Stream | MolmoEdgeError] = []
         results: list[Result | MolmoEdgeError] = []
-        with _cancelled_at_end(opened):
+        with ExitStack() as streams:
             for request in requests:
                 try:
-                    messages = question(request.image, request.text)
-                    opened.append(self._open(messages, request.options(), wait=True))
+                    stream = self._open(
+                        question(request.image, request.text), request.options, wait=True
+                    )
+                    opened.append(streams.enter_context(stream))
                 except MolmoEdgeError as exc:
                     opened.append(exc)
             for one in opened:
@@ -193,7 +191,7 @@ class EdgeVLM:
                     results.append(one.result() if isinstance(one, Stream) else one)
                 except MolmoEdgeError as exc:
                     results.append(exc)
-        return results if return_exceptions else _raise_first(results)
+        return _settle(results, return_exceptions)
 
     def score(
         self,
@@ -218,17 +216,20 @@ class EdgeVLM:
             As `query`; the first failure ends all.
         """
         ids = check_token_ids(answer)
-        others = [[] for _ in ids] if candidates is None else [list(c) for c in candidates]
-        if len(others) != len(ids):
-            raise PromptError("Give candidates for each token of the answer, or none at all.")
-        crops = check_options({"max_crops": max_crops}, self.settings.max_crops).max_crops
-        turns = load_turns(question(image, text), self._limits)
+        others = [check_token_ids(one) for one in candidates or [[] for _ in ids]]
+        if not ids or len(others) != len(ids):
+            raise PromptError(
+                "Give at least one token to score, and candidates for each token or none at all."
+            )
+        crops = self._check({"max_crops": max_crops}).max_crops
+        turns = read_turns(question(image, text), self._limits)
         streams: list[Stream] = []
-        with _cancelled_at_end(streams):
+        with ExitStack() as stack:
             for i, token in enumerate(ids):
                 scored = tuple(dict.fromkeys([token, *others[i]]))
-                options = CheckedOptions(Sampling(max_tokens=1, logprob_token_ids=scored), crops)
-                streams.append(self._submit(turns, options, answer=ids[:i], wait=True))
+                options = CheckedOptions(max_tokens=1, logprob_token_ids=scored, max_crops=crops)
+                stream = self._submit(turns, options, answer=ids[:i], wait=True)
+                streams.append(stack.enter_context(stream))
                 streams[0].result()  # the others share its prefix
             results = [stream.result() for stream in streams]
         entries = [result.top_logprobs[0] for result in results if result.top_logprobs]
@@ -261,21 +262,16 @@ class EdgeVLM:
         self, requests: Iterable[Request], *, return_exceptions: bool = False
     ) -> list[Result] | list[Result | MolmoEdgeError]:
         """`batch` for asyncio; one request at a time is prepared, all others are answered."""
-        opened: list[Stream | MolmoEdgeError] = []
-        results: list[Result | MolmoEdgeError] = []
-        with _cancelled_at_end(opened):
-            for request in requests:
-                try:
-                    messages = question(request.image, request.text)
-                    opened.append(await self._aopen(messages, request.options(), wait=True))
-                except MolmoEdgeError as exc:
-                    opened.append(exc)
-            for one in opened:
-                try:
-                    results.append(await one.aresult() if isinstance(one, Stream) else one)
-                except MolmoEdgeError as exc:
-                    results.append(exc)
-        return results if return_exceptions else _raise_first(results)
+        preparing = asyncio.Lock()
+
+        async def answer(request: Request) -> Result:
+            messages = question(request.image, request.text)
+            async with preparing:
+                stream = await self._aopen(messages, request.options, wait=True)
+            return await stream.aresult()
+
+        results = await asyncio.gather(*map(answer, list(requests)), return_exceptions=True)
+        return _settle(results, return_exceptions)
 
     # Tasks with Molmo's own prompts.
 
@@ -322,17 +318,14 @@ class EdgeVLM:
             As `query`; the first failure of a batch ends the others.
         """
         self._require("point")
-        labels = read_labels(label)
-        prompts = [POINT_PROMPT + one for one in labels]
-        answers = self._locate(image, labels, prompts, options)
+        answers = self._locate(image, read_labels(label), POINT_PROMPT, options)
         return answers[0] if isinstance(label, str) else answers
 
     def count(self, image: ImageLike, label: str, **options: Unpack[Options]) -> CountResult:
         """Count what a label names, by the answer's points where it has any. Raises as `point`."""
         self._require("count")
-        labels = read_labels([label])
-        prompts = [COUNT_PROMPT.format(labels[0])]
-        return CountResult.of(self._locate(image, labels, prompts, options)[0])
+        [answer] = self._locate(image, read_labels([label]), COUNT_PROMPT, options)
+        return CountResult.of(answer)
 
     def watch(
         self,
@@ -489,34 +482,34 @@ class EdgeVLM:
 
     # A request's way.
 
-    def _open(self, messages: Sequence[Message], options: Options, *, wait: bool = False) -> Stream:
-        """Prepare a request in this thread and submit it; `wait` for room in a full queue."""
-        checked, started = check_options(options, self.settings.max_crops), time.monotonic()
+    def _check(self, options: Mapping[str, Any]) -> CheckedOptions:
+        """Check the options and that the engine is ready, before any image is loaded."""
         self._loop.check()
-        turns = load_turns(messages, self._limits)
-        return self._submit(turns, checked, started=started, wait=wait)
+        return check_options(options, self.settings.max_crops)
+
+    def _open(
+        self, messages: Sequence[Mapping[str, Any]], options: Options, *, wait: bool = False
+    ) -> Stream:
+        """Prepare a request in this thread and submit it; `wait` for room in a full queue."""
+        checked = self._check(options)
+        return self._submit(read_turns(messages, self._limits), checked, wait=wait)
 
     async def _aopen(
-        self, messages: Sequence[Message], options: Options, *, wait: bool = False
+        self, messages: Sequence[Mapping[str, Any]], options: Options, *, wait: bool = False
     ) -> Stream:
         """`_open` for asyncio; the request is prepared in another thread."""
-        checked, started = check_options(options, self.settings.max_crops), time.monotonic()
-        loop = self._loop
-        loop.check()
+        checked, loop = self._check(options), self._loop
 
         def prepare() -> PendingRequest:
-            turns = load_turns(messages, self._limits)
-            return self._render(loop, turns, checked, (), started)
+            return self._render(loop, read_turns(messages, self._limits), checked)
 
         try:
             async with asyncio.timeout(checked.timeout):
-                pending = await asyncio.to_thread(prepare)
-        except TimeoutError as exc:
-            if isinstance(exc, MolmoEdgeError):
-                raise
+                request = await asyncio.to_thread(prepare)
+        except TimeoutError:
             raise timed_out() from None
-        stream = Stream(loop, pending, checked)
-        await loop.async_submit(pending, wait=wait)
+        stream = Stream(loop, request, checked)
+        await loop.async_submit(request, wait=wait)
         return stream
 
     def _submit(
@@ -525,16 +518,14 @@ class EdgeVLM:
         options: CheckedOptions,
         *,
         answer: Sequence[int] = (),
-        started: float | None = None,
         wait: bool = False,
     ) -> Stream:
         loop = self._loop
-        started = time.monotonic() if started is None else started
-        pending = self._render(loop, turns, options, answer, started)
+        request = self._render(loop, turns, options, answer)
         # Before it is submitted, so that Ctrl-C in between leaves nothing in the engine.
-        stream = Stream(loop, pending, options)
+        stream = Stream(loop, request, options)
         try:
-            loop.submit(pending, wait=wait)
+            loop.submit(request, wait=wait)
         except BaseException:
             stream.cancel()
             raise
@@ -545,21 +536,20 @@ class EdgeVLM:
         loop: EngineLoop,
         turns: Sequence[Turn],
         options: CheckedOptions,
-        answer: Sequence[int],
-        started: float,
+        answer: Sequence[int] = (),
     ) -> PendingRequest:
         engine = loop.engine
         with mapped("render"):
-            if options.sampling.json_schema is not None:
-                engine.check_schema(options.sampling.json_schema)
+            if options.json_schema is not None:
+                engine.check_schema(options.json_schema)
             rendered = engine.render(turns, {"max_crops": options.max_crops, "answer": answer})
         return PendingRequest(
             f"request-{next(self._ids)}",
             rendered,
-            options.sampling,
-            started=started,
-            preprocess_s=time.monotonic() - started,
-            deadline=None if options.timeout is None else started + options.timeout,
+            options,
+            started=options.started,
+            preprocess_s=time.monotonic() - options.started,
+            deadline=options.deadline,
             environment=engine.info.environment,
         )
 
@@ -571,21 +561,19 @@ class EdgeVLM:
             )
 
     def _locate(
-        self, image: ImageLike, labels: Sequence[str], prompts: Sequence[str], options: Options
+        self, image: ImageLike, labels: Sequence[str], prompt: str, options: Options
     ) -> list[PointResult]:
-        """One request per prompt, all about one image, and the points of each answer."""
-        checked = check_options(options, self.settings.max_crops)
-        started: float | None = time.monotonic()
-        self._loop.check()
+        """One request per label, all about one image, and the points of each answer."""
+        checked = self._check(options)
         loaded = load(image, self._limits)
         streams: list[Stream] = []
-        with _cancelled_at_end(streams):
-            for prompt in prompts:
-                turn = Turn("user", prompt, (loaded,))
-                streams.append(
-                    self._submit([turn], checked, started=started, wait=len(prompts) > 1)
-                )
-                started = None  # loading the image belongs to the first request
+        with ExitStack() as stack:
+            for label in labels:
+                turn = Turn("user", prompt.format(label), (loaded,))
+                stream = self._submit([turn], checked, wait=len(labels) > 1)
+                streams.append(stack.enter_context(stream))
+                # Loading the image belongs to the first request.
+                checked = checked.model_copy(update={"started": time.monotonic()})
             results = [stream.result() for stream in streams]
         answers = []
         for label, result in zip(labels, results, strict=True):
@@ -614,9 +602,7 @@ class EdgeVLM:
         self.family.check(config, directory, settings.load_format)
         build_plan = plan_build(resolved, self.device, self.family, directory, self._profile)
         self._shape = build_plan.shape
-        # A restart finds all of this done.
-        config_s = iter([time.perf_counter() - began])
-        return lambda: build(build_plan, next(config_s, 0.0))
+        return partial(build, build_plan, time.perf_counter() - began)
 
     def _start(self) -> None:
         loop = self._loop = EngineLoop(
@@ -635,21 +621,10 @@ class EdgeVLM:
         self._finalizer.atexit = False  # at exit the loop closes what is left
 
 
-@contextmanager
-def _cancelled_at_end(streams: Sequence[Stream | MolmoEdgeError]) -> Generator[None, None, None]:
-    """Cancel whatever a call leaves unanswered, be it by an error, Ctrl-C or a cancelled task."""
-    try:
-        yield
-    finally:
-        for one in streams:
-            if isinstance(one, Stream):
-                one.cancel()
-
-
-def _raise_first(results: Sequence[Result | MolmoEdgeError]) -> list[Result]:
-    answers: list[Result] = []
+def _settle(results: Sequence[Any], return_exceptions: bool) -> list[Any]:
+    """Raise the first error; with `return_exceptions` only one that is not ours."""
     for one in results:
-        if isinstance(one, MolmoEdgeError):
+        allowed = return_exceptions and isinstance(one, MolmoEdgeError)
+        if isinstance(one, BaseException) and not allowed:
             raise one
-        answers.append(one)
-    return answers
+    return list(results)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,6 @@ AGREEMENT = 0.03
 
 # Height and width: one tile, and a 4:3 image that fills any grid of crops.
 _SMALL, _LARGE = (336, 336), (1152, 1536)
-_ALL_CROPS = "all crops"
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class WarmupReport:
 
     Attributes:
         steps: one for each kind of request, in order.
-        decode_tps: successive decode speeds of one request, tokens per second.
+        decode_tps: successive decode speeds of one text request, tokens per second.
         steady: whether the last two of them agree within `AGREEMENT`.
         seconds: duration of the warm-up.
         startup_s: seconds of each part of the engine's start before it, as `EdgeVLM.startup`.
@@ -82,76 +81,59 @@ def warm(
     if tokens < 2 or max_rounds < 2:
         raise ConfigError("warmup: tokens and max_rounds must be at least 2.")
     began = time.perf_counter()
-    steps = []
-    probe: _Kind | None = None
-    for kind in _kinds(settings, family):
-        steps.append(_run(batch, kind, tokens))
-        # All crops would only add prefill to each round, which on a CPU is seconds.
-        if kind.count == 1 and kind.name != _ALL_CROPS and steps[-1].skipped is None:
-            probe = kind
+    steps = tuple(
+        _run(batch, name, requests) for name, requests in _kinds(settings, family, tokens)
+    )
     speeds: list[float] = []
-    while probe is not None and len(speeds) < max_rounds and not _agree(speeds):
-        speed = batch([probe.request(1000 + len(speeds), tokens)])[0].metrics.output_tps
+    while len(speeds) < max_rounds and not _agree(speeds):
+        speed = batch([_request(1000 + len(speeds), tokens)])[0].metrics.output_tps
         if speed is None:  # the answer had no room for a second token
             break
         speeds.append(speed)
     seconds = time.perf_counter() - began
-    return WarmupReport(tuple(steps), tuple(speeds), _agree(speeds), seconds, startup_s)
+    return WarmupReport(steps, tuple(speeds), _agree(speeds), seconds, startup_s)
 
 
-def batch_sizes(settings: EdgeSettings) -> tuple[int, ...]:
-    """Sizes up to `max_num_seqs`: those that graphs are captured for, else 2, 4, 8 …"""
-    largest = settings.max_num_seqs
-    compilation = settings.engine_args.get("compilation_config", {})
-    sizes = compilation.get("cudagraph_capture_sizes", [2**n for n in range(largest.bit_length())])
-    return tuple(sorted({size for size in sizes if 1 < size < largest} | {largest}))
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """Requests of one shape, `count` of them together."""
-
-    name: str
-    count: int = 1
-    size: tuple[int, int] | None = None  # height and width of the image
-    max_crops: int | None = None
-
-    def request(self, seed: int, tokens: int) -> Request:
-        # Another image and text each time: a cache would hide the cost of the first.
-        image = None
-        if self.size is not None:
-            shape = (*self.size, 3)
-            image = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-        text = f"Describe this. {seed}"
-        return Request(image, text, tokens, ignore_eos=True, max_crops=self.max_crops)
-
-
-def _kinds(settings: EdgeSettings, family: ModelFamily | None) -> Iterator[_Kind]:
-    """Single requests first, from small to large, then batches."""
+def _kinds(
+    settings: EdgeSettings, family: ModelFamily | None, tokens: int
+) -> Iterator[tuple[str, list[Request]]]:
+    """Single requests first, from small to large, then batches of powers of two."""
     crops = family is None or family.crops
-    images = family is None or family.max_images > 0
-    text = _Kind("text")
-    small = _Kind("global view" if crops else "image", 1, _SMALL, 1 if crops else None)
-    yield text
-    if images:
-        yield small
-    if images and crops:
-        yield _Kind(_ALL_CROPS, 1, _LARGE)
-    for size in batch_sizes(settings):
-        if size > 1:
-            yield replace(small if images else text, name=f"batch of {size}", count=size)
+    size, max_crops = _SMALL, 1 if crops else None
+    yield "text", [_request(0, tokens)]
+    if family is not None and family.max_images == 0:
+        size = None
+    else:
+        yield "global view" if crops else "image", [_request(0, tokens, _SMALL, max_crops)]
+        if crops:
+            yield "all crops", [_request(0, tokens, _LARGE)]
+    largest = settings.max_num_seqs
+    for count in sorted({2**n for n in range(1, largest.bit_length())} | {largest} - {1}):
+        yield f"batch of {count}", [_request(i, tokens, size, max_crops) for i in range(count)]
 
 
-def _run(batch: Callable[[list[Request]], list[Result]], kind: _Kind, tokens: int) -> WarmupStep:
-    requests = [kind.request(seed, tokens) for seed in range(kind.count)]
+def _request(
+    seed: int, tokens: int, size: tuple[int, int] | None = None, max_crops: int | None = None
+) -> Request:
+    """Another image and text for each seed: a cache would hide the cost of the first."""
+    image = None
+    if size is not None:
+        image = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    text = f"Describe this. {seed}"
+    return Request(image, text, max_tokens=tokens, ignore_eos=True, max_crops=max_crops)
+
+
+def _run(
+    batch: Callable[[list[Request]], list[Result]], name: str, requests: list[Request]
+) -> WarmupStep:
     began = time.perf_counter()
     try:
         metrics = [result.metrics for result in batch(requests)]
     except PromptTooLongError:
-        return WarmupStep(kind.name, kind.count, skipped="longer than max_model_len")
+        return WarmupStep(name, len(requests), skipped="longer than max_model_len")
     return WarmupStep(
-        kind.name,
-        kind.count,
+        name,
+        len(requests),
         seconds=time.perf_counter() - began,
         ttft_s=max((one.ttft_s for one in metrics if one.ttft_s is not None), default=None),
         prompt_tokens=max(one.prompt_tokens or 0 for one in metrics) or None,

@@ -1,22 +1,14 @@
-"""A checkpoint's metadata is read without torch; whatever is broken is a ModelError."""
+"""A checkpoint's metadata is read; whatever is broken is a ModelError."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from molmo_edge.checkpoint_files import (
-    INDEX,
-    check_weights,
-    read_config,
-    tensors,
-    weight_files,
-)
+from molmo_edge.checkpoint_files import INDEX, check_weights, read_config, tensors, weight_files
 from molmo_edge.errors import ModelError
 from tests.sparse_checkpoint import write_sparse
 
@@ -36,20 +28,10 @@ def test_tensors_of_all_shards_with_dtype_shape_and_bytes(tmp_path: Path) -> Non
     assert weight_files(tmp_path) == [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
 
 
-def test_torch_is_not_imported(tmp_path: Path) -> None:
-    write_sparse(tmp_path / "a.safetensors", {"y": ("BF16", (2, 2))})
-    code = (
-        "import pathlib, sys; from molmo_edge.checkpoint_files import tensors; "
-        "assert tensors(pathlib.Path(sys.argv[1])); assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60)
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "is missing"), ("{", "not valid JSON"), ("[]", "must hold a JSON object"),
-     ("\xff", "not valid JSON")],
-)  # fmt: skip
+    [(None, "is missing"), ("\xff", "not valid JSON"), ("[]", "must hold a JSON object")],
+)
 def test_broken_config(tmp_path: Path, content: str | None, message: str) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content, encoding="latin-1")
@@ -82,11 +64,9 @@ def test_broken_headers(tmp_path: Path, content: bytes) -> None:
     ("index", "message"),
     [
         ({"weight_map": {"a": "../../x.safetensors"}}, "not a safetensors file beside it"),
-        ({"weight_map": {"a": "weights.bin"}}, "not a safetensors file beside it"),
         ({"weight_map": {"a": "m-1.safetensors"}}, "lacks 1 of 1 weight files, first 'm-1"),
         ({"weight_map": {}}, "has no weight_map"),
         ({"weight_map": {"a": 1}}, "has no weight_map"),
-        ({"weight_map": {"a": ["x"]}}, "has no weight_map"),
     ],
 )
 def test_broken_index(tmp_path: Path, index: Any, message: str) -> None:

@@ -16,7 +16,7 @@ from molmo_edge import errors
 def test_import_loads_neither_torch_nor_vllm() -> None:
     code = (
         "import sys, molmo_edge, molmo_edge.points, molmo_edge.images, molmo_edge.results, "
-        "molmo_edge.settings, molmo_edge.devices.detect, molmo_edge.vlm\n"
+        "molmo_edge.settings, molmo_edge.checkpoint_files, molmo_edge.vlm\n"
         "print([m for m in ('torch', 'vllm', 'transformers') if m in sys.modules])"
     )
     out = subprocess.run(

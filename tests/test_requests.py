@@ -8,16 +8,9 @@ from typing import Any
 import pytest
 
 from molmo_edge.errors import PromptError, SamplingError
+from molmo_edge.images import DEFAULT_LIMITS
 from molmo_edge.interface import Turn
-from molmo_edge.requests import (
-    Options,
-    Request,
-    check_options,
-    check_turns,
-    read_messages,
-    refuse_special,
-)
-from molmo_edge.sampling import Sampling, check_timeout
+from molmo_edge.requests import check_options, check_turns, read_turns, refuse_special
 
 
 @pytest.mark.parametrize(
@@ -27,8 +20,7 @@ from molmo_edge.sampling import Sampling, check_timeout
         [("assistant", "x")],
         [("user", "x"), ("user", "x")],
         [("user", "x"), ("assistant", "x")],
-        [("system", "x"), ("user", "x")],
-        *([("user", text)] for text in ("", "  \n", None, 5, b"x", "\ud800")),
+        *([("user", text)] for text in ("", "  \n", "\ud800")),
         [("user", "x"), ("assistant", ""), ("user", "x")],
     ],
 )
@@ -50,14 +42,21 @@ def test_special_tokens_are_refused_by_name() -> None:
         "text",
         {"role": "user"},
         {"role": "system", "content": "x"},
-        {"role": "user", "content": b"x"},
-        {"role": "user", "content": [{"type": "video"}]},
-        {"role": "user", "content": [{"type": "image", "image": None}]},
+        *(
+            {"role": "user", "content": content}
+            for content in (
+                None,
+                b"x",
+                [{"type": "text", "text": 5}],
+                [{"type": "video"}],
+                [{"type": "image", "image": None}],
+            )
+        ),
     ],
 )
 def test_messages_of_another_structure_are_refused_by_number(message: Any) -> None:
     with pytest.raises(PromptError, match="Message 2"):
-        read_messages([{"role": "user", "content": "x"}, message])
+        read_turns([{"role": "user", "content": "x"}, message], DEFAULT_LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -71,27 +70,24 @@ def test_messages_of_another_structure_are_refused_by_number(message: Any) -> No
         ("stop", [[""], [1], 5]),
         ("json_schema", ["{}"]),
         ("ignore_eos", [1]),
+        ("timeout", [0, -1, math.nan, True, "1"]),
+        ("max_crops", [0, 13, True, 2.0]),
     ],
 )
-def test_wrong_sampling_values_are_refused_by_name(name: str, values: list[Any]) -> None:
+def test_wrong_options_are_refused_by_name(name: str, values: list[Any]) -> None:
     for value in values:
         with pytest.raises(SamplingError, match=name):
-            Sampling(**{name: value})
+            check_options({name: value}, 12)
 
 
-def test_greedy_is_the_default_and_logprobs_may_be_true() -> None:
-    assert Sampling().temperature == 0
-    assert Sampling(logprobs=True).logprobs == 1  # type: ignore[arg-type]
-    assert Sampling(stop="x").stop == ("x",)
-    assert set(Request(None, "x").options()) == set(Options.__annotations__)
-
-
-def test_wrong_options_are_refused() -> None:
-    for timeout in (0, -1, math.nan, True, "1"):
-        with pytest.raises(SamplingError, match="timeout"):
-            check_timeout(timeout)  # type: ignore[arg-type]
-    for max_crops in (0, 13, True, 2.0):
-        with pytest.raises(SamplingError, match="max_crops"):
-            check_options({"max_crops": max_crops}, 12)
+def test_options_have_defaults_and_short_forms_and_no_others() -> None:
+    assert check_options({}, 12).temperature == 0
+    assert check_options({"logprobs": True}, 12).logprobs == 1
+    assert check_options({"logprobs": False}, 12).logprobs is None
+    assert check_options({"stop": "x"}, 12).stop == ("x",)
+    assert check_options({"stop": ["x", "y"]}, 12).stop == ("x", "y")
+    for name in ("max_token", "answer_model", "logprob_token_ids"):
+        with pytest.raises(SamplingError, match=f"Unknown option {name}"):
+            check_options({name: None}, 12)
     with pytest.raises(SamplingError, match="Did you mean max_tokens"):
         check_options({"max_token": 3}, 12)

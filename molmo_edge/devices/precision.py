@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from molmo_edge.devices.detect import DeviceInfo
 from molmo_edge.devices.profiles import Profile, select_profile
 from molmo_edge.errors import ConfigError
-from molmo_edge.settings import REFUSED_PRECISIONS
 
 # Beside weights and cache, for the CUDA context, activations and graphs.
 _WORKSPACE_BYTES = 1 << 30
@@ -96,9 +95,10 @@ def _preferred(
     """Return the precision to load if it fits, and why."""
     if "bf16" not in sizes:  # quantised
         (stored,) = sizes
-        if stored in REFUSED_PRECISIONS:
+        if stored == "bitsandbytes":
             raise ConfigError(
-                f"the checkpoint is quantised with {stored}: {REFUSED_PRECISIONS[stored]}"
+                "vLLM 0.32 no longer loads bitsandbytes checkpoints; use the unquantised one with "
+                "precision fp8, or one quantised to w4a16"
             )
         if requested not in ("auto", stored):
             raise ConfigError(

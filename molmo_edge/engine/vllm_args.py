@@ -79,7 +79,7 @@ def plan_build(
         ModelError: the checkpoint's files cannot be read.
     """
     settings = resolved.settings
-    by_user = {name for name in resolved.sources if resolved.chosen(name)}
+    by_user = resolved.by_user
     _check_profile(profile, device)
     for name, value in _FIXED.items():
         if settings.engine_args.get(name, value) != value:
