@@ -1,7 +1,4 @@
-"""Types that the engine and the model families share.
-
-An engine is owned by one thread. `render` and `check_schema` alone may be called from any thread.
-"""
+"""Types that the engine and the model families share."""
 
 from __future__ import annotations
 
@@ -41,8 +38,7 @@ class Rendered:
         prompt: input of the engine's `add`; opaque to everything else.
         prompt_tokens, image_tokens: counts, None when the engine does not know them.
         token_ids: the prompt's tokens, None when the engine does not know them.
-        answer_prefix: removed once from the start of the answer's first text, such
-            as Molmo's space after "Assistant:".
+        answer_prefix: removed from the start of the answer, such as Molmo's space.
     """
 
     prompt: Any
@@ -89,21 +85,28 @@ class EngineInfo:
     startup_s: Mapping[str, float | None] = field(default_factory=dict)
 
 
-class Engine(Protocol):
-    """One engine; built, stepped and closed in one thread."""
-
-    info: EngineInfo
+class Renderer(Protocol):
+    """Converts turns to engine input, in any thread."""
 
     def render(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> Rendered:
-        """Convert turns to engine input, in any thread. Raises InputError for unusable input.
+        """Convert turns to engine input. Raises InputError for unusable input.
 
         Options: ``max_crops`` (None: the engine's) and ``answer``, token ids that follow the
             prompt as if they had been generated.
         """
         ...
 
+
+class Engine(Renderer, Protocol):
+    """One engine; built, stepped and closed in one thread.
+
+    `render` and `check_schema` alone may be called from any thread.
+    """
+
+    info: EngineInfo
+
     def check_schema(self, schema: Mapping[str, Any]) -> None:
-        """Raise SamplingError if answers cannot be held to this JSON Schema; in any thread."""
+        """Raise SamplingError if answers cannot be held to this JSON Schema."""
         ...
 
     def add(self, request_id: str, rendered: Rendered, sampling: Sampling) -> None:
@@ -124,14 +127,6 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free memory and processes; called once, also after a failed step."""
-        ...
-
-
-class Renderer(Protocol):
-    """Converts turns to engine input, in any thread."""
-
-    def render(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> Rendered:
-        """See `Engine.render`."""
         ...
 
 

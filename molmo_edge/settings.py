@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -24,12 +25,7 @@ from pydantic import (
     ValidationError,
 )
 from pydantic_core import ErrorDetails, from_json, to_jsonable_python
-from pydantic_settings import (
-    BaseSettings,
-    DotEnvSettingsSource,
-    EnvSettingsSource,
-    TomlConfigSettingsSource,
-)
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource
 
 from molmo_edge.errors import ConfigError
 
@@ -247,9 +243,7 @@ def _open_dotenv() -> DotEnvSettingsSource:
 
 def _read_toml(config: Path | str) -> dict[str, Any]:
     try:
-        path = Path(config).expanduser()
-        path.stat()  # the source takes a missing file for an empty one
-        return TomlConfigSettingsSource(_Variables, path).toml_data
+        return tomllib.loads(Path(config).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError, RuntimeError) as exc:
         raise ConfigError(f"config file '{config}' cannot be read: {exc}") from exc
 

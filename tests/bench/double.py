@@ -120,7 +120,7 @@ class DoubleVLM:
         out: list[Result | RequestError] = []
         for request in requests:
             try:
-                out.append(self.query(request.image, request.text, max_tokens=request.options["max_tokens"]))
+                out.append(self.query(request.image, request.text, **request.options))
             except RequestError as exc:
                 out.append(exc)
         return out
