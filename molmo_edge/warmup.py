@@ -99,16 +99,15 @@ def _kinds(
 ) -> Iterator[tuple[str, list[Request]]]:
     """Single requests first, from small to large, then batches of powers of two."""
     crops = family is None or family.crops
-    size, max_crops = _SMALL, 1 if crops else None
+    size = _SMALL if family is None or family.max_images > 0 else None
+    max_crops = 1 if crops else None
     yield "text", [_request(0, tokens)]
-    if family is not None and family.max_images == 0:
-        size = None
-    else:
-        yield "global view" if crops else "image", [_request(0, tokens, _SMALL, max_crops)]
+    if size is not None:
+        yield "global view" if crops else "image", [_request(0, tokens, size, max_crops)]
         if crops:
             yield "all crops", [_request(0, tokens, _LARGE)]
-    largest = settings.max_num_seqs
-    for count in sorted({2**n for n in range(1, largest.bit_length())} | {largest} - {1}):
+    counts = {2**n for n in range(1, settings.max_num_seqs.bit_length())} | {settings.max_num_seqs}
+    for count in sorted(counts - {1}):
         yield f"batch of {count}", [_request(i, tokens, size, max_crops) for i in range(count)]
 
 

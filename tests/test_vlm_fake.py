@@ -106,7 +106,7 @@ def test_a_deadline_covers_the_whole_request(where: str) -> None:
         if first is not None:
             fake.wait_for("step")
         if where == "render":
-            threading.Timer(0.4, hold.set).start()
+            threading.Timer(1.0, hold.set).start()
         with pytest.raises(RequestTimeout) as caught:
             vlm.query(None, "q", timeout=0.3, **FOREVER)
         assert caught.value.partial.startswith("q one") == (where == "decode")
