@@ -97,7 +97,7 @@ def test_the_control_loop_keeps_its_rate_while_the_fake_engine_answers() -> None
 @pytest.mark.timeout(600)
 def test_the_camera_loop_runs_on_the_stub(frames: Path, cache_dir: Path) -> None:
     where = {"MOLMO_EDGE_CACHE_DIR": str(cache_dir)}
-    from molmo_edge.models.molmo.stub import TEXT
+    from molmo_edge.models.molmo.synthetic import TEXT
 
     output = run("camera_loop", frames, "What?", timeout=300, **where)
     assert output.startswith(f"frame 0: {TEXT}")

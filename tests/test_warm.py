@@ -11,7 +11,7 @@ import pytest
 from molmo_edge import EdgeVLM, Request, Result
 from molmo_edge.engine.fake import FakeEngine
 from molmo_edge.errors import ConfigError
-from molmo_edge.models.gemma3 import Gemma3, Gemma3Text
+from molmo_edge.models.gemma3 import Gemma3
 from molmo_edge.results import Metrics
 from molmo_edge.settings import EdgeSettings
 from molmo_edge.warmup import AGREEMENT, WarmupReport, warm
@@ -88,13 +88,10 @@ def test_no_image_and_no_text_is_repeated_within_a_batch() -> None:
         assert len({np.asarray(image).tobytes() for image in images}) == len(images)
 
 
-def test_families_without_crops_or_images_get_neither() -> None:
-    gemma, text = Script(), Script()
+def test_families_without_crops_get_none() -> None:
+    gemma = Script()
     assert [step.name for step in gemma.warm(Gemma3(), max_num_seqs=1).steps] == ["text", "image"]
     assert all(request.options["max_crops"] is None for [request] in gemma.batches)
-    report = text.warm(Gemma3Text(), max_num_seqs=2)
-    assert [step.name for step in report.steps] == ["text", "batch of 2"]
-    assert all(request.image is None for batch in text.batches for request in batch)
 
 
 @pytest.mark.engine

@@ -132,7 +132,7 @@ def notice(vlm: EdgeVLM) -> str | None:
     """What must accompany every answer of the stub; None for other models."""
     if vlm.environment.get("model") != "stub":
         return None
-    from molmo_edge.models.molmo.stub import NOTICE
+    from molmo_edge.models.molmo.synthetic import NOTICE
 
     return NOTICE
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -18,6 +18,7 @@ from molmo_edge.cli.common import (
     messages,
     output,
 )
+from molmo_edge.models.molmo.config import Layout
 
 if TYPE_CHECKING:
     from molmo_edge.reference.verify import Report
@@ -37,9 +38,7 @@ def verify(
         Path | None,
         typer.Option(help="Checkpoint directory; by default a small one with random weights."),
     ] = None,
-    layout: Annotated[
-        Literal["7b-d", "7b-o"], typer.Option(help="Layout of the small one.")
-    ] = "7b-d",
+    layout: Annotated[Layout, typer.Option(help="Layout of the small one.")] = "7b-d",
     dtype: Annotated[str, typer.Option(help="float32 requires equality.")] = "float32",
     kv_cache_dtype: Annotated[
         str, typer.Option(help="auto, fp8, …; all but auto are compared with a tolerance.")

@@ -75,7 +75,7 @@ def prepare_child() -> None:
     pid, _, family = os.environ.get(_CHILD, "").partition(" ")
     if not family or int(pid) == os.getpid():
         return
-    from molmo_edge.models.registry import by_name
+    from molmo_edge.models.registry import family_of
     from molmo_edge.models.vllm_workarounds import ignore_scan_warning
 
     ignore_scan_warning()
@@ -87,7 +87,7 @@ def prepare_child() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent.pid:  # it died before the call
             os._exit(1)
-    by_name(family).prepare()
+    family_of({"model_type": family}).prepare()
 
 
 class AsyncEngine(VllmEngine):

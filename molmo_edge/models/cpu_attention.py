@@ -52,16 +52,10 @@ class PrefixLMBuilder(CPUAttentionMetadataBuilder):  # type: ignore[misc]
         fast_build: bool = False,
     ) -> CPUAttentionMetadata:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        spans = image_spans(
-            common_attn_metadata.mm_req_doc_ranges or {},
-            common_attn_metadata.query_start_loc_cpu.tolist(),
-            common_attn_metadata.seq_lens.tolist(),
-        )
         # Rows of the batch, and one sequence per image with its queries in the order of the rows.
         metadata.images = None
-        if spans:
-            rows = torch.cat([torch.arange(first, first + n) for _, first, n, _ in spans])
-            sequences = _as_sequences(common_attn_metadata, spans)
+        if images := image_sequences(common_attn_metadata):
+            rows, sequences = images
             metadata.images = rows, super().build(0, sequences, True)
         return metadata
 
@@ -92,44 +86,36 @@ class PrefixLMImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
         return output
 
 
-def image_spans(
-    ranges: dict[int, list[tuple[int, int]]], query_start: list[int], seq_lens: list[int]
-) -> list[tuple[int, int, int, int]]:
-    """The parts of images that a step computes: (request, first row, rows, sequence length).
-
-    Args:
-        ranges: request → first and last position of each image's tokens.
-        query_start: (requests + 1) first row of each request in the batch.
-        seq_lens: positions of each request, computed before or in this step.
-    """
-    spans = []
-    for request, images in ranges.items():
+def image_sequences(
+    common: CommonAttentionMetadata,
+) -> tuple[torch.Tensor, CommonAttentionMetadata] | None:
+    """The rows of images in a step's batch, and a sequence for each, ending with the image."""
+    query_start, seq_lens = common.query_start_loc_cpu.tolist(), common.seq_lens.tolist()
+    requests, rows, lengths = [], [], []
+    # First and last position of each image's tokens, by request.
+    for request, images in (common.mm_req_doc_ranges or {}).items():
         first_row, length = query_start[request], seq_lens[request]
-        computed = length - (query_start[request + 1] - first_row)
+        computed = length - (query_start[request + 1] - first_row)  # in earlier steps
         for start, last in images:
             begin, end = max(start, computed), min(last + 1, length)
             if begin < end:
-                spans.append((request, first_row + begin - computed, end - begin, end))
-    return spans
-
-
-def _as_sequences(
-    common: CommonAttentionMetadata, spans: list[tuple[int, int, int, int]]
-) -> CommonAttentionMetadata:
-    requests = torch.tensor([span[0] for span in spans])
-    rows = torch.tensor([span[2] for span in spans])
-    starts = torch.zeros(len(spans) + 1, dtype=common.query_start_loc.dtype)
-    starts[1:] = rows.cumsum(0)
-    seq_lens = torch.tensor([span[3] for span in spans], dtype=common.seq_lens.dtype)
-    return dataclasses.replace(
+                requests.append(request)
+                rows.append(torch.arange(begin, end) + first_row - computed)
+                lengths.append(end)
+    if not rows:
+        return None
+    counts = torch.tensor([0, *map(len, rows)], dtype=common.query_start_loc.dtype)
+    starts = counts.cumsum(0, dtype=counts.dtype)
+    sequences = dataclasses.replace(
         common,
-        num_reqs=len(spans),
+        num_reqs=len(rows),
         num_actual_tokens=int(starts[-1]),
-        max_query_len=int(rows.max()),
-        max_seq_len=int(seq_lens.max()),
+        max_query_len=int(counts.max()),
+        max_seq_len=max(lengths),
         query_start_loc=starts,
         query_start_loc_cpu=starts,
-        seq_lens=seq_lens,
-        block_table_tensor=common.block_table_tensor[requests],
+        seq_lens=torch.tensor(lengths, dtype=common.seq_lens.dtype),
+        block_table_tensor=common.block_table_tensor[torch.tensor(requests)],
         causal=False,
     )
+    return torch.cat(rows), sequences

@@ -27,19 +27,15 @@ class Gemma3:
     """Gemma 3 with vision (4B, 12B, 27B)."""
 
     name = "gemma3"
-    verbs: frozenset[str] = frozenset({"query", "chat", "caption"})
+    verbs = frozenset({"query", "chat", "caption"})
     # 256 tokens each; engine_args={"limit_mm_per_prompt": {"image": …}} sets another limit.
     max_images = 16
     crops = False
     unquantized: tuple[str, ...] = ("vision_tower.*", "multi_modal_projector.*")
-    parts: tuple[str, ...] = ("text_config", "vision_config")
 
     def check(self, config: Mapping[str, Any], folder: Path, load_format: str) -> None:
-        if missing := [part for part in self.parts if not isinstance(config.get(part), Mapping)]:
-            raise ModelError(
-                f"config.json lacks {', '.join(missing)}; a Gemma 3 checkpoint with vision has "
-                "text_config and vision_config."
-            )
+        if not all(isinstance(config.get(p), Mapping) for p in ("text_config", "vision_config")):
+            raise ModelError("config.json of Gemma 3 must have text_config and vision_config.")
         if load_format != "dummy":
             check_weights(folder)
 
@@ -71,25 +67,6 @@ class Gemma3:
         return Gemma3Renderer(engine)
 
 
-class Gemma3Text(Gemma3):
-    """Gemma 3 without vision (270M, 1B)."""
-
-    name = "gemma3_text"
-    verbs = frozenset({"query", "chat"})
-    max_images = 0
-    unquantized: tuple[str, ...] = ()
-    parts: tuple[str, ...] = ()
-
-    def engine_args(self, max_crops: int, resize: Resize) -> dict[str, Any]:
-        return {}
-
-    def prepare(self) -> None:
-        from vllm import ModelRegistry
-        from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
-
-        ModelRegistry.register_model("Gemma3ForCausalLM", Gemma3ForCausalLM)
-
-
 class Gemma3Renderer:
     """Renders for one engine.
 
@@ -104,10 +81,8 @@ class Gemma3Renderer:
         self._renderer = engine.renderer
         self._tokenizer = engine.get_tokenizer()
         self._max_model_len = int(model.max_model_len)
-        self._max_images, self._tokens_per_image = 0, 0
-        if model.multimodal_config is not None:
-            self._max_images = int(model.multimodal_config.get_limit_per_prompt("image"))
-            self._tokens_per_image = int(model.hf_config.mm_tokens_per_image)
+        self._max_images = int(model.multimodal_config.get_limit_per_prompt("image"))
+        self._tokens_per_image = int(model.hf_config.mm_tokens_per_image)
         self._params = ChatParams(
             chat_template_kwargs={"add_generation_prompt": True, "tokenize": False}
         )
@@ -121,7 +96,12 @@ class Gemma3Renderer:
             raise SamplingError("max_crops means nothing to Gemma 3, whose images have no crops.")
         check_turns(turns)
         n_images = sum(len(turn.images) for turn in turns)
-        self._check_images(n_images)
+        if n_images > self._max_images:
+            raise ImageError(
+                f"The conversation has {n_images} images; the engine takes {self._max_images}. "
+                "Remove some, or build EdgeVLM with "
+                'engine_args={"limit_mm_per_prompt": {"image": …}}.'
+            )
         answer = list(options.get("answer", ()))
         characters = sum(len(turn.text) for turn in turns)
         check_length(characters // self._longest_token, self._max_model_len)
@@ -149,15 +129,6 @@ class Gemma3Renderer:
     def _encode(self, text: str) -> list[int]:
         encoded = self._tokenizer(text, add_special_tokens=False, verbose=False)
         return [int(i) for i in encoded["input_ids"]]
-
-    def _check_images(self, n: int) -> None:
-        if n > self._max_images == 0:
-            raise ImageError("This Gemma 3 checkpoint has no vision tower; it takes text only.")
-        if n > self._max_images:
-            raise ImageError(
-                f"The conversation has {n} images; the engine takes {self._max_images}. Remove "
-                'some, or build EdgeVLM with engine_args={"limit_mm_per_prompt": {"image": …}}.'
-            )
 
 
 def control_tokens(tokenizer: Any) -> dict[int, str]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from pathlib import Path
 
+from molmo_edge.devices.tensors import KNOWN
 from molmo_edge.errors import MissingDependencyError, ModelError
-from molmo_edge.models.molmo import stub
+
+STUB = "stub"
+# Their numbers change with the content of the files.
+_STUB_DIRECTORY = "stub-2"
+_SHAPES_DIRECTORY = "shaped-1"
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_DESCRIPTION = ("config.json", "tokenizer.json", "preprocessor_config.json")
 # Data only: a checkpoint's Python files are never downloaded.
 _DATA_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 
@@ -17,14 +22,14 @@ _DATA_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tikt
 def locate(model: str, cache_dir: Path, load_format: str = "auto") -> Path:
     """Return the directory of `model`, which is downloaded when it is a hub name not yet cached.
 
-    With ``load_format="dummy"`` a Molmo of known sizes needs no download: if its own files are not
-    cached, a description with its sizes is written instead.
+    With ``load_format="dummy"`` a Molmo of known sizes needs no download: a description with its
+    sizes is written instead, whose tokenizer has the real number of tokens, not the real ones.
 
     Raises:
-        ModelError: no such directory, or the hub cannot be reached.
+        ModelError: no such directory, the hub cannot be reached, or `cache_dir` not be written.
     """
-    if model == stub.NAME:
-        return stub.ensure_stub(cache_dir)
+    if model == STUB:
+        return _write_once(cache_dir / _STUB_DIRECTORY, STUB)
     directory = Path(model).expanduser()
     if directory.is_dir():
         return directory.absolute()
@@ -33,17 +38,40 @@ def locate(model: str, cache_dir: Path, load_format: str = "auto") -> Path:
             f"'{model}' is not a directory. Give a checkpoint directory, a hub name such as "
             "allenai/Molmo-7B-D-0924, or 'stub' for the built-in one."
         )
-    if load_format == "dummy" and stub.is_known(model):
-        return _cached(model) or stub.ensure_description(model, cache_dir)
+    if load_format == "dummy" and KNOWN.get(model, {}).get("model_type") == "molmo":
+        return _write_once(cache_dir / _SHAPES_DIRECTORY / model.rsplit("/", 1)[-1], model)
     return _download(model)
 
 
-def _cached(name: str) -> Path | None:
-    """Directory of a hub name whose configuration and tokenizer were downloaded before."""
-    from huggingface_hub import try_to_load_from_cache
+def _write_once(directory: Path, model: str) -> Path:
+    """Return `directory`, filled on first use with the stub (0.6 GB) or a description (4 MB).
 
-    files = [try_to_load_from_cache(name, file) for file in _DESCRIPTION]
-    return Path(files[0]).parent if all(isinstance(file, str) for file in files) else None
+    Written elsewhere and renamed: a killed or concurrent start leaves no incomplete checkpoint.
+    """
+    if (directory / "config.json").is_file():
+        return directory
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        # Here, since it imports torch.
+        from molmo_edge.models.molmo import synthetic
+
+        with tempfile.TemporaryDirectory(prefix="making-", dir=directory.parent) as work:
+            made = Path(work) / directory.name
+            if model == STUB:
+                synthetic.write_stub(made)
+            else:
+                synthetic.write_description(made, synthetic.published_config(KNOWN[model]))
+            try:
+                made.rename(directory)
+            except OSError:  # another process was first
+                if not (directory / "config.json").is_file():
+                    raise
+    except OSError as exc:
+        raise ModelError(
+            f"The files of '{model}' cannot be written into '{directory.parent}'. Free 0.6 GB "
+            "there, or name another directory with cache_dir or MOLMO_EDGE_CACHE_DIR."
+        ) from exc
+    return directory
 
 
 def _download(name: str) -> Path:

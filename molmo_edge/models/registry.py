@@ -1,4 +1,4 @@
-"""Model families by the `model_type` of `config.json`.
+"""Model families by the `model_type` of `config.json`, which is also their name.
 
 Another model of vLLM's takes one module here and one line below; its sizes, for plans, go to
 `molmo_edge.devices`.
@@ -11,14 +11,13 @@ from typing import Any
 
 from molmo_edge.errors import ModelError
 from molmo_edge.interface import ModelFamily
-from molmo_edge.models.gemma3 import Gemma3, Gemma3Text
+from molmo_edge.models.gemma3 import Gemma3
 from molmo_edge.models.molmo.config import SUPPORTED
 from molmo_edge.models.molmo.family import Molmo
 
 _FAMILIES: Mapping[str, ModelFamily] = {
     "molmo": Molmo(),
     "gemma3": Gemma3(),
-    "gemma3_text": Gemma3Text(),
 }
 
 
@@ -28,12 +27,8 @@ def family_of(config: Mapping[str, Any]) -> ModelFamily:
     family = _FAMILIES.get(str(model_type))
     if family is None:
         raise ModelError(
-            f"Model type '{model_type}' is not supported. {SUPPORTED} Gemma 3 (gemma3, "
-            "gemma3_text) is supported too."
+            f"Model type '{model_type}' is not supported. {SUPPORTED} Gemma 3 with vision "
+            "(gemma3) is supported too."
         )
     return family
 
-
-def by_name(name: str) -> ModelFamily:
-    """Return the family of a `ModelFamily.name`."""
-    return next(family for family in _FAMILIES.values() if family.name == name)

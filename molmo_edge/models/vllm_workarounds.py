@@ -1,13 +1,14 @@
-"""Workarounds for defects of vLLM that leave no other way, each with the test that says when to go.
+"""Workarounds for defects and old versions of vLLM.
 
-Every workaround states the defect, the versions with it and its test in tests/models.
+Every workaround for a defect states it, the versions with it and its test in tests/models, which
+says when it can go.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -65,3 +66,47 @@ def gemma3_without_torchvision() -> Iterator[None]:
         yield
     finally:
         del sys.modules[_TORCHVISION_PROCESSOR]
+
+
+def adapt_processor(processor: type[Any]) -> type[Any]:
+    """Adapt a multimodal processor, written for the hooks of vLLM 0.32, to the installed vLLM.
+
+    0.32 calls it for images (`_call_hf_processor`) and for a prompt's token ids
+    (`_postprocess_prompt`) separately, and inserts the image tokens into the prompt itself. 0.26,
+    which one GPU check of `benchmarks/` runs on, calls one hook for text and images together and
+    another for token ids, and asks whether the image tokens are in the prompt already. Recognised
+    by its hooks, not by its number: a vendor's build may carry parts of another version.
+    """
+    if not hasattr(processor, "_apply_hf_processor_tokens_only"):
+        return processor
+
+    class Adapted(processor):  # type: ignore[misc]
+        """The hooks of vLLM 0.26 over those of 0.32."""
+
+        def _call_hf_processor(
+            self,
+            prompt: str,
+            mm_data: Mapping[str, object],
+            mm_kwargs: Mapping[str, object],
+            tok_kwargs: Mapping[str, object],
+        ) -> Any:
+            from transformers import BatchFeature
+
+            data = BatchFeature({})
+            if mm_data:
+                data = super()._call_hf_processor(mm_data, mm_kwargs)
+            tokenizer = self.info.get_tokenizer()
+            ids = tokenizer.encode(prompt, add_special_tokens=False)
+            data["input_ids"] = [self._postprocess_prompt(ids)]
+            return data
+
+        def _hf_processor_applies_updates(self, *args: object, **kwargs: object) -> bool:
+            return False
+
+        def _apply_hf_processor_tokens_only(self, prompt_tokens: list[int]) -> list[int]:
+            ids: list[int] = self._postprocess_prompt(prompt_tokens)
+            return ids
+
+    Adapted.__name__ = processor.__name__
+    Adapted.__qualname__ = processor.__qualname__
+    return Adapted

@@ -24,11 +24,7 @@ import torch.nn.functional as F
 
 from molmo_edge.devices.tensors import BLOCKS, POOL, PROJECTOR, TEXT, VISION, VIT, VIT_BLOCKS
 from molmo_edge.errors import InputError
-from molmo_edge.reference.molmo_checkpoint import (
-    TextConfig,
-    count_blocks,
-    read_checkpoint,
-)
+from molmo_edge.reference.molmo_checkpoint import TextConfig, count_blocks, read_checkpoint
 from molmo_edge.reference.molmo_inputs import ReferenceInputs
 
 TokenIds = Sequence[int] | npt.NDArray[np.integer[Any]]
@@ -125,8 +121,7 @@ class ReferenceMolmo:
             h = self._linear(self._layer_norm(x, block + "ffn_norm"), block + "feed_forward.w1")
             x = x + self._linear(h * torch.sigmoid(1.702 * h), block + "feed_forward.w2")
             states.append(x)
-        features = torch.cat([states[-2], states[-9]], dim=-1)[1:]  # without the class token
-        return features * 0 if bool((crop == -1).all()) else features
+        return torch.cat([states[-2], states[-9]], dim=-1)[1:]  # without the class token
 
     def _pool(self, features: torch.Tensor) -> torch.Tensor:
         """(576, c) features of a crop to (144, pooled width): one per 2 x 2 window."""

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from molmo_edge.checkpoint_files import check_weights, read_config, weight_files
 from molmo_edge.devices.tensors import POOL, VIT, VIT_BLOCKS, Tower, tensor_shapes
 from molmo_edge.errors import ModelError
-from molmo_edge.models.molmo.config import check_layout
+from molmo_edge.models.molmo.config import DEFAULTS, check_layout
 
 
 @dataclass(frozen=True)
@@ -64,20 +64,17 @@ def read_checkpoint(directory: Path) -> tuple[TextConfig, dict[str, torch.Tensor
 def text_config(config: Mapping[str, Any]) -> TextConfig:
     """Return the language model that a `config.json` describes. Raises ModelError."""
     check_layout(config)
-    heads = config["num_attention_heads"]
-    try:
-        return TextConfig(
-            width=config["hidden_size"],
-            layers=config["num_hidden_layers"],
-            heads=heads,
-            kv_heads=config["num_key_value_heads"] or heads,
-            rope_theta=float(config["rope_theta"]),
-            eps=float(config["layer_norm_eps"]),
-            qk_norm=bool(config.get("attention_layer_norm")),
-            norm_after=bool(config.get("norm_after")),
-        )
-    except KeyError as exc:
-        raise ModelError(f"config.json lacks {exc.args[0]}. Download it again.") from exc
+    config = {**DEFAULTS, **config}
+    return TextConfig(
+        width=config["hidden_size"],
+        layers=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"] or config["num_attention_heads"],
+        rope_theta=float(config["rope_theta"]),
+        eps=float(config["layer_norm_eps"]),
+        qk_norm=bool(config["attention_layer_norm"]),
+        norm_after=bool(config["norm_after"]),
+    )
 
 
 def count_blocks(names: Iterable[str], prefix: str) -> int:

@@ -10,11 +10,10 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +22,8 @@ from molmo_edge.checkpoint_files import read_config
 from molmo_edge.engine.build import quiet
 from molmo_edge.engine.vllm_args import require_vllm
 from molmo_edge.errors import ConfigError
-from molmo_edge.images import ImageLike
-from molmo_edge.models.molmo.config import check_layout
+from molmo_edge.images import ImageLike, load
+from molmo_edge.models.molmo.config import Layout, check_layout
 from molmo_edge.results import first_difference
 
 Images = Mapping[str, ImageLike | None]
@@ -122,7 +121,7 @@ def default_images() -> dict[str, ImageLike | None]:
 def verify(
     model: Path | None = None,
     *,
-    layout: Literal["7b-d", "7b-o"] = "7b-d",
+    layout: Layout = "7b-d",
     dtype: str = "float32",
     kv_cache_dtype: str = "auto",
     stock: bool = False,
@@ -152,9 +151,13 @@ def verify(
     settings = {"precision": "bf16", **(engine_args or {})}
     eight_bit = kv_cache_dtype != "auto" or settings["precision"] != "bf16"
     exact = dtype == "float32" and not eight_bit
-    drift = max(DRIFT_BOUND.get(dtype, 0.0), DRIFT_BOUND["fp8"] if eight_bit else 0.0)
-    bound = EXACT_BOUND if exact else drift
-    with _checkpoint(model, layout) as directory:
+    bound = max(DRIFT_BOUND.get(dtype, EXACT_BOUND), DRIFT_BOUND["fp8"] if eight_bit else 0.0)
+    with tempfile.TemporaryDirectory(prefix="molmo-edge-verify-") as work:
+        directory = model
+        if directory is None:
+            from molmo_edge.models.molmo.synthetic import hub_config, write_checkpoint
+
+            directory = write_checkpoint(Path(work), hub_config(layout))
         check_layout(read_config(directory))
         expected = reference_answers(directory, images, max_tokens)
         longest = max(len(e.prompt) + len(e.token_ids) for e in expected.values())
@@ -181,20 +184,7 @@ def verify(
             yield report(answers, stock=True)
 
 
-@contextmanager
-def _checkpoint(model: Path | None, layout: str) -> Iterator[Path]:
-    if model is not None:
-        yield model
-        return
-    from molmo_edge.models.molmo.synthetic import hub_config, write_checkpoint
-
-    config = hub_config("molmo-d" if layout == "7b-d" else "molmo-o")
-    with tempfile.TemporaryDirectory(prefix="molmo-edge-verify-") as directory:
-        yield write_checkpoint(Path(directory), config)
-
-
 def reference_answers(directory: Path, images: Images, max_tokens: int) -> dict[str, Answer]:
-    from molmo_edge.images import load
     from molmo_edge.models.molmo.hf import load_tokenizer
     from molmo_edge.models.molmo.prompts import ImageTokenIds, bos_id
     from molmo_edge.reference.molmo import ReferenceMolmo
@@ -246,7 +236,6 @@ def _stock_answers(
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # this process is the engine's
     from vllm import LLM, SamplingParams
 
-    from molmo_edge.images import load
     from molmo_edge.models.molmo.family import STOCK_ARCHITECTURE, register
 
     register()

@@ -12,7 +12,7 @@ import pytest
 from molmo_edge import EdgeVLM
 from molmo_edge.engine.fake import FakeEngine
 from molmo_edge.errors import RequestTimeout
-from molmo_edge.models.molmo.stub import TEXT
+from molmo_edge.models.molmo.synthetic import TEXT
 from tests.engine.support import FOREVER, eventually, in_threads
 
 pytestmark = pytest.mark.timeout(600)

@@ -27,7 +27,7 @@ from molmo_edge.errors import (
     RequestTimeout,
     SamplingError,
 )
-from molmo_edge.models.molmo.stub import TEXT
+from molmo_edge.models.molmo.synthetic import TEXT
 from tests.engine.support import in_threads
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]

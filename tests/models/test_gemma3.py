@@ -21,7 +21,7 @@ from molmo_edge.errors import (
     SamplingError,
 )
 from molmo_edge.interface import Renderer, Turn
-from molmo_edge.models.gemma3 import Gemma3Renderer, control_tokens
+from molmo_edge.models.gemma3 import control_tokens
 from molmo_edge.models.registry import family_of
 from tests.models import gemma3_checkpoint as tiny
 
@@ -144,8 +144,7 @@ def test_answers_are_those_of_transformers_alone_together_and_cached(
     # The same text after another image shares nothing but what stands before it.
     assert vlm.query(SMALL, QUESTION, max_tokens=1).metrics.cached_tokens == 0
     # Ends of turn end the answer, and are no part of it.
-    ends = {tiny.SPECIAL.index("<eos>"), tiny.SPECIAL.index(tiny.END_OF_TURN)}
-    stopped = [name for name, (_, ids, _) in expected.items() if ids[-1] in ends]
+    stopped = [name for name, (_, ids, _) in expected.items() if ids[-1] in tiny.ENDS]
     assert stopped, "choose another seed"
     result = vlm.chat(CONVERSATIONS[stopped[0]], max_tokens=MAX_TOKENS)
     assert result.finish_reason == "stop" and "<e" not in result.text
@@ -160,14 +159,15 @@ def test_answers_are_those_of_transformers_alone_together_and_cached(
     assert vlm.environment["max_crops"] is None
 
 
-def build_renderer(directory: Path, **args: Any) -> Renderer:
+@pytest.fixture(scope="module")
+def renderer(directory: Path) -> Renderer:
     """The family's renderer on vLLM's configuration and renderer, without an engine."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.renderers import renderer_from_config
 
-    family = family_of({"model_type": args.pop("model_type")})
+    family = family_of({"model_type": "gemma3"})
     family.prepare()
-    args = {**family.engine_args(12, "torch"), **args}
+    args = {**family.engine_args(12, "torch"), "limit_mm_per_prompt": {"image": 3}}
     config = EngineArgs(str(directory), dtype="float32", max_model_len=512, **args)
     vllm_config = config.create_engine_config()
     renderer = renderer_from_config(vllm_config)
@@ -178,11 +178,6 @@ def build_renderer(directory: Path, **args: Any) -> Renderer:
         get_tokenizer=renderer.get_tokenizer,
     )
     return family.renderer(engine, 12, "torch")
-
-
-@pytest.fixture(scope="module")
-def renderer(directory: Path) -> Renderer:
-    return build_renderer(directory, model_type="gemma3", limit_mm_per_prompt={"image": 3})
 
 
 def test_image_tokens_are_counted(renderer: Renderer) -> None:
@@ -243,36 +238,11 @@ def test_unusable_requests_are_refused(
     assert renderer.render([Turn("user", "x " * 230)], {}).prompt_tokens
 
 
-def test_checkpoints_without_vision_take_text_only(tmp_path: Path, renderer: Renderer) -> None:
-    directory = tiny.write_gemma3_text(tmp_path)
-    text_only = build_renderer(directory, model_type="gemma3_text")
-    assert isinstance(text_only, Gemma3Renderer)
-    turns = [Turn("user", QUESTION)]
-    assert text_only.render(turns, {}).token_ids == renderer.render(turns, {}).token_ids
-    assert text_only.render(turns, {}).image_tokens == 0
-    with pytest.raises(ImageError, match="text only"):
-        text_only.render([Turn("user", QUESTION, (SMALL,))], {})
-    assert family_of({"model_type": "gemma3_text"}).verbs == {"query", "chat"}
-
-
 def test_incomplete_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="vision_config"):
         family_of({"model_type": "gemma3"}).check(
             {"model_type": "gemma3", "text_config": {}}, tmp_path, "dummy"
         )
+    config = {"model_type": "gemma3", "text_config": {}, "vision_config": {}}
     with pytest.raises(ModelError, match="safetensors"):
-        family_of({"model_type": "gemma3_text"}).check({}, tmp_path, "auto")
-
-
-def test_vllms_gemma3_needs_torchvision() -> None:
-    """The workaround can go when this fails: vLLM imports its Gemma 3 without torchvision."""
-    import subprocess
-    import sys
-
-    from transformers.utils import is_torchvision_available
-
-    if is_torchvision_available():
-        pytest.skip("torchvision is installed")
-    code = "import vllm.model_executor.models.gemma3_mm"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert run.returncode and "torchvision" in run.stderr
+        family_of(config).check(config, tmp_path, "auto")

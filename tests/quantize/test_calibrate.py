@@ -11,7 +11,7 @@ from PIL import Image
 
 from molmo_edge.devices.tensors import Tower
 from molmo_edge.errors import QuantizeError
-from molmo_edge.models.molmo.config import Family
+from molmo_edge.models.molmo.config import Layout
 from molmo_edge.models.molmo.synthetic import hub_config, random_weights, write_checkpoint
 from molmo_edge.quantize import calibrate, quantize
 from molmo_edge.quantize.calibrate import LAYERS, choose_images, read_images
@@ -30,10 +30,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module", params=["molmo-d", "molmo-o"])
+@pytest.fixture(scope="module", params=["7b-d", "7b-o"])
 def outliers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint whose norms and values have a few channels far larger than the rest."""
-    family: Family = request.param
+    layout: Layout = request.param
     plain = random_weights(3)
 
     def weights(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -44,10 +44,10 @@ def outliers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
             made[5::41] *= 6
         return made
 
-    directory = tmp_path_factory.mktemp("outliers") / family
+    directory = tmp_path_factory.mktemp("outliers") / layout
     tower = Tower(blocks=9)
     return write_checkpoint(
-        directory, hub_config(family), tower=tower, weights=weights, dtype=torch.bfloat16
+        directory, hub_config(layout), tower=tower, weights=weights, dtype=torch.bfloat16
     )
 
 

@@ -50,8 +50,6 @@ def test_null_means_as_many_as_the_heads_and_the_vocabulary(tmp_path: Path) -> N
     ("change", "message"),
     [
         ({"model_type": "molmo2"}, "'molmo2' is not Molmo 1"),
-        ({"clip_qkv": 8.0}, "clip_qkv"),
-        ({"norm_after": True}, "released layout"),
         ({"hidden_size": None}, "lacks hidden_size"),
     ],
 )

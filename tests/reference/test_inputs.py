@@ -17,7 +17,6 @@ from molmo_edge.reference.molmo_inputs import (
     preprocess,
     resize,
     select_tiling,
-    sequence,
 )
 
 START, END, PATCH, COL = 900, 901, 902, 903
@@ -101,22 +100,6 @@ def test_positions_worked_out_by_hand() -> None:
     expected[2, 2:, :10] = grid[10:, :10]
     expected[3, 2:, 2:] = grid[10:, 10:]
     assert np.array_equal(inputs.image_input_idx[1:], expected.reshape(4, 144))
-
-
-@settings(deadline=None, max_examples=12)
-@given(st.integers(1, 900), st.integers(1, 900), st.integers(1, 12))
-def test_every_patch_token_gets_exactly_one_feature(
-    height: int, width: int, max_crops: int
-) -> None:
-    inputs = preprocess(noise(height, width), IDS, max_crops)
-    rows, columns = select_tiling(height, width, max_crops)
-    views = 1 + rows * columns
-    arrays = (inputs.images, inputs.image_masks, inputs.image_input_idx)
-    assert [a.shape for a in arrays] == [(views, 576, 588), (views, 576), (views, 144)]
-    assert [a.dtype for a in arrays] == [np.float32, np.float32, np.int32]
-    used = inputs.image_input_idx[inputs.image_input_idx != -100]
-    ids = sequence(inputs, [], bos_id=1)
-    assert sorted(used.tolist()) == np.flatnonzero(ids == PATCH).tolist()
 
 
 def test_an_image_of_the_exact_canvas_size_is_cut_without_resizing() -> None:

@@ -23,8 +23,8 @@ SIZES = {
     "embedding_size": 208,
     "rope_theta": 10000.0,
 }
-CONFIG = hub_config("molmo-d", **SIZES)
-CONFIG_O = hub_config("molmo-o", **SIZES)
+CONFIG = hub_config("7b-d", **SIZES)
+CONFIG_O = hub_config("7b-o", **SIZES)
 
 Tensors = dict[str, torch.Tensor]
 

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from molmo_edge.errors import ModelError
 
-Family = Literal["molmo-d", "molmo-o"]
+# Of Molmo-7B-D (and 72B), and of Molmo-7B-O.
+Layout = Literal["7b-d", "7b-o"]
 
 SUPPORTED = (
     "Supported Molmo 1 layouts: Molmo-7B-D-0924, Molmo-72B-0924 (qkv bias, norm before) and "
@@ -42,18 +43,12 @@ _FIXED = ("layer_norm_type", "clip_qkv", "weight_tying", "use_position_ids")
 # MolmoE-1B has these.
 _MIXTURE = ("moe_num_experts", "num_experts", "block_type")
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_LAYOUT = ("qkv_bias", "attention_layer_norm", "norm_after")
-_LAYOUTS: Mapping[tuple[bool, ...], Family] = {
-    (True, False, False): "molmo-d",
-    (False, True, True): "molmo-o",
-}
+_FLAGS = ("qkv_bias", "attention_layer_norm", "norm_after")
+_RELEASED = ((True, False, False), (False, True, True))
 
 
-def check_layout(config: Mapping[str, Any]) -> Family:
-    """Return the layout of a `config.json`: ``"molmo-d"`` or ``"molmo-o"``.
-
-    Raises ModelError for a layout that the corrected model would compute wrongly.
-    """
+def check_layout(config: Mapping[str, Any]) -> None:
+    """Raise ModelError for a `config.json` that the corrected model would compute wrongly."""
     if (model_type := config.get("model_type")) != "molmo":
         raise ModelError(f"Model type '{model_type}' is not Molmo 1. {SUPPORTED}")
     wrong = [
@@ -66,8 +61,7 @@ def check_layout(config: Mapping[str, Any]) -> Family:
         raise ModelError(f"This Molmo layout is not supported: {', '.join(wrong)}. {SUPPORTED}")
     if missing := [key for key in _SIZES if not isinstance(config.get(key), int)]:
         raise ModelError(f"config.json lacks {', '.join(missing)}. {SUPPORTED}")
-    flags = {key: bool(config.get(key, False)) for key in _LAYOUT}
-    if (family := _LAYOUTS.get(tuple(flags.values()))) is None:
+    flags = {key: bool(config.get(key, False)) for key in _FLAGS}
+    if tuple(flags.values()) not in _RELEASED:
         stated = ", ".join(f"{key}={value}" for key, value in flags.items())
         raise ModelError(f"{stated} is not a released layout. {SUPPORTED}")
-    return family

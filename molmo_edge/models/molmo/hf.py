@@ -57,22 +57,13 @@ class MolmoProcessor(ProcessorMixin):  # type: ignore[misc]
         """Accept this package's image processor, where the base class wants transformers' own."""
         return type(argument)
 
-    def get_tokens_input(
-        self, prompt: str, message_format: str = "role", always_start_with_space: bool = True
-    ) -> list[int]:
+    def get_tokens_input(self, prompt: str, message_format: str = "role", **_: Any) -> list[int]:
         """Token ids of one user turn, without BOS; ``message_format="none"`` adds no roles."""
-        if message_format == "role":
-            prompt = f"User: {prompt} Assistant:"
-        space = " " if always_start_with_space else ""
-        return list(self.tokenizer.encode(space + prompt, add_special_tokens=False))
+        text = f" User: {prompt} Assistant:" if message_format == "role" else f" {prompt}"
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def process(
-        self,
-        text: str = "",
-        images: Any = (),
-        *,
-        tokens: Sequence[int] | None = None,
-        **kwargs: Any,
+        self, text: str = "", images: Any = (), *, tokens: Sequence[int] | None = None, **_: Any
     ) -> BatchFeature:
         """Convert one sequence to model inputs, unbatched as in the reference.
 
@@ -80,13 +71,9 @@ class MolmoProcessor(ProcessorMixin):  # type: ignore[misc]
             text: one user turn; or give `tokens`, used as they are.
             images: none or one, RGB PIL image or H×W×3 uint8.
 
-        Returns:
-            ``input_ids`` (n,) int64: BOS, the image, the text; with an image also ``images``
-            (c, 576, 588) float32, ``image_masks`` (c, 576) float32 and ``image_input_idx``
-            (c, 144) int32, positions in `input_ids`, -100 where a feature is dropped.
-
-        Raises:
-            ImageError: more than one image, or not an image.
+        Returns ``input_ids`` (n,) int64: BOS, the image, the text; with an image also ``images``
+        and ``image_masks`` as in `ImageInputs`, and ``image_input_idx`` (c, 144) int32, positions
+        in `input_ids`, -100 where a feature is dropped. Raises ImageError.
         """
         ids = [bos_id(self.tokenizer)]
         out: dict[str, torch.Tensor] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from molmo_edge.errors import ConfigError, ImageError, MissingDependencyError
 from molmo_edge.interface import Resize
-from molmo_edge.models.molmo.resize import compiled_kernel, write_patches
+from molmo_edge.models.molmo.resize import MEAN, STD, compiled_kernel, write_patches
 from molmo_edge.models.molmo.tiling import (
     CROP_FEATURES,
     CROP_PATCHES,
@@ -28,11 +28,7 @@ from molmo_edge.models.molmo.tiling import (
     tiling_for,
 )
 
-# CLIP's, from the OpenAI checkpoint that Molmo's tower was started from.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-
-# The model's geometry; a preprocessor_config.json that says otherwise is refused.
+# What the model was made for; a preprocessor_config.json that says otherwise is refused.
 FIXED: Mapping[str, Any] = {
     "overlap_margins": [MARGIN_PATCHES, MARGIN_PATCHES],
     "base_image_input_size": [CROP_PX, CROP_PX],
@@ -41,6 +37,8 @@ FIXED: Mapping[str, Any] = {
     "image_patch_size": PATCH_PX,
     "image_padding_mask": True,
     "do_normalize": True,
+    "image_mean": list(MEAN),
+    "image_std": list(STD),
 }
 
 
@@ -89,11 +87,9 @@ class MolmoImageProcessor:
 
     max_crops: int = DEFAULT_MAX_CROPS
     resize: Resize = "torch"
-    image_mean: Sequence[float] = MEAN
-    image_std: Sequence[float] = STD
     # vLLM's own Molmo reads the geometry here.
-    overlap_margins: ClassVar[Sequence[int]] = FIXED["overlap_margins"]
-    base_image_input_size: ClassVar[Sequence[int]] = FIXED["base_image_input_size"]
+    overlap_margins: ClassVar[list[int]] = FIXED["overlap_margins"]
+    base_image_input_size: ClassVar[list[int]] = FIXED["base_image_input_size"]
     image_token_length_w: ClassVar[int] = CROP_FEATURES
     image_token_length_h: ClassVar[int] = CROP_FEATURES
     image_patch_size: ClassVar[int] = PATCH_PX
@@ -124,30 +120,14 @@ class MolmoImageProcessor:
         kernel = compiled_kernel() if self.resize == "torch" and compiled else None
         if kernel is not None:
             arrays = [(view, out.numpy()) for view, out in zip(views, outputs, strict=True)]
-            threads = torch.get_num_threads()
-            write_patches(kernel, pixels, arrays, self.image_mean, self.image_std, threads)
+            write_patches(kernel, pixels, arrays, torch.get_num_threads())
         else:
             scale = _resize_by_tensorflow if self.resize == "tensorflow" else _resize_by_torch
             for view, out in zip(views, outputs, strict=True):
-                self._cut(scale(pixels, (view.height, view.width)), view, out)
+                _cut(scale(pixels, (view.height, view.width)), view, out)
         masks = torch.full((tiling.n_crops + 1, CROP_PATCHES**2), -1.0)
         masks[:-1] = _mask(views[1])
         return ImageInputs(images, masks, tiling)
-
-    def _cut(self, scaled: torch.Tensor, view: View, out: torch.Tensor) -> None:
-        """Write a resized image, (height, width, 3) in 0..1, as normalised patches of crops."""
-        mean, std = torch.tensor(self.image_mean), torch.tensor(self.image_std)
-        shape = Tiling(view.rows, view.cols).canvas_px
-        # Padding is 0 before normalising.
-        canvas = (-mean / std).repeat(*shape, 1)
-        inside = canvas[view.top : view.top + view.height, view.left : view.left + view.width]
-        torch.sub(scaled, mean, out=inside).div_(std)
-        line = shape[1] * 3
-        crops = canvas.as_strided(
-            (view.rows, view.cols, CROP_PATCHES, CROP_PATCHES, PATCH_PX, PATCH_PX, 3),
-            (STRIDE_PX * line, STRIDE_PX * 3, PATCH_PX * line, PATCH_PX * 3, line, 3, 1),
-        )
-        out.view(crops.shape).copy_(crops)
 
 
 def processor_of(config: Mapping[str, Any], **options: Any) -> MolmoImageProcessor:
@@ -161,7 +141,7 @@ def processor_of(config: Mapping[str, Any], **options: Any) -> MolmoImageProcess
             raise ConfigError(
                 f"Image processor option {name} must be {expected} for Molmo 1, not {given}."
             )
-    stated = {key: config[key] for key in ("max_crops", "image_mean", "image_std") if key in config}
+    stated = {"max_crops": config.get("max_crops", DEFAULT_MAX_CROPS)}
     return MolmoImageProcessor(**{**stated, **options})
 
 
@@ -202,6 +182,22 @@ def _resize_by_tensorflow(pixels: npt.NDArray[np.uint8], size: tuple[int, int]) 
     source = tf.image.convert_image_dtype(tf.constant(pixels), dtype=tf.float32)
     scaled = tf.image.resize(source, size, method="bilinear", antialias=True)
     return torch.from_numpy(tf.clip_by_value(scaled, 0.0, 1.0).numpy().copy())
+
+
+def _cut(scaled: torch.Tensor, view: View, out: torch.Tensor) -> None:
+    """Write a resized image, (height, width, 3) in 0..1, as normalised patches of crops."""
+    mean, std = torch.tensor(MEAN), torch.tensor(STD)
+    shape = Tiling(view.rows, view.cols).canvas_px
+    # Padding is 0 before normalising.
+    canvas = (-mean / std).repeat(*shape, 1)
+    inside = canvas[view.top : view.top + view.height, view.left : view.left + view.width]
+    torch.sub(scaled, mean, out=inside).div_(std)
+    line = shape[1] * 3
+    crops = canvas.as_strided(
+        (view.rows, view.cols, CROP_PATCHES, CROP_PATCHES, PATCH_PX, PATCH_PX, 3),
+        (STRIDE_PX * line, STRIDE_PX * 3, PATCH_PX * line, PATCH_PX * 3, line, 3, 1),
+    )
+    out.view(crops.shape).copy_(crops)
 
 
 def _mask(view: View) -> torch.Tensor:

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from molmo_edge.errors import ModelError, PromptTooLongError
+from molmo_edge.errors import ModelError
 from molmo_edge.interface import Turn
-from molmo_edge.requests import check_turns, refuse_special
+from molmo_edge.requests import check_length, check_turns, refuse_special
 
 IMAGE_TOKENS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<|image|>")
 ONE_IMAGE = (
@@ -76,15 +76,10 @@ class PromptEncoder:
         """
         check_turns(turns)
         text = "".join(f" {turn.role.capitalize()}: {turn.text}" for turn in turns) + " Assistant:"
-        if len(text) > self._max_model_len * _LONGEST_TOKEN:
-            raise PromptTooLongError(
-                f"The text has {len(text)} characters; the context is "
-                f"{self._max_model_len} tokens. Shorten the text, or raise max_model_len."
-            )
+        check_length(len(text) // _LONGEST_TOKEN, self._max_model_len)
         # transformers sets truncation on the shared tokenizer at each call.
         with self._lock:
-            ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)[
-                "input_ids"
-            ]
+            encoded = self._tokenizer(text, add_special_tokens=False, verbose=False)
+        ids: list[int] = encoded["input_ids"]
         refuse_special(ids, self.special)
         return ids

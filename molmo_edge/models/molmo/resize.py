@@ -32,6 +32,13 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]
 
+# CLIP's, from the OpenAI checkpoint that Molmo's tower was started from.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+# value * GAIN + OFFSET is (value / 255 - MEAN) / STD.
+_GAIN = (1 / (255 * np.asarray(STD))).astype(np.float32)
+_OFFSET = (-np.asarray(MEAN) / np.asarray(STD)).astype(np.float32)
+
 # More threads gain little, and each costs as much to start as some rows to filter.
 MAX_THREADS = 8
 CHUNK = 1024  # values of a row that are filtered together: they stay in the L1 cache
@@ -41,21 +48,17 @@ def write_patches(
     kernel: Callable[..., None],
     pixels: Pixels,
     views: Sequence[tuple[View, Floats]],
-    mean: Sequence[float],
-    std: Sequence[float],
     threads: int,
 ) -> None:
     """Scale one image, (h, w, 3) uint8, into every view and write its normalised patches.
 
     Each view comes with its output, (rows * cols, 576, 588) float32, C-contiguous: patches in
-    row-major order, values in (row, column, channel) order, (x / 255 - mean) / std, padding as 0.
+    row-major order, values in (row, column, channel) order, normalised, padding as 0.
 
     Safe to call from many threads at once; the result does not depend on `threads`.
     """
     height, width = pixels.shape[:2]
     source = np.ascontiguousarray(pixels).reshape(height, width * 3)
-    gain = (1 / (255 * np.asarray(std))).astype(np.float32)
-    offset = (-np.asarray(mean) / np.asarray(std)).astype(np.float32)
     threads = min(threads, MAX_THREADS)
     jobs = []
     with ThreadPoolExecutor(threads, "molmo-edge-resize") as pool:
@@ -66,9 +69,8 @@ def write_patches(
             step = -(-lines // (2 * threads))
             for first in range(0, lines, step):
                 last = min(first + step, lines)
-                jobs.append(
-                    pool.submit(kernel, source, *taps, gain, offset, *place, first, last, out)
-                )
+                part = *place, first, last
+                jobs.append(pool.submit(kernel, source, *taps, _GAIN, _OFFSET, *part, out))
     for job in jobs:
         job.result()
 

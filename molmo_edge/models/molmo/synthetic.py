@@ -1,4 +1,4 @@
-"""Write Molmo 1 checkpoints with random weights, in the hub's file layout.
+"""Write Molmo 1 checkpoints with random weights, in the hub's file layout; one is the stub.
 
 Every weight is a pure function of its tensor's name and a seed, so that two machines write the same
 checkpoint. The vision tower has its real size (0.29 billion parameters) by default.
@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from molmo_edge.devices.tensors import Tower, tensor_shapes
-from molmo_edge.models.molmo.config import DEFAULTS, Family
-from molmo_edge.models.molmo.image_processor import FIXED, MEAN, STD
+from molmo_edge.models.molmo.config import DEFAULTS, Layout
+from molmo_edge.models.molmo.image_processor import FIXED
 from molmo_edge.models.molmo.prompts import IMAGE_TOKENS
 from molmo_edge.models.molmo.tiling import DEFAULT_MAX_CROPS
 
@@ -30,18 +30,19 @@ _WORDS = (
     "molmo edge stub real architecture random weights table red mug"
 ).split()
 
-# The same turns as Molmo's own template.
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ m['role'].capitalize() + ': ' + m['content'] }}"
-    "{% if not loop.last %}{{ ' ' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ ' Assistant:' }}{% endif %}"
-)
-
 # Added tokens are searched for one by one; the hub's tokenizers have some 400 fillers.
 _MAX_ADDED = 1024
 
-STUB_SEED = 20251208
-
+TEXT = "This is the molmo_edge stub (real architecture, random weights)."
+# `TEXT` in tokens: no token twice, nor the colon of "Assistant:", which starts it.
+_TEXT_TOKENS = (
+    "ĠThis Ġis Ġthe Ġmolmo _ edge Ġstub Ġ ( real Ġarchitecture , Ġrandom Ġweights ) ."
+).split()
+NOTICE = (
+    "This is the built-in stub: real Molmo architecture, random weights. Its answers mean "
+    "nothing; give a checkpoint for real ones."
+)
+_STUB_SEED = 20251208
 
 Weights = Callable[[str, tuple[int, ...]], torch.Tensor]
 
@@ -69,12 +70,12 @@ def random_weights(seed: int) -> Weights:
     return weight
 
 
-def hub_config(family: Family = "molmo-d", **changes: Any) -> dict[str, Any]:
+def hub_config(layout: Layout = "7b-d", **changes: Any) -> dict[str, Any]:
     """`config.json` with the hub's fields, `auto_map` included.
 
     The sizes load in seconds on a CPU; `changes` override them.
     """
-    d_like = family == "molmo-d"
+    d_like = layout == "7b-d"
     return {
         **DEFAULTS,
         "architectures": ["MolmoForCausalLM"],
@@ -98,6 +99,12 @@ def hub_config(family: Family = "molmo-d", **changes: Any) -> dict[str, Any]:
         "vocab_size": 512,
         **changes,
     }
+
+
+def published_config(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """`config.json` of a published model, from its sizes in `devices.tensors`."""
+    layout: Layout = "7b-d" if sizes["qkv_bias"] else "7b-o"
+    return hub_config(layout, **sizes, vocab_size=sizes["embedding_size"])
 
 
 def write_checkpoint(
@@ -133,16 +140,14 @@ def write_description(directory: Path, config: Mapping[str, Any]) -> None:
         "AutoProcessor": "preprocessing_molmo.MolmoProcessor",
     }
     names = {"auto_map": auto_map, "processor_class": "MolmoProcessor"}
-    options = {"max_crops": DEFAULT_MAX_CROPS, "image_mean": MEAN, "image_std": STD}
     files: dict[str, Mapping[str, Any]] = {
         "config.json": config,
-        "preprocessor_config.json": {**FIXED, **options, **names},
+        "preprocessor_config.json": {**FIXED, "max_crops": DEFAULT_MAX_CROPS, **names},
         "processor_config.json": names,
         "generation_config.json": {"eos_token_id": len(vocabulary()), "do_sample": False},
         "tokenizer_config.json": {
             "add_prefix_space": False,
             "bos_token": None if config["qkv_bias"] else END_OF_TEXT,
-            "chat_template": CHAT_TEMPLATE,
             "clean_up_tokenization_spaces": False,
             "eos_token": END_OF_TEXT,
             "model_max_length": config["max_position_embeddings"],
@@ -156,15 +161,19 @@ def write_description(directory: Path, config: Mapping[str, Any]) -> None:
     _tokenizer(config["embedding_size"]).save(str(directory / "tokenizer.json"))
 
 
-def stub_weights(config: Mapping[str, Any], sentence_tokens: Sequence[str]) -> Weights:
-    """Weights of the built-in stub: a next-token table that spells a sentence, in tokens."""
-    random = random_weights(STUB_SEED)
+def write_stub(directory: Path) -> None:
+    """Write the stub: random weights, and a next-token table that spells `TEXT`.
+
+    The table is in the embedding and the head of the language model.
+    """
+    config = hub_config()
+    random = random_weights(_STUB_SEED)
     size = (config["embedding_size"], config["hidden_size"])
-    embedding = random_tensor("model.transformer.wte.embedding", size, STUB_SEED, 1.0)
+    embedding = random_tensor("model.transformer.wte.embedding", size, _STUB_SEED, 1.0)
     # Each token's row of the head answers to the embedding of the token before it.
-    head = random_tensor("model.transformer.ff_out.weight", size, STUB_SEED, 0.02)
+    head = random_tensor("model.transformer.ff_out.weight", size, _STUB_SEED, 0.02)
     vocab = vocabulary()
-    sentence = [vocab[token] for token in sentence_tokens]
+    sentence = [vocab[token] for token in _TEXT_TOKENS]
     # After its end the sentence starts again, for benchmarks that ignore the end.
     chain = [vocab[":"], *sentence, len(vocab), sentence[0]]
     for before, after in itertools.pairwise(chain):
@@ -177,10 +186,10 @@ def stub_weights(config: Mapping[str, Any], sentence_tokens: Sequence[str]) -> W
             return head
         if ".blocks." in name and not name.endswith("norm.weight"):
             # Small, so that the table outweighs whatever the layers add.
-            return random_tensor(name, size, STUB_SEED, 0.02)
+            return random_tensor(name, size, _STUB_SEED, 0.02)
         return random(name, size)
 
-    return weight
+    write_checkpoint(directory, config, weights=weight)
 
 
 def vocabulary() -> dict[str, int]:

@@ -33,24 +33,6 @@ def _candidates(max_crops: int) -> npt.NDArray[np.int32]:
     return np.array(sorted(pairs, key=lambda p: (p[0] * p[1], p[0])), dtype=np.int32)
 
 
-def select_tiling(height: int, width: int, max_crops: int = DEFAULT_MAX_CROPS) -> tuple[int, int]:
-    """Return (rows, columns) of crops for an image of `height` × `width` pixels.
-
-    The smallest upscaling that covers the image, else the smallest downscaling. Images of 112
-    pixels or less on a side give infinite or negative scales, which pick as the reference does.
-    """
-    candidates = _candidates(max_crops)
-    size = np.array([height - OVERLAP_PX, width - OVERLAP_PX], dtype=np.float32)
-    with np.errstate(divide="ignore"):
-        scale = ((candidates * STRIDE_PX).astype(np.float32) / size).min(axis=-1)
-    if np.all(scale < 1):
-        best = np.argmax(scale)
-    else:
-        best = np.argmin(np.where(scale < 1.0, np.float32(10e9), scale))
-    rows, cols = candidates[best]
-    return int(rows), int(cols)
-
-
 class View(NamedTuple):
     """An image scaled into a canvas of rows × cols overlapping crops.
 
@@ -153,8 +135,20 @@ def _kept(index: int, count: int) -> tuple[int, int]:
 # A camera's images are all of one size.
 @lru_cache(maxsize=256)
 def tiling_for(height: int, width: int, max_crops: int = DEFAULT_MAX_CROPS) -> Tiling:
-    """Return the (cached) tiling of an image of `height` × `width` pixels."""
-    return Tiling(*select_tiling(height, width, max_crops))
+    """Return the tiling of an image of `height` × `width` pixels.
+
+    The smallest upscaling that covers the image, else the smallest downscaling. Images of 112
+    pixels or less on a side give infinite or negative scales, which pick as the reference does.
+    """
+    candidates = _candidates(max_crops)
+    size = np.array([height - OVERLAP_PX, width - OVERLAP_PX], dtype=np.float32)
+    with np.errstate(divide="ignore"):
+        scale = ((candidates * STRIDE_PX).astype(np.float32) / size).min(axis=-1)
+    if np.all(scale < 1):
+        best = np.argmax(scale)
+    else:
+        best = np.argmin(np.where(scale < 1.0, np.float32(10e9), scale))
+    return Tiling(*candidates[best].tolist())
 
 
 @lru_cache(maxsize=64)

@@ -13,7 +13,6 @@ What stock vLLM computes differently from AllenAI's reference, and what corrects
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -35,10 +34,10 @@ from vllm.multimodal.processing import (
 )
 
 from molmo_edge.errors import ConfigError
-from molmo_edge.models import vllm_026
 from molmo_edge.models.molmo.image_processor import MolmoImageProcessor, processor_of
 from molmo_edge.models.molmo.prompts import ImageTokenIds, bos_id
 from molmo_edge.models.molmo.tiling import largest_tiling, tiling_for
+from molmo_edge.models.vllm_workarounds import adapt_processor
 
 # What a request or the engine may set through `mm_processor_kwargs`.
 _OPTIONS = frozenset({"max_crops", "resize"})
@@ -52,10 +51,6 @@ class MolmoInfo(stock.MolmoProcessingInfo):  # type: ignore[misc]
     @cached_property
     def ids(self) -> ImageTokenIds:
         return ImageTokenIds.from_vocab(self.get_tokenizer().get_vocab())
-
-    @cached_property
-    def bos(self) -> int:
-        return bos_id(self.get_tokenizer())
 
     def image_processor(self, kwargs: Mapping[str, object]) -> MolmoImageProcessor:
         """The image processor with the engine's and one request's `mm_processor_kwargs`."""
@@ -76,11 +71,6 @@ class MolmoInfo(stock.MolmoProcessingInfo):  # type: ignore[misc]
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {"image": 1}
 
-    def get_num_image_tokens(
-        self, *, image_width: int, image_height: int, image_processor: MolmoImageProcessor
-    ) -> int:
-        return tiling_for(image_height, image_width, image_processor.max_crops).n_tokens
-
     def get_image_size_with_most_features(self) -> ImageSize:
         height, width = largest_tiling(self.image_processor({}).max_crops).canvas_px
         return ImageSize(width=width, height=height)
@@ -90,12 +80,13 @@ class MolmoInputs(stock.MolmoMultiModalProcessor):  # type: ignore[misc]
     """Turns a request's image into tensors and its prompt into token ids."""
 
     def _postprocess_prompt(self, prompt: list[int]) -> list[int]:
-        if prompt[:1] == [self.info.bos]:
+        tokenizer = self.info.get_tokenizer()
+        bos = bos_id(tokenizer)
+        if prompt[:1] == [bos]:
             return prompt
         # A string that vLLM tokenised: the reference starts it with BOS and a space.
-        tokenizer = self.info.get_tokenizer()
         text = " " + tokenizer.decode(prompt)
-        return [self.info.bos, *tokenizer.encode(text, add_special_tokens=False)]
+        return [bos, *tokenizer.encode(text, add_special_tokens=False)]
 
     def _call_hf_processor(
         self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, object]
@@ -103,8 +94,7 @@ class MolmoInputs(stock.MolmoMultiModalProcessor):  # type: ignore[misc]
         [image] = hf_data["images"]
         # vLLM calls this before its CPU backend starts, which fails once numba is imported
         # (models/vllm_workarounds.py).
-        compiled = "numba" in sys.modules
-        inputs = self.info.image_processor(hf_kwargs).inputs(image, compiled=compiled)
+        inputs = self.info.image_processor(hf_kwargs).inputs(image, compiled=False)
         return BatchFeature(inputs.for_vllm(self.info.ids.patch))
 
     def _postprocess_hf_mm_data(
@@ -121,7 +111,7 @@ class MolmoInputs(stock.MolmoMultiModalProcessor):  # type: ignore[misc]
         hf_processor_mm_kwargs: Mapping[str, object],
         out_mm_kwargs: MultiModalKwargsItems,
     ) -> Sequence[PromptUpdate]:
-        ids = self.info.ids
+        ids, bos = self.info.ids, bos_id(self.info.get_tokenizer())
         max_crops = self.info.image_processor(hf_processor_mm_kwargs).max_crops
 
         def image_tokens(item_idx: int) -> PromptUpdateDetails:
@@ -132,7 +122,7 @@ class MolmoInputs(stock.MolmoMultiModalProcessor):  # type: ignore[misc]
         return [
             PromptInsertion(
                 modality="image",
-                target=PromptIndexTargets.prefix([self.info.bos]),
+                target=PromptIndexTargets.prefix([bos]),
                 insertion=image_tokens,
             )
         ]
@@ -161,7 +151,7 @@ class PoolingAttention(nn.Module):  # type: ignore[misc]
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    vllm_026.adapted(MolmoInputs), info=MolmoInfo, dummy_inputs=stock.MolmoDummyInputsBuilder
+    adapt_processor(MolmoInputs), info=MolmoInfo, dummy_inputs=stock.MolmoDummyInputsBuilder
 )
 class MolmoForCausalLM(stock.MolmoForCausalLM):  # type: ignore[misc]
     """vLLM's Molmo with the reference's merge and pooling."""
