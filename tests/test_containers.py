@@ -18,6 +18,7 @@ NAMES = ("thor", "x86")
 LOCKS = [f"{name}{more}.lock" for name in NAMES for more in ("", "-tensorflow")]
 # Distributions whose packages have another name.
 PACKAGES = {
+    "markdown-it-py": "markdown_it",
     "nvidia-ml-py": "pynvml",
     "pillow": "PIL",
     "opencv-python-headless": "cv2",

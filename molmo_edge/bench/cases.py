@@ -82,6 +82,21 @@ def own(paths: Sequence[Path], question: str | None = None) -> tuple[Case, ...]:
     return tuple(cases)
 
 
+def sweep_sizes(cases: Sequence[Case], sizes: Sequence[tuple[int, int]]) -> tuple[Case, ...]:
+    """Every case with an image at every (width, height) in pixels."""
+    return tuple(
+        replace(
+            case,
+            name=f"{case.name}-{size[0]}x{size[1]}",
+            title=f"{case.title} {size[0]}x{size[1]}",
+            image=case.image.resize(size, Image.Resampling.LANCZOS),
+        )
+        for case in cases
+        if case.image is not None
+        for size in sizes
+    )
+
+
 def sweep_crops(cases: Sequence[Case], crops: Sequence[int]) -> tuple[Case, ...]:
     """Every case at every ``max_crops``."""
     return tuple(

@@ -37,11 +37,7 @@ class Comparison:
 
 def compare(documents: Sequence[Document]) -> Comparison:
     """Compare results; the first is the one that ratios refer to."""
-    heads: list[str] = []
-    for place, document in enumerate(documents, 1):
-        environment = document.environment
-        name = document.label or environment.device.name or environment.model.name or "result"
-        heads.append(f"{name} ({place})" if name in heads else name)
+    heads = head_names(documents)
     cases = {row.name: row.title for document in documents for row in case_rows(document)}
     columns = [dict(_cells(document, documents[0], cases)) for document in documents]
     lines = {title: [column[title] for column in columns] for title in columns[0]}
@@ -49,11 +45,21 @@ def compare(documents: Sequence[Document]) -> Comparison:
     return Comparison(heads, known, differences(documents, heads))
 
 
+def head_names(documents: Sequence[Document]) -> list[str]:
+    """A distinct heading for each result."""
+    heads: list[str] = []
+    for place, document in enumerate(documents, 1):
+        environment = document.environment
+        name = document.label or environment.device.name or environment.model.name or "result"
+        heads.append(f"{name} ({place})" if name in heads else name)
+    return heads
+
+
 def _cells(
     document: Document, first: Document, cases: Mapping[str, str]
 ) -> Iterator[tuple[str, str]]:
     """Titles and cells of one result's column; ``cases`` are names and titles."""
-    speed = _summary(document, "request_tps", "all")
+    speed = overall(document, "request_tps", "all")
     mean = UNKNOWN if speed.mean is None else f"{number(speed.mean)} ({number(speed.std)})"
     yield "mean tok/s (std)", mean
     yield "max tok/s", number(speed.max)
@@ -62,11 +68,11 @@ def _cells(
         summaries = rows[name].all if name in rows else {}
         yield f"{title}: mean", number(summaries.get("request_tps", Summary()).mean)
     yield "succeeded", _succeeded(document)
-    yield "warm-up mean tok/s", number(_summary(document, "request_tps", "cold").mean)
-    yield "steady mean tok/s", number(_summary(document, "request_tps", "steady").mean)
-    yield "decode tok/s, steady", interval(_summary(document, "output_tps", "steady"))
+    yield "warm-up mean tok/s", number(overall(document, "request_tps", "cold").mean)
+    yield "steady mean tok/s", number(overall(document, "request_tps", "steady").mean)
+    yield "decode tok/s, steady", interval(overall(document, "output_tps", "steady"))
     yield "decode against first", UNKNOWN if document is first else _ratio(document, first)
-    yield "TTFT ms, median", number(_summary(document, "ttft_s", "steady").median, 0, 1000)
+    yield "TTFT ms, median", number(overall(document, "ttft_s", "steady").median, 0, 1000)
     yield "fraction of bandwidth", percent(_ceiling(document, "bandwidth_share"))
     yield "joules per token", number(_ceiling(document, "joules_per_token"), 3)
     known = conditions(document)
@@ -98,7 +104,7 @@ def _values(document: Document, metric: str, phase: str = "steady") -> list[floa
     ]
 
 
-def _summary(document: Document, metric: str, phase: str) -> Summary:
+def overall(document: Document, metric: str, phase: str) -> Summary:
     """A metric over all cases."""
     for row in _report_rows(document):
         if row.name == OVERALL:

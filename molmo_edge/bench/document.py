@@ -19,7 +19,7 @@ from molmo_edge.errors import BenchmarkError
 
 Scalar = str | int | float | bool | None
 Stop = Literal["narrow", "cap", "time", "fixed", "interrupted", "error"]
-"""Why a row ended; see ``stats.RULES``. Cold starts have a fixed number."""
+"""Why a row ended; see ``stats.RULES``. Cold starts and concurrent users have a fixed number."""
 
 
 class Part(BaseModel):
@@ -249,7 +249,7 @@ def dumps(document: Part) -> str:
     return document.model_dump_json(indent=1) + "\n"
 
 
-def write(text: str, path: Path) -> None:
+def write(content: str | bytes, path: Path) -> None:
     """Replace a file atomically.
 
     Raises:
@@ -258,7 +258,7 @@ def write(text: str, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
     except OSError as exc:
         with contextlib.suppress(OSError):

@@ -53,7 +53,9 @@ class RunOptions:
     Attributes:
         iterations, max_iterations: of a row; beyond the minimum, until its interval is narrow.
         time_limit_s: of each scenario. Its rows have equal parts of it, and end with them.
-        batches: sizes of batches.
+        batches, users: sizes of batches, and numbers of concurrent users.
+        rates: requests per second that arrive at random; empty: half and four fifths of the best
+            rate that the users reached.
         fps: of the camera, frames per second.
         starts: cold starts with disk caches present.
     """
@@ -65,6 +67,8 @@ class RunOptions:
     ignore_eos: bool = False
     temperature: float = 0.0
     batches: tuple[int, ...] = (1, 2, 4, 8)
+    users: tuple[int, ...] = (1, 2, 4, 8)
+    rates: tuple[float, ...] = ()
     fps: float = 10.0
     starts: int = 2
 

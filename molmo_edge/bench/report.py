@@ -1,21 +1,36 @@
-"""A result document as Markdown, short for a terminal or in full; reads the document only."""
+"""A result document as a Markdown or HTML page, CSV, or JSON lines; reads the document only.
+
+The HTML page is self-contained: no scripts, no external resource.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from html import escape
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from molmo_edge.bench import document as documents_io
-from molmo_edge.bench import tables
+from molmo_edge.bench import plots, tables
+from molmo_edge.bench.compare import compare, head_names
 from molmo_edge.bench.document import Ceiling, Document, Row, Scenario
 from molmo_edge.bench.environment import software_line
+from molmo_edge.bench.measure import METRICS
 from molmo_edge.bench.tables import UNKNOWN, interval, number, percent
 
 
 def _ms(metric: str, field: str, digits: int = 0) -> Callable[[Row], str]:
     return lambda row: number(getattr(row.summary(metric), field), digits, 1000)
+
+
+def _total(row: Row) -> str:
+    speed = interval(row.summary("total_tps"))
+    return number(row.counts.get("total_tps")) if speed == UNKNOWN else speed
 
 
 def _steady(row: Row) -> str:
@@ -28,7 +43,7 @@ def _steady(row: Row) -> str:
 
 def _since_due(row: Row) -> str:
     walls = [sample.wall_s for sample in row.succeeded if sample.wall_s is not None]
-    if not walls or not row.conditions.keys() & {"fps", "disk_caches"}:
+    if not walls or not row.conditions.keys() & {"fps", "rate", "disk_caches"}:
         return UNKNOWN
     return number(median(walls), 2)
 
@@ -57,14 +72,14 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "itl p99": _ms("itl_s", "p99", 2),
     "decode tok/s": lambda row: interval(row.summary("output_tps")),
     "request tok/s": lambda row: interval(row.summary("request_tps")),
-    "total tok/s": lambda row: interval(row.summary("total_tps")),
+    "total tok/s": _total,
     "of bandwidth": lambda row: percent(_ceiling(row).bandwidth_share),
     "J/token": lambda row: number(_ceiling(row).joules_per_token, 3),
     "caches": _caches,
 }
 """The steady state's where there is one; latencies are medians, speeds means with interval.
 
-"since due" is from when a frame existed or a process was started.
+"since due" is from when a frame existed, a request was due, or a process was started.
 """
 PAGE_ONLY = ("preproc ms", "ttft p99", "itl ms", "itl p99")
 """Columns that a terminal has no room for."""
@@ -163,3 +178,78 @@ def _parts(document: Document, *, full: bool) -> Iterator[str]:
 def write(document: Document, path: Path) -> None:
     """Write the JSON document and the Markdown page beside it, each atomically."""
     documents_io.save(document, markdown(document), path)
+
+
+def records(document: Document) -> Iterator[dict[str, Any]]:
+    """One flat record per row, for CSV and JSON lines; the same keys in every record."""
+    environment = document.environment
+    shared: dict[str, Any] = {
+        "created": document.created,
+        "complete": document.complete,
+        "device": environment.device.name,
+        "power_mode": environment.device.power_mode,
+        "model": environment.model.name,
+        "precision": environment.model.precision,
+        "kv_cache_dtype": environment.model.kv_cache_dtype,
+        **environment.software,
+    }
+    for scenario in document.scenarios:
+        for row in scenario.rows:
+            record = {**shared, "scenario": scenario.name, "case": row.name, "title": row.title}
+            record |= {"steady_from": row.steady_from, "caches": row.caches and row.caches.mode}
+            for metric in (*METRICS, "total_tps"):
+                summary = row.summary(metric).model_dump()
+                record |= {f"{metric}_{name}": value for name, value in summary.items()}
+            yield record | _ceiling(row).model_dump()
+
+
+def csv_text(document: Document) -> str:
+    """The records as CSV."""
+    rows, buffer = list(records(document)), io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def json_lines(document: Document) -> str:
+    """The records as one JSON object per line."""
+    return "".join(json.dumps(record) + "\n" for record in records(document))
+
+
+STYLE = """
+body { margin: 0 auto; padding: 1rem; max-width: 76rem; color: #222; background: #fff;
+  font: 16px/1.5 system-ui, sans-serif; }
+table { display: block; overflow-x: auto; border-collapse: collapse; white-space: nowrap; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; }
+blockquote { margin: 0; background: #fff4d6; border-left: 4px solid #c77f00; padding: .1rem .5rem; }
+li, pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+figure { display: inline-block; width: min(100%, 36rem); margin: 0; }
+figure svg { width: 100%; height: auto; }
+"""
+
+
+def html(documents: Sequence[Document]) -> str:
+    """One page about one or more results; with several, the comparison comes first.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    names = head_names(documents)
+    title = f"Benchmark: {', '.join(names)}"
+    comparison = compare(documents).markdown() if len(documents) > 1 else ""
+    figures = "".join(
+        f'<figure id="{name}">{plots.svg(figure)}'
+        f"<figcaption>{escape(plots.CAPTIONS[name])}</figcaption></figure>\n"
+        for name, figure in plots.figures(documents).items()
+    )
+    results: list[str] = []
+    for name, document in zip(names, documents, strict=True):
+        results += [f"## {tables.escape(name)}", *_parts(document, full=True)]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"{tables.html(tables.page([f'# {tables.escape(title)}', comparison]))}\n"
+        f"{figures}\n{tables.html(tables.page(results))}\n</body>\n</html>\n"
+    )

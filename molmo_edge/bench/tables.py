@@ -1,4 +1,4 @@
-"""Markdown, which every page is written in, and which rich prints."""
+"""Markdown, which every page is written in: rich prints it, markdown-it makes HTML of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
+from markdown_it import MarkdownIt
 from rich.console import Console, JustifyMethod
 from rich.markdown import Markdown, TableDataElement
 
@@ -79,3 +80,9 @@ class _Page(Markdown):
 def show(markdown: str, console: Console) -> None:
     """Print a page on a terminal."""
     console.print(_Page(markdown))
+
+
+def html(markdown: str) -> str:
+    """A page as HTML. A model's answer may hold anything: no markup of its own, links or images."""
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+    return str(parser.disable(["link", "image", "autolink", "reference"]).render(markdown))

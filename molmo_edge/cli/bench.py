@@ -5,6 +5,7 @@ Without arguments it measures the three standard cases on the stub (random weigh
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from molmo_edge.cli.common import (
 app = typer.Typer(
     name="bench",
     cls=Commands,
-    help="Measure speed, steadiness and ceilings; compare results.",
+    help="Measure speed, steadiness and ceilings; compare and report results.",
     invoke_without_command=True,
     no_args_is_help=False,
     pretty_exceptions_enable=False,
@@ -45,6 +46,25 @@ def parse_integers(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", text):
         raise typer.BadParameter("must be integers above 0 separated by commas, like 1,2,4")
     return tuple(map(int, text.split(",")))
+
+
+def parse_rates(text: str) -> tuple[float, ...]:
+    """``0.5,2`` as numbers above 0."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = (0.0,)
+    if not all(0 < value < 1e6 for value in values):
+        raise typer.BadParameter("must be numbers above 0 separated by commas, like 0.5,2")
+    return values
+
+
+def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
+    """``640x480,1280x960`` as (width, height) pairs in pixels."""
+    if not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}(,[1-9]\d{0,4}x[1-9]\d{0,4})*", text):
+        raise typer.BadParameter("must look like 640x480,1280x960 (width x height)")
+    pairs = [size.split("x") for size in text.split(",")]
+    return tuple((int(width), int(height)) for width, height in pairs)
 
 
 ImageOption = Annotated[list[Path] | None, Option(help="Your image; repeatable.")]
@@ -97,6 +117,10 @@ class MeasureOptions:
         Option("--ignore-eos/--stop-at-eos", help="Default: only random weights ignore it."),
     ] = None
     batches: Annotated[Any, Option(parser=parse_integers, help="Sizes of throughput.")] = "1,2,4,8"
+    users: Annotated[Any, Option(parser=parse_integers, help="Users of concurrency.")] = "1,2,4,8"
+    rates: Annotated[
+        Any, Option(parser=parse_rates, help="Requests per second that arrive at random.")
+    ] = None
     fps: Annotated[float, Option(min=0.001, help="Frames per second of camera.")] = 10.0
     starts: Annotated[int, Option(min=1, help="Cold starts with disk caches present.")] = 2
 
@@ -113,12 +137,18 @@ def bench(
         list[str] | None,
         Option(help=f"{', '.join(scenarios.SCENARIOS)} or all; repeatable; default: report."),
     ] = None,
+    sizes: Annotated[
+        Any, Option(parser=parse_sizes, help="Sweep image sizes: 640x480,1280x960.")
+    ] = None,
     sweep_crops: Annotated[
         Any, Option(parser=parse_integers, help="Sweep max_crops: 1,4,12.")
     ] = None,
     label: Annotated[str | None, Option(help="Heading of this run in comparisons.")] = None,
     output: OutputOption = OUTPUT,
-    form: FormatOption = "table",
+    form: Annotated[
+        Literal["table", "md", "csv", "json", "jsonl"],
+        Option("-o", "--format", help="On standard output."),
+    ] = "table",
 ) -> None:
     """Run scenarios and write a JSON document and a Markdown page."""
     if ctx.invoked_subcommand is not None:
@@ -126,6 +156,8 @@ def bench(
     names = scenarios.choose(scenario or ["report"])
     target = engine.target()
     chosen = case_set.own(image, question) if image else case_set.standard()
+    if sizes:
+        chosen = case_set.sweep_sizes(chosen, sizes)
     if sweep_crops:
         chosen = case_set.sweep_crops(chosen, sweep_crops)
     path = documents.result_path(output, label or target.name)
@@ -140,8 +172,8 @@ def bench(
             start_command=target.start_command(image[0] if image else None),
         )
         document = scenarios.run(run, target.open, names)
-    page = report.terminal(document) if form == "table" else report.markdown(document)
-    output_result(document, page, form, path)
+    pages = {"table": report.terminal, "csv": report.csv_text, "jsonl": report.json_lines}
+    output_result(document, pages.get(form, report.markdown)(document), form, path)
     if any("interrupted" in note for note in document.notes):
         raise typer.Exit(130)
     if not document.complete:
@@ -177,6 +209,33 @@ def compare_results(
     print_page(comparison.markdown(), form)
     if strict and comparison.flags:
         raise typer.Exit(1)
+
+
+@app.command(name="report")
+def report_results(
+    results: Results,
+    output: Annotated[Path, Option(help="The HTML page.")] = Path("bench-report.html"),
+    png: Annotated[Path | None, Option(help="Directory for the plots as PNG.")] = None,
+) -> None:
+    """Make one self-contained HTML page, with plots (extra `plot`)."""
+    from molmo_edge.bench import plots
+
+    loaded = [documents.load(path) for path in results]
+    documents.write(report.html(loaded), output)
+    typer.echo(f"written: {output}")
+    if png is not None:
+        for name, figure in plots.figures(loaded).items():
+            plots.png(figure, png / f"{name}.png")
+            typer.echo(f"written: {png / name}.png")
+
+
+@app.command()
+def schema(
+    drift: Annotated[bool, Option("--drift", help="Of drift results instead.")] = False,
+) -> None:
+    """Print the JSON Schema of a result document."""
+    kind = drifts.DriftDocument if drift else documents.Document
+    typer.echo(json.dumps(kind.model_json_schema(), indent=1))
 
 
 @app.command(name="drift")

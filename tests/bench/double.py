@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -69,6 +70,7 @@ class DoubleVLM:
     requests: list[tuple[Image.Image | None, str]] = field(default_factory=list)
     resets: int = 0
     closed: bool = False
+    _one: Any = field(default_factory=threading.Lock)
 
     def __enter__(self) -> DoubleVLM:
         return self
@@ -85,6 +87,10 @@ class DoubleVLM:
         return [image.tobytes() for image, _ in self.requests if image is not None]
 
     def query(self, image: Image.Image | None, text: str, **options: Any) -> Result:
+        with self._one:  # users may be many, the clock is one
+            return self._answer(image, text, options)
+
+    def _answer(self, image: Image.Image | None, text: str, options: dict[str, Any]) -> Result:
         number = len(self.requests)
         self.requests.append((image, text))
         if (error := self.failure(number)) is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import jsonschema
 import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
@@ -96,6 +98,8 @@ def test_json_of_the_users_own_image_goes_to_standard_output_alone(
         (["--iterations", "0"], "'--iterations'"),
         (["--scenario", "speed"], "BenchmarkError: unknown scenario"),
         (["--image", "gone.png"], "BenchmarkError: cannot use the image gone.png"),
+        *((["--sizes", text], "'--sizes'") for text in ("640*480", "0x10", "1e3x10")),
+        (["--rates", "-1"], "'--rates'"),
         *((["--batches", text], "'--batches'") for text in ("a", "0", "1.5", "1,,2")),
         (["--output", "/proc/none"], "BenchmarkError: cannot write"),
     ],
@@ -129,6 +133,22 @@ def test_an_engine_that_cannot_start_and_ctrl_c_have_their_exit_status(
     assert not kept.complete and any("interrupted" in note for note in kept.notes)
     assert kept.scenarios[0].rows[0].stopped == "interrupted"
     assert len(kept.scenarios[0].rows[0].samples) == 4
+
+
+def test_report_writes_a_page_and_plots(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    page, directory = tmp_path / "r.html", tmp_path / "png"
+    result = run("report", *HISTORIC, "--output", str(page), "--png", str(directory))
+    assert result.exit_code == 0, result.output
+    assert page.read_text().startswith("<!doctype html>")
+    assert [path.name for path in directory.iterdir()] == ["devices.png"]
+
+
+def test_the_schema_describes_a_result(opened: Opened, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.json"
+    assert run(*QUICK, "--output", str(mine)).exit_code == 0
+    jsonschema.validate(json.loads(mine.read_text()), json.loads(run("schema").stdout))
+    assert "drifts" in json.loads(run("schema", "--drift").stdout)["properties"]
 
 
 def test_compare_prints_the_2025_table_beside_a_result(opened: Opened, tmp_path: Path) -> None:
