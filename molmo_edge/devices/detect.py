@@ -69,6 +69,14 @@ class DeviceInfo:
         """Architecture as compilers name it, such as "sm_110"."""
         return None if self.capability is None else "sm_{}{}".format(*self.capability)
 
+    @property
+    def summary(self) -> str:
+        """Name, architecture and memory in a line, for people."""
+        memory = {None: "memory unknown", True: "shared memory", False: "memory of its own"}
+        size = self.memory_total_bytes
+        traits = [self.name, self.sm or "capability unknown", memory[self.integrated]]
+        return ", ".join(traits if size is None else [*traits, f"{size / GIB:.1f} GiB"])
+
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=sorted))

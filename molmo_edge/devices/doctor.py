@@ -121,11 +121,7 @@ def diagnose(
 
 def _device(src: Sources, device: DeviceInfo) -> Iterator[Finding]:
     if device.kind == "cuda":
-        memory = "memory unknown"
-        if device.memory_total_bytes is not None:
-            shared = " shared with the CPU" if device.integrated else ""
-            memory = f"{device.memory_total_bytes / GIB:.1f} GiB{shared}"
-        traits = [device.name, device.sm or "capability unknown", memory]
+        traits = [device.summary]
         traits += [f"driver {device.driver}"] if device.driver else []
         traits += [f"CUDA {device.cuda}"] if device.cuda else []
         yield Finding("ok", "GPU", ", ".join(traits))

