@@ -21,7 +21,7 @@ _ISA = frozenset(
     "avx avx2 f16c fma avx_vnni avx512f avx512bw avx512vl avx512_vnni avx512_bf16 avx512_fp16 "
     "amx_tile amx_bf16 amx_int8 asimd asimdhp asimddp bf16 i8mm sve sve2 sme".split()
 )
-# SoC in the device tree → compute capability of its GPU (NVIDIA's CUDA GPU list).
+# SoC in the device tree → compute capability of its GPU, for boards that are not NVIDIA's own.
 _SOCS = {"tegra234": "8.7", "tegra264": "11.0"}
 # devfreq nodes of the graphics clusters: Thor's, and Orin's in JetPack 5 and 6.
 _GPU_CLOCKS = re.compile(r"gpu-gpc-0|17000000\.(gpu|ga10b)")
@@ -129,11 +129,9 @@ def known_device(name: str) -> DeviceInfo:
     return DeviceInfo(
         name=spec.name,
         kind="cuda",
-        compute_capability=spec.capability,
-        integrated=spec.integrated,
         memory_total_bytes=round(spec.memory_gib * GIB),
         jetson_model=spec.name if spec.jetson else None,
-        **_bandwidth(spec),
+        **_published(spec),
     )
 
 
@@ -212,24 +210,20 @@ def _gpu(src: Sources, nvml: Nvml, board: tuple[str, str] | None) -> dict[str, A
     model, compatible = board or ("NVIDIA GPU", "")
     name = nvml.device("nvmlDeviceGetName") or model
     spec = find_spec(name, f"{model} {compatible}")
-    if (capability := nvml.device("nvmlDeviceGetCudaComputeCapability")) is not None:
-        capability = "{}.{}".format(*capability)
-    else:
-        capability = next((cc for soc, cc in _SOCS.items() if soc in compatible), None)
+    capability = nvml.device("nvmlDeviceGetCudaComputeCapability")
     memory = nvml.device("nvmlDeviceGetMemoryInfo")
-    if spec is not None:
-        integrated = spec.integrated
-    else:  # GPUs on shared memory report no memory of their own
-        integrated = board is not None or memory is None
     fields = {
         "kind": "cuda",
         "name": name,
-        "compute_capability": capability,
-        "integrated": integrated,
+        "compute_capability": next((cc for soc, cc in _SOCS.items() if soc in compatible), None),
+        # GPUs on shared memory report no memory of their own.
+        "integrated": board is not None or memory is None,
         "driver": nvml.get("nvmlSystemGetDriverVersion"),
-        **_bandwidth(spec),
+        **_published(spec),
     }
-    if not integrated and memory is not None:
+    if capability is not None:
+        fields["compute_capability"] = "{}.{}".format(*capability)
+    if not fields["integrated"] and memory is not None:
         fields |= {"memory_total_bytes": memory.total, "memory_available_bytes": memory.free}
     if (cuda := nvml.get("nvmlSystemGetCudaDriverVersion_v2")) is not None:
         fields["cuda"] = f"{cuda // 1000}.{cuda % 1000 // 10}"
@@ -238,10 +232,12 @@ def _gpu(src: Sources, nvml: Nvml, board: tuple[str, str] | None) -> dict[str, A
     return fields
 
 
-def _bandwidth(spec: Spec | None) -> dict[str, Any]:
+def _published(spec: Spec | None) -> dict[str, Any]:
     if spec is None:
         return {}
     return {
+        "compute_capability": spec.capability,
+        "integrated": spec.integrated,
         "memory_bandwidth_bytes_s": spec.bandwidth_gb_s * 1e9,
         "bandwidth_source": spec.source,
     }
