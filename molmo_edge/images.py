@@ -64,10 +64,8 @@ class ImageLimits:
 
     Attributes:
         max_bytes: of the encoded file; does not apply to arrays and decoded PIL images.
-        max_pixels: width x height. Decoding and converting takes 8 (JPEG, PNG without alpha) to 20
-            (WebP with alpha) bytes of memory per pixel at its peak, measured with Pillow 13.
-            Pillow's own limit, ``PIL.Image.MAX_IMAGE_PIXELS``, applies as well: it warns above
-            89 million pixels and refuses twice as many.
+        max_pixels: width x height. Decoding takes 8 to 20 bytes of memory per pixel at its peak.
+            Pillow's own limit, ``PIL.Image.MAX_IMAGE_PIXELS``, applies as well.
 
     Raises:
         ConfigError: a cap is not a positive integer.
@@ -170,6 +168,8 @@ def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
 
 
 def _check_jpeg(data: bytes) -> None:
+    if not data.startswith(b"\xff\xd8"):
+        return
     for pattern, limit, name in _JPEG_LIMITS:
         if next(itertools.islice(pattern.finditer(data), limit, None), None):
             raise ImageError(
@@ -197,8 +197,7 @@ def _read_file(path: str | Path, limits: ImageLimits) -> bytes:
 
 def _open(data: bytes, limits: ImageLimits) -> Image.Image:
     """Read the header only."""
-    if data.startswith(b"\xff\xd8"):
-        _check_jpeg(data)
+    _check_jpeg(data)
     with _translated("read the header of a JPEG, PNG, WebP or BMP image"):
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     _check_size(image.size, limits)
@@ -217,9 +216,8 @@ def _check_pil(image: Image.Image, limits: ImageLimits) -> None:
     with _translated("read the file of the PIL image, which may be closed"):
         position = image.fp.tell()
         _check_bytes(image.fp.seek(0, io.SEEK_END), limits)
-        if image.format in ("JPEG", "MPO"):
-            image.fp.seek(0)
-            _check_jpeg(image.fp.read())
+        image.fp.seek(0)
+        _check_jpeg(image.fp.read())
         image.fp.seek(position)
 
 

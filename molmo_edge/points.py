@@ -361,23 +361,26 @@ class _Scan:
 
     def _read_frames(self, value: str, after: str, timed: bool) -> None:
         frames = [frame.split() for frame in re.split(r"[;:,\t]", value)]
-        if not after and frames[-1] and not value[-1].isspace():
-            # Of a cut-off pair, only a y that no further digit could follow is complete.
-            awaits_y = len(frames[-1]) > 1 and len(frames[-1]) % 3 == 1
-            if not (awaits_y and _LAST_Y.fullmatch(frames[-1][-1])):
-                frames[-1].pop()
-        for numbers in frames[:-1]:
-            self._read_frame(numbers, timed, ended=True)
-        self._read_frame(frames[-1], timed, ended=after != "")
+        if not after:  # cut off: of the last frame only the whole points count
+            last = frames.pop()
+            if last and not value[-1].isspace():
+                # Its last number is complete only if it is a y that no further digit could follow.
+                is_y = len(last) > 1 and len(last) % 3 == 1
+                if not (is_y and _LAST_Y.fullmatch(last[-1])):
+                    last.pop()
+            if len(last) > 3:
+                frames.append(last[: len(last) - (len(last) - 1) % 3])
+        for numbers in filter(None, frames):
+            self._read_frame(numbers, timed)
 
-    def _read_frame(self, numbers: list[str], timed: bool, *, ended: bool) -> None:
-        frame, *triples = numbers or [""]
+    def _read_frame(self, numbers: list[str], timed: bool) -> None:
+        frame, *triples = numbers
         known = _FRAME.fullmatch(frame) is not None
         t = float(frame) if known and (timed or "." in frame) else None
         index = int(frame) - 1 if known and t is None and int(frame) > 0 else None
         # Numbers are padded to three digits. After a shorter one, in a frame whose numbers do not
         # add up, a number may be missing and all that follow have slipped.
-        slipped, short = ended and len(triples) % 3 > 0, False
+        slipped, short = len(triples) % 3 > 0, False
         for name, *xy in zip(*[iter(triples)] * 3, strict=False):
             id, (x, y) = _integer(name), map(_integer, xy)
             if id is None or x is None or y is None or max(x, y) > 1000 or not known:
@@ -388,7 +391,7 @@ class _Scan:
                 self.malformed += 1
             else:
                 self.points.append(Point(x / 1000, y / 1000, id=id, image_index=index, t=t))
-        self.malformed += slipped or (ended and bool(numbers) and not triples)
+        self.malformed += slipped or not triples
 
 
 def _partial_tag(text: str) -> str:

@@ -44,6 +44,7 @@ from molmo_edge.results import Result
 logger = logging.getLogger("molmo_edge")
 
 Source: TypeAlias = int | str | Path | Iterable[ImageLike] | Callable[[], Iterable[ImageLike]]
+_Frames: TypeAlias = Callable[[], Generator[ImageLike, None, None]]
 
 # Failures that belong to one frame; the next one may be answered.
 _FRAME_ERRORS = (ImageError, RequestError, QueueFull)
@@ -125,14 +126,14 @@ class Camera:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if value is not None and not (number and 0 < value < math.inf):
                 raise ConfigError(f"{name} must be a positive number, or None.")
-        self._feed = _feed_of(source, realtime=drop == "oldest")
+        self._open_frames, clocked = _frames_of(source)
         self._reconnect = on_stall == "reconnect"
-        if self._reconnect and not self._feed.reopens:
+        if self._reconnect and isinstance(source, Iterator):
             raise ConfigError(
                 "An iterator cannot be opened again; for on_stall='reconnect' give a function "
                 "that returns one."
             )
-        self._keep_all = drop == "none" or not self._feed.clocked
+        self._keep_all = drop == "none" or not clocked
         self._period_s = 0.0 if max_fps is None else 1 / max_fps
         self._timeout_s = math.inf if frame_timeout is None else frame_timeout
         self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -183,7 +184,7 @@ class Camera:
             self._reader.thread.join(_JOIN_S)
 
     def _start_reader(self) -> _Reader:
-        self._reader = reader = _Reader(self._feed, self._keep_all, self._news)
+        self._reader = reader = _Reader(self._open_frames, self._keep_all, self._news)
         if self._closed:  # meanwhile, in another thread
             reader.stop()
         else:
@@ -220,10 +221,10 @@ async def arun(
 
 
 class _Reader:
-    """The thread that reads one feed, and the one frame that waits."""
+    """The thread that opens, reads and closes a source, and the one frame that waits."""
 
-    def __init__(self, feed: _Feed, keep_all: bool, news: queue.SimpleQueue[None]) -> None:
-        self._feed = feed
+    def __init__(self, open_frames: _Frames, keep_all: bool, news: queue.SimpleQueue[None]) -> None:
+        self._open_frames = open_frames
         self._keep_all = keep_all
         self._news = news
         self._waiting: deque[Seen] = deque(maxlen=1)
@@ -236,7 +237,7 @@ class _Reader:
         self.thread = threading.Thread(target=self._run, name="molmo-edge-camera", daemon=True)
 
     def next_frame(self, timeout_s: float) -> Seen | None:
-        """Wait for a frame; None where the feed ends. Raises CameraError at a stall."""
+        """Wait for a frame; None where the source ends. Raises CameraError at a stall."""
         while not self._stopped:
             # In this order: a frame that came before the end is still given.
             finished = self._finished
@@ -265,7 +266,7 @@ class _Reader:
 
     def _run(self) -> None:
         try:
-            with contextlib.closing(self._feed.frames()) as frames:
+            with contextlib.closing(self._open_frames()) as frames:
                 for image in frames:
                     if not self._stopped:
                         self._add(image)
@@ -301,56 +302,35 @@ def _wait(news: queue.SimpleQueue[None], seconds: float) -> None:
         news.get(timeout=min(seconds, 3600.0))
 
 
-@dataclass(frozen=True)
-class _Feed:
-    """A source of frames.
-
-    Attributes:
-        frames: opens the source, yields its frames and closes it, all in the thread that iterates.
-            Raises CameraError, and MissingDependencyError without OpenCV.
-        clocked: frames come by themselves and are lost when nobody reads them.
-        reopens: `frames` can be called again after a failure.
-    """
-
-    frames: Callable[[], Generator[ImageLike, None, None]]
-    clocked: bool = True
-    reopens: bool = True
-
-
-def _feed_of(source: Source, *, realtime: bool) -> _Feed:
-    """Return the feed of a source, not opened yet; `realtime` plays a video at its own speed."""
+def _frames_of(source: Source) -> tuple[_Frames, bool]:
+    """Return how to open a source, and whether it has a clock: its frames come by themselves."""
     if isinstance(source, str) and source.strip().isdecimal():
         source = int(source)
     if isinstance(source, int) and not isinstance(source, bool) and source >= 0:
-        return _Feed(lambda: _read_opencv(source))
+        return lambda: _read_opencv(source), True
+    if isinstance(source, str) and "!" in source:
+        return lambda: _read_opencv(source, pipeline=True), True
+    if isinstance(source, str) and "://" in source:
+        raise ConfigError(
+            "A source is not a URL: nothing is fetched. Give a GStreamer pipeline, such as "
+            "'rtspsrc location=… ! … ! appsink', or an iterator of images."
+        )
     if isinstance(source, str | Path) and str(source).strip():
-        return _named_feed(source, realtime)
+        path = Path(source)
+        if path.is_dir():
+            return lambda: _read_directory(path), False
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            return lambda: _iterate([path]), False
+        return lambda: _read_opencv(str(path)), True
     if isinstance(source, Iterable) and not isinstance(source, _NO_FRAMES):
-        clocked, reopens = not isinstance(source, list | tuple), not isinstance(source, Iterator)
-        return _Feed(lambda: _iterate(source), clocked, reopens)
+        return lambda: _iterate(source), not isinstance(source, list | tuple)
     if callable(source):
-        return _Feed(lambda: _iterate(source()))
+        return lambda: _iterate(source()), True
     shown = source if isinstance(source, int) else f"a value of type {type(source).__name__}"
     raise ConfigError(
         "A source is a camera's index, a device, video file, directory or GStreamer pipeline by "
         f"name, or an iterator of images; not {shown}."
     )
-
-
-def _named_feed(source: str | Path, realtime: bool) -> _Feed:
-    name, path = str(source), Path(source)
-    if isinstance(source, str) and "!" in name:
-        return _Feed(lambda: _read_opencv(name, pipeline=True))
-    if isinstance(source, str) and "://" in name:
-        raise ConfigError(
-            "A source is not a URL: nothing is fetched. Give a GStreamer pipeline, such as "
-            "'rtspsrc location=… ! … ! appsink', or an iterator of images."
-        )
-    if path.is_dir():
-        return _Feed(lambda: _read_directory(path), clocked=False)
-    if path.suffix.lower() in SUFFIXES and path.is_file():
-        return _Feed(lambda: _iterate([path]), clocked=False)
-    return _Feed(lambda: _read_opencv(name, realtime=realtime))
 
 
 def _read_directory(directory: Path) -> Generator[ImageLike, None, None]:
@@ -372,9 +352,7 @@ def _iterate(images: Iterable[ImageLike]) -> Generator[ImageLike, None, None]:
             close()
 
 
-def _read_opencv(
-    name: int | str, *, pipeline: bool = False, realtime: bool = False
-) -> Generator[ImageLike, None, None]:
+def _read_opencv(name: int | str, *, pipeline: bool = False) -> Generator[ImageLike, None, None]:
     """Yield RGB frames of what ``cv2.VideoCapture`` opens by index, path or pipeline."""
     try:
         import cv2
@@ -397,7 +375,7 @@ def _read_opencv(
                 f"OpenCV cannot open {shown}; is it there, and free? A pipeline needs an OpenCV "
                 "with GStreamer, which the wheels on PyPI are not."
             )
-        fps = capture.get(cv2.CAP_PROP_FPS) if is_file and realtime else 0.0
+        fps = capture.get(cv2.CAP_PROP_FPS) if is_file else 0.0
         due = time.monotonic()
         codes = {1: cv2.COLOR_GRAY2RGB, 3: cv2.COLOR_BGR2RGB, 4: cv2.COLOR_BGRA2RGB}
         while (read := capture.read())[0]:

@@ -273,14 +273,10 @@ def test_closed_and_uninitialised_images_are_refused() -> None:
 def test_lazy_images_of_other_formats_are_not_decoded(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lazy, decoded = opened(REFUSED[name]), opened(REFUSED[name])
-    if name != "page.eps":
-        decoded.load()
-        assert pixels(load(decoded)) == pixels(decoded.convert("RGB"))
+    lazy = opened(REFUSED[name])
     monkeypatch.setattr(type(lazy), "load", lambda self: pytest.fail("decoded"))
-    with pytest.raises(ImageError, match=str(lazy.format)) as caught:
+    with pytest.raises(ImageError, match=str(lazy.format)):
         load(lazy)
-    assert caught.value.__cause__ is None
 
 
 @pytest.mark.parametrize(
