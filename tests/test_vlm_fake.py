@@ -120,7 +120,7 @@ def test_a_request_that_the_engine_aborts_is_a_generation_error() -> None:
         def step(self) -> Any:
             return [u._replace(finish_reason=u.finish_reason and "error") for u in super().step()]
 
-    with EdgeVLM(engine=lambda: Aborting("one two")) as vlm:
+    with EdgeVLM(engine=lambda: Aborting(FakeFactory("one two"))) as vlm:
         with pytest.raises(GenerationError) as caught:
             vlm.query(None, "q")
         assert caught.value.partial == "one two"

@@ -15,9 +15,15 @@ import sys
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
-from molmo_edge.engine.vllm_engine import VllmEngine, environment, release_memory, to_update
-from molmo_edge.errors import ConfigError, EngineError
-from molmo_edge.interface import EngineInfo, Rendered, Update
+from molmo_edge.engine.vllm_engine import (
+    VllmEngine,
+    environment,
+    release_memory,
+    sampling_params,
+    to_update,
+)
+from molmo_edge.errors import EngineError
+from molmo_edge.interface import Rendered, Update
 from molmo_edge.sampling import Sampling
 
 T = TypeVar("T")
@@ -29,16 +35,7 @@ _PR_SET_PDEATHSIG = 1
 _CLOSE_S = 15.0
 
 
-def require_main_guard() -> None:
-    """Raise ConfigError in a child process that is still importing the main script."""
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise ConfigError(
-            'engine="process" starts a new Python, which imports the main script again: put the '
-            'script\'s own code under `if __name__ == "__main__":`.'
-        )
-
-
-def start_llm(args: Mapping[str, Any], family: str) -> tuple[Any, asyncio.Runner]:
+def start(args: Mapping[str, Any], family: str) -> AsyncEngine:
     """Build `AsyncLLM` on an event loop of the calling thread."""
     values = {
         # A forked child of a process with threads may find their locks held for ever.
@@ -48,7 +45,7 @@ def start_llm(args: Mapping[str, Any], family: str) -> tuple[Any, asyncio.Runner
     runner = asyncio.Runner()
     try:
         with environment(values):
-            return runner.run(_start(args)), runner
+            return AsyncEngine(runner.run(_start(args)), runner)
     except BaseException:
         runner.close()
         raise
@@ -71,7 +68,7 @@ async def _start(args: Mapping[str, Any]) -> Any:
 
 
 def prepare_child() -> None:
-    """Prepare a process that `start_llm` started; vLLM's plugin calls it in every process."""
+    """Prepare a process that `start` started; vLLM's plugin calls it in every process."""
     pid, _, family = os.environ.get(_CHILD, "").partition(" ")
     if not family or int(pid) == os.getpid():
         return
@@ -97,8 +94,8 @@ class AsyncEngine(VllmEngine):
         llm: the `AsyncLLM`, None after `close`; await its methods with `run`.
     """
 
-    def __init__(self, llm: Any, info: EngineInfo, runner: asyncio.Runner) -> None:
-        super().__init__(llm, info)
+    def __init__(self, llm: Any, runner: asyncio.Runner) -> None:
+        super().__init__(llm, llm)
         self._runner = runner
         self._loop = runner.get_loop()
         self._readers: dict[str, asyncio.Task[None]] = {}
@@ -114,7 +111,7 @@ class AsyncEngine(VllmEngine):
     def add(self, request_id: str, rendered: Rendered, sampling: Sampling) -> None:
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        params = self._sampling(sampling)
+        params = sampling_params(sampling)
         try:
             outputs = self.run(self.llm.add_request(request_id, rendered.prompt, params))
         except (EngineDeadError, EngineError) as exc:
@@ -147,7 +144,7 @@ class AsyncEngine(VllmEngine):
         self.run(self.llm.reset_encoder_cache())
 
     def close(self) -> None:
-        llm, self.llm, self._engine, self.renderer = self.llm, None, None, None
+        llm, self.llm, self.core, self.renderer = self.llm, None, None, None
         context = llm.engine_core.resources.ctx
         try:
             self._loop.run_until_complete(_shut_down(llm))
@@ -158,9 +155,6 @@ class AsyncEngine(VllmEngine):
             del llm
             multiprocessing.active_children()  # reaps a child that had to be killed
             release_memory()
-
-    def _engine_of(self, llm: Any) -> Any:
-        return llm
 
     async def _read(self, request_id: str, outputs: Any) -> None:
         """Collect what vLLM produces for one request."""

@@ -46,8 +46,6 @@ def build(plan: BuildPlan, config_s: float = 0.0) -> Engine:
             chained.
     """
     began = time.perf_counter()
-    if plan.settings.engine == "process":
-        async_engine.require_main_guard()
     with mapped("build"):
         import vllm  # noqa: F401
 
@@ -60,30 +58,27 @@ def build(plan: BuildPlan, config_s: float = 0.0) -> Engine:
 
 def _start(plan: BuildPlan, config_s: float, began: float, imported: float) -> Engine:
     settings, family = plan.settings, plan.family
-    if settings.engine == "process":
-        llm, runner = async_engine.start_llm(plan.llm_args, family.name)
-        core = llm
-    else:
-        llm, runner = vllm_engine.start_llm(plan.llm_args), None
-        core = llm.llm_engine
+    engine = (
+        async_engine.start(plan.llm_args, family.name)
+        if settings.engine == "process"
+        else vllm_engine.start(plan.llm_args)
+    )
     ended = time.perf_counter()
-    length = int(core.model_config.max_model_len)
-    info = EngineInfo(
+    config = engine.core.vllm_config
+    length = int(config.model_config.max_model_len)
+    engine.info = EngineInfo(
         max_model_len=length,
         environment={**plan.environment, "max_model_len": length},
         startup_s={
             "config": config_s,
             "imports": imported - began,
-            "compile": None if runner else _compile_s(core.vllm_config.compilation_config),
+            "compile": _compile_s(config.compilation_config),
             "engine": ended - imported,
             "total": config_s + ended - began,
         },
     )
-    engine = (
-        async_engine.AsyncEngine(llm, info, runner) if runner else vllm_engine.VllmEngine(llm, info)
-    )
     try:
-        engine.renderer = family.renderer(core, settings.max_crops, settings.resize)
+        engine.renderer = family.renderer(engine.core, settings.max_crops, settings.resize)
     except BaseException:
         engine.close()
         raise

@@ -116,10 +116,7 @@ class EngineLoop:
             raise EngineClosedError(_NOT_READY if state is State.STARTING else _CLOSED)
 
     def check_may_wait(self) -> None:
-        """Raise an EngineError where waiting for an answer can never end.
-
-        EngineForkedError in a forked child of the process that built the engine.
-        """
+        """Raise an EngineError in the engine's own thread and in a forked child."""
         self._check_owner()
         if threading.current_thread() is self._thread:
             raise EngineError(
@@ -144,7 +141,7 @@ class EngineLoop:
         # After whatever the engine's own modules registered, so that at exit it runs first.
         atexit.unregister(_close_all)
         atexit.register(_close_all)
-        if self.state is State.DEAD:
+        if self._state is State.DEAD:
             if isinstance(self._cause, MolmoEdgeError):
                 raise self._cause
             raise EngineStartError(
@@ -162,16 +159,15 @@ class EngineLoop:
             QueueFull, RequestTimeout, EngineDeadError, EngineClosedError, EngineForkedError.
         """
         self.check_may_wait()
-        while not self._try_submit(request):
-            if not self._changed.wait(self._may_submit, self._patience_s(request, wait)):
+        while not self._try_submit(request, wait):
+            if not self._changed.wait(self._may_submit, request.left_s()):
                 raise timed_out()
 
     async def async_submit(self, request: PendingRequest, *, wait: bool = False) -> None:
         """`submit` without blocking the event loop."""
         self.check_may_wait()
-        while not self._try_submit(request):
-            patience_s = self._patience_s(request, wait)
-            if not await self._changed.async_wait(self._may_submit, patience_s):
+        while not self._try_submit(request, wait):
+            if not await self._changed.async_wait(self._may_submit, request.left_s()):
                 raise timed_out()
 
     def cancel(self, request: PendingRequest, error: MolmoEdgeError | None = None) -> None:
@@ -252,29 +248,24 @@ class EngineLoop:
             self._drain = self._drain and drain
         self._changed.wake()
 
-    def _try_submit(self, request: PendingRequest) -> bool:
+    def _try_submit(self, request: PendingRequest, wait: bool) -> bool:
         self._check_owner()  # before the lock, which a forked child may have inherited locked
         with self._lock:
             self.check()
-            if self._in_flight >= self._max_queue:
-                return False
-            self._in_flight += 1
-            # Under the lock: an ending engine empties the inbox only after its state is set.
-            self._inbox.put(lambda: self._add(request))
-        return True
-
-    def _may_submit(self) -> bool:
-        return self._in_flight < self._max_queue or self._state is not State.READY
-
-    def _patience_s(self, request: PendingRequest, wait: bool) -> float | None:
-        if request.deadline is not None:
-            return max(0.0, request.deadline - time.monotonic())
-        if wait:
-            return None
+            if self._in_flight < self._max_queue:
+                self._in_flight += 1
+                # Under the lock: an ending engine empties the inbox only after its state is set.
+                self._inbox.put(lambda: self._add(request))
+                return True
+        if wait or request.deadline is not None:
+            return False
         raise QueueFull(
             f"{self._max_queue} requests are in flight already; try again later, give a timeout to "
             "wait for room, or raise max_queue."
         )
+
+    def _may_submit(self) -> bool:
+        return self._in_flight < self._max_queue or self._state is not State.READY
 
     def _end_error(self) -> MolmoEdgeError:
         """The error of whatever the engine's end leaves unanswered."""
@@ -305,18 +296,13 @@ class EngineLoop:
         self._end(cause)
 
     def _serve(self) -> None:
-        """Run commands between steps, and steps while there are requests, until closing.
-
-        Whoever wants the loop to end puts a command after setting the state, so there is nothing to
-        check between two steps without a command.
-        """
+        """Run commands between steps, and steps while there are requests, until closing."""
         while True:
             if not self._active and self._state is not State.CLOSING:
-                self._inbox.get()()
-            if not self._active or not self._inbox.empty():
-                self._run_commands()
-                if self._state is State.CLOSING and not (self._drain and self._active):
-                    return
+                self._inbox.get()()  # `close` puts a command after setting the state
+            self._run_commands()
+            if self._state is State.CLOSING and not (self._drain and self._active):
+                return
             if self._active:
                 self._step()
 

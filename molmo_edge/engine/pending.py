@@ -121,9 +121,10 @@ class PendingRequest:
         self.done = False
         self._started = started
         self._submitted = time.monotonic()
-        self._accepted: float | None = None
+        self._queue_s: float | None = None
         self._preprocess_s = preprocess_s
-        self._counts = (rendered.prompt_tokens, rendered.image_tokens)
+        self._prompt_tokens = rendered.prompt_tokens
+        self._image_tokens = rendered.image_tokens
         self._answer_prefix = rendered.answer_prefix
         self._environment = environment
         self._token_ids: list[int] = []
@@ -137,11 +138,15 @@ class PendingRequest:
         self._lock = threading.RLock()
         self._waiters = Waiters()
 
+    def left_s(self) -> float | None:
+        """Return the seconds until the deadline, None for none."""
+        return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+
     # The engine thread's side.
 
     def accept(self) -> None:
         """The engine has the request; its input is no longer needed here."""
-        self._accepted = time.monotonic()
+        self._queue_s = time.monotonic() - self._submitted
         self.rendered = None
 
     def feed(self, update: Update, now: float) -> None:
@@ -228,14 +233,14 @@ class PendingRequest:
         decode_s = times[-1] - times[0] if count > 1 else None
         e2e_s = times[-1] - self._started if times else None
         return Metrics(
-            queue_s=None if self._accepted is None else self._accepted - self._submitted,
+            queue_s=self._queue_s,
             preprocess_s=self._preprocess_s,
             ttft_s=times[0] - self._started if times else None,
             itl_s=tuple(b - a for a, b in itertools.pairwise(times)),
             tpot_s=decode_s / (count - 1) if decode_s is not None else None,
             e2e_s=e2e_s,
-            prompt_tokens=self._counts[0],
-            image_tokens=self._counts[1],
+            prompt_tokens=self._prompt_tokens,
+            image_tokens=self._image_tokens,
             output_tokens=count,
             cached_tokens=self._cached_tokens,
             output_tps=(count - 1) / decode_s if decode_s else None,

@@ -19,7 +19,6 @@ from molmo_edge._version import __version__
 from molmo_edge.devices.caches import cache_environment, default_cache_dir
 from molmo_edge.devices.detect import DeviceInfo, detect
 from molmo_edge.devices.precision import (
-    Choice,
     check_kv_cache_dtype,
     check_kv_room,
     choose_precision,
@@ -63,11 +62,7 @@ class BuildPlan:
 
 
 def plan_build(
-    resolved: Resolved,
-    device: DeviceInfo,
-    family: ModelFamily,
-    folder: Path,
-    profile: Profile,
+    resolved: Resolved, device: DeviceInfo, family: ModelFamily, folder: Path, profile: Profile
 ) -> BuildPlan:
     """Decide the arguments of one engine.
 
@@ -78,33 +73,41 @@ def plan_build(
         ConfigError: a setting cannot work on this device, or does not fit its memory.
         ModelError: the checkpoint's files cannot be read.
     """
-    settings = resolved.settings
-    by_user = resolved.by_user
     _check_profile(profile, device)
     for name, value in _FIXED.items():
-        if settings.engine_args.get(name, value) != value:
+        if resolved.settings.engine_args.get(name, value) != value:
             raise ConfigError(
                 f"engine_args: {name} must be {value}: molmo_edge runs no code from checkpoints, "
                 "and uses one device."
             )
     shape = model_shape(folder)
-    if settings.dtype == "auto":
-        settings = settings.model_copy(update={"dtype": _auto_dtype(device, shape)})
-    kv, backend = _kv_cache(settings, device, shape, profile, "kv_cache_dtype" in by_user)
-    choice = _precision(settings, device, shape, profile, "precision" in by_user)
+    settings = _with_dtypes(resolved, device, shape)
+    float32 = settings.dtype == "float32"
     if device.kind == "cpu" and shape.stored == "nvfp4":
         raise ConfigError("vLLM's CPU backend has no kernel for nvfp4 checkpoints; it needs a GPU.")
-    if device.kind == "cpu" and shape.stored == "w4a16" and settings.dtype == "float32":
+    if device.kind == "cpu" and shape.stored == "w4a16" and float32:
         raise ConfigError(
             "vLLM's CPU kernel for w4a16 checkpoints has no float32; use dtype=bfloat16."
         )
+    kv_bytes = _check_kv_cache(settings, device, shape)
+    choice = choose_precision(
+        settings.precision if resolved.chosen("precision") else "auto",
+        device,
+        shape.bytes_by_precision(float32=float32),
+        profile=profile,
+        kv_bytes=kv_bytes,
+        utilization=settings.gpu_memory_utilization,
+        plain="FP32" if float32 else "BF16",
+    )
+    if choice.fallback:
+        _warn(choice.reason)
     label = choice.precision
     if label == "bf16":
         label = {"float32": "fp32", "float16": "fp16"}.get(settings.dtype, label)
     args: dict[str, Any] = {
         "model": str(folder),
         "dtype": settings.dtype,
-        "kv_cache_dtype": kv,
+        "kv_cache_dtype": settings.kv_cache_dtype,
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_num_seqs,
         "load_format": settings.load_format,
@@ -128,8 +131,10 @@ def plan_build(
         args["quantization"] = "fp8_per_channel"
         # The tower is small and sensitive; vLLM itself does not quantise the head.
         args["quantization_config"] = {"ignore": list(family.unquantized)}
+    # No other backend has scales for each token and head.
+    scaled = settings.kv_cache_dtype.endswith("per_token_head")
     optional = {
-        "attention_backend": backend,
+        "attention_backend": "TRITON_ATTN" if scaled else settings.attention_backend,
         "mm_encoder_attn_backend": settings.mm_encoder_attn_backend,
         "gpu_memory_utilization": settings.gpu_memory_utilization,
         "enforce_eager": settings.enforce_eager,
@@ -145,12 +150,12 @@ def plan_build(
             "prompt_lookup_max": 4,
         }
     args |= settings.engine_args
-    if settings.speculation == "ngram" and "engine_args.compilation_config" not in by_user:
-        compilation = args.get("compilation_config", {})
-        if sizes := compilation.get(_GRAPH_SIZES):
-            # The profile's, for drafted steps: a token and its drafts each.
-            drafted = [size * (1 + _DRAFT_TOKENS) for size in sizes]
-            args["compilation_config"] = {**compilation, _GRAPH_SIZES: drafted}
+    compilation = args.get("compilation_config", {})
+    chosen = resolved.chosen("engine_args.compilation_config")
+    if settings.speculation == "ngram" and _GRAPH_SIZES in compilation and not chosen:
+        # The profile's, for drafted steps: a token and its drafts each.
+        drafted = [size * (1 + _DRAFT_TOKENS) for size in compilation[_GRAPH_SIZES]]
+        args["compilation_config"] = {**compilation, _GRAPH_SIZES: drafted}
     environment = {
         "model": settings.model,
         "family": family.name,
@@ -188,14 +193,21 @@ def engine_environment(
 
 def _check_profile(profile: Profile, device: DeviceInfo) -> None:
     warning = profile_warning(profile, device)
-    if warning is None:
-        return
-    if profile.match.get("kind") == "cuda" and device.kind == "cpu":
-        raise ConfigError(
-            f"{warning[0].upper()}{warning[1:]}. Use profile auto; molmo-edge doctor shows what it "
-            "finds of a GPU."
-        )
-    _warn(warning)
+    if warning and profile.match["kind"] == "cuda" and device.kind == "cpu":
+        raise ConfigError(f"{warning}. Use profile auto; molmo-edge doctor shows what it finds.")
+    if warning:
+        _warn(warning)
+
+
+def _with_dtypes(resolved: Resolved, device: DeviceInfo, shape: ModelShape) -> EdgeSettings:
+    """Return the settings with the dtypes of weights and KV cache decided."""
+    settings = resolved.settings
+    dtype, kv = settings.dtype, settings.kv_cache_dtype
+    if dtype == "auto":
+        dtype = _auto_dtype(device, shape)
+    if dtype == "float32" and not resolved.chosen("kv_cache_dtype"):
+        kv = "auto"  # float32 is for the reference's numbers, without eight bits in between
+    return settings.model_copy(update={"dtype": dtype, "kv_cache_dtype": kv})
 
 
 def _auto_dtype(device: DeviceInfo, shape: ModelShape) -> str:
@@ -208,54 +220,18 @@ def _auto_dtype(device: DeviceInfo, shape: ModelShape) -> str:
     return "float32" if usable is not None and 2 * size <= usable else "bfloat16"
 
 
-def _kv_cache(
-    settings: EdgeSettings, device: DeviceInfo, shape: ModelShape, profile: Profile, by_user: bool
-) -> tuple[str, str | None]:
-    """Return the KV cache dtype and the attention backend that goes with it."""
-    wanted, backend = settings.kv_cache_dtype, settings.attention_backend
-    if not by_user and settings.dtype == "float32":
-        # float32 is for the reference's numbers, without eight bits in between.
-        return "auto", backend
-    if not by_user and wanted == "auto" and device.kind == "cuda":
-        _warn(
-            f"The KV cache keeps the model's dtype instead of FP8: profile {profile.name} must run "
-            "on devices without it. Set kv_cache_dtype=fp8 on compute capability 8.9 or newer."
-        )
-    check_kv_cache_dtype(wanted, device, backend)
-    check_kv_room(_longest(settings, shape), _kv_bytes(settings))
-    warning = kv_cache_warning(wanted, qwen2=shape.qwen2)
-    if warning is not None:
-        _warn(warning)
-    # No other backend has scales for each token and head.
-    return wanted, "TRITON_ATTN" if wanted.endswith("per_token_head") else backend
-
-
-def _precision(
-    settings: EdgeSettings, device: DeviceInfo, shape: ModelShape, profile: Profile, by_user: bool
-) -> Choice:
-    float32 = settings.dtype == "float32"
-    sizes = shape.bytes_by_precision(float32=float32)
+def _check_kv_cache(settings: EdgeSettings, device: DeviceInfo, shape: ModelShape) -> int:
+    """Return the bytes of the KV cache, at least those of the longest request."""
+    wanted = settings.kv_cache_dtype
+    check_kv_cache_dtype(wanted, device, settings.attention_backend)
+    longest = shape.kv_bytes(settings.max_model_len or shape.max_model_len, wanted)
+    if settings.dtype == "float32" and wanted == "auto":
+        longest *= 2
     given = _kv_bytes(settings)
-    choice = choose_precision(
-        settings.precision if by_user else "auto",
-        device,
-        sizes,
-        profile=profile,
-        kv_bytes=_longest(settings, shape) if given is None else given,
-        utilization=settings.gpu_memory_utilization,
-        plain="FP32" if float32 else "BF16",
-    )
-    if choice.fallback:
-        _warn(choice.reason)
-    return choice
-
-
-def _longest(settings: EdgeSettings, shape: ModelShape) -> int:
-    """Return the bytes of the KV cache of the longest request."""
-    tokens = settings.max_model_len or shape.max_model_len
-    size = shape.kv_bytes(tokens, settings.kv_cache_dtype)
-    float32 = settings.dtype == "float32" and settings.kv_cache_dtype == "auto"
-    return 2 * size if float32 else size
+    check_kv_room(longest, given)
+    if warning := kv_cache_warning(wanted, qwen2=shape.qwen2):
+        _warn(warning)
+    return longest if given is None else given
 
 
 def _kv_bytes(settings: EdgeSettings) -> int | None:

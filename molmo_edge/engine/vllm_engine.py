@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from molmo_edge.errors import ConfigError, EngineClosedError, SamplingError
@@ -23,11 +23,8 @@ _ONLY_ENGINE = threading.Lock()
 _ENVIRONMENT = threading.Lock()
 
 
-def start_llm(args: Mapping[str, Any]) -> Any:
-    """Build `vllm.LLM` with its core in the calling thread.
-
-    Raises ConfigError while this process has another one.
-    """
+def start(args: Mapping[str, Any]) -> VllmEngine:
+    """Build `vllm.LLM` in the calling thread. Raises ConfigError while there is another one."""
     if not _ONLY_ENGINE.acquire(blocking=False):
         raise ConfigError(
             "This process already runs a vLLM engine, and vLLM supports one per process. Close "
@@ -37,36 +34,30 @@ def start_llm(args: Mapping[str, Any]) -> Any:
         from vllm import LLM
         from vllm.platforms import current_platform
 
-        hide = current_platform.is_cpu()
-        with environment({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}):
-            if not hide:
-                return LLM(**args)
-            with llvmlite_hidden():
-                return LLM(**args)
+        hidden = llvmlite_hidden() if current_platform.is_cpu() else nullcontext()
+        with environment({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}), hidden:
+            llm = LLM(**args)
+        return VllmEngine(llm, llm.llm_engine)
     except BaseException:
         _ONLY_ENGINE.release()
         raise
 
 
 class VllmEngine:
-    """Renders in any thread; adds, steps and aborts in the thread that built `llm`.
+    """Renders in any thread; adds, steps and aborts in the thread that built it.
 
     Attributes:
         llm: the `vllm.LLM`, None after `close`.
-        renderer: the model family's, set by `build`; None after `close`.
+        core: its `LLMEngine`, None after `close`.
+        info, renderer: set by `build`.
     """
 
-    def __init__(self, llm: Any, info: EngineInfo) -> None:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+    info: EngineInfo
+    renderer: Renderer | None = None
 
+    def __init__(self, llm: Any, core: Any) -> None:
         self.llm = llm
-        self.info = info
-        self._engine = self._engine_of(llm)
-        self.renderer: Renderer | None = None
-        self._params = SamplingParams
-        self._delta = RequestOutputKind.DELTA
-        self._structured = StructuredOutputsParams
+        self.core = core
 
     def render(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> Rendered:
         renderer = self.renderer
@@ -81,13 +72,15 @@ class VllmEngine:
         refuses them, so it always has a say. With backend ``auto`` an engine compiles every grammar
         with the backend of its first, so a schema must not need vLLM's fallbacks.
         """
+        from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
         from vllm.v1.structured_output.backend_guidance import validate_guidance_grammar
         from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
 
-        config = self._engine.vllm_config.structured_outputs_config
-        params = self._params(structured_outputs=self._structured(json=dict(schema)))
+        config = self.core.vllm_config.structured_outputs_config
+        params = SamplingParams(structured_outputs=StructuredOutputsParams(json=dict(schema)))
         try:
-            params.verify(self._engine.model_config, None, config, self._engine.get_tokenizer())
+            params.verify(self.core.model_config, None, config, self.core.get_tokenizer())
             if config.backend == "auto":
                 validate_xgrammar_grammar(params)
             if config.backend != "guidance":
@@ -101,51 +94,52 @@ class VllmEngine:
 
     def add(self, request_id: str, rendered: Rendered, sampling: Sampling) -> None:
         try:
-            self._engine.add_request(request_id, rendered.prompt, self._sampling(sampling))
+            self.core.add_request(request_id, rendered.prompt, sampling_params(sampling))
         except BaseException:
             # vLLM's detokenizer may know the request already.
-            self._engine.abort_request([request_id])
+            self.core.abort_request([request_id])
             raise
 
     def step(self) -> list[Update]:
-        return [to_update(output) for output in self._engine.step()]
+        return [to_update(output) for output in self.core.step()]
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        self._engine.abort_request(list(request_ids))
+        self.core.abort_request(list(request_ids))
 
     def reset_caches(self) -> None:
-        self._engine.reset_prefix_cache()
-        self._engine.reset_mm_cache()
-        self._engine.reset_encoder_cache()
+        self.core.reset_prefix_cache()
+        self.core.reset_mm_cache()
+        self.core.reset_encoder_cache()
 
     def close(self) -> None:
-        engine, self._engine, self.llm, self.renderer = self._engine, None, None, None
+        core, self.core, self.llm, self.renderer = self.core, None, None, None
         try:
-            engine.engine_core.shutdown()
-            engine.renderer.shutdown()
-            del engine
+            core.engine_core.shutdown()
+            core.renderer.shutdown()
+            del core
             release_memory()
         finally:
             _ONLY_ENGINE.release()
 
-    def _engine_of(self, llm: Any) -> Any:
-        return llm.llm_engine
 
-    def _sampling(self, sampling: Sampling) -> Any:
-        """Return vLLM's SamplingParams."""
-        schema = sampling.json_schema
-        return self._params(
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-            stop=list(sampling.stop) or None,
-            logprobs=sampling.logprobs,
-            logprob_token_ids=list(sampling.logprob_token_ids) or None,
-            ignore_eos=sampling.ignore_eos,
-            structured_outputs=None if schema is None else self._structured(json=dict(schema)),
-            output_kind=self._delta,
-        )
+def sampling_params(sampling: Sampling) -> Any:
+    """Return vLLM's SamplingParams."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    schema = sampling.json_schema
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        stop=list(sampling.stop) or None,
+        logprobs=sampling.logprobs,
+        logprob_token_ids=list(sampling.logprob_token_ids) or None,
+        ignore_eos=sampling.ignore_eos,
+        structured_outputs=None if schema is None else StructuredOutputsParams(json=dict(schema)),
+        output_kind=RequestOutputKind.DELTA,
+    )
 
 
 def to_update(output: Any) -> Update:

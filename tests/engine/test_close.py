@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 
 import pytest
@@ -14,15 +13,6 @@ from molmo_edge.errors import ConfigError, EngineClosedError, EngineDeadError, E
 from tests.engine.support import FOREVER, WORDS, echo, eventually, in_threads, meanwhile, opened
 
 pytestmark = pytest.mark.timeout(60)
-
-
-def test_a_loop_never_started_closes_at_once_and_stays_closed() -> None:
-    fake = FakeEngine.factory()
-    loop = EngineLoop(fake)
-    assert loop.close() and loop.close() and loop.state == "closed"
-    with pytest.raises(EngineClosedError):
-        loop.start()
-    assert fake.engines == []
 
 
 @pytest.mark.parametrize("faults", [[], [Fault("build", OSError())]])
@@ -57,11 +47,21 @@ def test_a_start_that_fails_reaches_the_caller_of_the_constructor(
     assert error in (caught.value, caught.value.__cause__)
 
 
-def test_closing_repeatedly_from_many_threads_ends_all_requests_and_refuses_new_ones() -> None:
-    fake = FakeEngine.factory(step_s=0.001)
+def test_closing_from_many_threads_ends_all_requests_and_refuses_new_ones() -> None:
+    fake = FakeEngine.factory(echo, step_s=0.001)
     with opened(fake) as vlm:
-        streams = [vlm.stream(None, "q", **FOREVER) for _ in range(10)]
-        in_threads([vlm.close] * 8)
+        streams = [vlm.stream(None, "q", **FOREVER) for _ in range(4)]
+
+        def caller() -> None:
+            with pytest.raises(EngineClosedError):
+                while True:
+                    assert vlm.query(None, "q", timeout=40).text == f"q {WORDS}"
+
+        def closer() -> None:
+            fake.wait_for("step", 5)
+            vlm.close()
+
+        in_threads([caller, closer] * 8)
         assert vlm.close() and (vlm.state, vlm.cause) == ("closed", None)
         for stream in streams:
             with pytest.raises(EngineClosedError):
@@ -70,19 +70,6 @@ def test_closing_repeatedly_from_many_threads_ends_all_requests_and_refuses_new_
             with pytest.raises(EngineClosedError, match="cannot be reopened"):
                 call()
     assert fake.calls["close"] == 1
-
-
-def test_closing_while_others_submit() -> None:
-    for _ in range(8):
-        fake = FakeEngine.factory(echo, step_s=0.0002)
-        with opened(fake, max_queue=4) as vlm:
-
-            def caller(vlm: EdgeVLM = vlm) -> None:
-                with pytest.raises(EngineClosedError):
-                    while True:
-                        assert vlm.query(None, "q", timeout=40).text == f"q {WORDS}"
-
-            in_threads([caller] * 8 + [lambda f=fake, v=vlm: (f.wait_for("step", 5), v.close())])  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("end", ["finished", "closed again", "died"])
@@ -110,9 +97,10 @@ def test_draining_finishes_requests_in_flight_and_takes_no_new_ones(end: str) ->
             assert caught.value.__cause__ is (error if end == "died" else None)
 
 
-def test_a_stuck_step_shows_as_stalled_and_recovers() -> None:
+def test_a_stalled_engine_recovers_and_closes_in_time() -> None:
     step = threading.Event()
-    with opened(FakeEngine.factory(echo, holds={"step": step}), stall_s=0.02) as vlm:
+    fake = FakeEngine.factory(echo, holds={"step": step})
+    with opened(fake, stall_s=0.02) as vlm:
         stream = vlm.stream(None, "q")
         eventually(lambda: vlm.state == "stalled")
         # Callers with a deadline are not held up.
@@ -121,12 +109,7 @@ def test_a_stuck_step_shows_as_stalled_and_recovers() -> None:
         step.set()
         assert stream.result().text == f"q {WORDS}"
         assert vlm.state == "ready"
-
-
-def test_closing_a_stalled_engine_returns_in_time_and_finishes_later() -> None:
-    step = threading.Event()
-    fake = FakeEngine.factory(holds={"step": step})
-    with opened(fake, stall_s=0.01) as vlm:
+        step.clear()
         stream = vlm.stream(None, "q")
         eventually(lambda: vlm.state == "stalled")
         assert not vlm.close(timeout=0.05)
@@ -135,21 +118,6 @@ def test_closing_a_stalled_engine_returns_in_time_and_finishes_later() -> None:
         assert vlm.close() and vlm.state == "closed" and fake.engine.closed
         with pytest.raises(EngineClosedError):
             stream.result()
-
-
-def test_waiters_are_woken_before_the_log_is_written() -> None:
-    woken = []
-    handler = logging.Handler(logging.ERROR)
-    handler.emit = lambda record: woken.append(stream.done)  # type: ignore[method-assign]
-    logger = logging.getLogger("molmo_edge")
-    logger.addHandler(handler)
-    try:
-        with opened(FakeEngine.factory(faults=[Fault("step", RuntimeError())])) as vlm:
-            stream = vlm.stream(None, "q")
-            eventually(lambda: woken)
-    finally:
-        logger.removeHandler(handler)
-    assert woken == [True]
 
 
 @pytest.mark.parametrize(
@@ -162,8 +130,7 @@ def test_a_dead_engine_says_why_and_closes(error: Exception, advice: str) -> Non
                 vlm.query(None, "q")
             assert caught.value.__cause__ is vlm.cause is error
             assert advice in str(caught.value)
-        in_threads([vlm.close] * 4)
-        assert vlm.state == "dead"
+        assert vlm.close() and vlm.state == "dead"
 
 
 def test_closing_from_a_consumer_and_from_the_engines_own_thread() -> None:
@@ -175,10 +142,9 @@ def test_closing_from_a_consumer_and_from_the_engines_own_thread() -> None:
         eventually(lambda: vlm.state == "closed")
 
 
-@pytest.mark.parametrize("error", [RuntimeError("stuck"), SystemExit(1)])
 def test_an_engine_that_fails_to_close_is_closed_all_the_same(
-    caplog: pytest.LogCaptureFixture, error: BaseException
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    vlm = EdgeVLM(engine=FakeEngine.factory(faults=[Fault("close", error)]))
+    vlm = EdgeVLM(engine=FakeEngine.factory(faults=[Fault("close", RuntimeError("stuck"))]))
     assert vlm.close() and vlm.state == "closed"
     assert len(caplog.records) == 1

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -23,6 +21,7 @@ from tests.engine.support import (
     assert_all_ended,
     echo,
     eventually,
+    meanwhile,
     opened,
     run_script,
 )
@@ -56,19 +55,12 @@ class CtrlC:
     @staticmethod
     @contextmanager
     def after(wait: Callable[[], object]) -> Iterator[None]:
-        main = threading.main_thread().ident
-        assert main is not None
-
         def send() -> None:
             wait()
-            signal.pthread_kill(main, signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
 
-        thread = threading.Thread(target=send)
-        thread.start()
-        try:
+        with meanwhile(send):
             yield
-        finally:
-            thread.join()
 
 
 @pytest.fixture
@@ -80,18 +72,16 @@ def ctrl_c() -> Iterator[CtrlC]:
 
 
 def _calls(vlm: EdgeVLM) -> dict[str, Callable[[], object]]:
-    chat = [{"role": "user", "content": "q"}]
     return {
         "query": lambda: vlm.query(None, "q", **FOREVER),
         "stream": lambda: [*vlm.stream(None, "q", **FOREVER)],
-        "chat": lambda: vlm.chat(chat, **FOREVER),
         "batch": lambda: vlm.batch([Request(None, "q", **FOREVER)] * 5),
         "room": lambda: vlm.query(None, "q", timeout=100, **FOREVER),
         "call": lambda: vlm.in_engine_thread(lambda engine: time.sleep(0.5)),
     }
 
 
-@pytest.mark.parametrize("kind", ["query", "stream", "chat", "batch", "room", "call"])
+@pytest.mark.parametrize("kind", ["query", "stream", "batch", "room", "call"])
 def test_an_interrupted_call_leaves_the_next_one_right(ctrl_c: CtrlC, kind: str) -> None:
     fake = FakeEngine.factory(echo, step_s=0.001)
     with opened(fake, max_queue=1 if kind == "room" else 8) as vlm:
@@ -114,7 +104,7 @@ def test_interrupts_at_random_moments_leave_no_lock_and_no_request(ctrl_c: CtrlC
     with opened(fake) as vlm:
         calls = _calls(vlm)
         for i in range(60):
-            kind = dice.choice(["query", "stream", "chat", "batch"])
+            kind = dice.choice(["query", "stream", "batch"])
             with ctrl_c.after(lambda: time.sleep(dice.random() * 0.004)):
                 hits += ctrl_c.hits(calls[kind])
             assert vlm.query(None, f"n{i}", timeout=60).text == f"n{i} {WORDS}"
@@ -146,7 +136,7 @@ def test_an_interrupted_constructor_leaves_no_engine(ctrl_c: CtrlC) -> None:
 
 
 _FORKED = """
-    import asyncio, multiprocessing, os, sys
+    import asyncio, os, sys
     from molmo_edge import EdgeVLM, Request
     from molmo_edge.engine.fake import FakeEngine
     from molmo_edge.errors import EngineForkedError
@@ -161,10 +151,8 @@ _FORKED = """
         for call in (
             lambda: vlm.query(None, "q"),
             lambda: vlm.batch([Request(None, "q")]),
-            lambda: next(vlm.stream(None, "q")),
             lambda: busy.result(),
             lambda: asyncio.run(vlm.aquery(None, "q")),
-            lambda: asyncio.run(busy.aresult()),
             lambda: vlm.in_engine_thread(lambda engine: 1),
             vlm.restart,
         ):
@@ -186,10 +174,6 @@ _FORKED = """
         sys.exit(7)
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 7, status
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    process.join()
-    assert process.exitcode == 0, process.exitcode
     assert vlm.query(None, "q").text == "one two three"
     assert busy.result().metrics.output_tokens == 2000
     assert vlm.close()
@@ -202,7 +186,7 @@ def test_a_forked_child_is_refused_at_once_and_exits_cleanly() -> None:
 
 
 _EXIT = """
-    import threading
+    import signal, threading
     import molmo_edge.engine.loop
     from molmo_edge import EdgeVLM
     from molmo_edge.engine.fake import FakeEngine
@@ -210,10 +194,6 @@ _EXIT = """
     forever = {"ignore_eos": True, "max_tokens": 10**6}
 """
 _EXITS = {
-    "idle": """
-        vlm = EdgeVLM(engine=FakeEngine.factory())
-        vlm.query(None, "q")
-        """,
     "busy": """
         vlm = EdgeVLM(engine=FakeEngine.factory(step_s=0.001))
         streams = [vlm.stream(None, "q", **forever) for _ in range(4)]
@@ -232,9 +212,11 @@ _EXITS = {
         threading.Thread(target=vlm.query, args=(None, "q"), kwargs=forever, daemon=True).start()
         fake.wait_for("step")
         """,
-    "cycle": """
-        holder = [EdgeVLM(engine=FakeEngine.factory(step_s=0.001))]
-        holder.append([holder, holder[0].stream(None, "q", **forever)])
+    "ctrl-c": """
+        vlm = EdgeVLM(engine=FakeEngine.factory(step_s=0.001))
+        for _ in vlm.stream(None, "q", **forever):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.raise_signal(signal.SIGINT)
         """,
 }
 
@@ -242,30 +224,6 @@ _EXITS = {
 @pytest.mark.parametrize("way", _EXITS)
 def test_interpreter_exit_does_not_hang(way: str) -> None:
     done = run_script(textwrap.dedent(_EXIT) + textwrap.dedent(_EXITS[way]))
-    assert done.returncode == 0, done.stderr
-    if way != "daemon thread":  # whose own error may be printed
+    assert done.returncode == (-signal.SIGINT if way == "ctrl-c" else 0), done.stderr
+    if way in ("busy", "stuck"):
         assert "Traceback" not in done.stderr
-
-
-def test_ctrl_c_in_a_script_ends_it() -> None:
-    script = textwrap.dedent(_EXIT) + textwrap.dedent("""
-        import signal
-        # Shells start background processes with SIGINT ignored, and that is inherited.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        vlm = EdgeVLM(engine=FakeEngine.factory(step_s=0.001))
-        for _ in vlm.stream(None, "q", **forever):
-            print("generating", flush=True)
-        """)
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "generating\n"
-        os.kill(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.communicate()
-    assert process.returncode == -signal.SIGINT
-    assert "KeyboardInterrupt" in err

@@ -104,14 +104,6 @@ def test_an_engine_that_fails_at_any_step_wakes_every_caller_and_restarts() -> N
             assert vlm.query(None, "again").text == f"again {WORDS}"
 
 
-def test_a_slow_consumer_keeps_its_answer_and_does_not_slow_the_others() -> None:
-    with opened(FakeEngine.factory(echo)) as vlm:
-        slow = vlm.stream(None, "slow")
-        first = next(slow)
-        assert vlm.query(None, "quick").text == f"quick {WORDS}"
-        assert first + "".join(slow) == f"slow {WORDS}"
-
-
 @pytest.mark.parametrize("call", ["add", "render"])
 def test_a_request_that_the_engine_refuses_is_its_own_failure(call: str) -> None:
     fake = FakeEngine.factory(echo, faults=[Fault(call, RuntimeError("secret"), number=2)])
@@ -145,7 +137,7 @@ def test_a_full_queue_refuses_at_once_or_waits_for_room_until_the_deadline() -> 
 
 def test_waiting_for_room_ends_with_the_engine() -> None:
     step = threading.Event()
-    faults = [Fault("step", RuntimeError("broken"), 1)]
+    faults = [Fault("step", RuntimeError("broken"))]
     fake = FakeEngine.factory(echo, holds={"step": step}, faults=faults)
     requests = [Request(None, t) for t in "abc"]
     with opened(fake, max_queue=1) as vlm:

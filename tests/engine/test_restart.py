@@ -9,7 +9,7 @@ import weakref
 import pytest
 
 from molmo_edge import EdgeVLM
-from molmo_edge.engine.fake import FakeEngine, Fault
+from molmo_edge.engine.fake import FakeEngine, FakeFactory, Fault
 from molmo_edge.errors import EngineClosedError, EngineDeadError, EngineError, EngineStartError
 from molmo_edge.interface import Update
 from tests.engine.support import FOREVER, WORDS, echo, eventually, meanwhile, opened
@@ -51,11 +51,11 @@ def test_restarting_a_living_engine_frees_the_old_one_first() -> None:
     fake = FakeEngine.factory(echo, step_s=0.001)
     with opened(fake) as vlm:
         stream = vlm.stream(None, "q", **FOREVER)
-        for i in range(3):
+        for _ in range(2):
             vlm.restart()
-            assert len(fake.engines) == i + 2
             assert all(engine.closed for engine in fake.engines[:-1])
             assert vlm.query(None, "q").text == f"q {WORDS}"
+        assert len(fake.engines) == 3
         with pytest.raises(EngineClosedError):
             stream.result()
 
@@ -108,7 +108,7 @@ def test_a_dead_engine_is_not_kept_alive_by_the_error_that_killed_it() -> None:
     engines: list[weakref.ref[Heavy]] = []
 
     def build() -> Heavy:
-        engine = Heavy()
+        engine = Heavy(FakeFactory())
         engines.append(weakref.ref(engine))
         return engine
 
@@ -122,12 +122,10 @@ def test_a_dead_engine_is_not_kept_alive_by_the_error_that_killed_it() -> None:
 
 
 def test_a_hundred_engines_leave_nothing() -> None:
-    before = len(gc.get_objects())
     for i in range(100):
         with EdgeVLM(engine=FakeEngine.factory(echo)) as vlm:
             assert vlm.query(None, "q").text
-            if i % 2:
-                vlm.stream(None, "q")
+            vlm.stream(None, "q")
         if i == 10:
             gc.collect()
             before = len(gc.get_objects())
