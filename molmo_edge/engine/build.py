@@ -1,13 +1,6 @@
 """Start an engine from its plan, in the thread that steps it.
 
-What this changes in the host process, each only where the user has not set it himself:
-
-* environment variables, set once and kept (`set_environment`): the directories of compiled code
-  (``VLLM_CACHE_ROOT``, ``TORCHINDUCTOR_CACHE_DIR``, ``TRITON_CACHE_DIR``, ``CUDA_CACHE_PATH`` …),
-  those of the device profile, ``VLLM_NO_USAGE_STATS``, and ``VLLM_LOGGING_LEVEL`` and
-  ``TORCH_CPP_LOG_LEVEL`` (errors alone);
-* the level of the logger ``vllm``, errors alone;
-* while vLLM starts: ``VLLM_ENABLE_V1_MULTIPROCESSING`` or ``VLLM_WORKER_MULTIPROC_METHOD``.
+docs/robustness.md lists the environment variables that this sets in the host process.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ class EngineLoop:
         # After whatever the engine's own modules registered, so that at exit it runs first.
         atexit.unregister(_close_all)
         atexit.register(_close_all)
-        if self._state is State.DEAD:
+        if self.state is State.DEAD:
             if isinstance(self._cause, MolmoEdgeError):
                 raise self._cause
             raise EngineStartError(
@@ -217,17 +217,9 @@ class EngineLoop:
             return True
         self._leave(drain=drain)
         self._inbox.put(lambda: None)  # wakes the thread
-        with self._lock:
-            if self._thread.ident is None:  # never started; `_run` looks at the state first
-                self._state, self._gone = State.CLOSED, True
-                _LIVE.discard(self)
-                return True
         if threading.current_thread() is self._thread:
             return False
-        if not self._changed.wait(lambda: self._gone, timeout):
-            return False
-        self._thread.join()
-        return True
+        return self._changed.wait(lambda: self._gone, timeout)
 
     def _is_owner(self) -> bool:
         """False in a forked child, where the engine's thread does not exist."""
@@ -246,6 +238,8 @@ class EngineLoop:
             if self._state in (State.STARTING, State.READY):
                 self._state, self._drain = State.CLOSING, drain
             self._drain = self._drain and drain
+            if self._thread.ident is None:  # never started; `_run` looks at the state first
+                self._state, self._gone = State.CLOSED, True
         self._changed.wake()
 
     def _try_submit(self, request: PendingRequest, wait: bool) -> bool:

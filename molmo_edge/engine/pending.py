@@ -91,14 +91,13 @@ class Waiters:
 
 
 class PendingRequest:
-    """State of one request; unread text is one growing string, which `max_tokens` bounds.
+    """State of one request.
 
     Attributes:
         text: what was generated so far.
         done: whether the request has ended, successfully or not.
         deadline: on the monotonic clock, None for none.
         rendered: the engine's input, None once the engine has it or the request has ended.
-        prompt_token_ids: the prompt's tokens, image tokens included; None when not known.
     """
 
     def __init__(
@@ -193,10 +192,7 @@ class PendingRequest:
     # The consumer's side.
 
     def wait(self, seen: int | None, timeout: float | None) -> bool:
-        """Wait for text beyond `seen` characters, or with None for the end.
-
-        Returns False when `timeout` seconds pass first.
-        """
+        """Wait for text beyond `seen` characters, None for the end; False after `timeout`."""
         return self._waiters.wait(lambda: self._has_more(seen), timeout)
 
     async def async_wait(self, seen: int | None, timeout: float | None) -> bool:

@@ -66,12 +66,8 @@ def plan_build(
 ) -> BuildPlan:
     """Decide the arguments of one engine.
 
-    Where the device or the checkpoint cannot do what the profile sets, the nearest thing is chosen,
-    with a line in the log; what the user set is refused instead.
-
-    Raises:
-        ConfigError: a setting cannot work on this device, or does not fit its memory.
-        ModelError: the checkpoint's files cannot be read.
+    What the profile sets gives way to what the device and the checkpoint can do; what the user set
+    raises ConfigError where it cannot work or does not fit the memory.
     """
     _check_profile(profile, device)
     for name, value in _FIXED.items():
@@ -150,9 +146,9 @@ def plan_build(
             "prompt_lookup_max": 4,
         }
     args |= settings.engine_args
-    compilation = args.get("compilation_config", {})
     chosen = resolved.chosen("engine_args.compilation_config")
-    if settings.speculation == "ngram" and _GRAPH_SIZES in compilation and not chosen:
+    compilation = {} if chosen else args.get("compilation_config", {})
+    if settings.speculation == "ngram" and _GRAPH_SIZES in compilation:
         # The profile's, for drafted steps: a token and its drafts each.
         drafted = [size * (1 + _DRAFT_TOKENS) for size in compilation[_GRAPH_SIZES]]
         args["compilation_config"] = {**compilation, _GRAPH_SIZES: drafted}
