@@ -13,7 +13,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from molmo_edge._version import __version__
 from molmo_edge.devices.caches import cache_environment, default_cache_dir
@@ -206,7 +206,7 @@ def _with_dtypes(resolved: Resolved, device: DeviceInfo, shape: ModelShape) -> E
     return settings.model_copy(update={"dtype": dtype, "kv_cache_dtype": kv})
 
 
-def _auto_dtype(device: DeviceInfo, shape: ModelShape) -> str:
+def _auto_dtype(device: DeviceInfo, shape: ModelShape) -> Literal["bfloat16", "float32"]:
     """Return bfloat16, or float32 if it fits on a processor that would emulate bfloat16."""
     native = {"avx512_bf16", "amx_bf16", "bf16"} & device.cpu_isa
     if device.kind != "cpu" or not device.cpu_isa or native or shape.stored is not None:
