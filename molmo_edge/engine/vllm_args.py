@@ -87,7 +87,7 @@ def plan_build(
         )
     kv_bytes = _check_kv_cache(settings, device, shape)
     choice = choose_precision(
-        settings.precision if resolved.chosen("precision") else "auto",
+        settings.precision if "precision" in resolved.by_user else "auto",
         device,
         shape.bytes_by_precision(float32=float32),
         profile=profile,
@@ -146,7 +146,7 @@ def plan_build(
             "prompt_lookup_max": 4,
         }
     args |= settings.engine_args
-    chosen = resolved.chosen("engine_args.compilation_config")
+    chosen = "engine_args.compilation_config" in resolved.by_user
     compilation = {} if chosen else args.get("compilation_config", {})
     if settings.speculation == "ngram" and _GRAPH_SIZES in compilation:
         # The profile's, for drafted steps: a token and its drafts each.
@@ -201,7 +201,7 @@ def _with_dtypes(resolved: Resolved, device: DeviceInfo, shape: ModelShape) -> E
     dtype, kv = settings.dtype, settings.kv_cache_dtype
     if dtype == "auto":
         dtype = _auto_dtype(device, shape)
-    if dtype == "float32" and not resolved.chosen("kv_cache_dtype"):
+    if dtype == "float32" and "kv_cache_dtype" not in resolved.by_user:
         kv = "auto"  # float32 is for the reference's numbers, without eight bits in between
     return settings.model_copy(update={"dtype": dtype, "kv_cache_dtype": kv})
 
