@@ -4,8 +4,8 @@
 
 The three take turns on every repetition, so that whatever else the machine does affects all of
 them. A ratio is the median over repetitions of their time over ours in the same repetition. Also
-measured: CPU time of all threads, the largest difference of pixels, and what one image adds to the
-memory of a fresh process. TensorFlow is left out where it is not installed.
+measured: CPU time of all threads and the largest difference of pixels. TensorFlow is left out where
+it is not installed.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import harness
 import numpy as np
 
-from molmo_edge.bench.tables import UNKNOWN as DASH
-from molmo_edge.bench.tables import number
 from molmo_edge.errors import MolmoEdgeError
 
 SIZES = ((480, 640), (1080, 1920), (3000, 4000))
@@ -83,29 +81,7 @@ def measure(height: int, width: int, repeats: int) -> dict[str, Any]:
     }
 
 
-def measure_memory(emit: harness.Emit, options: Mapping[str, Any]) -> None:
-    """In a fresh process: bytes that one image adds at its peak, and those of the output."""
-    import torch
-
-    from molmo_edge.models.molmo.image_processor import MolmoImageProcessor
-
-    def status_bytes(name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
-
-    torch.set_num_threads(options["threads"])
-    image = np.full((options["height"], options["width"], 3), 127, np.uint8)
-    processor = MolmoImageProcessor(CROPS)
-    processor.inputs(image[:240, :320])
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = status_bytes("VmRSS")
-    output = processor.inputs(image).images
-    emit("peak_bytes", status_bytes("VmHWM") - before)
-    emit("output_bytes", output.nbytes)
-
-
 def main() -> None:
-    harness.serve_child({"memory": measure_memory})
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
@@ -120,22 +96,16 @@ def main() -> None:
     results, rows = [], []
     for height, width in SIZES:
         figures = measure(height, width, arguments.repeats)
-        size = {"height": height, "width": width}
-        child = harness.run_child(
-            __file__, "memory", {**size, "threads": arguments.threads}, limit_s=300
-        )
-        results.append({**size, "implementations": figures, "memory": child["values"] or None})
-        peak = child["values"].get("peak_bytes")
+        results.append({"height": height, "width": width, "implementations": figures})
         for name, row in figures.items():
             rows.append([
                 f"{width}×{height} {name}",
                 harness.interval_text(row["ms"], 1),
                 harness.interval_text(row["times_ours"], 1),
-                number(row["cpu_ms"], 1),
+                f"{row['cpu_ms']:.1f}",
                 f"{row['max_pixel_difference']:.1e}",
-                number(peak and peak / 1e6, 1) if name == OURS else DASH,
             ])  # fmt: skip
-    heads = ["size, implementation", "ms", "÷ ours", "CPU ms", "largest difference", "peak MB"]
+    heads = ["size, implementation", "ms", "÷ ours", "CPU ms", "largest difference"]
     print(harness.table(heads, rows))
     if arguments.output is not None:
         document = harness.result(

@@ -66,30 +66,18 @@ def camera() -> Iterator[np.ndarray]:
         time.sleep(0.1)
 
 
-async def measure(robot: Robot, seconds: float, vlm: EdgeVLM | None) -> str:
-    robot.late_s.clear()
-    robot.missed = 0
-    looking = None if vlm is None else asyncio.create_task(robot.look(vlm))
-    ticking = asyncio.create_task(robot.control())
-    done, _ = await asyncio.wait({ticking, *([looking] if looking else [])}, timeout=seconds)
-    for task in (ticking, looking):
-        if task is not None:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-    for task in done:
-        task.result()
+async def measure(seconds: float, vlm: EdgeVLM | None = None) -> str:
+    robot = Robot()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds), asyncio.TaskGroup() as tasks:
+            tasks.create_task(robot.control())
+            if vlm is not None:
+                tasks.create_task(robot.look(vlm))
     p50, p99, worst = np.percentile(robot.late_s, [50, 99, 100]) * 1000
     return (
         f"{len(robot.late_s)} ticks in {seconds:g} s, late by p50 {p50:.2f} ms, p99 {p99:.2f} ms, "
         f"max {worst:.2f} ms; {robot.missed} missed, {robot.answers} answers"
     )
-
-
-async def run(vlm: EdgeVLM, seconds: float) -> None:
-    robot = Robot()
-    print("alone:          ", await measure(robot, seconds, None), flush=True)
-    print("while answering:", await measure(robot, seconds, vlm), flush=True)
 
 
 def main() -> None:
@@ -101,7 +89,8 @@ def main() -> None:
     answer = '<point x="30.0" y="50.0">mug</point>'
     engine = FakeEngine.factory(answer, step_s=0.02) if args.fake else None
     with EdgeVLM(args.model, engine=engine) as vlm:
-        asyncio.run(run(vlm, args.seconds))
+        print("alone:          ", asyncio.run(measure(args.seconds)), flush=True)
+        print("while answering:", asyncio.run(measure(args.seconds, vlm)), flush=True)
 
 
 if __name__ == "__main__":

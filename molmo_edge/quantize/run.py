@@ -1,16 +1,18 @@
 """Write a quantised copy of a checkpoint.
 
-Tensors of the original are read one at a time and stored in compressed-tensors formats; the vision
-tower, the embeddings and the LM head become bfloat16.
+Linear layers of the language model are stored in compressed-tensors formats, everything else in
+bfloat16. Each file of the original becomes one of the copy.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,17 +23,28 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from molmo_edge._version import __version__
-from molmo_edge.checkpoint_files import INDEX, Tensor
+from molmo_edge.checkpoint_files import INDEX, Tensor, check_weights, read_config
+from molmo_edge.checkpoint_files import tensors as read_headers
+from molmo_edge.devices.tensors import VIT_BLOCKS, Tower, tensor_shapes
 from molmo_edge.errors import QuantizeError
-from molmo_edge.quantize.calibrate import Calibration, choose_images
+from molmo_edge.models.molmo.config import check_layout
+from molmo_edge.quantize.calibrate import Calibration, read_prompts
 from molmo_edge.quantize.calibrate import calibrate as run_calibration
-from molmo_edge.quantize.formats import Format, format_of, pack
-from molmo_edge.quantize.plan import IGNORED, Job, is_quantized, plan
+from molmo_edge.quantize.formats import FORMATS, Format, pack
+from molmo_edge.reference.molmo_checkpoint import count_blocks
 
-SHARD_BYTES = 1 << 29  # an output file is held in memory until it is written
-_SPARE_BYTES = 64 << 20
+# Linear layers of the language model. Every MLP ends in `.ff_out` and so does the LM head.
+_QUANTIZED = re.compile(
+    r"model\.transformer\.blocks\.\d+\.(att_proj|attn_out|ff_proj|ff_out)\.weight"
+)
+# The vision tower and the LM head, by the checkpoint's names and by vLLM's.
+_IGNORED = ["re:.*vision_backbone.*", r"re:^model\.transformer\.ff_out$", "lm_head"]
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_SPARE_BYTES = 64 << 20  # for everything but weights
 # Everything of the original but weights and code is copied.
 _DATA_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
+
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -61,20 +74,19 @@ def quantize(
     scheme: str,
     *,
     calibrate: str | Path | None = None,
-    progress: Callable[[int, int, str], None] = lambda done, total, name: None,
+    progress: Progress = lambda done, total, name: None,
 ) -> Quantized:
     """Write a quantised copy of a Molmo 1 checkpoint; needs no GPU.
 
     Linear layers of the language model are stored as `scheme` says (``"fp8"``, ``"w4a16"`` or
     ``"nvfp4"``), rounded to nearest with the scale of each group searched for the least squared
-    error; everything else becomes bfloat16. Memory holds one output file (512 MiB, or a single
-    larger tensor) and one tensor of the original at a time.
+    error; everything else becomes bfloat16. Memory holds one file of the copy at a time.
 
     `calibrate` is a directory of typical images (JPEG, PNG, WebP or BMP; up to 16 are used), for
     the 4-bit schemes. The model processes them in float32 on the CPU with the weights of one block
     in memory at a time. Columns with large inputs are then scaled up before rounding, which the
-    layer or norm before compensates exactly, and squared errors are weighted with the mean square
-    of a column's inputs.
+    layer or norm before compensates, and squared errors are weighted with the mean square of a
+    column's inputs.
 
     `progress` gets the amount done, the amount in all, and what was just finished: blocks while
     the images are processed, then bytes of the original.
@@ -87,10 +99,11 @@ def quantize(
             quantised already, lacks tensors, or contains NaN or infinity; no images in
             `calibrate`, an unreadable one, or a scheme that gains nothing from calibration.
         ModelError: no readable Molmo 1 checkpoint.
-        MissingDependencyError: torch or compressed-tensors, which come with vLLM, is missing.
     """
     began = time.monotonic()
-    form = format_of(scheme)
+    if scheme not in FORMATS:
+        raise QuantizeError(f"Unknown scheme '{scheme}'; expected one of {', '.join(FORMATS)}.")
+    form = FORMATS[scheme]
     source, out = Path(checkpoint).expanduser(), Path(out).expanduser().absolute()
     if out.exists() or out.is_symlink():
         raise QuantizeError(f"'{out}' exists already. Give another output, or remove it.")
@@ -101,29 +114,71 @@ def quantize(
             f"Calibration gains nothing in {scheme}: its values are rounded relative to their own "
             "size, whatever their column's scale. Leave it out, or use w4a16 or nvfp4."
         )
-    job = plan(source, form)
-    images = [] if calibrate is None else choose_images(Path(calibrate).expanduser())
+    config = read_config(source)
+    tensors = read_tensors(source, config, form)
+    prompts = [] if calibrate is None else read_prompts(source, Path(calibrate).expanduser())
     work = out.with_name(f".{out.name}.quantize")
     try:
         shutil.rmtree(work, ignore_errors=True)
-        check_disk(out.parent, job)
+        check_disk(out.parent, tensors, form)
         work.mkdir()
-        calibration = run_calibration(source, job, form, images, progress) if images else None
-        errors, out_bytes = write_weights(work, job, form, calibration, progress)
-        write_data_files(source, work, job, form)
-        card = model_card(source.name, form, errors, job.in_bytes, out_bytes, len(images))
-        (work / "README.md").write_text(card, encoding="utf-8")
+        calibration = Calibration()
+        if prompts:
+            calibration = run_calibration(config, tensors, form, prompts, progress)
+        errors, out_bytes = write_weights(work, tensors, form, calibration, progress)
+        write_data_files(source, work, config, form)
+        in_bytes = sum(tensor.nbytes for tensor in tensors)
+        seconds = time.monotonic() - began
+        result = Quantized(out, scheme, errors, in_bytes, out_bytes, seconds, len(prompts))
+        (work / "README.md").write_text(model_card(source.name, result), encoding="utf-8")
         work.rename(out)
     except (OSError, SafetensorError) as exc:
         raise QuantizeError(f"'{out}' cannot be written: {exc}") from exc
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    seconds = time.monotonic() - began
-    return Quantized(out, scheme, errors, job.in_bytes, out_bytes, seconds, len(images))
+    return result
 
 
-def check_disk(directory: Path, job: Job) -> None:
-    needed = _SPARE_BYTES + job.out_bytes
+def read_tensors(directory: Path, config: Mapping[str, Any], form: Format) -> list[Tensor]:
+    """The tensors of an unquantised checkpoint that fits its `config`, by their headers."""
+    check_layout(config)
+    check_weights(directory)
+    if config.get("quantization_config") is not None:
+        raise QuantizeError(
+            f"'{directory}' is quantised already (its config.json has a quantization_config). Give "
+            "the original checkpoint."
+        )
+    stored = {tensor.name: tensor for tensor in read_headers(directory)}
+    shapes = tensor_shapes(config, Tower(blocks=count_blocks(stored, VIT_BLOCKS)))
+    for name, shape in shapes.items():
+        if name not in stored:
+            raise QuantizeError(
+                f"The checkpoint lacks '{name}'. Finish the download, or give another one."
+            )
+        if stored[name].shape != shape:
+            raise QuantizeError(
+                f"'{name}' has shape {stored[name].shape}, but config.json asks for {shape}."
+            )
+        if form.group and _QUANTIZED.fullmatch(name) and shape[1] % form.group:
+            raise QuantizeError(
+                f"'{name}' has {shape[1]} columns, not a multiple of the {form.group} that share a "
+                "scale. Use --scheme fp8."
+            )
+    for tensor in stored.values():
+        if tensor.dtype not in _FLOATS:
+            raise QuantizeError(
+                f"'{tensor.name}' is stored as {tensor.dtype}; the checkpoint is quantised "
+                "already, or not an original. Expected are float32, float16 or bfloat16."
+            )
+    return list(stored.values())
+
+
+def check_disk(directory: Path, tensors: Sequence[Tensor], form: Format) -> None:
+    # One bit per value is more than any format's scales take.
+    needed = _SPARE_BYTES + sum(
+        tensor.numel * (form.bits + 1 if _QUANTIZED.fullmatch(tensor.name) else 16) // 8
+        for tensor in tensors
+    )
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise QuantizeError(
@@ -134,56 +189,43 @@ def check_disk(directory: Path, job: Job) -> None:
 
 def write_weights(
     work: Path,
-    job: Job,
+    tensors: Sequence[Tensor],
     form: Format,
-    calibration: Calibration | None,
-    progress: Callable[[int, int, str], None],
+    calibration: Calibration,
+    progress: Progress,
 ) -> tuple[dict[str, float], int]:
     """Write weight files and their index; returns the error by layer and the files' bytes."""
     errors: dict[str, float] = {}
     weight_map: dict[str, str] = {}
-    shard: dict[str, torch.Tensor] = {}
-    done = total = 0
-
-    def save_shard() -> None:
-        file = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
-        save_file(shard, work / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, file))
-        shard.clear()
-
-    for tensor in job.tensors:
-        stored = _stored(tensor, form, calibration, errors)
-        size = sum(part.nbytes for part in stored.values())
-        if shard and sum(part.nbytes for part in shard.values()) + size > SHARD_BYTES:
-            save_shard()
-        shard |= stored
-        total += size
-        done += tensor.nbytes
-        progress(done, job.in_bytes, tensor.name)
-    save_shard()
-    _write_json(work / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return errors, total
-
-
-def _stored(
-    tensor: Tensor, form: Format, calibration: Calibration | None, errors: dict[str, float]
-) -> dict[str, torch.Tensor]:
-    """The output's tensors for one of the original; adds a quantised layer's error to `errors`."""
-    with safe_open(tensor.file, framework="pt") as opened:
-        value = opened.get_tensor(tensor.name)
-    if not bool(value.isfinite().all()):
-        raise QuantizeError(f"'{tensor.name}' contains NaN or infinity.")
-    if calibration is not None:
-        value = calibration.apply(tensor.name, value)
-    if not is_quantized(tensor.name):
-        return {tensor.name: value.to(torch.bfloat16).contiguous()}
-    layer = tensor.name.removesuffix(".weight")
-    importance = None if calibration is None else calibration.importance(layer)
-    packed, errors[layer] = pack(value, form, importance)
-    return {f"{layer}.{suffix}": part.contiguous() for suffix, part in packed.items()}
+    in_bytes = sum(tensor.nbytes for tensor in tensors)
+    read_bytes = out_bytes = 0
+    for path, group in itertools.groupby(tensors, key=lambda tensor: tensor.file):
+        stored: dict[str, torch.Tensor] = {}
+        with safe_open(path, framework="pt") as original:
+            for tensor in group:
+                value = original.get_tensor(tensor.name)
+                if not bool(value.isfinite().all()):
+                    raise QuantizeError(f"'{tensor.name}' contains NaN or infinity.")
+                for factor in calibration.factors.get(tensor.name, ()):
+                    value = value.float() * factor
+                if _QUANTIZED.fullmatch(tensor.name):
+                    layer = tensor.name.removesuffix(".weight")
+                    importance = calibration.importance.get(layer, 1.0)
+                    parts, errors[layer] = pack(value, form, importance)
+                    stored |= {f"{layer}.{suffix}": part for suffix, part in parts.items()}
+                else:
+                    stored[tensor.name] = value.to(torch.bfloat16)
+                read_bytes += tensor.nbytes
+                progress(read_bytes, in_bytes, tensor.name)
+        stored = {name: value.contiguous() for name, value in stored.items()}
+        save_file(stored, work / path.name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(stored, path.name)
+        out_bytes += sum(value.nbytes for value in stored.values())
+    _write_json(work / INDEX, {"metadata": {"total_size": out_bytes}, "weight_map": weight_map})
+    return errors, out_bytes
 
 
-def write_data_files(source: Path, work: Path, job: Job, form: Format) -> None:
+def write_data_files(source: Path, work: Path, config: Mapping[str, Any], form: Format) -> None:
     """Copy everything but weights and code; config.json gets the quantisation."""
     for pattern in _DATA_FILES:
         for path in source.glob(pattern):
@@ -193,48 +235,31 @@ def write_data_files(source: Path, work: Path, job: Job, form: Format) -> None:
         config_groups={"group_0": form.quantization_scheme},
         format=form.compression,
         quantization_status="compressed",
-        ignore=list(IGNORED),
+        ignore=_IGNORED,
     ).model_dump(mode="json", exclude_none=True)
     extra = {"torch_dtype": "bfloat16", "quantization_config": quantization}
-    _write_json(work / "config.json", {**job.config, **extra})
+    _write_json(work / "config.json", {**config, **extra})
 
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def model_card(
-    base: str,
-    form: Format,
-    errors: Mapping[str, float],
-    in_bytes: int,
-    out_bytes: int,
-    images: int,
-) -> str:
-    """Markdown; `images` is the number of calibration images."""
+def model_card(base: str, result: Quantized) -> str:
+    """Markdown: how the copy was made."""
+    form, errors = FORMATS[result.scheme], result.relative_errors
     worst = max(errors, key=lambda name: errors[name])
-    used, counted = "No images and no text were used.", ""
-    if images:
-        used = (
-            f"Calibrated on {images} image{'s' if images > 1 else ''}: columns of a layer are "
-            "scaled by a power of the mean size of their inputs, chosen per layer by the error of "
-            "its output; the inverse is in the norm or the layer before, so that the model "
-            "computes the same."
-        )
-        counted = ", each column weighted with the mean square of its inputs on the images"
-    return f"""# {base}, {form.scheme}
+    return f"""# {base}, {result.scheme}
 
-Made from `{base}` by molmo_edge {__version__} (`molmo-edge quantize`, scheme
-`{form.scheme}`). The original's licence and terms of use hold for this copy too.
+Made from `{base}` by molmo_edge {__version__} (`molmo-edge quantize`, scheme `{result.scheme}`).
+The original's licence and terms of use hold for this copy too.
 
 - Linear layers of the language model: {form.summary}.
-  Rounded to nearest, with the best of {len(form.search)} scales by squared error. {used}
 - Vision tower, embeddings, norms, biases and LM head: bfloat16.
-- Weights: {in_bytes / 1e9:.2f} GB → {out_bytes / 1e9:.2f} GB.
+- Calibration images: {result.images or "none"}.
+- Weights: {result.in_bytes / 1e9:.2f} GB → {result.out_bytes / 1e9:.2f} GB.
 - Format: compressed-tensors, `{form.compression}`; vLLM loads it as it is.
-
-Relative error of a layer is the Frobenius norm of (stored - original) over that of the
-original{counted}:
-median {statistics.median(errors.values()):.4f}, largest {errors[worst]:.4f} in `{worst}`.
-It says nothing about answers: measure those with `molmo-edge bench drift` against the original.
+- Relative error of a layer's weights: median {statistics.median(errors.values()):.4f}, largest
+  {errors[worst]:.4f} in `{worst}`. It says nothing about answers: measure those with
+  `molmo-edge bench drift` against the original.
 """

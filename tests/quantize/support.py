@@ -1,4 +1,4 @@
-"""Small checkpoints to quantise, and their tensors by name."""
+"""Tensors of small quantised checkpoints by name."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from molmo_edge.quantize.formats import FORMATS, format_of, unpack
-
-# Relative error of round-to-nearest on normal weights, with some room.
-TYPICAL = {"fp8": 0.03, "w4a16": 0.11, "nvfp4": 0.095}
-SCHEMES = tuple(FORMATS)
+from molmo_edge.quantize.formats import FORMATS, unpack
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
@@ -39,5 +35,5 @@ def plain_tensors(directory: Path, scheme: str) -> dict[str, torch.Tensor]:
         parts = layer_of(tensors, layer)
         for suffix in parts:
             del tensors[f"{layer}.{suffix}"]
-        tensors[f"{layer}.weight"] = unpack(parts, format_of(scheme))
+        tensors[f"{layer}.weight"] = unpack(parts, FORMATS[scheme])
     return tensors

@@ -15,7 +15,7 @@ from molmo_edge import EdgeVLM
 from molmo_edge.devices.detect import detect
 from molmo_edge.models.molmo.synthetic import write_checkpoint
 from molmo_edge.quantize import quantize
-from molmo_edge.quantize.formats import format_of, unpack
+from molmo_edge.quantize.formats import FORMATS, unpack
 from molmo_edge.reference.verify import synthetic_image
 from tests.quantize.support import layer_of, tensors_of
 
@@ -64,7 +64,7 @@ def expected_matrix(parts: Mapping[str, torch.Tensor], scheme: str) -> torch.Ten
     if scheme == "fp8":
         # The kernel's order: a sum of FP8 products in float32, then the row's scale.
         return (LARGEST * parts["weight"].float() * parts["weight_scale"].float()).bfloat16()
-    return unpack(parts, format_of(scheme)).bfloat16()
+    return unpack(parts, FORMATS[scheme]).bfloat16()
 
 
 @pytest.mark.parametrize(("scheme", "calibrated"), [("w4a16", True), ("fp8", False)])
