@@ -129,7 +129,6 @@ def read_prompts(checkpoint: Path, directory: Path) -> list[Prompt]:
     return prompts
 
 
-@torch.no_grad()
 def calibrate(
     config: Mapping[str, Any],
     tensors: Sequence[Tensor],
