@@ -200,7 +200,6 @@ class EdgeVLM:
         answer: Sequence[int],
         *,
         candidates: Sequence[Sequence[int]] | None = None,
-        max_crops: int | None = None,
     ) -> Score:
         """Teacher-forced log-probabilities of an answer's tokens; what drift is measured with.
 
@@ -221,13 +220,12 @@ class EdgeVLM:
             raise PromptError(
                 "Give at least one token to score, and candidates for each token or none at all."
             )
-        crops = self._check({"max_crops": max_crops}).max_crops
         turns = read_turns(question(image, text), self._limits)
         streams: list[Stream] = []
         with ExitStack() as stack:
             for i, token in enumerate(ids):
                 scored = tuple(dict.fromkeys([token, *others[i]]))
-                options = CheckedOptions(max_tokens=1, logprob_token_ids=scored, max_crops=crops)
+                options = CheckedOptions(max_tokens=1, logprob_token_ids=scored)
                 stream = self._submit(turns, options, answer=ids[:i], wait=True)
                 streams.append(stack.enter_context(stream))
                 streams[0].result()  # the others share its prefix
@@ -433,7 +431,7 @@ class EdgeVLM:
             ConfigError: `tokens` or `max_rounds` is below 2.
             As `query`.
         """
-        return warm(self.batch, self.settings, self.family, dict(self.startup), tokens, max_rounds)
+        return warm(self.batch, self.settings, self.family, tokens, max_rounds)
 
     def reset_caches(self) -> None:
         """Empty prefix, image and encoder caches, between steps."""

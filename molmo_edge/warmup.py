@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -30,20 +29,14 @@ class WarmupStep:
     Attributes:
         name: the kind.
         requests: number of requests decoded together.
-        seconds: until the last of them was answered.
+        seconds: until the last of them was answered; None when they are longer than the context.
         ttft_s: the longest time to first token among them; None if unknown.
-        prompt_tokens: of the longest prompt; None if unknown.
-        output_tokens: of all requests.
-        skipped: why it did not run; None when it ran.
     """
 
     name: str
     requests: int
     seconds: float | None = None
     ttft_s: float | None = None
-    prompt_tokens: int | None = None
-    output_tokens: int = 0
-    skipped: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,25 +48,18 @@ class WarmupReport:
         decode_tps: successive decode speeds of one text request, tokens per second.
         steady: whether the last two of them agree within `AGREEMENT`.
         seconds: duration of the warm-up.
-        startup_s: seconds of each part of the engine's start before it, as `EdgeVLM.startup`.
     """
 
     steps: tuple[WarmupStep, ...]
     decode_tps: tuple[float, ...]
     steady: bool
     seconds: float
-    startup_s: Mapping[str, float | None]
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**asdict(self), "startup_s": dict(self.startup_s), "agreement": AGREEMENT}
 
 
 def warm(
     batch: Callable[[list[Request]], list[Result]],
     settings: EdgeSettings,
     family: ModelFamily | None,
-    startup_s: Mapping[str, float | None],
     tokens: int,
     max_rounds: int,
 ) -> WarmupReport:
@@ -90,8 +76,7 @@ def warm(
         if speed is None:  # the answer had no room for a second token
             break
         speeds.append(speed)
-    seconds = time.perf_counter() - began
-    return WarmupReport(steps, tuple(speeds), _agree(speeds), seconds, startup_s)
+    return WarmupReport(steps, tuple(speeds), _agree(speeds), time.perf_counter() - began)
 
 
 def _kinds(
@@ -127,17 +112,12 @@ def _run(
 ) -> WarmupStep:
     began = time.perf_counter()
     try:
-        metrics = [result.metrics for result in batch(requests)]
+        results = batch(requests)
     except PromptTooLongError:
-        return WarmupStep(name, len(requests), skipped="longer than max_model_len")
-    return WarmupStep(
-        name,
-        len(requests),
-        seconds=time.perf_counter() - began,
-        ttft_s=max((one.ttft_s for one in metrics if one.ttft_s is not None), default=None),
-        prompt_tokens=max(one.prompt_tokens or 0 for one in metrics) or None,
-        output_tokens=sum(one.output_tokens for one in metrics),
-    )
+        return WarmupStep(name, len(requests))
+    seconds = time.perf_counter() - began
+    ttfts = [one.metrics.ttft_s for one in results if one.metrics.ttft_s is not None]
+    return WarmupStep(name, len(requests), seconds, max(ttfts, default=None))
 
 
 def _agree(speeds: list[float]) -> bool:

@@ -31,7 +31,7 @@ class Script:
         return [Result("x", "length", (1,), metrics=metrics) for _ in requests]
 
     def warm(self, family: Any = None, **settings: Any) -> WarmupReport:
-        return warm(self.batch, EdgeSettings(**settings), family, {"total": 3.0}, 32, 5)
+        return warm(self.batch, EdgeSettings(**settings), family, 32, 5)
 
 
 def test_every_kind_of_request_runs_once_before_speed_is_measured() -> None:
@@ -45,11 +45,10 @@ def test_every_kind_of_request_runs_once_before_speed_is_measured() -> None:
         ("text", 1), ("global view", 1), ("all crops", 1),
         ("batch of 2", 2), ("batch of 4", 4), ("batch of 6", 6),
     ]  # fmt: skip
-    assert all(step.output_tokens == 3 * step.requests for step in report.steps)
+    assert len(fake.engine.prompts) == 15 + 2
     assert all(step.seconds is not None and step.ttft_s is not None for step in report.steps)
     assert len(report.decode_tps) == 2
     assert len(set(fake.engine.prompts[-2:])) == 2
-    assert report.as_dict()["steps"][0]["skipped"] is None
 
 
 @pytest.mark.parametrize(
@@ -71,11 +70,10 @@ def test_it_ends_when_two_successive_speeds_agree(
         assert abs(last - before) <= AGREEMENT * max(last, before)
 
 
-def test_requests_longer_than_the_context_are_skipped_with_the_reason() -> None:
+def test_requests_longer_than_the_context_are_skipped() -> None:
     with EdgeVLM(engine=FakeEngine.factory(max_model_len=80), max_num_seqs=1) as vlm:
         report = vlm.warmup(tokens=4, max_rounds=2)
-    reason = "longer than max_model_len"
-    assert [step.skipped for step in report.steps] == [None, reason, reason]
+    assert [step.seconds is None for step in report.steps] == [False, True, True]
     assert len(report.decode_tps) == 2
 
 
@@ -105,10 +103,7 @@ def test_the_real_engine_warms_up_and_continues(
     settings = stub_vlm.settings.model_copy(update={"max_num_seqs": 1})
     monkeypatch.setattr(stub_vlm, "settings", settings)
     report = stub_vlm.warmup(tokens=4, max_rounds=2)
-    assert [(step.name, step.output_tokens) for step in report.steps] == [
-        ("text", 4), ("global view", 4), ("all crops", 4),
-    ]  # fmt: skip
-    text, image, _ = (step.prompt_tokens or 0 for step in report.steps)
-    assert text < 64 < 316 < image
+    assert [step.name for step in report.steps] == ["text", "global view", "all crops"]
+    assert all(step.seconds is not None for step in report.steps)
     assert len(report.decode_tps) == 2 and min(report.decode_tps) > 0
     assert stub_vlm.query(None, "x", max_tokens=2).text == "This is"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -386,14 +387,15 @@ def warmup(
             report = vlm.warmup(tokens=tokens, max_rounds=rounds)
         table = Table("request", "concurrent", "seconds", "ttft")
         for step in report.steps:
-            seconds = Text(step.skipped or _seconds(step.seconds))
-            table.add_row(Text(step.name), str(step.requests), seconds, _seconds(step.ttft_s))
+            seconds = "too long" if step.seconds is None else _seconds(step.seconds)
+            table.add_row(step.name, str(step.requests), seconds, _seconds(step.ttft_s))
         speeds = ", ".join(f"{tps:.1f}" for tps in report.decode_tps)
         line = (
             f"decode, tok/s: {speeds} ({'steady' if report.steady else 'not steady yet'}); "
-            f"warm-up {report.seconds:.1f} s, start {_seconds(report.startup_s.get('total'))}"
+            f"warm-up {report.seconds:.1f} s, start {_seconds(vlm.startup.get('total'))}"
         )
-        output(report.as_dict(), table, Text(line), as_json=as_json, vlm=vlm)
+        data = {**dataclasses.asdict(report), "startup_s": dict(vlm.startup)}
+        output(data, table, Text(line), as_json=as_json, vlm=vlm)
 
 
 def _seconds(value: float | None) -> str:
