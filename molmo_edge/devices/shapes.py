@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from molmo_edge.checkpoint_files import Tensor, read_config, tensors
-from molmo_edge.devices.tensors import KNOWN, gemma3_parts, gemma3_tensors, tensor_shapes
+from molmo_edge.devices.tensors import KNOWN, gemma3_tensors, tensor_shapes
 from molmo_edge.errors import ModelError
 from molmo_edge.settings import PRECISIONS as REQUESTS
 
@@ -147,16 +147,15 @@ def model_shape(model: str | Path) -> ModelShape:
 
 def _shape(name: str, config: Mapping[str, Any], files: list[Tensor]) -> ModelShape:
     family = config.get("model_type")
-    if family not in ("molmo", "gemma3", "gemma3_text"):
-        known = "molmo or gemma3, with vision or without"
-        raise ModelError(f"config.json has model_type {family!r}; planning knows {known}")
+    if family not in ("molmo", "gemma3"):
+        raise ModelError(f"config.json has model_type {family!r}; planning knows molmo and gemma3")
     try:
         stored = stored_precision(config)
         if family == "molmo":
             attention = _molmo(config)
             counts = _counts((part_of(name), size) for name, size in tensor_shapes(config).items())
         else:
-            attention = _gemma3(config)
+            attention = _gemma3(config["text_config"])
             counts = _counts(gemma3_tensors(config))
     except (AttributeError, LookupError, TypeError, ZeroDivisionError, ValueError) as exc:
         missing = f": {exc.args[0]}" if isinstance(exc, KeyError) else ""
@@ -181,8 +180,7 @@ def _molmo(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
-    text, _ = gemma3_parts(config)
+def _gemma3(text: Mapping[str, Any]) -> dict[str, Any]:
     layers = int(text["num_hidden_layers"])
     kinds = text.get("layer_types")  # newer files list them, older ones give the period
     sliding = layers - layers // int(text.get("sliding_window_pattern", 6))

@@ -83,7 +83,7 @@ def tensor_shapes(config: Mapping[str, Any], tower: Tower | None = None) -> Shap
 
 def gemma3_tensors(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Part and shape of each tensor of a Gemma 3; its LM head is the embedding."""
-    text, vision = gemma3_parts(config)
+    text = config["text_config"]
     width, mlp = int(text["hidden_size"]), int(text["intermediate_size"])
     # The 4B's file leaves out what is transformers' default.
     size = int(text.get("head_dim", 256))
@@ -96,17 +96,7 @@ def gemma3_tensors(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, 
         norms = ((width,),) * 4
         yield from (("blocks", shape) for shape in attention + feed_forward + norms)
     yield "blocks", (width,)
-    if vision is not None:
-        yield from (("tower", shape) for shape in _siglip_shapes(vision, width))
-
-
-def gemma3_parts(
-    config: Mapping[str, Any],
-) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
-    """The text and vision sizes; checkpoints without vision have the former at the top."""
-    if config["model_type"] == "gemma3_text":
-        return config, None
-    return config["text_config"], config["vision_config"]
+    yield from (("tower", shape) for shape in _siglip_shapes(config["vision_config"], width))
 
 
 def _siglip_shapes(vision: Mapping[str, Any], hidden: int) -> Iterator[tuple[int, ...]]:
