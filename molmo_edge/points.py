@@ -193,8 +193,8 @@ class CountResult:
 def parse_points(text: str) -> PointResult:
     """Read the points of an answer. No text makes it raise.
 
-    An answer that is still being written gives the points that are complete so far; their label
-    follows with the closing tag.
+    An answer that is still being written gives the points that are complete so far, those of a tag
+    before its closing tag without a label, and pairs outside of tags until a tag comes.
     """
     scan = _Scan(text)
     prose = scan.prose.strip().replace("\u2019", "'")

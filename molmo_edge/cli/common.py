@@ -103,24 +103,21 @@ class Commands(TyperGroup):
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Replace each parameter whose type is an options dataclass by that class's own options."""
-    groups: dict[str, tuple[Any, list[str]]] = {}
+    groups: dict[str, Any] = {}
     options: list[inspect.Parameter] = []
     for parameter in inspect.signature(command, eval_str=True).parameters.values():
         if dataclasses.is_dataclass(parameter.annotation):
-            kind: Any = parameter.annotation
-            fields = inspect.signature(kind, eval_str=True).parameters
-            groups[parameter.name] = (kind, list(fields))
-            options += fields.values()
+            groups[parameter.name] = parameter.annotation
+            options += inspect.signature(groups[parameter.name], eval_str=True).parameters.values()
         else:
             options.append(parameter)
 
     @functools.wraps(command)
     def wrapper(**given: Any) -> None:
-        built = {
-            name: kind(**{option: given.pop(option) for option in fields})
-            for name, (kind, fields) in groups.items()
-        }
-        command(**given, **built)
+        for name, kind in groups.items():
+            fields = [field.name for field in dataclasses.fields(kind)]
+            given[name] = kind(**{field: given.pop(field) for field in fields})
+        command(**given)
 
     options = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options]
     wrapper.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
