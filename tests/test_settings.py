@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import tomllib
 from collections.abc import Mapping
@@ -11,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import molmo_edge
@@ -231,37 +227,6 @@ def test_a_dotenv_that_is_no_text_file() -> None:
     Path(".env").rmdir()
     Path(".env").write_bytes(b"A=\xff\n")
     assert ".env cannot be read" in refusal()
-
-
-def test_rows_name_every_setting_its_json_value_and_its_origin() -> None:
-    profile = as_profile({"engine_args": {"sizes": [1, 2], "hook": object()}})
-    rows = list(resolve({"cache_dir": "/d"}, profile_settings=profile).rows())
-    assert len(rows) == len(EdgeSettings.model_fields) + 1
-    for row in [
-        ("cache_dir", "/d", "argument"),
-        ("max_model_len", None, "default"),
-        ("engine_args.hook", "<object>", "profile"),
-        ("engine_args.sizes", [1, 2], "profile"),
-    ]:
-        assert row in rows
-
-
-NAMES = st.sampled_from(sorted(EdgeSettings.model_fields)) | st.text(max_size=12)
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
-VALUES = st.recursive(SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(SCALARS, v))
-FILES = st.binary(max_size=60) | st.text("MOLMO_EDGESEED='\"=\n#$ {}1\\", max_size=80)
-
-
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.dictionaries(NAMES, VALUES, max_size=4), FILES)
-def test_any_arguments_and_files_give_settings_or_a_config_error(
-    arguments: dict[str, Any], content: bytes | str
-) -> None:
-    file = Path(".env")
-    file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    for given_arguments, config in ((arguments, None), ({}, None), ({}, file)):
-        with contextlib.suppress(ConfigError):
-            json.dumps(list(resolve(given_arguments, config=config).rows()))
 
 
 @pytest.mark.parametrize("name", ["thor", "rtx5080", "cpu"])

@@ -59,7 +59,7 @@ def test_a_conversation_is_checked_and_answered(vlm: EdgeVLM, fake: FakeFactory)
         {"role": "user", "content": "what colour?"},
     ]
     assert vlm.chat(messages).text == "".join(vlm.chat_stream(messages)) == f"what colour? {WORDS}"
-    for wrong in ([], messages[:2], [messages[1]], "text", [{"role": "user"}]):
+    for wrong in ([], messages[:2], messages[1:], messages[::2], "text", [{"role": "user"}]):
         with pytest.raises(PromptError):
             vlm.chat(wrong)  # type: ignore[arg-type]
     assert len(fake.engine.added) == 2
@@ -68,7 +68,7 @@ def test_a_conversation_is_checked_and_answered(vlm: EdgeVLM, fake: FakeFactory)
 @pytest.mark.parametrize(
     ("call", "kind"),
     [
-        (lambda vlm: vlm.query(None, ""), PromptError),
+        (lambda vlm: vlm.query(None, " \n"), PromptError),
         (lambda vlm: vlm.query(None, 5), PromptError),
         (lambda vlm: vlm.query(None, "a" + "<|endoftext|>"), PromptError),
         (lambda vlm: vlm.query(None, "\ud800"), PromptError),
