@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any, Self
@@ -113,15 +112,11 @@ class Stream:
         self._finalizer.detach()
         self._request.raise_error()
 
-    def _left(self) -> float | None:
-        deadline = self._request.deadline
-        return None if deadline is None else max(0.0, deadline - time.monotonic())
-
     def _wait(self, seen: int | None) -> None:
         """Wait for a change; end the request at its deadline, and when nobody waits any longer."""
         try:
             self._loop.check_may_wait()
-            if not self._request.wait(seen, self._left()):
+            if not self._request.wait(seen, self._request.left_s()):
                 self._loop.cancel(self._request, timed_out())
         except BaseException:  # Ctrl-C
             self.cancel()
@@ -130,7 +125,7 @@ class Stream:
     async def _await(self, seen: int | None) -> None:
         try:
             self._loop.check_may_wait()
-            if not await self._request.async_wait(seen, self._left()):
+            if not await self._request.async_wait(seen, self._request.left_s()):
                 self._loop.cancel(self._request, timed_out())
         except BaseException:  # the task was cancelled
             self.cancel()
