@@ -5,16 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from molmo_edge import EdgeVLM
 from molmo_edge.engine.fake import FakeFactory
 from molmo_edge.interface import Turn
 
+T = TypeVar("T")
 # Options of a request that only its consumer ends.
 FOREVER: dict[str, Any] = {"ignore_eos": True, "max_tokens": 10**6}
 WORDS = "one two three four five six seven eight nine ten"
@@ -55,40 +56,17 @@ def eventually(condition: Callable[[], object], timeout: float = 20.0) -> None:
 
 def in_threads(functions: Sequence[Callable[[], object]]) -> None:
     """Run each function in its own thread; raise the first exception of any."""
-    errors: list[BaseException] = []
-
-    def run(function: Callable[[], object]) -> None:
-        try:
-            function()
-        except BaseException as exc:
-            errors.append(exc)
-
-    threads = [threading.Thread(target=run, args=(function,)) for function in functions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
+    with ThreadPoolExecutor(len(functions)) as pool:
+        futures = [pool.submit(function) for function in functions]
+    for future in futures:
+        future.result()
 
 
 @contextmanager
-def meanwhile(function: Callable[[], object]) -> Iterator[list[object]]:
-    """Run a function in a thread during the block; the list then has its result or error."""
-    ends: list[object] = []
-
-    def run() -> None:
-        try:
-            ends.append(function())
-        except BaseException as exc:
-            ends.append(exc)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield ends
-    finally:
-        thread.join()
+def meanwhile(function: Callable[[], T]) -> Iterator[Future[T]]:
+    """Run a function in a thread during the block; the future has its result or error."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(function)
 
 
 def run_script(script: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,6 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import pytest
 
@@ -29,45 +28,39 @@ from tests.engine.support import (
 pytestmark = pytest.mark.timeout(120)
 
 
-class CtrlC:
-    """Sends SIGINT to the main thread; outside `hits` it has no effect there."""
+Interrupted = Callable[[Callable[[], object], Callable[[], object]], bool]
 
-    def __init__(self) -> None:
-        self._armed = False
 
-    def handle(self, *_: object) -> None:
-        if self._armed:
+@pytest.fixture
+def interrupted() -> Iterator[Interrupted]:
+    """Run a call, send Ctrl-C after `wait()`, and return whether it hit the call."""
+    armed = False
+
+    def handle(*_: object) -> None:
+        if armed:
             raise KeyboardInterrupt
 
-    def hits(self, call: Callable[[], object]) -> bool:
-        """Whether the call was interrupted."""
-        try:
-            try:
-                self._armed = True
-                call()
-            finally:
-                self._armed = False
-        except KeyboardInterrupt:
-            self._armed = False
-            return True
-        return False
+    def run(call: Callable[[], object], wait: Callable[[], object]) -> bool:
+        nonlocal armed
 
-    @staticmethod
-    @contextmanager
-    def after(wait: Callable[[], object]) -> Iterator[None]:
         def send() -> None:
             wait()
             os.kill(os.getpid(), signal.SIGINT)
 
         with meanwhile(send):
-            yield
+            try:
+                try:
+                    armed = True
+                    call()
+                finally:
+                    armed = False
+            except KeyboardInterrupt:
+                armed = False
+                return True
+            return False
 
-
-@pytest.fixture
-def ctrl_c() -> Iterator[CtrlC]:
-    one = CtrlC()
-    before = signal.signal(signal.SIGINT, one.handle)
-    yield one
+    before = signal.signal(signal.SIGINT, handle)
+    yield run
     signal.signal(signal.SIGINT, before)
 
 
@@ -82,7 +75,7 @@ def _calls(vlm: EdgeVLM) -> dict[str, Callable[[], object]]:
 
 
 @pytest.mark.parametrize("kind", ["query", "stream", "batch", "room", "call"])
-def test_an_interrupted_call_leaves_the_next_one_right(ctrl_c: CtrlC, kind: str) -> None:
+def test_an_interrupted_call_leaves_the_next_one_right(interrupted: Interrupted, kind: str) -> None:
     fake = FakeEngine.factory(echo, step_s=0.001)
     with opened(fake, max_queue=1 if kind == "room" else 8) as vlm:
         other = vlm.stream(None, "q", **FOREVER) if kind == "room" else None
@@ -90,14 +83,16 @@ def test_an_interrupted_call_leaves_the_next_one_right(ctrl_c: CtrlC, kind: str)
             "room": lambda: eventually(lambda: vlm._loop._changed._waiters),
             "call": lambda: time.sleep(0.05),
         }
-        with ctrl_c.after(waits.get(kind, lambda: fake.wait_for("step", 20))):
-            assert ctrl_c.hits(_calls(vlm)[kind])
+        wait = waits.get(kind, lambda: fake.wait_for("step", 20))
+        assert interrupted(_calls(vlm)[kind], wait)
         if other is not None:
             other.cancel()
         assert_all_ended(vlm, fake)
 
 
-def test_interrupts_at_random_moments_leave_no_lock_and_no_request(ctrl_c: CtrlC) -> None:
+def test_interrupts_at_random_moments_leave_no_lock_and_no_request(
+    interrupted: Interrupted,
+) -> None:
     dice = random.Random(4)
     fake = FakeEngine.factory(echo, step_s=0.0002)
     hits = 0
@@ -105,32 +100,29 @@ def test_interrupts_at_random_moments_leave_no_lock_and_no_request(ctrl_c: CtrlC
         calls = _calls(vlm)
         for i in range(60):
             kind = dice.choice(["query", "stream", "batch"])
-            with ctrl_c.after(lambda: time.sleep(dice.random() * 0.004)):
-                hits += ctrl_c.hits(calls[kind])
+            hits += interrupted(calls[kind], lambda: time.sleep(dice.random() * 0.004))
             assert vlm.query(None, f"n{i}", timeout=60).text == f"n{i} {WORDS}"
         assert_all_ended(vlm, fake)
         assert vlm._loop._changed._waiters == []
     assert hits > 30
 
 
-def test_an_interrupted_close_can_be_called_again(ctrl_c: CtrlC) -> None:
+def test_an_interrupted_close_can_be_called_again(interrupted: Interrupted) -> None:
     step = threading.Event()
     fake = FakeEngine.factory(echo, holds={"step": step})
     with opened(fake) as vlm:
         stream = vlm.stream(None, "q")
         fake.wait_for("step")
-        with ctrl_c.after(lambda: eventually(lambda: vlm.state == "closing")):
-            assert ctrl_c.hits(vlm.close)
+        assert interrupted(vlm.close, lambda: eventually(lambda: vlm.state == "closing"))
         step.set()
         assert vlm.close() and fake.engine.closed
         assert stream.done
 
 
-def test_an_interrupted_constructor_leaves_no_engine(ctrl_c: CtrlC) -> None:
+def test_an_interrupted_constructor_leaves_no_engine(interrupted: Interrupted) -> None:
     build = threading.Event()
     fake = FakeEngine.factory(holds={"build": build})
-    with ctrl_c.after(lambda: fake.wait_for("build")):
-        assert ctrl_c.hits(lambda: EdgeVLM(engine=fake))
+    assert interrupted(lambda: EdgeVLM(engine=fake), lambda: fake.wait_for("build"))
     build.set()
     eventually(lambda: fake.engines and fake.engine.closed)
 

@@ -77,9 +77,8 @@ def check_fp8(vlm: EdgeVLM) -> None:
     (names,) = vlm.in_engine_thread(lambda engine: engine.run(engine.llm.collective_rpc(dtypes)))
     assert vlm.query(None, "x", max_tokens=3).text == "This is the"
     assert vlm.environment["precision"] == "fp8"
-    matrices = {n for n in names if ".layers." in n and n.endswith("proj.weight")}
-    assert len(matrices) == 8
-    assert {names[name] for name in matrices} == {"torch.float8_e4m3fn"}
+    matrices = [d for n, d in names.items() if ".layers." in n and n.endswith("proj.weight")]
+    assert matrices == ["torch.float8_e4m3fn"] * 8
     rest = {n: d for n, d in names.items() if ".layers." not in n}
     assert any("vision_backbone" in name for name in rest)
     assert set(rest.values()) == {"torch.bfloat16"}

@@ -40,10 +40,10 @@ def test_a_call_that_waits_for_an_engine_that_dies_is_woken() -> None:
     with opened(fake) as vlm:
         stream = vlm.stream(None, "q")
         fake.wait_for("step")
-        with meanwhile(lambda: vlm.in_engine_thread(lambda engine: 1)) as ends:
+        with meanwhile(lambda: vlm.in_engine_thread(lambda engine: 1)) as end:
             eventually(lambda: not vlm._loop._inbox.empty())
             step.set()
-        assert [type(end) for end in ends] == [EngineDeadError]
+        assert isinstance(end.exception(), EngineDeadError)
         assert stream.done
 
 
@@ -78,12 +78,12 @@ def test_a_close_during_a_restart_wins() -> None:
     fake = FakeEngine.factory(echo, holds={"build": build})
     with opened(fake) as vlm:
         build.clear()
-        with meanwhile(vlm.restart) as ends:
+        with meanwhile(vlm.restart) as end:
             fake.wait_for("build", 2)
             assert not vlm.close(timeout=0.01)
             build.set()
         assert vlm.close() and vlm.state == "closed"
-        assert [type(end) for end in ends] == [EngineClosedError]
+        assert isinstance(end.exception(), EngineClosedError)
     assert all(engine.closed for engine in fake.engines)
 
 
