@@ -66,7 +66,6 @@ class FakeFactory:
             question; or a function of the turns. A mapping without ``""`` raises PromptError for
             any other question.
         pieces: a token is a word with the space before it (``"words"``) or a character.
-        max_num_seqs: number of requests decoded together; the others wait.
         max_model_len: tokens of prompt and answer together.
         step_s: seconds that each step takes.
         faults: calls that fail.
@@ -81,7 +80,6 @@ class FakeFactory:
     answers: Answers = "This is a fake answer."
     _: KW_ONLY
     pieces: Literal["words", "chars"] = "words"
-    max_num_seqs: int = 8
     max_model_len: int = 4096
     step_s: float = 0.0
     faults: Sequence[Fault] = ()
@@ -178,11 +176,10 @@ class FakeEngine:
         self.running[request_id] = _Request(pieces, sampling, min(sampling.max_tokens, room))
 
     def step(self) -> list[Update]:
-        """Generate one token for each of the first `max_num_seqs` requests."""
+        """Generate one token for each request."""
         time.sleep(self._factory.step_s)
         self._enter("step")
-        first = list(self.running)[: self._factory.max_num_seqs]
-        updates = [self.running[request_id].step(request_id) for request_id in first]
+        updates = [request.step(request_id) for request_id, request in self.running.items()]
         for update in updates:
             if update.finish_reason is not None:
                 del self.running[update.request_id]

@@ -34,11 +34,9 @@ THREADS, REQUESTS = 24, 30
 
 def _one(vlm: EdgeVLM, dice: random.Random, text: str) -> str:
     """One request of a random kind, checked; returns the kind."""
-    kind = dice.choice(["query", "query", "stream", "cancel", "timeout", "drop", "leave", "bad"])
+    kind = dice.choice(["query", "query", "cancel", "timeout", "leave", "bad"])
     if kind == "query":
         assert vlm.query(None, text, timeout=100).text == f"{text} {WORDS}"
-    elif kind == "stream":
-        assert "".join(vlm.stream(None, text, timeout=100)) == f"{text} {WORDS}"
     elif kind == "cancel":
         stream = vlm.stream(None, text, timeout=100, **FOREVER)
         for _ in range(dice.randrange(4)):
@@ -50,8 +48,6 @@ def _one(vlm: EdgeVLM, dice: random.Random, text: str) -> str:
         with pytest.raises(RequestTimeout) as caught:
             vlm.query(None, text, timeout=dice.random() * 0.01, **FOREVER)
         assert f"{text} {WORDS}".startswith(caught.value.partial[: len(text)])
-    elif kind == "drop":
-        vlm.stream(None, text, timeout=100)
     elif kind == "leave":
         for delta in vlm.stream(None, text, timeout=100):
             assert delta
@@ -74,14 +70,14 @@ def test_each_of_many_callers_gets_its_own_answer() -> None:
 
         in_threads([lambda n=n: caller(n) for n in range(THREADS)])  # type: ignore[misc]
         assert_all_ended(vlm, fake)
-    assert sum(kinds.values()) == THREADS * REQUESTS and len(kinds) == 7
+    assert sum(kinds.values()) == THREADS * REQUESTS and len(kinds) == 5
     assert len(set(fake.engine.added)) == len(fake.engine.added)
 
 
 def test_an_engine_that_fails_at_any_step_wakes_every_caller_and_restarts() -> None:
-    for number in range(1, 41, 3):
+    for number in range(1, 36, 3):
         error = RuntimeError("broken")
-        fake = FakeEngine.factory(echo, max_num_seqs=2, faults=[Fault("step", error, number)])
+        fake = FakeEngine.factory(echo, faults=[Fault("step", error, number)])
         ends: Counter[str] = Counter()
         with opened(fake) as vlm:
 
@@ -95,7 +91,7 @@ def test_an_engine_that_fails_at_any_step_wakes_every_caller_and_restarts() -> N
                         ends["dead"] += 1
 
             in_threads([lambda t=t: caller(t) for t in "abc"])  # type: ignore[misc]
-            # 9 answers of 12 tokens, two at a time: at least 54 steps, so each number is reached.
+            # 3 answers of 12 tokens, one after the other: at least 36 steps.
             assert sum(ends.values()) == 9 and ends["dead"] > 0
             assert vlm.state == "dead" and vlm.cause is error
             assert fake.calls["step"] == number and fake.calls["build"] == 1  # no retry
