@@ -67,32 +67,28 @@ class DoubleVLM:
     settings: Any = field(default_factory=lambda: SETTINGS)
     environment: dict[str, Any] = field(default_factory=lambda: dict(ENVIRONMENT))
     startup: dict[str, float] = field(default_factory=lambda: {"imports": 2.0, "engine": 9.0})
-    requests: list[tuple[Image.Image | None, str]] = field(default_factory=list)
+    requests: int = 0
+    images: list[bytes] = field(default_factory=list)
     resets: int = 0
-    closed: bool = False
     _one: Any = field(default_factory=threading.Lock)
 
     def __enter__(self) -> DoubleVLM:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.closed = True
+    def __exit__(self, *exc: object) -> None: ...
 
     def reset_caches(self) -> None:
         self.resets += 1
-
-    @property
-    def images(self) -> list[bytes]:
-        """The images so far, as bytes."""
-        return [image.tobytes() for image, _ in self.requests if image is not None]
 
     def query(self, image: Image.Image | None, text: str, **options: Any) -> Result:
         with self._one:  # users may be many, the clock is one
             return self._answer(image, text, options)
 
     def _answer(self, image: Image.Image | None, text: str, options: dict[str, Any]) -> Result:
-        number = len(self.requests)
-        self.requests.append((image, text))
+        number = self.requests
+        self.requests += 1
+        if image is not None:
+            self.images.append(image.tobytes())
         if (error := self.failure(number)) is not None:
             self.clock.sleep(0.1)
             raise error
@@ -134,8 +130,8 @@ class DoubleVLM:
 
 def make_bench(vlm: DoubleVLM, **more: Any) -> Bench:
     """A run on the double's clock."""
-    defaults = {"cases": CASES, "options": OPTIONS, "sleep": vlm.clock.sleep}
-    return Bench(**{**defaults, "clock": vlm.clock, **more})
+    defaults = {"cases": CASES, "options": OPTIONS, "clock": vlm.clock, "sleep": vlm.clock.sleep}
+    return Bench(**{**defaults, **more})
 
 
 def measure(vlm: DoubleVLM, *names: str, **more: Any) -> Document:

@@ -36,9 +36,11 @@ def test_the_2025_reports_table_comes_out_again_beside_a_new_result() -> None:
     assert table["vLLM"] == ["0.6.3.post1", "0.6.3.post1", "0.32.0"]
 
 
-def test_ratios_refer_to_the_first_result_and_have_an_interval() -> None:
+def test_ratios_refer_to_the_first_result_and_no_two_have_one_heading() -> None:
     lines = compare([measured("a"), measured("b", speed=lambda n: 100.0)]).lines
     assert lines["decode against first"] == [DASH, "x2.00 [2.00, 2.00]"]
+    one = measured("a")
+    assert compare([one, one, one]).heads == ["a", "a (2)", "a (3)"]
 
 
 def test_other_conditions_make_results_not_comparable() -> None:
@@ -66,8 +68,3 @@ def test_incomplete_and_slowing_results_are_flagged() -> None:
     flags = "\n".join(compare([slow]).flags)
     assert "slow is incomplete" in flags
     assert "slow: One slowed down" in flags and "slow: Two never became steady" in flags
-
-
-def test_columns_never_share_a_heading() -> None:
-    one = measured("a")
-    assert compare([one, one, one]).heads == ["a", "a (2)", "a (3)"]

@@ -9,8 +9,7 @@ from PIL import Image
 
 from molmo_edge import EdgeVLM
 from molmo_edge.bench import drift, scenarios
-from molmo_edge.bench.cases import Case, text_only
-from molmo_edge.bench.document import Document
+from molmo_edge.bench.cases import Case
 from molmo_edge.bench.measure import Bench, RunOptions
 
 pytestmark = pytest.mark.engine
@@ -19,16 +18,10 @@ IMAGE = Image.new("RGB", (60, 40), (90, 120, 30))
 CASE = Case("small", "Small", "What is this?", IMAGE, max_crops=1)
 
 
-def measured(vlm: EdgeVLM, *names: str, cases: tuple[Case, ...]) -> Document:
-    options = RunOptions(
-        iterations=4, max_iterations=4, max_tokens=8, ignore_eos=True, batches=(2,)
-    )
-    bench = Bench(cases=cases, options=options, sensors=True)
-    return scenarios.run(bench, lambda caches: contextlib.nullcontext(vlm), names)
-
-
 def test_every_request_has_its_metrics_and_reuse_is_ruled_out(stub_vlm: EdgeVLM) -> None:
-    result = measured(stub_vlm, "report", cases=(CASE,))
+    options = RunOptions(iterations=4, max_iterations=4, max_tokens=8, ignore_eos=True)
+    bench = Bench(cases=(CASE,), options=options, sensors=True)
+    result = scenarios.run(bench, lambda caches: contextlib.nullcontext(stub_vlm), ["report"])
     assert result.complete, result.scenarios
     software, model = result.environment.software, result.environment.model
     assert software["vllm"] and software["torch"] and software["transformers"]
@@ -45,16 +38,6 @@ def test_every_request_has_its_metrics_and_reuse_is_ruled_out(stub_vlm: EdgeVLM)
             assert (getattr(sample, name) or 0) > 0, name
         assert 0 < (sample.image_tokens or 0) < (sample.prompt_tokens or 0)
         assert (sample.ttft_s or 0) < (sample.e2e_s or 0) <= (sample.wall_s or 0)
-
-
-def test_a_batch_is_measured_as_a_whole_and_by_request(stub_vlm: EdgeVLM) -> None:
-    # Without images, which cost seconds each on a CPU and are measured above.
-    loaded = measured(stub_vlm, "throughput", cases=text_only())
-    assert loaded.complete
-    row = loaded.scenarios[0].rows[0]
-    assert [wave.output_tokens for wave in row.waves] == [16] * 4
-    assert all(sample.output_tokens == 8 for sample in row.samples)
-    assert row.caches is not None and row.caches.proved
 
 
 def test_a_configuration_does_not_drift_from_itself(stub_vlm: EdgeVLM) -> None:
