@@ -43,7 +43,8 @@ def of(
     tokens = sum(sample.output_tokens or 0 for sample in row.succeeded)
     if telemetry.energy_j is not None and tokens:
         ceiling.joules_per_token = telemetry.energy_j / tokens
-    batch = row.conditions.get("batch", 1)
+    # Of concurrent users it is not known how many requests a step serves.
+    batch = None if row.conditions.keys() & {"users", "rate"} else row.conditions.get("batch", 1)
     # A decode step sees, on average, the prompt and half the answer.
     context = [
         s.prompt_tokens + s.output_tokens / 2

@@ -22,10 +22,10 @@ def thor(**model: str | None) -> Environment:
     return environment
 
 
-def ceiling(**measured: Any) -> Ceiling:
+def ceiling(condition: str = "batch", **measured: Any) -> Ceiling:
     """Of five answers of 200 tokens at 14 tok/s."""
     samples = [Sample(iteration=i, prompt_tokens=1200, output_tokens=200) for i in range(5)]
-    row = Row(name="a", title="A", conditions={"batch": 1}, samples=samples)
+    row = Row(name="a", title="A", conditions={condition: 1}, samples=samples)
     row.steady = {"output_tps": Summary(mean=14.0)}
     known = {"power_w": None, "energy_j": None, "gpu_mhz": None, "throttled": None, **measured}
     return ceilings.of(row, thor(), SHAPE, TelemetrySummary(**known))
@@ -42,6 +42,8 @@ def test_a_step_reads_the_weights_and_the_cache(kv: str, batch: int, kv_bytes: i
 def test_fourteen_tokens_per_second_are_most_of_thors_bandwidth() -> None:
     # 14.2 GB of blocks and head in BF16 and 37 MB of cache: 14 tok/s move 200 of 273 GB/s.
     assert ceiling().bandwidth_share == pytest.approx(0.73, abs=0.02)
+    assert ceiling("fps").bandwidth_share == ceiling().bandwidth_share
+    assert ceiling("users").bandwidth_share is ceiling("rate").bandwidth_share is None
 
 
 def test_power_is_of_the_row_and_unknown_without_a_sensor() -> None:
