@@ -134,7 +134,7 @@ def test_options_reach_the_engine(
 def test_a_schema_file_makes_the_answer_json(
     run: Run, image: Path, tmp_path: Path, fake: FakeFactory
 ) -> None:
-    fake._answers = '{"open": true}'
+    fake.answers = '{"open": true}'
     schema = tmp_path / "door.json"
     schema.write_text('{"type": "object"}')
     assert run("ask", image, "?", "--schema", schema, "--json").json["parsed"] == {"open": True}
