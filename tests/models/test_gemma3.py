@@ -13,13 +13,7 @@ import pytest
 from PIL import Image
 
 from molmo_edge import EdgeVLM
-from molmo_edge.errors import (
-    ImageError,
-    ModelError,
-    PromptError,
-    PromptTooLongError,
-    SamplingError,
-)
+from molmo_edge.errors import ImageError, ModelError, PromptError, PromptTooLongError, SamplingError
 from molmo_edge.interface import Renderer, Turn
 from molmo_edge.models.gemma3 import control_tokens
 from molmo_edge.models.registry import family_of

@@ -3,23 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from molmo_edge.errors import ConfigError
 
 pytestmark = pytest.mark.slow
-
-
-def test_pooling_attends_one_query_to_four_keys() -> None:
-    from molmo_edge.models.molmo.vllm_model import PoolingAttention
-
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(6, 1, 64, generator=generator)
-    k, v = (torch.randn(6, 4, 64, generator=generator) for _ in range(2))
-    heads = [x.unflatten(-1, (4, 16)) for x in (q, k, v)]
-    scores = torch.einsum("bqhc,bkhc->bhqk", *heads[:2]) / 4
-    expected = torch.einsum("bhqk,bkhc->bqhc", scores.softmax(-1), heads[2]).flatten(-2)
-    assert torch.allclose(PoolingAttention(4, 16)(q, k, v), expected, atol=1e-6)
 
 
 def test_registering_may_repeat_and_the_engine_gets_the_class() -> None:
