@@ -25,13 +25,13 @@ from safetensors.torch import save_file
 from molmo_edge._version import __version__
 from molmo_edge.checkpoint_files import INDEX, Tensor, check_weights, read_config
 from molmo_edge.checkpoint_files import tensors as read_headers
-from molmo_edge.devices.tensors import VIT_BLOCKS, Tower, tensor_shapes
+from molmo_edge.devices.tensors import tensor_shapes
 from molmo_edge.errors import QuantizeError
 from molmo_edge.models.molmo.config import check_layout
 from molmo_edge.quantize.calibrate import Calibration, read_prompts
 from molmo_edge.quantize.calibrate import calibrate as run_calibration
 from molmo_edge.quantize.formats import FORMATS, Format, pack
-from molmo_edge.reference.molmo_checkpoint import count_blocks
+from molmo_edge.reference.molmo_checkpoint import tower_of
 
 # Linear layers of the language model. Every MLP ends in `.ff_out` and so does the LM head.
 _QUANTIZED = re.compile(
@@ -149,7 +149,8 @@ def read_tensors(directory: Path, config: Mapping[str, Any], form: Format) -> li
             "the original checkpoint."
         )
     stored = {tensor.name: tensor for tensor in read_headers(directory)}
-    shapes = tensor_shapes(config, Tower(blocks=count_blocks(stored, VIT_BLOCKS)))
+    tower = tower_of({name: tensor.shape for name, tensor in stored.items()})
+    shapes = tensor_shapes(config, tower)
     for name, shape in shapes.items():
         if name not in stored:
             raise QuantizeError(

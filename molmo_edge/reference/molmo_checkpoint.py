@@ -6,7 +6,7 @@ than the checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def read_checkpoint(directory: Path) -> tuple[TextConfig, dict[str, torch.Tensor
             weights |= {name: tensor.float() for name, tensor in load_file(file).items()}
         except (OSError, SafetensorError) as exc:
             raise ModelError(f"'{file}' is not a safetensors file. Download it again.") from exc
-    shapes = tensor_shapes(stated, _tower(weights))
+    shapes = tensor_shapes(stated, tower_of({name: w.shape for name, w in weights.items()}))
     _refuse("lacks", shapes.keys() - weights.keys())
     _refuse("has unknown", weights.keys() - shapes.keys())
     _refuse("has wrong shapes in", [name for name in shapes if weights[name].shape != shapes[name]])
@@ -83,12 +83,12 @@ def count_blocks(names: Iterable[str], prefix: str) -> int:
     return len({name.split(".")[0] for name in rest})
 
 
-def _tower(weights: Mapping[str, torch.Tensor]) -> Tower:
-    """Sizes of the vision tower, read from its own tensors."""
+def tower_of(shapes: Mapping[str, Sequence[int]]) -> Tower:
+    """Sizes of the vision tower, read from its own tensors. Raises ModelError without them."""
     names = VIT + "class_embedding", VIT_BLOCKS + "0.feed_forward.w1.weight", POOL + "wo.weight"
-    _refuse("lacks", [name for name in names if name not in weights])
-    width, mlp, pooled = (len(weights[name]) for name in names)
-    return Tower(width, mlp, count_blocks(weights, VIT_BLOCKS), pooled)
+    _refuse("lacks", [name for name in names if name not in shapes])
+    width, mlp, pooled = (shapes[name][0] for name in names)
+    return Tower(width, mlp, count_blocks(shapes, VIT_BLOCKS), pooled)
 
 
 def _refuse(problem: str, names: Iterable[str]) -> None:

@@ -19,13 +19,14 @@ from tests.quantize.support import plain_tensors, tensors_of
 
 # Relative error of round-to-nearest on normal weights, with some room.
 TYPICAL = {"fp8": 0.03, "w4a16": 0.11, "nvfp4": 0.095}
+TOWER = Tower(width=64, mlp=64, blocks=1, pooled=64)
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint in float32 whose tower has one block; no engine loads it."""
+    """A checkpoint in float32 with a small tower, which no engine loads."""
     directory = tmp_path_factory.mktemp("original") / "small"
-    return write_checkpoint(directory, seed=3, tower=Tower(blocks=1), dtype=torch.float32)
+    return write_checkpoint(directory, seed=3, tower=TOWER, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("scheme", TYPICAL)
@@ -112,7 +113,7 @@ def test_a_wrong_scheme_output_or_input_is_refused(small: Path, tmp_path: Path) 
         quantize(small, once, "fp8")
     assert (once / "config.json").exists()
     config = hub_config(intermediate_size=400)
-    odd = write_checkpoint(tmp_path / "odd", config, tower=Tower(blocks=1))
+    odd = write_checkpoint(tmp_path / "odd", config, tower=TOWER)
     with pytest.raises(QuantizeError, match="multiple of the 128"):
         quantize(odd, tmp_path / "out", "w4a16")
 
