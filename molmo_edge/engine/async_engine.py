@@ -22,7 +22,7 @@ from molmo_edge.engine.vllm_engine import (
     sampling_params,
     to_update,
 )
-from molmo_edge.errors import EngineError
+from molmo_edge.errors import ConfigError, EngineError
 from molmo_edge.interface import Rendered, Update
 from molmo_edge.sampling import Sampling
 
@@ -33,6 +33,15 @@ _CHILD = "_MOLMO_EDGE_ENGINE_OF"
 _PR_SET_PDEATHSIG = 1
 # The child is killed if it needs longer to end.
 _CLOSE_S = 15.0
+
+
+def require_main_guard() -> None:
+    """Raise ConfigError in a child process that is still importing the main script."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise ConfigError(
+            'engine="process" starts a new Python, which imports the main script again: put the '
+            'script\'s own code under `if __name__ == "__main__":`.'
+        )
 
 
 def start(args: Mapping[str, Any], family: str) -> AsyncEngine:

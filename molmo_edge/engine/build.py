@@ -39,6 +39,8 @@ def build(plan: BuildPlan, config_s: float = 0.0) -> Engine:
             chained.
     """
     began = time.perf_counter()
+    if plan.settings.engine == "process":
+        async_engine.require_main_guard()
     with mapped("build"):
         import vllm  # noqa: F401
 

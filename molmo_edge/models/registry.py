@@ -31,4 +31,3 @@ def family_of(config: Mapping[str, Any]) -> ModelFamily:
             "(gemma3) is supported too."
         )
     return family
-

