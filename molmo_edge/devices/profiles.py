@@ -31,7 +31,6 @@ class Profile:
     match: Mapping[str, Any]
     settings: Mapping[str, Any]  # of `EdgeSettings`
     engine_args: Mapping[str, Any] = field(default_factory=dict)  # of `vllm.EngineArgs`
-    env: Mapping[str, str] = field(default_factory=dict)  # to set before CUDA starts
 
     def as_settings(self) -> dict[str, Any]:
         """The settings, ``engine_args`` included if there are any."""

@@ -40,6 +40,13 @@ _FIXED: Mapping[str, object] = {
     "pipeline_parallel_size": 1,
     "data_parallel_size": 1,
 }
+_CUDA_VARIABLES = {
+    # FlashInfer's sampler and DeepGEMM are compiled at first use, minutes on a few cores.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_USE_DEEP_GEMM": "0",
+    # 4 GiB: the driver's default size discards what it compiled from PTX, and compiles it again.
+    "CUDA_CACHE_MAXSIZE": "4294967296",
+}
 _DRAFT_TOKENS = 3
 _GRAPH_SIZES = "cudagraph_capture_sizes"
 
@@ -172,16 +179,14 @@ def plan_build(
     return BuildPlan(family, settings, args, environment, shape)
 
 
-def engine_environment(
-    settings: EdgeSettings, device: DeviceInfo, profile: Profile
-) -> dict[str, str]:
+def engine_environment(settings: EdgeSettings, device: DeviceInfo) -> dict[str, str]:
     """Return the variables to set before torch, CUDA and vLLM read them."""
     # Triton's kernels would multiply float32 as TF32, with ten bits of mantissa.
     exact = {"TRITON_F32_DEFAULT": "ieee"} if settings.dtype == "float32" else {}
     return {
         **exact,
+        **(_CUDA_VARIABLES if device.kind == "cuda" else {}),
         **cache_environment(settings.cache_dir or default_cache_dir(), device, versions()),
-        **profile.env,
         # Nothing leaves the machine.
         "VLLM_NO_USAGE_STATS": "1",
     }

@@ -19,6 +19,7 @@ from molmo_edge.devices.profiles import (
     select_profile,
 )
 from molmo_edge.devices.specs import SPECS
+from molmo_edge.engine.vllm_args import engine_environment
 from molmo_edge.errors import ConfigError
 from molmo_edge.settings import EdgeSettings
 from tests.devices.recorded import machine
@@ -113,12 +114,12 @@ def test_vllm_knows_every_name_a_profile_uses() -> None:
     from vllm.config.kernel import KernelConfig
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+    env = engine_environment(EdgeSettings(), known_device("thor"))
+    assert {v for v in env if v.startswith("VLLM_")} <= set(envs.environment_variables)
     known: set[str] = set(arg_utils.EngineArgs.__dataclass_fields__)
     for name in profile_names():
         profile = load_profile(name)
         assert set(profile.engine_args) <= known, name
-        variables = {v for v in profile.env if v.startswith("VLLM_")}
-        assert variables <= set(envs.environment_variables), name
         for setting in ("attention_backend", "mm_encoder_attn_backend"):
             backend = profile.settings.get(setting)
             assert backend is None or backend in AttentionBackendEnum.__members__

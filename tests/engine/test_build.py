@@ -208,7 +208,7 @@ def test_drafts_come_with_graphs_of_their_size_unless_the_user_set_them(molmo: P
 
 def test_one_root_holds_every_cache_by_version_and_gpu(tmp_path: Path) -> None:
     settings = EdgeSettings(cache_dir=tmp_path)
-    env = engine_environment(settings, THOR, load_profile("thor"))
+    env = engine_environment(settings, THOR)
     caches = {name: value for name, value in env.items() if name in CACHE_VARIABLES}
     assert set(caches) == {
         "VLLM_CACHE_ROOT",
@@ -221,7 +221,8 @@ def test_one_root_holds_every_cache_by_version_and_gpu(tmp_path: Path) -> None:
     assert key.parent == tmp_path / "compiled"
     assert "vllm-0." in key.name and "torch-2." in key.name and "sm_110" in key.name
     assert env["CUDA_CACHE_MAXSIZE"] == str(4 * GIB)
-    cpu = engine_environment(settings, LAPTOP, load_profile("cpu"))
+    assert env["VLLM_USE_FLASHINFER_SAMPLER"] == env["VLLM_USE_DEEP_GEMM"] == "0"
+    cpu = engine_environment(settings, LAPTOP)
     assert "CUDA_CACHE_PATH" not in cpu and "TRITON_CACHE_DIR" not in cpu
 
 

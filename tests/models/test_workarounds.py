@@ -44,7 +44,7 @@ def test_vllms_kernel_scan_fails_on_llvmlite() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
+@pytest.mark.skipif(is_torchvision_available(), reason="the defect shows only without torchvision")
 def test_vllms_gemma3_needs_torchvision() -> None:
     stderr = errors_of("import vllm.model_executor.models.gemma3_mm")
     assert "torchvision" in stderr  # else drop the workaround
