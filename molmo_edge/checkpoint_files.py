@@ -14,6 +14,8 @@ from typing import Any
 from molmo_edge.errors import ModelError
 
 INDEX = "model.safetensors.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Dtypes of weights that are not quantised."""
 
 
 @dataclass(frozen=True)

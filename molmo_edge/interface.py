@@ -76,7 +76,7 @@ class EngineInfo:
         max_model_len: longest sequence in tokens.
         environment: versions, device and settings, for results and reports.
         startup_s: seconds of each part of the start, None for what is not known: ``config``
-            (settings, device, checkpoint headers; repeated after a restart), ``imports`` (of vLLM),
+            (settings, device, checkpoint headers; 0 after a restart), ``imports`` (of vLLM),
             ``compile`` (torch.compile, part of ``engine``), ``engine`` (all that vLLM does),
             ``total``.
     """

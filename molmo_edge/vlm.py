@@ -21,7 +21,7 @@ from molmo_edge.checkpoint_files import read_config
 from molmo_edge.devices.caches import default_cache_dir
 from molmo_edge.devices.detect import DeviceInfo
 from molmo_edge.devices.plan import Plan, plan
-from molmo_edge.devices.profiles import load_profile, select_profile
+from molmo_edge.devices.profiles import find_profile
 from molmo_edge.devices.shapes import ModelShape
 from molmo_edge.engine.build import build, quiet, set_environment
 from molmo_edge.engine.loop import EngineLoop, State
@@ -113,7 +113,8 @@ class EdgeVLM:
         )
         self.settings: EdgeSettings = resolved.settings
         self.family: ModelFamily | None = None
-        self._shape: ModelShape | None = None
+        # Sizes of the checkpoint, None for an engine that is not vLLM's.
+        self.shape: ModelShape | None = None
         self._limits = ImageLimits(self.settings.max_image_bytes, self.settings.max_image_pixels)
         self._factory = engine if callable(engine) else self._vllm_factory(resolved, began)
         self._ids = itertools.count()
@@ -411,11 +412,11 @@ class EdgeVLM:
         Raises:
             ConfigError: a count below 1, or the engine is not vLLM's and has no checkpoint.
         """
-        if self._shape is None:
+        if self.shape is None:
             raise ConfigError("plan() needs a checkpoint, and this engine was built without one.")
         request.setdefault("kv_cache_dtype", self.settings.kv_cache_dtype)
         request.setdefault("batch", self.settings.max_num_seqs)
-        return plan(self._shape, self.device, profile=self._profile, **request)
+        return plan(self.shape, self.device, profile=self._profile, **request)
 
     def warmup(self, *, tokens: int = 32, max_rounds: int = 10) -> WarmupReport:
         """Run the shapes that requests will have, until decode speed is steady.
@@ -584,7 +585,7 @@ class EdgeVLM:
     # The engine's start.
 
     def _load_profile(self, name: str) -> tuple[str, dict[str, Any]]:
-        self._profile = select_profile(self.device)[0] if name == "auto" else load_profile(name)
+        self._profile = find_profile(name, self.device)
         return self._profile.name, self._profile.as_settings()
 
     def _vllm_factory(self, resolved: Resolved, began: float) -> Callable[[], Engine]:
@@ -598,7 +599,7 @@ class EdgeVLM:
         self.family = family_of(config)
         self.family.check(config, directory, settings.load_format)
         build_plan = plan_build(resolved, self.device, self.family, directory, self._profile)
-        self._shape = build_plan.shape
+        self.shape = build_plan.shape
         # A restart finds all of this done.
         config_s = iter([time.perf_counter() - began])
         return lambda: build(build_plan, next(config_s, 0.0))

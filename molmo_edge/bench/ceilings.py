@@ -8,26 +8,11 @@ What the device does not report stays ``None``.
 from __future__ import annotations
 
 from statistics import fmean
-from typing import Any
 
 from molmo_edge.bench.document import Ceiling, Environment, Row
 from molmo_edge.devices import shapes
-from molmo_edge.devices.caches import default_cache_dir
 from molmo_edge.devices.telemetry import TelemetrySummary
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge.models.hub import locate
-
-
-def shape_of(vlm: Any) -> shapes.ModelShape | None:
-    """The shape of the engine's model, ``None`` if it cannot be known or there is no engine."""
-    if vlm is None:
-        return None
-    settings = vlm.settings
-    try:
-        root = settings.cache_dir or default_cache_dir()
-        return shapes.model_shape(locate(settings.model, root, settings.load_format))
-    except MolmoEdgeError:
-        return None
 
 
 def of(

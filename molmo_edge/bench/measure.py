@@ -38,8 +38,10 @@ from molmo_edge.results import Result
 
 logger = logging.getLogger("molmo_edge")
 
-TIMES = ("queue_s", "preprocess_s", "prefill_s", "ttft_s", "itl_s", "tpot_s", "e2e_s")
-METRICS = (*TIMES, "output_tps", "request_tps")
+METRICS = (
+    "queue_s", "preprocess_s", "prefill_s", "ttft_s", "itl_s", "tpot_s", "e2e_s",
+    "output_tps", "request_tps",
+)  # fmt: skip
 """The metrics of a sample that are summarised."""
 
 FAILURES_IN_A_ROW = 3
@@ -183,7 +185,7 @@ class Bench:
             if caches is not None:
                 row.caches = cache_proof(row, caches)
             if sampler is not None:
-                shape = ceilings.shape_of(self.vlm)
+                shape = None if self.vlm is None else self.vlm.shape
                 row.ceiling = ceilings.of(row, self.document.environment, shape, sampler.summary())
             self.save_now()
 

@@ -21,7 +21,12 @@ from molmo_edge.cli.common import (
     examples,
     output,
 )
-from molmo_edge.devices.profiles import load_profile, profile_names, select_profile
+from molmo_edge.devices.profiles import (
+    find_profile,
+    load_profile,
+    profile_names,
+    select_profile,
+)
 
 if TYPE_CHECKING:
     from molmo_edge.devices.plan import Plan
@@ -155,7 +160,7 @@ def show(
     from molmo_edge.settings import resolve
 
     def profile_settings(name: str) -> tuple[str, dict[str, Any]]:
-        chosen = select_profile(detect())[0] if name == "auto" else load_profile(name)
+        chosen = find_profile(name, detect())
         return chosen.name, chosen.as_settings()
 
     resolved = resolve(

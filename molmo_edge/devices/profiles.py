@@ -71,6 +71,15 @@ def select_profile(device: DeviceInfo) -> tuple[Profile, str]:
     return chosen, f"{chosen.name}: {traits}"
 
 
+def find_profile(name: str, device: DeviceInfo) -> Profile:
+    """Return the profile of that name, or for "auto" the one that fits the device.
+
+    Raises:
+        ConfigError: no such profile.
+    """
+    return select_profile(device)[0] if name == "auto" else load_profile(name)
+
+
 def profile_warning(profile: Profile, device: DeviceInfo) -> str | None:
     """Return a warning if a profile is for another device, else ``None``."""
     if _fits(profile, device):

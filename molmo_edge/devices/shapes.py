@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from molmo_edge.checkpoint_files import Tensor, read_config, tensors
+from molmo_edge.checkpoint_files import FLOATS, Tensor, read_config, tensors
 from molmo_edge.devices.tensors import KNOWN, gemma3_tensors, tensor_shapes
 from molmo_edge.errors import ModelError
 from molmo_edge.settings import PRECISIONS as REQUESTS
@@ -21,7 +21,6 @@ from molmo_edge.settings import PRECISIONS as REQUESTS
 PRECISIONS = tuple(name for name in REQUESTS if name != "auto")
 """Of the language model's dense weights; embeddings, head and tower stay BF16 in all of them."""
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
 # compressed-tensors' formats of dense weights.
 _FORMATS = {"nvfp4-pack-quantized": "nvfp4", "float-quantized": "fp8", "naive-quantized": "fp8"}
 
@@ -211,7 +210,7 @@ def _counts(parts: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, Any]:
 def _stored_bytes(files: Iterable[Tensor]) -> int:
     """Bytes of a quantised checkpoint's blocks; what is not quantised becomes BF16."""
     return sum(
-        2 * t.numel if t.dtype in _FLOATS and t.name.endswith((".weight", ".bias")) else t.nbytes
+        2 * t.numel if t.dtype in FLOATS and t.name.endswith((".weight", ".bias")) else t.nbytes
         for t in files
         if part_of(t.name) == "blocks"
     )

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from molmo_edge._version import __version__
-from molmo_edge.checkpoint_files import INDEX, Tensor, check_weights, read_config
+from molmo_edge.checkpoint_files import FLOATS, INDEX, Tensor, check_weights, read_config
 from molmo_edge.checkpoint_files import tensors as read_headers
 from molmo_edge.devices.tensors import tensor_shapes
 from molmo_edge.errors import QuantizeError
@@ -39,7 +39,6 @@ _QUANTIZED = re.compile(
 )
 # The vision tower and the LM head, by the checkpoint's names and by vLLM's.
 _IGNORED = ["re:.*vision_backbone.*", r"re:^model\.transformer\.ff_out$", "lm_head"]
-_FLOATS = ("F64", "F32", "F16", "BF16")
 _SPARE_BYTES = 64 << 20  # for everything but weights
 # Everything of the original but weights and code is copied.
 _DATA_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
@@ -166,7 +165,7 @@ def read_tensors(directory: Path, config: Mapping[str, Any], form: Format) -> li
                 "scale. Use --scheme fp8."
             )
     for tensor in stored.values():
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in FLOATS:
             raise QuantizeError(
                 f"'{tensor.name}' is stored as {tensor.dtype}; the checkpoint is quantised "
                 "already, or not an original. Expected are float32, float16 or bfloat16."

@@ -34,9 +34,7 @@ CASES = (
     Case("one", "One", "What?", Image.new("RGB", (8, 6)), ("10", "15")),
     Case("two", "Two", "Why?", Image.new("RGB", (6, 8), (9, 9, 9))),
 )
-SETTINGS = SimpleNamespace(
-    model="no-such-model", cache_dir=None, load_format="auto", max_num_seqs=8
-)
+SETTINGS = SimpleNamespace(load_format="auto", max_num_seqs=8)
 OPTIONS = RunOptions(iterations=6, max_iterations=12, max_tokens=20)
 
 
@@ -65,6 +63,7 @@ class DoubleVLM:
     failure: Callable[[int], BaseException | None] = lambda n: None
     cached: int | None = 0
     settings: Any = field(default_factory=lambda: SETTINGS)
+    shape: None = None
     environment: dict[str, Any] = field(default_factory=lambda: dict(ENVIRONMENT))
     startup: dict[str, float] = field(default_factory=lambda: {"imports": 2.0, "engine": 9.0})
     requests: int = 0
