@@ -19,7 +19,8 @@ from molmo_edge.errors import BenchmarkError
 
 Scalar = str | int | float | bool | None
 Stop = Literal["narrow", "cap", "time", "fixed", "interrupted", "error"]
-"""Why a row ended; see ``stats.RULES``. Cold starts and concurrent users have a fixed number."""
+"""Why a row ended; see ``stats.RULES``. Cold starts have a fixed number, and so have concurrent
+users unless time ends them."""
 
 
 class Part(BaseModel):

@@ -189,7 +189,7 @@ def _batch_sample(result: Any, iteration: int) -> Sample:
 
 
 def closed_loop(bench: Bench, users: int) -> None:
-    """Each user sends the next request once the answer is complete, ``iterations`` times."""
+    """Each user sends the next request once the answer is complete, up to ``iterations`` times."""
     title = f"{users} user{'s' if users > 1 else ''}"
     with bench.row(bench.cases[0], title=title, users=users) as row:
 
@@ -238,13 +238,17 @@ def open_loop(bench: Bench, rate: float) -> None:
 def _concurrently(
     bench: Bench, row: Row, count: int, work: Callable[[int, threading.Event], Iterator[Sample]]
 ) -> None:
-    """Run ``work`` in ``count`` threads; a failure or Ctrl-C stops all after a request."""
+    """Run ``work`` in ``count`` threads; the row's time limit stops all after a request each, as do
+    a failure and Ctrl-C."""
     stop, lock = threading.Event(), threading.Lock()
 
     def job(number: int) -> None:
         for sample in work(number, stop):
             with lock:
                 bench.add(row, sample)
+            if bench.clock() - bench.row_began >= bench.row_limit_s:
+                row.stopped = "time"
+                stop.set()
 
     with ThreadPoolExecutor(min(count, MAX_THREADS), "bench-user") as pool:
         futures = [pool.submit(job, number) for number in range(count)]
@@ -261,7 +265,7 @@ def _concurrently(
         "requests_per_s": len(row.succeeded) / wall_s,
         "total_tps": sum(sample.output_tokens or 0 for sample in row.succeeded) / wall_s,
     }
-    row.stopped = "fixed"
+    row.stopped = row.stopped or "fixed"
 
 
 def newest_frame(bench: Bench, case: Case) -> None:

@@ -258,3 +258,11 @@ def test_a_full_queue_is_a_lost_request_and_a_dead_engine_ends_the_row() -> None
     scenario = measure(dead, "concurrency", options=load).scenarios[0]
     assert scenario.rows[0].stopped == "error" and "gone" in (scenario.error or "")
     assert 0 < len(scenario.rows[0].samples) < 12
+
+
+def test_concurrent_users_end_with_the_scenarios_time() -> None:
+    load = replace(OPTIONS, users=(2,), rates=(1000.0,), time_limit_s=4.0)
+    scenario = measure(DoubleVLM(), "concurrency", options=load).scenarios[0]
+    row = scenario.rows[0]
+    # Two seconds a row, 0.88 a request; the other user's last request is kept.
+    assert (row.stopped, scenario.complete) == ("time", True) and len(row.samples) in (3, 4)
