@@ -14,6 +14,13 @@ from molmo_edge.sampling import Sampling
 # As in `EdgeSettings.resize`.
 Resize = Literal["torch", "tensorflow"]
 
+# What `EdgeVLM` asks, ``{}`` being the label; a family may have other prompts.
+PROMPTS: Mapping[str, str] = {
+    "point": "Point to {}",
+    "count": "How many {} are there?",
+    "track": "Track {}.",
+}
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -23,11 +30,13 @@ class Turn:
         role: ``"user"`` or ``"assistant"``.
         text: the turn's text, unchecked.
         images: checked upright RGB images that belong to the turn.
+        video: a `Clip` that belongs to the turn: sampled frames and their times.
     """
 
     role: str
     text: str
     images: tuple[Image.Image, ...] = ()
+    video: Any = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +145,9 @@ class ModelFamily(Protocol):
 
     Attributes:
         name: as it appears in results and reports.
-        verbs: the methods of `EdgeVLM` that it supports.
+        verbs: what it supports: methods of `EdgeVLM`; ``"images"``, several in one request; and
+            ``"video"``.
+        prompts: those that differ from `PROMPTS`.
         max_images: maximum number of images per request.
         crops: whether `max_crops` and `resize` apply.
         unquantized: module patterns of the vision tower, which online quantisation skips.
@@ -144,6 +155,7 @@ class ModelFamily(Protocol):
 
     name: str
     verbs: frozenset[str]
+    prompts: Mapping[str, str]
     max_images: int
     crops: bool
     unquantized: tuple[str, ...]
@@ -152,8 +164,23 @@ class ModelFamily(Protocol):
         """Raise ModelError for a checkpoint that this family cannot run."""
         ...
 
-    def engine_args(self, max_crops: int, resize: Resize) -> dict[str, Any]:
-        """Return the arguments of `vllm.LLM` that the family needs."""
+    def default_crops(self, folder: Path) -> int:
+        """Return the checkpoint's own `max_crops`; 1 if the family has no crops."""
+        ...
+
+    def frame_sampling(self, folder: Path) -> tuple[int, float] | None:
+        """Return the checkpoint's maximum of frames and of frames per second of a video.
+
+        None for a family without video.
+        """
+        ...
+
+    def engine_args(self, max_crops: int, resize: Resize, max_frames: int) -> dict[str, Any]:
+        """Return the arguments of `vllm.LLM` that the family needs.
+
+        Args:
+            max_frames: maximum frames of a video; 0 for a family without video.
+        """
         ...
 
     def prepare(self) -> None:

@@ -117,10 +117,11 @@ _CUT = (
 _STOPPED = "The answer is not complete JSON; a stop string may have ended it."
 
 
-def check_options(options: Mapping[str, Any], max_crops_limit: int) -> CheckedOptions:
+def check_options(options: Mapping[str, Any], max_crops_limit: int | None) -> CheckedOptions:
     """Check the options of a request. Raises SamplingError for an unknown name or a wrong value.
 
-    `max_crops_limit` is the engine's own `max_crops`, for which its memory was planned.
+    `max_crops_limit` is the engine's own `max_crops`, for which its memory was planned; None where
+    there is none.
     """
     for name in options:
         if name not in Options.__annotations__:
@@ -137,7 +138,7 @@ def check_options(options: Mapping[str, Any], max_crops_limit: int) -> CheckedOp
     except ValidationError as exc:
         problems = [f"{error['loc'][0]} {describe(error)}" for error in exc.errors()]
         raise SamplingError("; ".join(problems)) from None
-    if checked.max_crops is not None and checked.max_crops > max_crops_limit:
+    if max_crops_limit and checked.max_crops and checked.max_crops > max_crops_limit:
         raise SamplingError(f"max_crops must be at most {max_crops_limit}, the engine's own.")
     return checked
 

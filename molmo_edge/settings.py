@@ -82,7 +82,10 @@ class EdgeSettings(BaseModel):
         kv_cache_dtype: of the KV cache, by vLLM's name.
         max_model_len: tokens of prompt (image included) and answer together, at least 64.
         max_num_seqs: requests decoded together, 1 to 1024.
-        max_crops: high-resolution crops of an image beside the global view, 1 to 32.
+        max_crops: high-resolution crops of an image beside the global view, 1 to 32; by default
+            the checkpoint's own.
+        max_frames: frames of a video that the model sees, 1 to 1024; by default the checkpoint's
+            own.
         resize: ``torch`` (float32, within 4.4e-4 of the reference) or ``tensorflow`` (the
             reference's own, extra ``tf``).
         load_format: vLLM's name of the checkpoint's format; ``dummy`` gives random weights.
@@ -101,7 +104,9 @@ class EdgeSettings(BaseModel):
         stall_s: seconds after which a single engine step is reported as a stall.
         cache_dir: root of every cache on disk; ``~`` is the home directory.
         max_image_bytes: largest encoded image, in bytes.
-        max_image_pixels: largest decoded image, in pixels.
+        max_image_pixels: largest decoded image or frame of a video, in pixels.
+        max_video_bytes: largest encoded video, in bytes.
+        max_video_s: longest video, in seconds.
         engine_args: further arguments of ``vllm.LLM``, passed on unchanged; those that a setting
             decides are refused.
     """
@@ -115,7 +120,8 @@ class EdgeSettings(BaseModel):
     kv_cache_dtype: KVCacheDtype = "fp8"
     max_model_len: Annotated[int, Field(ge=64)] | None = None
     max_num_seqs: Annotated[int, Field(ge=1, le=1024)] = 8
-    max_crops: Annotated[int, Field(ge=1, le=32)] = 12
+    max_crops: Annotated[int, Field(ge=1, le=32)] | None = None
+    max_frames: Annotated[int, Field(ge=1, le=1024)] | None = None
     resize: Literal["torch", "tensorflow"] = "torch"
     load_format: Text = "auto"
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0  # NumPy's range, which vLLM seeds too
@@ -133,6 +139,8 @@ class EdgeSettings(BaseModel):
     cache_dir: Directory | None = None
     max_image_bytes: Annotated[int, Field(ge=1)] = 64 * 2**20
     max_image_pixels: Annotated[int, Field(ge=1)] = 64_000_000
+    max_video_bytes: Annotated[int, Field(ge=1)] = 2**30
+    max_video_s: Annotated[float, Field(gt=0)] = 3600.0
     engine_args: EngineArgs = Field(default_factory=dict)
 
 

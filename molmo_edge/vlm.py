@@ -115,6 +115,7 @@ class EdgeVLM:
         self.family: ModelFamily | None = None
         # Sizes of the checkpoint, None for an engine that is not vLLM's.
         self.shape: ModelShape | None = None
+        self._max_crops = self.settings.max_crops
         self._limits = ImageLimits(self.settings.max_image_bytes, self.settings.max_image_pixels)
         self._factory = engine if callable(engine) else self._vllm_factory(resolved, began)
         self._ids = itertools.count()
@@ -483,7 +484,7 @@ class EdgeVLM:
     def _check(self, options: Mapping[str, Any]) -> CheckedOptions:
         """Check the options and that the engine is ready, before any image is loaded."""
         self._loop.check()
-        return check_options(options, self.settings.max_crops)
+        return check_options(options, self._max_crops)
 
     def _open(
         self, messages: Sequence[Mapping[str, Any]], options: Options, *, wait: bool = False
@@ -600,6 +601,8 @@ class EdgeVLM:
         self.family.check(config, directory, settings.load_format)
         build_plan = plan_build(resolved, self.device, self.family, directory, self._profile)
         self.shape = build_plan.shape
+        if self.family.crops:
+            self._max_crops = build_plan.settings.max_crops
         # A restart finds all of this done.
         config_s = iter([time.perf_counter() - began])
         return lambda: build(build_plan, next(config_s, 0.0))

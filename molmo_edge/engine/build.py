@@ -73,7 +73,7 @@ def _start(plan: BuildPlan, config_s: float, began: float, imported: float) -> E
         },
     )
     try:
-        engine.renderer = family.renderer(engine.core, settings.max_crops, settings.resize)
+        engine.renderer = family.renderer(engine.core, settings.max_crops or 1, settings.resize)
     except BaseException:
         engine.close()
         raise

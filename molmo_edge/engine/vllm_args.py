@@ -58,6 +58,7 @@ class BuildPlan:
     Attributes:
         llm_args: keyword arguments of `vllm.LLM`.
         environment: versions, device and settings, as results state them.
+        settings: with dtypes, `max_crops` and `max_frames` (0: no video) decided.
         shape: sizes of the checkpoint.
     """
 
@@ -85,6 +86,10 @@ def plan_build(
             )
     shape = model_shape(folder)
     settings = _with_dtypes(resolved, device, shape)
+    max_crops = settings.max_crops or family.default_crops(folder)
+    sampling = family.frame_sampling(folder)
+    max_frames = (settings.max_frames or sampling[0]) if sampling is not None else 0
+    settings = settings.model_copy(update={"max_crops": max_crops, "max_frames": max_frames})
     float32 = settings.dtype == "float32"
     if device.kind == "cpu" and shape.stored == "nvfp4":
         raise ConfigError("vLLM's CPU backend has no kernel for nvfp4 checkpoints; it needs a GPU.")
@@ -128,7 +133,7 @@ def plan_build(
             "disable_any_whitespace": True,
             "disable_additional_properties": True,
         },
-        **family.engine_args(settings.max_crops, settings.resize),
+        **family.engine_args(max_crops, settings.resize, max_frames),
     }
     if choice.precision == "fp8" and shape.stored is None:
         args["quantization"] = "fp8_per_channel"
@@ -168,8 +173,9 @@ def plan_build(
         "precision": label,
         "dtype": str(args["dtype"]),
         "kv_cache_dtype": str(args["kv_cache_dtype"]),
-        "max_crops": settings.max_crops if family.crops else None,
+        "max_crops": max_crops if family.crops else None,
         "resize": settings.resize if family.crops else None,
+        "max_frames": max_frames or None,
         "prefix_caching": bool(args["enable_prefix_caching"]),
         "speculation": settings.speculation,
         "engine": settings.engine,

@@ -27,7 +27,8 @@ class Gemma3:
     """Gemma 3 with vision (4B, 12B, 27B)."""
 
     name = "gemma3"
-    verbs = frozenset({"query", "chat", "caption"})
+    verbs = frozenset({"query", "chat", "caption", "images"})
+    prompts: Mapping[str, str] = {}
     # 256 tokens each; engine_args={"limit_mm_per_prompt": {"image": …}} sets another limit.
     max_images = 16
     crops = False
@@ -39,7 +40,13 @@ class Gemma3:
         if load_format != "dummy":
             check_weights(folder)
 
-    def engine_args(self, max_crops: int, resize: Resize) -> dict[str, Any]:
+    def default_crops(self, folder: Path) -> int:
+        return 1
+
+    def frame_sampling(self, folder: Path) -> None:
+        return None
+
+    def engine_args(self, max_crops: int, resize: Resize, max_frames: int) -> dict[str, Any]:
         return {
             "limit_mm_per_prompt": {"image": self.max_images},
             # An image's tokens see each other, so no step may end inside one.

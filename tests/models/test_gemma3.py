@@ -161,7 +161,7 @@ def renderer(directory: Path) -> Renderer:
 
     family = family_of({"model_type": "gemma3"})
     family.prepare()
-    args = {**family.engine_args(12, "torch"), "limit_mm_per_prompt": {"image": 3}}
+    args = {**family.engine_args(1, "torch", 0), "limit_mm_per_prompt": {"image": 3}}
     config = EngineArgs(str(directory), dtype="float32", max_model_len=512, **args)
     vllm_config = config.create_engine_config()
     renderer = renderer_from_config(vllm_config)

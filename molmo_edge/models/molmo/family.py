@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from molmo_edge.checkpoint_files import check_weights
+from molmo_edge.checkpoint_files import check_weights, read_json
 from molmo_edge.errors import ImageError
 from molmo_edge.interface import Rendered, Renderer, Resize, Turn
 from molmo_edge.models.molmo.config import check_layout
 from molmo_edge.models.molmo.prompts import ONE_IMAGE, ImageTokenIds, PromptEncoder
-from molmo_edge.models.molmo.tiling import tiling_for
+from molmo_edge.models.molmo.tiling import DEFAULT_MAX_CROPS, tiling_for
 from molmo_edge.requests import check_length
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class Molmo:
 
     name = "molmo"
     verbs = frozenset({"query", "chat", "caption", "point", "count"})
+    prompts: Mapping[str, str] = {}
     # Molmo 1 was trained on single images.
     max_images = 1
     crops = True
@@ -44,7 +45,15 @@ class Molmo:
         if load_format != "dummy":
             check_weights(folder)
 
-    def engine_args(self, max_crops: int, resize: Resize) -> dict[str, Any]:
+    def default_crops(self, folder: Path) -> int:
+        path = folder / "preprocessor_config.json"
+        stated = read_json(path) if path.is_file() else {}
+        return int(stated.get("max_crops", DEFAULT_MAX_CROPS))
+
+    def frame_sampling(self, folder: Path) -> None:
+        return None
+
+    def engine_args(self, max_crops: int, resize: Resize, max_frames: int) -> dict[str, Any]:
         return {
             "mm_processor_kwargs": {"max_crops": max_crops, "resize": resize},
             "limit_mm_per_prompt": {"image": self.max_images},
