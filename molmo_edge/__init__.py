@@ -28,6 +28,7 @@ _WHERE = {
     "CountResult": "molmo_edge.points",
     "Seen": "molmo_edge.watch",
     "State": "molmo_edge.engine.loop",
+    "Video": "molmo_edge.video",
     "MolmoEdgeError": "molmo_edge.errors",
 }
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from molmo_edge.results import Result as Result
     from molmo_edge.results import Score as Score
     from molmo_edge.stream import Stream as Stream
+    from molmo_edge.video import Video as Video
     from molmo_edge.vlm import EdgeVLM as EdgeVLM
     from molmo_edge.watch import Seen as Seen
 

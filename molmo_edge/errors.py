@@ -8,6 +8,7 @@
     ├── MissingDependencyError (ImportError)   a package is needed; the message names the extra
     ├── InputError (ValueError)          one request was refused before it reached the engine
     │   ├── ImageError                   the image cannot be used; the cause is chained
+    │   ├── VideoError                   the video cannot be used; the cause is chained
     │   ├── PromptError                  the text cannot be used
     │   │   └── PromptTooLongError       prompt (and image) tokens do not fit the context
     │   └── SamplingError                a sampling option is out of range
@@ -54,6 +55,10 @@ class InputError(MolmoEdgeError, ValueError):
 
 class ImageError(InputError):
     """An image cannot be read or is outside the limits. The cause, if any, is chained."""
+
+
+class VideoError(InputError):
+    """A video cannot be read or is outside the limits. The cause, if any, is chained."""
 
 
 class PromptError(InputError):

@@ -12,7 +12,7 @@ ROOT = Path(molmo_edge.__file__).parent
 ROWS = (
     ("errors", "_version"),
     ("results",),
-    ("images", "settings", "sampling", "checkpoint_files"),
+    ("images", "video", "settings", "sampling", "checkpoint_files"),
     ("interface", "points", "watch", "devices"),
     ("requests",),
     ("models",),
