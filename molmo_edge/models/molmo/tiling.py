@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from molmo_edge.models.molmo.prompts import ImageTokenIds
+from molmo_edge.models.tiling import best_tiling, candidates
 
 PATCH_PX = 14  # side of one ViT patch
 CROP_PX = 336  # side of one crop
@@ -24,13 +25,6 @@ STRIDE_PATCHES = CROP_PATCHES - 2 * MARGIN_PATCHES  # 16, from one crop to the n
 STRIDE_PX = STRIDE_PATCHES * PATCH_PX  # 224
 OVERLAP_PX = CROP_PX - STRIDE_PX  # 112
 DEFAULT_MAX_CROPS = 12
-
-
-@lru_cache(maxsize=64)
-def _candidates(max_crops: int) -> npt.NDArray[np.int32]:
-    """All tilings of at most `max_crops` crops, small first: argmin and argmax favour those."""
-    pairs = [(i, j) for i in range(1, max_crops + 1) for j in range(1, max_crops // i + 1)]
-    return np.array(sorted(pairs, key=lambda p: (p[0] * p[1], p[0])), dtype=np.int32)
 
 
 class View(NamedTuple):
@@ -135,24 +129,12 @@ def _kept(index: int, count: int) -> tuple[int, int]:
 # A camera's images are all of one size.
 @lru_cache(maxsize=256)
 def tiling_for(height: int, width: int, max_crops: int = DEFAULT_MAX_CROPS) -> Tiling:
-    """Return the tiling of an image of `height` × `width` pixels.
-
-    The smallest upscaling that covers the image, else the smallest downscaling. Images of 112
-    pixels or less on a side give infinite or negative scales, which pick as the reference does.
-    """
-    candidates = _candidates(max_crops)
-    size = np.array([height - OVERLAP_PX, width - OVERLAP_PX], dtype=np.float32)
-    with np.errstate(divide="ignore"):
-        scale = ((candidates * STRIDE_PX).astype(np.float32) / size).min(axis=-1)
-    if np.all(scale < 1):
-        best = np.argmax(scale)
-    else:
-        best = np.argmin(np.where(scale < 1.0, np.float32(10e9), scale))
-    return Tiling(*candidates[best].tolist())
+    """Return the tiling of an image of `height` × `width` pixels."""
+    return Tiling(*best_tiling(height, width, max_crops, STRIDE_PX, OVERLAP_PX))
 
 
 @lru_cache(maxsize=64)
 def largest_tiling(max_crops: int) -> Tiling:
     """Return the tiling with the most image tokens for `max_crops`."""
-    tilings = [Tiling(*pair) for pair in _candidates(max_crops).tolist()]
+    tilings = [Tiling(*pair) for pair in candidates(max_crops).tolist()]
     return max(tilings, key=lambda tiling: tiling.n_tokens)
