@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from molmo_edge import EdgeVLM
+from tests import molmo2_golden
 
 
 def pytest_configure() -> None:
@@ -32,6 +34,19 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the session's stub checkpoint lies."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def golden_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[molmo2_golden.Variant], Path]:
+    """The tiny Molmo 2 of each variant, whose reference outputs are in `tests/data/molmo2`."""
+
+    @cache
+    def write(variant: molmo2_golden.Variant) -> Path:
+        return molmo2_golden.write(tmp_path_factory.mktemp(variant), variant)
+
+    return write
 
 
 # At most three crops: each costs a processor seconds.

@@ -1,4 +1,4 @@
-"""Tensor inventories of Molmo 1, with names, and of Gemma 3; the sizes of published models."""
+"""Tensor inventories of Molmo 1 and 2, with names, and of Gemma 3; sizes of published models."""
 
 from __future__ import annotations
 
@@ -54,13 +54,6 @@ def tensor_shapes(config: Mapping[str, Any], tower: Tower | None = None) -> Shap
     if config.get("attention_layer_norm"):
         block |= {"q_norm.weight": (width,), "k_norm.weight": (kv,)}
     vit = tower.width
-    vit_block: Shapes = {
-        **{f"attention.{name}": (vit, vit) for name in ("wq", "wk", "wv", "wo")},
-        "feed_forward.w1": (tower.mlp, vit),
-        "feed_forward.w2": (vit, tower.mlp),
-        "attention_norm": (vit,),
-        "ffn_norm": (vit,),
-    }
     return {
         TEXT + "wte.embedding": (vocabulary, width),
         TEXT + "wte.new_embedding": (NEW_TOKENS, width),
@@ -71,13 +64,66 @@ def tensor_shapes(config: Mapping[str, Any], tower: Tower | None = None) -> Shap
         VIT + "positional_embedding": (POSITIONS, vit),
         VIT + "patch_embedding.weight": (vit, PATCH_VALUES),
         **_biased({VIT + "pre_ln": (vit,)}),
-        **_repeat(VIT_BLOCKS, tower.blocks, _biased(vit_block)),
         VISION + "pad_embed": (2, 2 * vit),
-        **_biased({POOL + name: (tower.pooled, 2 * vit) for name in ("wq", "wk", "wv")}),
-        **_biased({POOL + "wo": (tower.pooled, tower.pooled)}),
-        PROJECTOR + "w1.weight": (half, tower.pooled),
-        PROJECTOR + "w2.weight": (width, half),
-        PROJECTOR + "w3.weight": (half, tower.pooled),
+        **_vision(tower, 2 * vit, half, width),
+    }
+
+
+def molmo2_tensor_shapes(config: Mapping[str, Any]) -> Shapes:
+    """Return name → shape of a Molmo 2, as on the hub, for the sizes in its `config.json`."""
+    vision, adapter, text = config["vit_config"], config["adapter_config"], config["text_config"]
+    width, mlp = int(text["hidden_size"]), int(text["intermediate_size"])
+    size = int(text["head_dim"])
+    q, kv = int(text["num_attention_heads"]) * size, int(text["num_key_value_heads"]) * size
+    per_head = text["qk_norm_type"] == "qwen3"
+    block: Shapes = {
+        "attn_norm.weight": (width,),
+        "ff_norm.weight": (width,),
+        "self_attn.att_proj.weight": (q + 2 * kv, width),  # queries, keys, values
+        "self_attn.attn_out.weight": (width, q),
+        "self_attn.q_norm.weight": (size if per_head else q,),
+        "self_attn.k_norm.weight": (size if per_head else kv,),
+        "mlp.ff_proj.weight": (2 * mlp, width),  # up, gate
+        "mlp.ff_out.weight": (width, mlp),
+    }
+    declared, used = int(vision["num_hidden_layers"]), adapter["vit_layers"]
+    tower = Tower(
+        width=int(vision["hidden_size"]),
+        mlp=int(vision["intermediate_size"]),
+        # Blocks after the last one that is read are not in the files.
+        blocks=1 + max(layer % declared for layer in used),
+        pooled=int(adapter["hidden_size"]),
+    )
+    patch = int(vision["image_patch_size"])
+    return {
+        TEXT + "wte.embedding": (int(text["vocab_size"]), width),
+        TEXT + "wte.new_embedding": (int(text["additional_vocab_size"]), width),
+        TEXT + "ln_f.weight": (width,),
+        "lm_head.weight": (int(text["vocab_size"]), width),
+        **_repeat(BLOCKS, int(text["num_hidden_layers"]), block),
+        VIT + "positional_embedding": (int(vision["image_num_pos"]), tower.width),
+        **_biased({VIT + "patch_embedding": (tower.width, patch * patch * 3)}),
+        **_vision(tower, len(used) * tower.width, int(adapter["intermediate_size"]), width),
+    }
+
+
+def _vision(tower: Tower, features: int, mlp: int, hidden: int) -> Shapes:
+    """Blocks, pooling of ``features`` values per patch, and projector to ``hidden``."""
+    vit, pooled = tower.width, tower.pooled
+    block: Shapes = {
+        **{f"attention.{name}": (vit, vit) for name in ("wq", "wk", "wv", "wo")},
+        "feed_forward.w1": (tower.mlp, vit),
+        "feed_forward.w2": (vit, tower.mlp),
+        "attention_norm": (vit,),
+        "ffn_norm": (vit,),
+    }
+    return {
+        **_repeat(VIT_BLOCKS, tower.blocks, _biased(block)),
+        **_biased({POOL + name: (pooled, features) for name in ("wq", "wk", "wv")}),
+        **_biased({POOL + "wo": (pooled, pooled)}),
+        PROJECTOR + "w1.weight": (mlp, pooled),
+        PROJECTOR + "w2.weight": (hidden, mlp),
+        PROJECTOR + "w3.weight": (mlp, pooled),
     }
 
 
@@ -152,19 +198,53 @@ def _gemma3(hidden: int, mlp: int, heads: int, kv: int, dim: int, layers: int) -
     return {"model_type": "gemma3", "text_config": text, "vision_config": _SIGLIP}
 
 
-_SIGLIP = {
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 27,
-    "image_size": 896,
-    "patch_size": 14,
-}
+def _molmo2(
+    hidden: int, mlp: int, layers: int, theta: float, *, olmo: bool = False
+) -> dict[str, Any]:
+    text = {
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32 if olmo else 8,
+        "head_dim": 128,
+        "vocab_size": 100278 if olmo else 151936,
+        "additional_vocab_size": NEW_TOKENS,
+        "max_position_embeddings": 65536 if olmo else 36864,
+        "rope_theta": theta,
+        "qk_norm_type": "olmo" if olmo else "qwen3",
+        "norm_after": olmo,
+    }
+    vit = {
+        **_SIGLIP_BLOCKS,
+        "num_attention_heads": 16,
+        "head_dim": 72,
+        "image_patch_size": 14,
+        "image_num_pos": 729,
+    }
+    adapter = {"vit_layers": [-3, -9], "hidden_size": 1152, "intermediate_size": mlp}
+    return {
+        "model_type": "molmo2",
+        "text_config": text,
+        "vit_config": vit,
+        "adapter_config": adapter,
+    }
+
+
+_SIGLIP_BLOCKS = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27}
+_SIGLIP = {**_SIGLIP_BLOCKS, "image_size": 896, "patch_size": 14}
+_MOLMO2_4B = _molmo2(2560, 9728, 36, 5_000_000.0)
 
 # The sizes of each hub repository's config.json.
 KNOWN: Mapping[str, Mapping[str, Any]] = {
     "allenai/Molmo-7B-D-0924": _molmo(3584, 37888, 28, 4, 28, 152064),
     "allenai/Molmo-7B-O-0924": _molmo(4096, 22016, 32, None, 32, 100352, qwen2=False),
     "allenai/Molmo-72B-0924": _molmo(8192, 59136, 64, 8, 80, 152064),
+    "allenai/Molmo2-4B": _MOLMO2_4B,
+    "allenai/Molmo2-8B": _molmo2(4096, 12288, 36, 1_000_000.0),
+    "allenai/Molmo2-O-7B": _molmo2(4096, 11008, 32, 500_000.0, olmo=True),
+    "allenai/Molmo2-ER": _MOLMO2_4B,
+    "allenai/Molmo2-VideoPoint-4B": _MOLMO2_4B,
     "google/gemma-3-4b-it": _gemma3(2560, 10240, 8, 4, 256, 34),
     "google/gemma-3-12b-it": _gemma3(3840, 15360, 16, 8, 256, 48),
     "google/gemma-3-27b-it": _gemma3(5376, 21504, 32, 16, 128, 62),

@@ -11,8 +11,8 @@ from molmo_edge.errors import MissingDependencyError, ModelError
 
 STUB = "stub"
 # Their numbers change with the content of the files.
-_STUB_DIRECTORY = "stub-2"
-_SHAPES_DIRECTORY = "shaped-1"
+_STUB_DIRECTORY = "stub-3"
+_SHAPES_DIRECTORY = "shaped-2"
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Data only: a checkpoint's Python files are never downloaded.

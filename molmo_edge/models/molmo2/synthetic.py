@@ -1,0 +1,292 @@
+"""Write Molmo 2 checkpoints with random weights, in the hub's file layout; one is the second stub.
+
+Their default sizes start in seconds on a CPU: 0.8 million parameters, images of 378 pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from molmo_edge.devices.tensors import KNOWN, NEW_TOKENS, molmo2_tensor_shapes
+from molmo_edge.models.synthetic import (
+    END_OF_TEXT,
+    Weights,
+    random_weights,
+    table_weights,
+    tokenizer,
+    vocabulary,
+    write_json,
+    write_weights,
+)
+
+# Of Molmo2-4B (and 8B, ER, VideoPoint), and of Molmo2-O-7B.
+Layout = Literal["4b", "o-7b"]
+
+TEXT = (
+    "This is the molmo_edge stub (Molmo2 architecture, random weights). "
+    '<points coords="1 1 417 333 2 640 505">stub</points>'
+)
+# `TEXT` in tokens: no token twice, nor the line break that every prompt ends with.
+_TEXT_TOKENS = (
+    "This Ġis Ġthe Ġmolmo _ edge Ġstub Ġ( Molmo 2 Ġarchitecture , Ġrandom Ġweights ). "
+    'Ġ<points Ġcoords =" 1 Ġ1 Ġ417 Ġ333 Ġ2 Ġ640 Ġ505 "> stub </points>'
+).split()
+_PROMPT_END = "Ċ"
+_WORDS = (
+    *_TEXT_TOKENS,
+    *"user assistant Image Ġa Ġof Ġin Ġwhat Ġhow Ġmany Ġto Point Describe Ġthis Ġimage".split(),
+)
+_STUB_SEED = 20261126
+
+SPECIAL = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
+"""They follow the words; the fillers after them end at the vocabulary's size."""
+IMAGE_TOKENS = (
+    "<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>", "<|image|>",
+    "<im_low>", "<frame_start>", "<frame_end>", "<|video|>",
+)  # fmt: skip
+"""Their ids follow the vocabulary."""
+_TOKEN_IDS = {
+    "image_start_token_id": "<im_start>",
+    "image_end_token_id": "<im_end>",
+    "image_patch_id": "<im_patch>",
+    "image_high_res_id": "<im_patch>",
+    "image_col_id": "<im_col>",
+    "low_res_image_start_token_id": "<low_res_im_start>",
+    "image_low_res_id": "<im_low>",
+    "frame_start_token_id": "<frame_start>",
+    "frame_end_token_id": "<frame_end>",
+}
+
+
+def hub_config(
+    layout: Layout = "4b",
+    *,
+    text: Mapping[str, Any] | None = None,
+    vit: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
+    """`config.json` with the hub's fields; `text`, `vit` and `changes` override the sizes.
+
+    What follows from other fields (ids of the image tokens, the adapter's sizes) is derived.
+    """
+    olmo = layout == "o-7b"
+    shared = {
+        "attention_dropout": 0.0,
+        "attn_implementation": "sdpa",
+        "initializer_range": 0.02,
+        "residual_dropout": 0.0,
+    }
+    vit = {
+        **shared,
+        "float32_attention": True,
+        "head_dim": 16,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": 64,
+        "image_default_input_size": [378, 378],
+        "image_num_pos": 729,
+        "image_patch_size": 14,
+        "intermediate_size": 120,
+        "layer_norm_eps": 1e-6,
+        "model_type": "molmo2",
+        "num_attention_heads": 4,
+        "num_hidden_layers": 11,
+        "num_key_value_heads": 4,
+        **(vit or {}),
+    }
+    text = {
+        **shared,
+        "additional_vocab_size": NEW_TOKENS,
+        "embedding_dropout": 0.0,
+        "head_dim": 32,
+        "hidden_act": "silu",
+        "hidden_size": 128 if olmo else 96,
+        "intermediate_size": 160,
+        "layer_norm_eps": 1e-6,
+        "max_position_embeddings": 65536 if olmo else 36864,
+        "model_type": "molmo2_text",
+        "norm_after": olmo,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 4 if olmo else 2,
+        "qk_norm_type": "olmo" if olmo else "qwen3",
+        "qkv_bias": False,
+        "rope_scaling": None,
+        "rope_scaling_layers": None,
+        "rope_theta": 500_000.0 if olmo else 5_000_000.0,
+        "use_cache": True,
+        "use_qk_norm": True,
+        "vocab_size": 512,
+        **(text or {}),
+    }
+    if olmo:
+        text |= {
+            "rope_scaling": {
+                "attention_factor": 1.2079441541679836,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "factor": 8.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "yarn",
+            },
+            "rope_scaling_layers": list(range(3, text["num_hidden_layers"], 4)),
+        }
+    adapter = {
+        **shared,
+        **{
+            key: vit[key]
+            for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+        },
+        "float32_attention": True,
+        "hidden_act": "silu",
+        "image_feature_dropout": 0.0,
+        "intermediate_size": text["intermediate_size"],
+        "model_type": "molmo2",
+        "pooling_attention_mask": True,
+        "text_hidden_size": text["hidden_size"],
+        "vit_layers": [-3, -9],
+    }
+    return {
+        "adapter_config": adapter,
+        "architectures": ["Molmo2ForConditionalGeneration"],
+        "auto_map": {
+            "AutoConfig": "configuration_molmo2.Molmo2Config",
+            "AutoModelForImageTextToText": "modeling_molmo2.Molmo2ForConditionalGeneration",
+        },
+        "dtype": "float32",
+        **{key: text["vocab_size"] + IMAGE_TOKENS.index(name) for key, name in _TOKEN_IDS.items()},
+        "initializer_range": 0.02,
+        "model_type": "molmo2",
+        "text_config": text,
+        "tie_word_embeddings": False,
+        "transformers_version": "4.57.1",
+        "use_cache": True,
+        "use_frame_special_tokens": False,
+        "vit_config": vit,
+        **changes,
+    }
+
+
+def published_config(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """`config.json` of a published model, from its sizes in `devices.tensors`."""
+    text, vit = sizes["text_config"], sizes["vit_config"]
+    return hub_config("o-7b" if text["norm_after"] else "4b", text=text, vit=vit)
+
+
+def write_checkpoint(
+    directory: Path,
+    config: Mapping[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    weights: Weights | None = None,
+    dtype: torch.dtype = torch.float32,
+    words: Sequence[str] = _WORDS,
+) -> Path:
+    """Write a whole checkpoint into `directory` (created when missing) and return it.
+
+    `dtype` is that of the files; `words` are the tokens beside those of single bytes.
+    """
+    config = config or hub_config()
+    write_description(directory, config, words)
+    weights = weights or random_weights(seed)
+    write_weights(directory, molmo2_tensor_shapes(config), weights, dtype)
+    return directory
+
+
+def write_description(
+    directory: Path, config: Mapping[str, Any], words: Sequence[str] = _WORDS
+) -> None:
+    """Write a checkpoint without its weights: configuration, processors and tokenizer."""
+    text, vit = config["text_config"], config["vit_config"]
+    vocab = vocabulary(words)
+    pad, end = len(vocab), len(vocab) + SPECIAL.index("<|im_end|>")
+    olmo = bool(text["norm_after"])
+    processor: dict[str, Any] = {
+        "auto_map": {"AutoProcessor": "processing_molmo2.Molmo2Processor"},
+        "processor_class": "Molmo2Processor",
+    }
+    classes = {
+        "AutoImageProcessor": "image_processing_molmo2.Molmo2ImageProcessor",
+        "AutoVideoProcessor": "video_processing_molmo2.Molmo2VideoProcessor",
+    }
+    height, width = vit["image_default_input_size"]
+    pixels = {
+        **processor,
+        "auto_map": {**processor["auto_map"], **classes},
+        "do_convert_rgb": True,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "patch_size": vit["image_patch_size"],
+        "resample": 2,
+        "size": {"height": height, "width": width},
+    }
+    files: dict[str, Mapping[str, Any]] = {
+        "config.json": config,
+        "generation_config.json": {
+            "bos_token_id": pad if olmo else end,
+            "eos_token_id": end,
+            "pad_token_id": pad,
+        },
+        "preprocessor_config.json": {
+            **pixels,
+            "image_processor_type": "Molmo2ImageProcessor",
+            "max_crops": 8,
+            "overlap_margins": [4, 4],
+            "pooling_size": [2, 2],
+        },
+        "processor_config.json": {
+            **processor,
+            "image_use_col_tokens": True,
+            "use_frame_special_tokens": config["use_frame_special_tokens"],
+            "use_single_crop_col_tokens": False,
+            "use_single_crop_start_token": True,
+            "video_use_col_tokens": False,
+        },
+        "tokenizer_config.json": {
+            "bos_token": END_OF_TEXT if olmo else "<|im_end|>",
+            "clean_up_tokenization_spaces": False,
+            "eos_token": "<|im_end|>",
+            "model_max_length": text["max_position_embeddings"],
+            "pad_token": END_OF_TEXT,
+            "padding_side": "left",
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        },
+        "video_preprocessor_config.json": {
+            **pixels,
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "do_sample_frames": True,
+            "frame_sample_mode": "uniform_last_frame",
+            "max_fps": 2,
+            "num_frames": 384,
+            "pooling_size": [3, 3],
+            "rescale_factor": 1 / 255,
+            "return_metadata": False,
+            "sampling_fps": 2,
+            "video_processor_type": "Molmo2VideoProcessor",
+        },
+    }
+    write_json(directory, files)
+    made = tokenizer(vocab, SPECIAL, text["vocab_size"], IMAGE_TOKENS)
+    made.save(str(directory / "tokenizer.json"))
+
+
+def write_talking(
+    directory: Path, config: Mapping[str, Any], dtype: torch.dtype = torch.float32
+) -> Path:
+    """Write a checkpoint that answers `TEXT` to every prompt, whatever its sizes."""
+    vocab = vocabulary(_WORDS)
+    end = len(vocab) + SPECIAL.index("<|im_end|>")
+    tokens = [vocab[_PROMPT_END], *(vocab[piece] for piece in _TEXT_TOKENS), end]
+    weights = table_weights(tokens, "model.transformer.wte.embedding", "lm_head.weight", _STUB_SEED)
+    return write_checkpoint(directory, config, weights=weights, dtype=dtype)
+
+
+def write_stub(directory: Path) -> None:
+    """Write the second stub: the real vision tower (0.4 billion parameters), few tiny layers."""
+    vit = KNOWN["allenai/Molmo2-4B"]["vit_config"]
+    write_talking(directory, hub_config(vit=vit), torch.bfloat16)
