@@ -57,18 +57,15 @@ class Gemma3:
 
     def prepare(self) -> None:
         from vllm import ModelRegistry
-        from vllm.platforms import current_platform
 
+        from molmo_edge.models.attention import register as register_attention
         from molmo_edge.models.vllm_workarounds import gemma3_without_torchvision
 
         with gemma3_without_torchvision():
             from vllm.model_executor.models.gemma3_mm import Gemma3ForConditionalGeneration as Model
         # The class itself: for a name, vLLM starts one more process to inspect it.
         ModelRegistry.register_model(Model.__name__, Model)
-        if current_platform.is_cpu():
-            from molmo_edge.models.cpu_attention import register
-
-            register()
+        register_attention()
 
     def renderer(self, engine: Any, max_crops: int, resize: Resize) -> Renderer:
         return Gemma3Renderer(engine)
