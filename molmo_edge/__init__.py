@@ -26,6 +26,7 @@ _WHERE = {
     "PointResult": "molmo_edge.points",
     "parse_points": "molmo_edge.points",
     "CountResult": "molmo_edge.points",
+    "TrackResult": "molmo_edge.points",
     "Seen": "molmo_edge.watch",
     "State": "molmo_edge.engine.loop",
     "Video": "molmo_edge.video",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from molmo_edge.points import CountResult as CountResult
     from molmo_edge.points import Point as Point
     from molmo_edge.points import PointResult as PointResult
+    from molmo_edge.points import TrackResult as TrackResult
     from molmo_edge.points import parse_points as parse_points
     from molmo_edge.requests import Request as Request
     from molmo_edge.results import Metrics as Metrics

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from PIL import Image
 
 from molmo_edge.sampling import Sampling
+from molmo_edge.video import Clip
 
 # As in `EdgeSettings.resize`.
 Resize = Literal["torch", "tensorflow"]
@@ -30,13 +31,13 @@ class Turn:
         role: ``"user"`` or ``"assistant"``.
         text: the turn's text, unchecked.
         images: checked upright RGB images that belong to the turn.
-        video: a `Clip` that belongs to the turn: sampled frames and their times.
+        video: sampled frames, and their times, of a video that belongs to the turn.
     """
 
     role: str
     text: str
     images: tuple[Image.Image, ...] = ()
-    video: Any = None
+    video: Clip | None = None
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,19 @@ Text is untrusted: none makes ``parse_points`` raise, and reading takes time lin
 from __future__ import annotations
 
 import html
-import itertools
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from molmo_edge.errors import InputError
 from molmo_edge.images import ImageLike, load
 from molmo_edge.results import Result
+from molmo_edge.video import Clip
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Point:
         id: the number the model gave the point or tracked object, None if it gave none.
         image_index: which image of the request, from 0; None where the form does not say.
         t: seconds into the video, None for images.
+        frame: the nearest of the sampled frames, from 0; None for images.
 
     Raises:
         InputError: a coordinate is not between 0 and 1.
@@ -50,6 +53,7 @@ class Point:
     id: int | None = None
     image_index: int | None = None
     t: float | None = None
+    frame: int | None = None
 
     def __post_init__(self) -> None:
         if not (0 <= self.x <= 1 and 0 <= self.y <= 1):
@@ -85,7 +89,8 @@ class PointResult:
         truncated: the answer was cut off, by its own look or by its finish reason.
         malformed: coordinate pairs outside their scale or unreadable, and tags without any pair.
         label: what the prompt asked for, if known.
-        image: the image the answer is about, if known; outside equality, repr and JSON.
+        images: the images, or sampled frames of the video, that the answer is about, if known;
+            outside equality, repr and JSON.
         result: the answer with its metrics, if known; outside equality and repr.
     """
 
@@ -96,8 +101,13 @@ class PointResult:
     truncated: bool = False
     malformed: int = 0
     label: str = ""
-    image: ImageLike | None = field(default=None, compare=False, repr=False)
+    images: Sequence[ImageLike] = field(default=(), compare=False, repr=False)
     result: Result | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def image(self) -> ImageLike | None:
+        """The first of the images, None if there is none."""
+        return self.images[0] if self.images else None
 
     @property
     def count(self) -> int:
@@ -128,11 +138,39 @@ class PointResult:
         """``as_dict()`` as one line of ASCII JSON."""
         return json.dumps(self.as_dict(), allow_nan=False)
 
-    def draw(self, image: ImageLike | None = None) -> Image.Image:
+    def placed(self, images: Sequence[ImageLike], clip: Clip | None) -> PointResult:
+        """Return the points as those of `images`, or of a clip that the answer is about.
+
+        What the form calls a frame is an image's number or a time; of a single image it says
+        nothing. Points in images that there are not count as malformed.
+        """
+        points = []
+        for point in self.points:
+            index, t = point.image_index, point.t
+            if clip is not None:
+                t = index + 1.0 if t is None and index is not None else t
+                frame = None if t is None else _nearest(clip.times, t)
+                points.append(replace(point, image_index=None, t=t, frame=frame))
+                continue
+            if t is not None:
+                index = int(t) - 1
+            if index is not None and len(images) == 1:
+                index = 0
+            if index is None or 0 <= index < len(images):
+                points.append(replace(point, image_index=index, t=None))
+        return replace(
+            self,
+            points=tuple(points),
+            malformed=self.malformed + len(self.points) - len(points),
+            images=images if clip is None else clip.frames,
+        )
+
+    def draw(self, image: ImageLike | None = None, *, index: int = 0) -> Image.Image:
         """Return a new upright RGB image with a dot, its number and its label at every point.
 
         Args:
-            image: anything a query takes; by default the result's own image.
+            image: anything a query takes; by default the one of `images` with this `index`.
+            index: which of several images, or of a video's frames; only its points are drawn.
 
         Numbers are positions in ``points``, from 1; a label stands at the first of its points.
 
@@ -140,11 +178,17 @@ class PointResult:
             InputError: there is no image.
             ImageError: the image cannot be used.
         """
-        image = self.image if image is None else image
         if image is None:
-            raise InputError("There is no image to draw on: call draw(image).")
+            if not 0 <= index < len(self.images):
+                raise InputError("There is no such image to draw on: call draw(image).")
+            image = self.images[index]
+        several = len(self.images) > 1
         canvas = load(image)
-        _draw(canvas, self.points)
+        _draw(canvas, {
+            number: point
+            for number, point in enumerate(self.points, 1)
+            if not several or index in (point.image_index, point.frame)
+        })  # fmt: skip
         return canvas
 
 
@@ -188,6 +232,77 @@ class CountResult:
             "consistent": self.consistent,
             "points": self.points.as_dict(),
         }
+
+
+class TrackPoint(NamedTuple):
+    """Where an object is at a time: seconds, and fractions of the frame's width and height."""
+
+    time_s: float
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
+class TrackResult:
+    """Where objects are while a video runs.
+
+    Attributes:
+        text: the answer as generated.
+        tracks: object id → its positions in the order of time, one for each time; an object that
+            is hidden for a while has none for that while.
+        none_found, truncated, malformed, label, result: as in `PointResult`.
+        clip: the sampled frames of the video; outside equality, repr and JSON.
+    """
+
+    text: str
+    tracks: Mapping[int, tuple[TrackPoint, ...]]
+    none_found: bool = False
+    truncated: bool = False
+    malformed: int = 0
+    label: str = ""
+    clip: Clip | None = field(default=None, compare=False, repr=False)
+    result: Result | None = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, points: PointResult, clip: Clip | None = None) -> TrackResult:
+        """Return the tracks of points; the second point of an object at one time is dropped."""
+        tracks: dict[int, dict[float, TrackPoint]] = {}
+        for point in points.points:
+            if point.id is not None and point.t is not None:
+                track = tracks.setdefault(point.id, {})
+                track.setdefault(point.t, TrackPoint(point.t, point.x, point.y))
+        return cls(
+            points.text,
+            {id: tuple(sorted(track.values())) for id, track in sorted(tracks.items())},
+            points.none_found,
+            points.truncated,
+            points.malformed,
+            points.label,
+            clip,
+            points.result,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "label": self.label,
+            "text": self.text,
+            "tracks": {
+                str(id): [point._asdict() for point in track] for id, track in self.tracks.items()
+            },
+            "none_found": self.none_found,
+            "truncated": self.truncated,
+            "malformed": self.malformed,
+            "metrics": None if self.result is None else asdict(self.result.metrics),
+        }
+
+    def to_json(self) -> str:
+        """``as_dict()`` as one line of ASCII JSON."""
+        return json.dumps(self.as_dict(), allow_nan=False)
+
+
+def _nearest(times: Sequence[float], t: float) -> int:
+    return int(np.abs(np.subtract(times, t)).argmin())
 
 
 def parse_points(text: str) -> PointResult:
@@ -440,7 +555,7 @@ _NONE = re.compile(
     r"|\bthere (?:are|is)(?: not|n't) any\b|\bthere are no\b|\bdo(?: not|n't) see any\b"
     r"|(?:\bnot|n't) (?:present |visible |shown |seen )?in (?:the|this|that) "
     r"(?:image|picture|photo|video|scene)"
-    r"|\Anone\.?\Z",
+    r"|\Anone\.?\Z|\Ano tracks available\b",
     re.I,
 )
 
@@ -466,8 +581,8 @@ _COLOURS = (
 )  # fmt: skip
 
 
-def _draw(canvas: Image.Image, points: tuple[Point, ...]) -> None:
-    """Draw a dot and a text at each point: they show on any background."""
+def _draw(canvas: Image.Image, points: Mapping[int, Point]) -> None:
+    """Draw a dot and a text with its number at each point: they show on any background."""
     width, height = canvas.size
     size = max(10, round(0.028 * min((width * height) ** 0.5, 2 * min(width, height))))
     line, radius = max(1, round(size * 0.1)), max(2, round(size * 0.25))
@@ -477,7 +592,7 @@ def _draw(canvas: Image.Image, points: tuple[Point, ...]) -> None:
         "font": ImageFont.load_default(size), "anchor": "lb", "stroke_width": 2 * line,
     }  # fmt: skip
     labels: set[str | None] = {None, ""}
-    for number, point in enumerate(points, 1):
+    for number, point in points.items():
         text = str(number) if point.label in labels else f"{number} {point.label}"
         text = "".join(char if char.isprintable() else " " for char in text[:60])
         labels.add(point.label)
@@ -487,7 +602,8 @@ def _draw(canvas: Image.Image, points: tuple[Point, ...]) -> None:
         y = row - reach - min(0, top)
         draw.text((x, y), text, (255, 255, 255), stroke_fill=(0, 0, 0), **style)
     # After the texts, so that none hides a dot.
-    for point, colour in zip(points, itertools.cycle(_COLOURS), strict=False):
+    for number, point in points.items():
+        colour = _COLOURS[(number - 1) % len(_COLOURS)]
         column, row = point.px(canvas.size)
         for r, fill in ((reach, (0, 0, 0)), (radius + line, (255, 255, 255)), (radius, colour)):
             draw.ellipse((column - r, row - r, column + r, row + r), fill)

@@ -10,7 +10,7 @@ import difflib
 import inspect
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, TypeAlias, TypedDict, Unpack
 
@@ -19,7 +19,6 @@ from pydantic.errors import PydanticUserError
 
 from molmo_edge.errors import (
     GenerationError,
-    ImageError,
     PromptError,
     PromptTooLongError,
     SamplingError,
@@ -29,8 +28,14 @@ from molmo_edge.interface import Turn
 from molmo_edge.results import Result
 from molmo_edge.sampling import Sampling
 from molmo_edge.settings import describe
+from molmo_edge.video import Clip, VideoLike
 
 JsonSchema: TypeAlias = Mapping[str, Any] | type[BaseModel]
+# One image, or several as a list or tuple.
+Images: TypeAlias = ImageLike | Sequence[ImageLike]
+
+
+ONE_VIDEO = "A conversation can have images, or one video, but not both."
 
 
 class Options(TypedDict, total=False):
@@ -56,11 +61,19 @@ class Options(TypedDict, total=False):
 
 
 class Request:
-    """One item of a batch: an image (or None), a text, and `Options`."""
+    """One item of a batch: the arguments of `EdgeVLM.query`."""
 
-    def __init__(self, image: ImageLike | None, text: str, **options: Unpack[Options]) -> None:
+    def __init__(
+        self,
+        image: Images | None,
+        text: str,
+        *,
+        video: VideoLike | None = None,
+        **options: Unpack[Options],
+    ) -> None:
         self.image = image
         self.text = text
+        self.video = video
         self.options = options
 
 
@@ -172,20 +185,38 @@ def check_token_ids(ids: Sequence[int]) -> list[int]:
     return list(ids)
 
 
-def question(image: ImageLike | None, text: str) -> list[Mapping[str, Any]]:
+def question(
+    image: Images | None, text: str, video: VideoLike | None = None
+) -> list[Mapping[str, Any]]:
     """A conversation of one user message, as `EdgeVLM.chat` takes it."""
-    images = [] if image is None else [{"type": "image", "image": image}]
-    return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
+    images = image if isinstance(image, list | tuple) else [] if image is None else [image]
+    content: list[Mapping[str, Any]] = [{"type": "image", "image": one} for one in images]
+    if video is not None:
+        content.append({"type": "video", "video": video})
+    return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
 
 
-def read_turns(messages: Sequence[Mapping[str, Any]], limits: ImageLimits) -> list[Turn]:
-    """Check the structure of messages and load their images. Raises PromptError, ImageError."""
+def read_turns(
+    messages: Sequence[Mapping[str, Any]],
+    limits: ImageLimits,
+    load_clip: Callable[[VideoLike], Clip],
+) -> list[Turn]:
+    """Check the structure of messages and load their images and videos.
+
+    Raises PromptError, ImageError, and what `load_clip` raises.
+    """
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
         raise PromptError("messages must be a list of {'role': …, 'content': …}.")
-    return [_read_turn(i, message, limits) for i, message in enumerate(messages, start=1)]
+    numbered = enumerate(messages, start=1)
+    return [_read_turn(number, message, limits, load_clip) for number, message in numbered]
 
 
-def _read_turn(number: int, message: Mapping[str, Any], limits: ImageLimits) -> Turn:
+def _read_turn(
+    number: int,
+    message: Mapping[str, Any],
+    limits: ImageLimits,
+    load_clip: Callable[[VideoLike], Clip],
+) -> Turn:
     if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
         raise PromptError(f"Message {number} must be a mapping with only 'role' and 'content'.")
     role, content = message["role"], message["content"]
@@ -195,7 +226,7 @@ def _read_turn(number: int, message: Mapping[str, Any], limits: ImageLimits) -> 
         content = [{"type": "text", "text": content}]
     if not isinstance(content, Sequence) or isinstance(content, bytes):
         raise PromptError(f"Message {number}: content must be a string or a list of parts.")
-    texts, images = [], []
+    texts, images, videos = [], [], []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
@@ -204,14 +235,18 @@ def _read_turn(number: int, message: Mapping[str, Any], limits: ImageLimits) -> 
             raise PromptError(f"Message {number}: the text must be a string.")
         elif kind == "image" and part.get("image") is not None:
             images.append(load(part["image"], limits))
+        elif kind == "video" and part.get("video") is not None:
+            videos.append(load_clip(part["video"]))
         else:
             raise PromptError(
-                f"Message {number}: a part must be {{'type': 'text', 'text': …}} or "
-                "{'type': 'image', 'image': …}."
+                f"Message {number}: a part must be {{'type': 'text', 'text': …}}, "
+                "{'type': 'image', 'image': …} or {'type': 'video', 'video': …}."
             )
-    if images and role == "assistant":
-        raise ImageError(f"Message {number}: an assistant message cannot contain an image.")
-    return Turn(role, "\n".join(texts), tuple(images))
+    if (images or videos) and role == "assistant":
+        raise PromptError(f"Message {number}: only user messages contain images and videos.")
+    if len(videos) > 1:
+        raise PromptError(ONE_VIDEO)
+    return Turn(role, "\n".join(texts), tuple(images), *videos)
 
 
 def read_labels(given: object) -> list[str]:
@@ -245,12 +280,15 @@ def check_length(tokens: int, max_model_len: int, images: int = 0) -> None:
         raise PromptTooLongError(
             f"The prompt has at least {tokens} tokens{included} and leaves no room to answer: "
             f"max_model_len is {max_model_len}. Shorten the text, use fewer images or a lower "
-            "max_crops, or raise max_model_len."
+            "max_crops or max_frames, or raise max_model_len."
         )
 
 
 def check_turns(turns: Sequence[Turn]) -> None:
-    """Raise PromptError unless turns alternate, start and end with the user, and contain text."""
+    """Raise PromptError unless turns alternate, start and end with the user, and contain text.
+
+    A conversation has images or one video.
+    """
     if not turns:
         raise PromptError("The conversation is empty; give at least one user turn.")
     for i, turn in enumerate(turns):
@@ -264,3 +302,6 @@ def check_turns(turns: Sequence[Turn]) -> None:
             raise PromptError("The text contains lone surrogates: no valid Unicode.") from None
     if len(turns) % 2 == 0:
         raise PromptError("The last turn must be the user's.")
+    videos = sum(turn.video is not None for turn in turns)
+    if videos > 1 or (videos and any(turn.images for turn in turns)):
+        raise PromptError(ONE_VIDEO)

@@ -139,8 +139,8 @@ class EdgeSettings(BaseModel):
     cache_dir: Directory | None = None
     max_image_bytes: Annotated[int, Field(ge=1)] = 64 * 2**20
     max_image_pixels: Annotated[int, Field(ge=1)] = 64_000_000
-    max_video_bytes: Annotated[int, Field(ge=1)] = 2**30
-    max_video_s: Annotated[float, Field(gt=0)] = 3600.0
+    max_video_bytes: Annotated[int, Field(ge=1)] = 4 * 2**30
+    max_video_s: Annotated[float, Field(gt=0)] = 4 * 3600.0
     engine_args: EngineArgs = Field(default_factory=dict)
 
 

@@ -33,14 +33,21 @@ from molmo_edge.engine.vllm_args import (
     require_vllm,
 )
 from molmo_edge.engine.vllm_errors import mapped
-from molmo_edge.errors import ConfigError, EngineClosedError, MolmoEdgeError, PromptError
-from molmo_edge.images import ImageLike, ImageLimits, load
-from molmo_edge.interface import Engine, ModelFamily, Turn
+from molmo_edge.errors import (
+    ConfigError,
+    EngineClosedError,
+    ImageError,
+    MolmoEdgeError,
+    PromptError,
+)
+from molmo_edge.images import ImageLike, ImageLimits
+from molmo_edge.interface import PROMPTS, Engine, ModelFamily, Turn
 from molmo_edge.models.hub import locate
 from molmo_edge.models.registry import family_of
-from molmo_edge.points import CountResult, PointResult, parse_points
+from molmo_edge.points import CountResult, PointResult, TrackResult, parse_points
 from molmo_edge.requests import (
     CheckedOptions,
+    Images,
     Options,
     Request,
     check_options,
@@ -52,19 +59,18 @@ from molmo_edge.requests import (
 from molmo_edge.results import Result, Score
 from molmo_edge.settings import EdgeSettings, Resolved, resolve
 from molmo_edge.stream import AStream, Stream
+from molmo_edge.video import Clip, VideoLike, VideoLimits, load_video
 from molmo_edge.warmup import WarmupReport, warm
 from molmo_edge.watch import Camera, Seen, Source, arun, run
 
 T = TypeVar("T")
 
-# The prompts Molmo was trained with (PixMo-Cap, PixMo-Points, PixMo-Count).
+# The prompts Molmo was trained with (PixMo-Cap).
 CAPTION_PROMPTS: Mapping[str, str] = {
     "short": "Describe this image in one sentence.",
     "normal": "Describe this image.",
     "long": "Describe this image in detail.",
 }
-POINT_PROMPT = "Point to {}"
-COUNT_PROMPT = "How many {} are there?"
 
 
 class EdgeVLM:
@@ -117,6 +123,12 @@ class EdgeVLM:
         self.shape: ModelShape | None = None
         self._max_crops = self.settings.max_crops
         self._limits = ImageLimits(self.settings.max_image_bytes, self.settings.max_image_pixels)
+        self._video_limits = VideoLimits(
+            self.settings.max_video_bytes,
+            self.settings.max_image_pixels,
+            self.settings.max_video_s,
+            self.settings.max_frames or VideoLimits.max_frames,
+        )
         self._factory = engine if callable(engine) else self._vllm_factory(resolved, began)
         self._ids = itertools.count()
         self._closed = False
@@ -126,31 +138,48 @@ class EdgeVLM:
 
     # Questions.
 
-    def query(self, image: ImageLike | None, text: str, **options: Unpack[Options]) -> Result:
-        """Answer one question about an image, or about none.
+    def query(
+        self,
+        image: Images | None,
+        text: str,
+        *,
+        video: VideoLike | None = None,
+        **options: Unpack[Options],
+    ) -> Result:
+        """Answer one question about an image, several images, a video, or nothing.
 
         Args:
-            image: bytes, path, PIL image, H x W x 3 uint8 RGB array, or None.
+            image: bytes, path, PIL image or H x W x 3 uint8 RGB array; a list of them; or None.
             text: the question.
+            video: path, bytes or `Video`, in place of images.
             options: see `Options`.
 
         Raises:
+            ConfigError: a video, and the model has no video; see `supports`.
             InputError: refused before it reached the engine; the next call works.
             RequestTimeout: `timeout` passed; its `.partial` has the text so far.
             QueueFull, EngineDeadError, EngineClosedError, EngineForkedError.
         """
-        return self.stream(image, text, **options).result()
+        return self.stream(image, text, video=video, **options).result()
 
-    def stream(self, image: ImageLike | None, text: str, **options: Unpack[Options]) -> Stream:
+    def stream(
+        self,
+        image: Images | None,
+        text: str,
+        *,
+        video: VideoLike | None = None,
+        **options: Unpack[Options],
+    ) -> Stream:
         """Like `query`, but return at once with the answer's text as it is generated."""
-        return self._open(question(image, text), options)
+        return self._open(question(image, text, video), options)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[Options]) -> Result:
         """Answer the last message of a conversation.
 
         Messages are ``{"role": "user", "content": …}``, content being a string or a list of
-        ``{"type": "text", "text": …}`` and ``{"type": "image", "image": …}``. Molmo 1 takes one
-        image, in the first message. Raises as `query`.
+        ``{"type": "text", "text": …}``, ``{"type": "image", "image": …}`` and
+        ``{"type": "video", "video": …}``: images in any of the user's messages, or one video.
+        Molmo 1 takes one image, in the first message. Raises as `query`.
         """
         return self.chat_stream(messages, **options).result()
 
@@ -181,9 +210,8 @@ class EdgeVLM:
         with ExitStack() as streams:
             for request in requests:
                 try:
-                    stream = self._open(
-                        question(request.image, request.text), request.options, wait=True
-                    )
+                    messages = question(request.image, request.text, request.video)
+                    stream = self._open(messages, request.options, wait=True)
                     opened.append(streams.enter_context(stream))
                 except MolmoEdgeError as exc:
                     opened.append(exc)
@@ -196,10 +224,11 @@ class EdgeVLM:
 
     def score(
         self,
-        image: ImageLike | None,
+        image: Images | None,
         text: str,
         answer: Sequence[int],
         *,
+        video: VideoLike | None = None,
         candidates: Sequence[Sequence[int]] | None = None,
     ) -> Score:
         """Teacher-forced log-probabilities of an answer's tokens; what drift is measured with.
@@ -221,7 +250,7 @@ class EdgeVLM:
             raise PromptError(
                 "Give at least one token to score, and candidates for each token or none at all."
             )
-        turns = read_turns(question(image, text), self._limits)
+        turns = self._read(question(image, text, video))
         streams: list[Stream] = []
         with ExitStack() as stack:
             for i, token in enumerate(ids):
@@ -247,15 +276,27 @@ class EdgeVLM:
     # Questions, for asyncio.
 
     async def aquery(
-        self, image: ImageLike | None, text: str, **options: Unpack[Options]
+        self,
+        image: Images | None,
+        text: str,
+        *,
+        video: VideoLike | None = None,
+        **options: Unpack[Options],
     ) -> Result:
         """`query` for asyncio; cancelling the task frees the sequence."""
-        stream = await self._aopen(question(image, text), options)
+        stream = await self._aopen(question(image, text, video), options)
         return await stream.aresult()
 
-    def astream(self, image: ImageLike | None, text: str, **options: Unpack[Options]) -> AStream:
+    def astream(
+        self,
+        image: Images | None,
+        text: str,
+        *,
+        video: VideoLike | None = None,
+        **options: Unpack[Options],
+    ) -> AStream:
         """`stream` for asyncio: ``async for`` over it, or ``await`` it for the `Stream`."""
-        return AStream(lambda: self._aopen(question(image, text), options))
+        return AStream(lambda: self._aopen(question(image, text, video), options))
 
     async def abatch(
         self, requests: Iterable[Request], *, return_exceptions: bool = False
@@ -264,7 +305,7 @@ class EdgeVLM:
         preparing = asyncio.Lock()
 
         async def answer(request: Request) -> Result:
-            messages = question(request.image, request.text)
+            messages = question(request.image, request.text, request.video)
             async with preparing:
                 stream = await self._aopen(messages, request.options, wait=True)
             return await stream.aresult()
@@ -275,7 +316,10 @@ class EdgeVLM:
     # Tasks with Molmo's own prompts.
 
     def supports(self, verb: str) -> bool:
-        """Whether the model can do it: query, chat, caption, point, count."""
+        """Whether the model can do it: query, chat, caption, point, count, track, images, video.
+
+        ``"images"``: several in one request; ``"video"``: the argument of that name.
+        """
         return self.family is None or verb in self.family.verbs
 
     def caption(
@@ -291,21 +335,36 @@ class EdgeVLM:
         return self.query(image, CAPTION_PROMPTS[length], **options)
 
     @overload
-    def point(self, image: ImageLike, label: str, **options: Unpack[Options]) -> PointResult: ...
+    def point(self, image: Images, label: str, **options: Unpack[Options]) -> PointResult: ...
 
     @overload
     def point(
-        self, image: ImageLike, label: list[str] | tuple[str, ...], **options: Unpack[Options]
+        self, image: Images, label: list[str] | tuple[str, ...], **options: Unpack[Options]
+    ) -> list[PointResult]: ...
+
+    @overload
+    def point(self, *, video: VideoLike, label: str, **options: Unpack[Options]) -> PointResult: ...
+
+    @overload
+    def point(
+        self, *, video: VideoLike, label: list[str] | tuple[str, ...], **options: Unpack[Options]
     ) -> list[PointResult]: ...
 
     def point(
-        self, image: ImageLike, label: str | Sequence[str], **options: Unpack[Options]
+        self,
+        image: Images | None = None,
+        label: str | Sequence[str] = "",
+        *,
+        video: VideoLike | None = None,
+        **options: Unpack[Options],
     ) -> PointResult | list[PointResult]:
         """Point to what a label names; several labels are one batch, answered in order.
 
         Args:
-            image: as in `query`; ``Point.px`` takes its upright size.
+            image: as in `query`; ``Point.px`` takes its upright size. Of several images, a point's
+                `image_index` says in which it is.
             label: "the red mug"; lower-cased and stripped, as in training.
+            video: as in `query`; points have `t` and `frame`.
 
         Returns:
             A `PointResult`; a list of them for a list of labels. An answer cut off by `max_tokens`
@@ -316,15 +375,44 @@ class EdgeVLM:
             PromptError: a label is empty, or contains markup or unprintable characters.
             As `query`; the first failure of a batch ends the others.
         """
-        self._require("point")
-        answers = self._locate(image, read_labels(label), POINT_PROMPT, options)
+        _, answers = self._locate("point", question(image, "", video), label, options)
         return answers[0] if isinstance(label, str) else answers
 
-    def count(self, image: ImageLike, label: str, **options: Unpack[Options]) -> CountResult:
-        """Count what a label names, by the answer's points where it has any. Raises as `point`."""
-        self._require("count")
-        [answer] = self._locate(image, read_labels([label]), COUNT_PROMPT, options)
+    @overload
+    def count(self, image: Images, label: str, **options: Unpack[Options]) -> CountResult: ...
+
+    @overload
+    def count(self, *, video: VideoLike, label: str, **options: Unpack[Options]) -> CountResult: ...
+
+    def count(
+        self,
+        image: Images | None = None,
+        label: str = "",
+        *,
+        video: VideoLike | None = None,
+        **options: Unpack[Options],
+    ) -> CountResult:
+        """Count what a label names, by the answer's points where it has any.
+
+        Over all images, or the whole video. Takes and raises what `point` does, for one label.
+        """
+        _, [answer] = self._locate("count", question(image, "", video), [label], options)
         return CountResult.of(answer)
+
+    def track(self, video: VideoLike, label: str, **options: Unpack[Options]) -> TrackResult:
+        """Follow what a label names through a video.
+
+        Args:
+            video: as in `query`; the model states positions at its sampled frames.
+            label: as in `point`.
+            options: see `Options`; `max_tokens` is 2048 unless given.
+
+        Raises:
+            As `point`.
+        """
+        options.setdefault("max_tokens", 2048)
+        clip, [answer] = self._locate("track", question(None, "", video), [label], options)
+        return TrackResult.of(answer, clip)
 
     def watch(
         self,
@@ -486,12 +574,19 @@ class EdgeVLM:
         self._loop.check()
         return check_options(options, self._max_crops)
 
+    def _read(self, messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
+        return read_turns(messages, self._limits, self._load_clip)
+
+    def _load_clip(self, video: VideoLike) -> Clip:
+        self._require("video")
+        return load_video(video, self._video_limits)
+
     def _open(
         self, messages: Sequence[Mapping[str, Any]], options: Options, *, wait: bool = False
     ) -> Stream:
         """Prepare a request in this thread and submit it; `wait` for room in a full queue."""
         checked = self._check(options)
-        return self._submit(read_turns(messages, self._limits), checked, wait=wait)
+        return self._submit(self._read(messages), checked, wait=wait)
 
     async def _aopen(
         self, messages: Sequence[Mapping[str, Any]], options: Options, *, wait: bool = False
@@ -500,7 +595,7 @@ class EdgeVLM:
         checked, loop = self._check(options), self._loop
 
         def prepare() -> PendingRequest:
-            return self._render(loop, read_turns(messages, self._limits), checked)
+            return self._render(loop, self._read(messages), checked)
 
         try:
             async with asyncio.timeout(checked.timeout):
@@ -555,33 +650,45 @@ class EdgeVLM:
     def _require(self, verb: str) -> None:
         if self.family is not None and verb not in self.family.verbs:
             raise ConfigError(
-                f"This model's family, {self.family.name}, cannot {verb}; it supports "
-                f"{', '.join(sorted(self.family.verbs))}. Use a Molmo checkpoint."
+                f"This model's family, {self.family.name}, does not support {verb}; it supports "
+                f"{', '.join(sorted(self.family.verbs))}. Use a Molmo 2 checkpoint."
             )
 
     def _locate(
-        self, image: ImageLike, labels: Sequence[str], prompt: str, options: Options
-    ) -> list[PointResult]:
-        """One request per label, all about one image, and the points of each answer."""
+        self,
+        verb: str,
+        messages: Sequence[Mapping[str, Any]],
+        label: str | Sequence[str],
+        options: Options,
+    ) -> tuple[Clip | None, list[PointResult]]:
+        """One request per label, all about the same images or video; the points of each answer.
+
+        Args:
+            messages: one message without text.
+        """
+        self._require(verb)
+        labels = read_labels(label)
         checked = self._check(options)
-        loaded = load(image, self._limits)
+        [turn] = self._read(messages)
+        if not turn.images and turn.video is None:
+            raise ImageError("There is nothing to look at: give an image, images or a video.")
+        own = {} if self.family is None else self.family.prompts
+        prompt = {**PROMPTS, **own}[verb]
         streams: list[Stream] = []
         with ExitStack() as stack:
-            for label in labels:
-                turn = Turn("user", prompt.format(label), (loaded,))
-                stream = self._submit([turn], checked, wait=len(labels) > 1)
+            for one in labels:
+                asked = replace(turn, text=prompt.format(one))
+                stream = self._submit([asked], checked, wait=len(labels) > 1)
                 streams.append(stack.enter_context(stream))
-                # Loading the image belongs to the first request.
+                # Loading images and video belongs to the first request.
                 checked = checked.model_copy(update={"started": time.monotonic()})
             results = [stream.result() for stream in streams]
         answers = []
-        for label, result in zip(labels, results, strict=True):
-            points = parse_points(result.text)
+        for one, result in zip(labels, results, strict=True):
+            points = parse_points(result.text).placed(turn.images, turn.video)
             truncated = points.truncated or result.finish_reason == "length"
-            answers.append(
-                replace(points, truncated=truncated, label=label, image=loaded, result=result)
-            )
-        return answers
+            answers.append(replace(points, truncated=truncated, label=one, result=result))
+        return turn.video, answers
 
     # The engine's start.
 
@@ -603,6 +710,12 @@ class EdgeVLM:
         self.shape = build_plan.shape
         if self.family.crops:
             self._max_crops = build_plan.settings.max_crops
+        if sampling := self.family.frame_sampling(directory):
+            self._video_limits = replace(
+                self._video_limits,
+                max_frames=build_plan.settings.max_frames or sampling[0],
+                max_fps=sampling[1],
+            )
         # A restart finds all of this done.
         config_s = iter([time.perf_counter() - began])
         return lambda: build(build_plan, next(config_s, 0.0))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,12 +18,15 @@ from PIL import Image, ImageChops
 
 from molmo_edge.errors import ImageError, InputError
 from molmo_edge.images import load
-from molmo_edge.points import Point, PointResult, parse_points
+from molmo_edge.points import Point, PointResult, TrackPoint, TrackResult, parse_points
+from molmo_edge.video import Clip
 from tests.image_files import encode, exif, stored
 
+DATA = Path(__file__).parent / "data"
+GOLDEN = json.loads((DATA / "molmo2" / "golden_extra.json").read_text(encoding="utf-8"))
 CORPUS: dict[str, dict[str, Any]] = {
     f"{path.stem}: {case['name']}": case
-    for path in sorted((Path(__file__).parent / "data" / "pointing").glob("*.json"))
+    for path in sorted((DATA / "pointing").glob("*.json"))
     for case in json.loads(path.read_text(encoding="utf-8"))
 }
 TEXTS = [case["text"] for case in CORPUS.values()]
@@ -47,15 +52,15 @@ def test_every_known_answer_is_read_as_expected(case: dict[str, Any]) -> None:
 def test_json_and_equality_leave_the_image_out() -> None:
     text = MUG.replace(">mug<", ">caf\u00e9 \ud800<") + " shows a total of 2."
     parsed = parse_points(text)
-    result = replace(parsed, image=Image.new("RGB", (8, 8)))
-    assert result == parsed and hash(result) == hash(parsed) and "image=" not in repr(result)
+    result = replace(parsed, images=(Image.new("RGB", (8, 8)),))
+    assert result == parsed and hash(result) == hash(parsed) and "images=" not in repr(result)
     written = result.to_json()
     assert written.isascii() and "\n" not in written
     point = {"x": 0.615, "y": 0.404, "label": "caf\u00e9 \ud800", "alt": "mug", "id": None}
     assert json.loads(written) == result.as_dict() == {
         "label": "",
         "text": text,
-        "points": [point | {"image_index": None, "t": None}],
+        "points": [point | {"image_index": None, "t": None, "frame": None}],
         "count": 1,
         "stated_count": 2,
         "consistent": False,
@@ -71,6 +76,66 @@ def test_an_answer_that_is_still_being_written_gives_its_complete_points() -> No
     counts = [parse_points(whole[:end]).count for end in range(len(whole) + 1)]
     first, second = whole.index('" x2'), whole.index('" alt')
     assert counts == [0] * (first + 1) + [1] * (second - first) + [2] * (len(whole) - second)
+
+
+# Molmo 2's forms, against AllenAI's parser: images of 1000 x 1000 pixels, a video of 2 fps
+
+FRAME = np.zeros((48, 64, 3), np.uint8)
+CLIP = Clip((FRAME,) * 9, tuple(i / 2 for i in range(9)), (64, 48), 2.0)
+
+
+@pytest.mark.parametrize("case", GOLDEN["points"], ids=lambda case: case["text"])
+def test_points_and_tracks_are_those_of_the_official_parser(case: dict[str, Any]) -> None:
+    result = parse_points(case["text"])
+    frames = [one.t if one.image_index is None else one.image_index + 1 for one in result.points]
+    ours = [
+        [frame, str(one.id), pytest.approx(1000 * one.x), pytest.approx(1000 * one.y)]
+        for frame, one in zip(frames, result.points, strict=True)
+    ]
+    # The official parser reads nothing of a text that was cut off.
+    assert ours == case["multi"] or (result.truncated and case["multi"] == [])
+    placed = result.placed((), CLIP)
+    tracks = TrackResult.of(placed).tracks
+    for group in case["tracks"]:
+        for id, point in group["points"].items():
+            x, y = (value / 1000 for value in point["point"])
+            assert TrackPoint(group["time"], x, y) in tracks[int(id)]
+            assert group["frame"] in [one.frame for one in placed.points if one.id == int(id)]
+
+
+@pytest.mark.parametrize("case", GOLDEN["format"], ids=lambda case: case["call"])
+def test_texts_of_the_training_data_are_read_whole(case: dict[str, Any]) -> None:
+    result = parse_points(case["text"])
+    triples = [f"{p.id} {1000 * p.x:03.0f} {1000 * p.y:03.0f}" for p in result.points]
+    assert re.findall(r"\d+ \d{3,4} \d{3,4}", case["text"]) == triples
+    assert (result.malformed, result.consistent) in ((0, None), (0, True))
+
+
+def test_a_track_has_one_position_at_a_time_in_order() -> None:
+    text = '<tracks coords="1.0 2 310 410 2 1 001;0.0 1 100 200 1 300 400 2 1000 000">x</tracks>'
+    result = TrackResult.of(parse_points(text).placed((), CLIP), CLIP)
+    assert list(result.tracks.items()) == [
+        (1, (TrackPoint(0.0, 0.1, 0.2),)),
+        (2, (TrackPoint(0.0, 1.0, 0.0), TrackPoint(1.0, 0.31, 0.41))),
+    ]
+    written = json.loads(result.to_json())
+    assert written["tracks"]["1"] == [{"time_s": 0.0, "x": 0.1, "y": 0.2}]
+    none = TrackResult.of(parse_points("No tracks available."))
+    assert none.none_found and none.tracks == {}
+
+
+def test_points_are_placed_in_the_images_or_frames_of_the_request() -> None:
+    text = '<points coords="1 1 100 200;2 2 300 400;5 3 500 600">cups</points>'
+    two = parse_points(text).placed((FRAME, FRAME), None)
+    assert [one.image_index for one in two.points] == [0, 1]
+    assert two.malformed == 1 and two.image is FRAME
+    assert [one.image_index for one in parse_points(text).placed((FRAME,), None).points] == [0] * 3
+    # The model writes times with one decimal; the nearest frame counts.
+    clip = replace(CLIP, times=(*CLIP.times[:8], 4.96))
+    video = parse_points(text.replace("1 1", "0.2 1")).placed((), clip)
+    assert [(one.t, one.frame) for one in video.points] == [(0.2, 0), (2.0, 4), (5.0, 8)]
+    assert all(one.image_index is None for one in video.points)
+    assert len(video.images) == 9
 
 
 # No text makes it raise, hang or slow down
@@ -201,11 +266,24 @@ def test_dots_and_numbers_show_on_any_background(background: str, xy: tuple[floa
         drawn.paste(background, (column - 8, row - 8, column + 9, row + 9))
 
 
+def test_draw_takes_one_of_several_images_and_keeps_the_numbers() -> None:
+    image = Image.new("RGB", (640, 480), "navy")
+    text = '<points coords="1 1 300 300;2 2 700 700">cups</points>'
+    result = parse_points(text).placed((image, image), None)
+    for index, other in ((0, 1), (1, 0)):
+        drawn = result.draw(index=index)
+        assert is_marked(drawn, result.points[index])
+        assert drawn.getpixel(result.points[other].px(image.size)) == (0, 0, 128)
+    for index in (-1, 2):
+        with pytest.raises(InputError, match="no such image"):
+            result.draw(index=index)
+
+
 def test_draw_uses_the_image_the_result_knows_and_says_what_is_wrong_with_one() -> None:
     image = Image.new("RGB", (64, 48), "navy")
     result = parse_points(MUG)
-    assert same(replace(result, image=image).draw(), result.draw(image))
-    with pytest.raises(InputError, match="no image"):
+    assert same(replace(result, images=(image,)).draw(), result.draw(image))
+    with pytest.raises(InputError, match="no such image"):
         result.draw()
     with pytest.raises(ImageError):
         result.draw(b"broken")

@@ -12,6 +12,10 @@ from molmo_edge.images import DEFAULT_LIMITS
 from molmo_edge.requests import check_options, read_turns
 
 
+def refuse(video: object) -> Any:
+    raise AssertionError("no video is loaded")
+
+
 @pytest.mark.parametrize(
     "message",
     [
@@ -32,7 +36,7 @@ from molmo_edge.requests import check_options, read_turns
 )
 def test_messages_of_another_structure_are_refused_by_number(message: Any) -> None:
     with pytest.raises(PromptError, match="Message 2"):
-        read_turns([{"role": "user", "content": "x"}, message], DEFAULT_LIMITS)
+        read_turns([{"role": "user", "content": "x"}, message], DEFAULT_LIMITS, refuse)
 
 
 @pytest.mark.parametrize(

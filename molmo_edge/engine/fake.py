@@ -12,7 +12,7 @@ For tests of code built on molmo_edge; needs neither vLLM nor torch nor a checkp
         assert fake.engine.prompts == ["Where is the mug?"]
 
 Deterministic: the same questions in the same order give the same steps. Prompts are checked as the
-real engine checks them.
+real engine checks them; images and videos are accepted as by Molmo 2.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from molmo_edge.errors import ImageError, PromptError
+from molmo_edge.errors import PromptError
 from molmo_edge.interface import EngineInfo, Rendered, Turn, Update
 from molmo_edge.requests import check_length, check_turns, refuse_special
 from molmo_edge.sampling import Sampling
@@ -36,7 +36,7 @@ __all__ = ["FakeEngine", "FakeFactory", "Fault"]
 Answers: TypeAlias = "str | Mapping[str, str] | Callable[[Sequence[Turn]], str]"
 
 _END_OF_TEXT = 0  # token id; all other tokens have a higher one
-_IMAGE_TOKENS = 144
+_IMAGE_TOKENS, _FRAME_TOKENS = 144, 88
 _SPECIAL = dict(
     enumerate(["<|endoftext|>", "<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<|image|>"])
 )
@@ -147,21 +147,21 @@ class FakeEngine:
         self.info = EngineInfo(factory.max_model_len, environment, startup_s={"total": 0.0})
 
     def render(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> Rendered:
-        """Raises PromptError, PromptTooLongError and ImageError as the real engine does."""
+        """Raises PromptError and PromptTooLongError as the real engine does."""
         self._factory.enter("render")
         check_turns(turns)
         text = "".join(f" {turn.role.capitalize()}: {turn.text}" for turn in turns)
         refuse_special([i for i, name in _SPECIAL.items() if name in text], _SPECIAL)
         images = sum(len(turn.images) for turn in turns)
-        if images > 1 or (images and not turns[0].images):
-            raise ImageError("A request may contain one image, in its first turn.")
         pieces = self._split.findall(f"{text} Assistant:")
         ids = [_END_OF_TEXT, *map(_token, pieces), *options.get("answer", ())]
-        image_tokens = _IMAGE_TOKENS * images
+        frames = sum(len(turn.video.frames) for turn in turns if turn.video is not None)
+        image_tokens = _IMAGE_TOKENS * images + _FRAME_TOKENS * frames
         total = len(ids) + image_tokens
         check_length(total, self.info.max_model_len, images)
         prompt = turns[-1].text, self._answer(turns), total
-        return Rendered(prompt, total, image_tokens, None if images else ids, answer_prefix=" ")
+        known = None if image_tokens else ids
+        return Rendered(prompt, total, image_tokens, known, answer_prefix=" ")
 
     def check_schema(self, schema: Mapping[str, Any]) -> None:
         """Accept any schema; answers are scripted."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from molmo_edge.engine.fake import FakeEngine
-from molmo_edge.errors import ImageError, InputError, PromptError, PromptTooLongError
+from molmo_edge.errors import InputError, PromptError, PromptTooLongError
 from tests.engine.support import opened
 
 pytestmark = pytest.mark.timeout(60)
@@ -88,8 +88,10 @@ def test_it_refuses_what_the_real_engine_refuses(
         assert vlm.query(None, "hello").text == "Hello."
 
 
-def test_it_takes_an_image_in_the_first_turn_alone() -> None:
-    content = [{"type": "image", "image": IMAGE}, {"type": "text", "text": "what?"}]
+def test_it_takes_images_in_any_turn_of_the_user() -> None:
+    image = {"type": "image", "image": IMAGE}
+    content = [image, image, {"type": "text", "text": "what?"}]
     last = [{"role": role, "content": "hello"} for role in ("user", "assistant")]
-    with opened(FakeEngine.factory()) as vlm, pytest.raises(ImageError):
-        vlm.chat([*last, {"role": "user", "content": content}])
+    with opened(FakeEngine.factory()) as vlm:
+        result = vlm.chat([*last, {"role": "user", "content": content}])
+    assert result.metrics.image_tokens == 2 * 144

@@ -1,0 +1,164 @@
+"""Several images and videos, in every method that takes them, over a fake engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from molmo_edge import EdgeVLM, Request, Video
+from molmo_edge.engine.fake import FakeEngine, FakeFactory
+from molmo_edge.errors import ConfigError, ImageError, PromptError, VideoError
+from molmo_edge.interface import Turn
+from molmo_edge.points import TrackPoint
+
+IMAGE = np.zeros((20, 30, 3), np.uint8)
+VIDEO = Video(np.zeros((9, 20, 30, 3), np.uint8), fps=4.0)
+TIMES = (0.0, 0.5, 1.0, 1.5, 2.0)
+ANSWERS = {
+    "Point to cups": '<points coords="1 1 100 200;2 2 300 400">cups</points>',
+    "How many cups are there?": 'There are 2 <points coords="0.5 1 100 200;2.0 2 300 400">cups'
+    "</points>.",
+    "Track cups.": '<tracks coords="0.0 1 100 200;0.5 1 110 210 2 500 600">cups</tracks>',
+    "Track unicorns.": "No tracks available.",
+}
+
+
+def answer(turns: Sequence[Turn]) -> str:
+    """What the engine sees, or an answer from the table."""
+    images = [len(turn.images) for turn in turns]
+    times = [turn.video.times for turn in turns if turn.video is not None]
+    return ANSWERS.get(turns[-1].text, f"{images} {times}")
+
+
+@pytest.fixture
+def fake() -> FakeFactory:
+    return FakeEngine.factory(answer)
+
+
+@pytest.fixture
+def vlm(fake: FakeFactory) -> Iterator[EdgeVLM]:
+    with EdgeVLM(engine=fake) as vlm:
+        yield vlm
+
+
+@pytest.mark.parametrize(
+    ("image", "video", "seen"),
+    [
+        (None, None, "[0] []"),
+        (IMAGE, None, "[1] []"),
+        ([IMAGE, IMAGE], None, "[2] []"),
+        ((IMAGE,) * 3, None, "[3] []"),
+        (None, VIDEO, f"[0] [{TIMES}]"),
+    ],
+)
+def test_every_way_to_ask_takes_images_or_a_video(
+    vlm: EdgeVLM, image: Any, video: Any, seen: str
+) -> None:
+    async def ask() -> list[str]:
+        streamed = [delta async for delta in vlm.astream(image, "q", video=video)]
+        [one] = await vlm.abatch([request])
+        return ["".join(streamed), str(await vlm.aquery(image, "q", video=video)), str(one)]
+
+    request = Request(image, "q", video=video)
+    answers = [vlm.query(image, "q", video=video).text, *map(str, vlm.batch([request]))]
+    answers += ["".join(vlm.stream(image, "q", video=video)), *asyncio.run(ask())]
+    assert answers == [seen] * 6
+    assert len(vlm.score(image, "q", [5], video=video).logprobs) == 1
+
+
+def test_a_conversation_has_images_in_any_turn_or_one_video(
+    vlm: EdgeVLM, fake: FakeFactory
+) -> None:
+    def turns(*contents: Sequence[Any]) -> list[dict[str, Any]]:
+        roles = ("user", "assistant") * 2
+        return [
+            {"role": role, "content": [*content, {"type": "text", "text": "q"}]}
+            for role, content in zip(roles, contents, strict=False)
+        ]
+
+    image, video = {"type": "image", "image": IMAGE}, {"type": "video", "video": VIDEO}
+    assert vlm.chat(turns([image], [], [image, image])).text == "[1, 0, 2] []"
+    assert vlm.chat(turns([], [], [video])).text == f"[0, 0, 0] [{TIMES}]"
+    added = len(fake.engine.added)
+    for wrong in (
+        turns([video, video]),
+        turns([video], [], [video]),
+        turns([image, video]),
+        turns([image], [], [video]),
+        turns([], [video], []),
+        turns([], [image], []),
+    ):
+        with pytest.raises(PromptError):
+            vlm.chat(wrong)
+    assert len(fake.engine.added) == added
+
+
+def test_a_video_that_cannot_be_used_is_its_own_failure(vlm: EdgeVLM) -> None:
+    requests = [Request(None, "q", video=b"no video"), Request(None, "q"), Request([b""], "q")]
+    first, second, third = vlm.batch(requests, return_exceptions=True)
+    assert isinstance(first, VideoError) and isinstance(third, ImageError)
+    assert str(second) == "[0] []"
+
+
+def test_a_family_without_video_refuses_one(vlm: EdgeVLM, fake: FakeFactory) -> None:
+    family: Any = SimpleNamespace(name="plain", verbs={"query", "point"}, prompts={})
+    vlm.family = family
+    message = {"role": "user", "content": [{"type": "video", "video": VIDEO}]}
+    for call in (
+        lambda: vlm.query(None, "q", video=VIDEO),
+        lambda: vlm.chat([message]),
+        lambda: vlm.point(video=VIDEO, label="cups"),
+        lambda: vlm.track(VIDEO, "cups"),
+    ):
+        with pytest.raises(ConfigError, match=r"plain, does not support (video|track); .* Molmo 2"):
+            call()
+    assert fake.engine.added == []
+    assert not vlm.supports("video")
+
+
+def test_points_say_in_which_image_they_are(vlm: EdgeVLM) -> None:
+    answer = vlm.point([IMAGE, IMAGE], "cups")
+    assert [(one.x, one.image_index, one.t) for one in answer.points] == [
+        (0.1, 0, None),
+        (0.3, 1, None),
+    ]
+    assert answer.draw(index=1).size == (30, 20)
+    with pytest.raises(ImageError, match="nothing to look at"):
+        vlm.point([], "cups")
+
+
+def test_points_of_a_video_have_times_and_frames(vlm: EdgeVLM) -> None:
+    answer = vlm.count(video=VIDEO, label="cups")
+    assert answer.number == 2 and answer.consistent
+    assert [(one.t, one.frame) for one in answer.points.points] == [(0.5, 1), (2.0, 4)]
+    assert len(answer.points.images) == len(TIMES)
+    labels = vlm.point(video=VIDEO, label=["cups", "cups"])
+    assert [one.points[1].t for one in labels] == [2.0, 2.0]
+
+
+def test_a_track_has_its_clip_and_room_for_a_long_answer(vlm: EdgeVLM, fake: FakeFactory) -> None:
+    answer = vlm.track(VIDEO, " Cups ")
+    assert answer.tracks == {
+        1: (TrackPoint(0.0, 0.1, 0.2), TrackPoint(0.5, 0.11, 0.21)),
+        2: (TrackPoint(0.5, 0.5, 0.6),),
+    }
+    assert answer.clip is not None and answer.clip.times == TIMES
+    assert answer.result is not None and not answer.truncated
+    assert vlm.track(VIDEO, "cups", max_tokens=2).truncated
+    none = vlm.track(VIDEO, "unicorns")
+    assert none.none_found and none.tracks == {}
+
+
+def test_a_setting_limits_the_frames() -> None:
+    with EdgeVLM(engine=FakeEngine.factory(answer), max_frames=3) as vlm:
+        assert vlm.query(None, "q", video=VIDEO).text == "[0] [(0.0, 1.0, 2.0)]"
+    with (
+        EdgeVLM(engine=FakeEngine.factory(answer), max_image_pixels=100) as vlm,
+        pytest.raises(VideoError, match="pixels"),
+    ):
+        vlm.query(None, "q", video=VIDEO)
