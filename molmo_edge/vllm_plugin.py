@@ -4,10 +4,12 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Make vLLM run Molmo 1 with this package's configuration, processor and model; may repeat."""
+    """Make vLLM run Molmo 1 and 2 with this package's classes; may repeat."""
     from molmo_edge.engine.async_engine import prepare_child
-    from molmo_edge.models.molmo.family import register as register_molmo
+    from molmo_edge.models.molmo import family as molmo
+    from molmo_edge.models.molmo2 import family as molmo2
 
-    register_molmo()
+    molmo.register()
+    molmo2.register()
     # In an engine's own process, the rest of what its parent did.
     prepare_child()

@@ -110,3 +110,31 @@ def adapt_processor(processor: type[Any]) -> type[Any]:
     Adapted.__name__ = processor.__name__
     Adapted.__qualname__ = processor.__qualname__
     return Adapted
+
+
+def prefill_in_one_step(architecture: str) -> None:
+    """Have vLLM compute every prompt of an architecture in one step, before any engine is built.
+
+    Defect: where image tokens see later ones, no step may end among them. vLLM has
+    `disable_chunked_mm_input` for it, which the CPU platform does not set, and which fails when a
+    step before ended right in front of the item. Registered where vLLM adapts the configuration to
+    its own models.
+    Versions: vLLM 0.26 to 0.32.
+    Test: test_vllm_splits_an_item_that_a_step_ended_before.
+    """
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+
+    class PrefillInOneStep(VerifyAndUpdateConfig):  # type: ignore[misc]
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            scheduler = vllm_config.scheduler_config
+            # Room for the longest prompt beside a token of each running request.
+            room = vllm_config.model_config.max_model_len + scheduler.max_num_seqs
+            tokens = max(scheduler.max_num_batched_tokens, room)
+            scheduler.max_num_batched_tokens = tokens
+            scheduler.max_num_encoder_input_tokens = tokens
+            scheduler.encoder_cache_size = tokens
+            scheduler.enable_chunked_prefill = False
+            scheduler.disable_chunked_mm_input = True
+
+    MODELS_CONFIG_MAP[architecture] = PrefillInOneStep

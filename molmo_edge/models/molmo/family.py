@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from molmo_edge.checkpoint_files import check_weights, read_json
 from molmo_edge.errors import ImageError
 from molmo_edge.interface import Rendered, Renderer, Resize, Turn
+from molmo_edge.models.hashing import ImageHasher
 from molmo_edge.models.molmo.config import check_layout
 from molmo_edge.models.molmo.prompts import ONE_IMAGE, ImageTokenIds, PromptEncoder
 from molmo_edge.models.molmo.tiling import DEFAULT_MAX_CROPS, tiling_for
@@ -106,9 +105,7 @@ class MolmoRenderer:
         self._encoder = PromptEncoder(tokenizer, self._max_model_len)
         self._ids = ImageTokenIds.from_vocab(tokenizer.get_vocab())
         self._image_processor = image_processor
-        # Equal images share encoder and prefix cache by hash; without caches a number will do.
-        self._hashing = bool(engine.vllm_config.cache_config.enable_prefix_caching)
-        self._number = itertools.count()
+        self._hash = ImageHasher(engine.vllm_config.cache_config.enable_prefix_caching)
 
     def render(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> Rendered:
         """See `Engine.render`."""
@@ -138,7 +135,7 @@ class MolmoRenderer:
         prompt = mm_input(
             prompt_token_ids=ids,
             mm_kwargs=tensors,
-            mm_hashes={"image": [self._hash(pixels, processor)]},
+            mm_hashes={"image": [self._hash([pixels], processor.max_crops, processor.resize)]},
             mm_placeholders={"image": [place]},
         )
         return Rendered(prompt, total, tiling.n_tokens, ids, ANSWER_PREFIX)
@@ -164,14 +161,3 @@ class MolmoRenderer:
         tokens = torch.from_numpy(inputs.tiling.tokens(self._ids))
         place = PlaceholderRange(offset=1, length=len(tokens), is_embed=tokens == self._ids.patch)
         return MultiModalKwargsItems.from_hf_inputs(data, fields), place
-
-    def _hash(self, pixels: npt.NDArray[np.uint8], processor: MolmoImageProcessor) -> str:
-        if not self._hashing:
-            return f"image-{next(self._number)}"
-        from blake3 import blake3
-
-        # RGB pixels, so mode and palette cannot make two images collide; cryptographic, so that
-        # nobody can construct another image with the same hash. BLAKE2b takes 6 times as long.
-        digest = blake3(pixels.data)
-        digest.update(repr((pixels.shape, processor.max_crops, processor.resize)).encode())
-        return digest.hexdigest()

@@ -20,7 +20,7 @@ ONE_IMAGE = (
     "get the positions of the first."
 )
 # Longest token of any vocabulary in use, in characters: 128 spaces, in Qwen2's.
-_LONGEST_TOKEN = 128
+LONGEST_TOKEN = 128
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class PromptEncoder:
         """
         check_turns(turns)
         text = "".join(f" {turn.role.capitalize()}: {turn.text}" for turn in turns) + " Assistant:"
-        check_length(len(text) // _LONGEST_TOKEN, self._max_model_len)
+        check_length(len(text) // LONGEST_TOKEN, self._max_model_len)
         # transformers sets truncation on the shared tokenizer at each call.
         with self._lock:
             encoded = self._tokenizer(text, add_special_tokens=False, verbose=False)

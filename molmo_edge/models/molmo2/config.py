@@ -1,0 +1,240 @@
+"""Which Molmo 2 checkpoints can be run, and how they take images and videos.
+
+Imports neither torch, transformers nor vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+from molmo_edge.checkpoint_files import read_json
+from molmo_edge.errors import ModelError
+from molmo_edge.models.molmo2.tiling import Geometry
+
+# Of Molmo2-4B and 8B (Qwen 3), and of Molmo2-O-7B (OLMo 3).
+Layout = Literal["4b", "o-7b"]
+
+ARCHITECTURE = "Molmo2ForConditionalGeneration"
+SUPPORTED = (
+    "Supported Molmo 2 models: Molmo2-4B, Molmo2-8B, Molmo2-O-7B, Molmo2-ER, Molmo2-VideoPoint and "
+    f"fine-tunes of the same class ({ARCHITECTURE})."
+)
+# Relatives with another class, by the start of their model type.
+_RELATIVES = {
+    "molmopoint": "MolmoPoint points with tokens whose number depends on the image, computed by a "
+    "head of its own, which vLLM cannot run; AllenAI's code runs it.",
+    "molmoact": "MolmoAct2 outputs robot actions, computed by a flow-matching expert, which vLLM "
+    "cannot run; LeRobot runs it. Its vision-language part is Molmo2-ER.",
+}
+
+VIT_DEFAULTS: Mapping[str, Any] = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 72,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+    "image_default_input_size": [378, 378],
+    "image_patch_size": 14,
+    "image_num_pos": 729,
+}
+ADAPTER_DEFAULTS: Mapping[str, Any] = {
+    "vit_layers": [-3, -9],
+    "pooling_attention_mask": True,
+    "hidden_size": 1152,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 72,
+    "hidden_act": "silu",
+    "intermediate_size": 9728,
+    "text_hidden_size": 2560,
+}
+TEXT_DEFAULTS: Mapping[str, Any] = {
+    "hidden_size": 2560,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "additional_vocab_size": 128,
+    "qkv_bias": False,
+    "num_hidden_layers": 36,
+    "intermediate_size": 9728,
+    "hidden_act": "silu",
+    "max_position_embeddings": 36864,
+    "rope_theta": 5_000_000.0,
+    "rope_scaling": None,
+    "rope_scaling_layers": None,
+    "use_qk_norm": True,
+    "qk_norm_type": "qwen3",
+    "layer_norm_eps": 1e-6,
+    "norm_after": False,
+}
+_IDS = (
+    "image_start_token_id",
+    "image_end_token_id",
+    "image_patch_id",
+    "image_col_id",
+    "low_res_image_start_token_id",
+    "image_low_res_id",
+    "frame_start_token_id",
+    "frame_end_token_id",
+)
+# A checkpoint may not say otherwise: the models here compute only this.
+_FIXED: Mapping[str, Mapping[str, Any]] = {
+    "adapter_config": {"pooling_attention_mask": True, "hidden_act": "silu"},
+    "text_config": {"hidden_act": "silu"},
+}
+_PATCHES = {"do_convert_rgb": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
+
+
+class ImageIds(NamedTuple):
+    """Token ids of the image tokens of one checkpoint; they all see each other."""
+
+    start: int
+    end: int
+    patch: int
+    col: int
+    low_res_start: int
+    low_res: int
+    frame_start: int
+    frame_end: int
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Read them from a `config.json`."""
+        return cls(*(int(config[name]) for name in _IDS))
+
+
+def check_layout(config: Mapping[str, Any]) -> None:
+    """Raise ModelError for a `config.json` that the model would compute wrongly."""
+    if refusal := relative(config):
+        raise ModelError(refusal)
+    architectures = config.get("architectures") or [ARCHITECTURE]
+    if config.get("model_type") != "molmo2" or ARCHITECTURE not in architectures:
+        raise ModelError(f"Class {architectures[0]} is not Molmo 2. {SUPPORTED}")
+    if "vision_config" in config:
+        raise ModelError(
+            "config.json has the field names of transformers' own Molmo 2 (vision_config), and the "
+            "tensors are named accordingly. Use the checkpoint with the hub's names (vit_config)."
+        )
+    parts = ("vit_config", "adapter_config", "text_config")
+    if missing := [p for p in parts if not isinstance(config.get(p), Mapping)]:
+        raise ModelError(f"config.json lacks {', '.join(missing)}. {SUPPORTED}")
+    if missing := [name for name in _IDS if not isinstance(config.get(name), int)]:
+        raise ModelError(f"config.json lacks {', '.join(missing)}. {SUPPORTED}")
+    wrong = [
+        f"{part}.{key}={config[part][key]!r} (must be {value!r})"
+        for part, fixed in _FIXED.items()
+        for key, value in fixed.items()
+        if config[part].get(key, value) != value
+    ]
+    if config.get("tie_word_embeddings"):
+        wrong.append("tie_word_embeddings=True (must be False)")
+    if (norm := config["text_config"].get("qk_norm_type", "qwen3")) not in ("qwen3", "olmo"):
+        wrong.append(f"text_config.qk_norm_type={norm!r} (must be 'qwen3' or 'olmo')")
+    if wrong:
+        raise ModelError(f"This Molmo 2 layout is not supported: {', '.join(wrong)}. {SUPPORTED}")
+
+
+def relative(config: Mapping[str, Any]) -> str | None:
+    """Why a relative of Molmo 2 with another class cannot be run, None for everything else."""
+    names = [config.get("model_type"), *(config.get("architectures") or ())]
+    plain = [str(name).lower().replace("_", "") for name in names]
+    for start, reason in _RELATIVES.items():
+        if any(name.startswith(start) for name in plain):
+            return reason
+    return None
+
+
+@dataclass(frozen=True)
+class Processing:
+    """What the processor files of a checkpoint say.
+
+    Attributes:
+        geometry: sizes of crops, patches and pooling windows.
+        max_crops: high-resolution crops of an image, the global view not counted.
+        cols, base_cols, frame_cols: whether a column token ends each row of the high-resolution
+            part, the global view and a video's frame.
+        base_start: whether the global view starts with a token of its own.
+        frame_tokens: whether frames have start and end tokens of their own.
+        max_frames: frames sampled from a video at most.
+        max_fps: frames sampled per second at most.
+    """
+
+    geometry: Geometry = field(default_factory=Geometry)
+    max_crops: int = 8
+    cols: bool = True
+    base_cols: bool = False
+    frame_cols: bool = False
+    base_start: bool = True
+    frame_tokens: bool = False
+    max_frames: int = 384
+    max_fps: float = 2.0
+
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """Read the processor files of a checkpoint; files that are missing count as the hub's.
+
+        Raises:
+            ModelError: a file is broken, or describes another processing than Molmo 2's.
+        """
+        config = read_json(directory / "config.json")
+        image = _read(directory / "preprocessor_config.json")
+        video = _read(directory / "video_preprocessor_config.json")
+        flags = _read(directory / "processor_config.json")
+        vit = {**VIT_DEFAULTS, **config.get("vit_config", {})}
+        crop, patch = vit["image_default_input_size"][0], vit["image_patch_size"]
+        size = {"height": crop, "width": crop}
+        mode = "uniform_last_frame"
+        _check(image, {**_PATCHES, "size": size, "patch_size": patch}, "preprocessor_config.json")
+        expected = {**_PATCHES, "size": size, "patch_size": patch, "frame_sample_mode": mode}
+        _check(video, expected, "video_preprocessor_config.json")
+        cols = bool(flags.get("image_use_col_tokens", True))
+        base_cols = flags.get("use_single_crop_col_tokens", False)
+        in_config = config.get("use_frame_special_tokens", False)
+        try:
+            return cls(
+                Geometry(
+                    crop_px=int(crop),
+                    patch_px=int(patch),
+                    pool=_side(image.get("pooling_size", 2)),
+                    frame_pool=_side(video.get("pooling_size", 3)),
+                    margin_patches=tuple(image.get("overlap_margins", (4, 4))),
+                ),
+                max_crops=int(image.get("max_crops", 8)),
+                cols=cols,
+                base_cols=cols if base_cols is None else bool(base_cols),
+                frame_cols=bool(flags.get("video_use_col_tokens", False)),
+                base_start=bool(flags.get("use_single_crop_start_token", True)),
+                frame_tokens=bool(flags.get("use_frame_special_tokens", in_config)),
+                max_frames=int(video.get("num_frames", 384)),
+                max_fps=float(video.get("max_fps", 2)),
+            )
+        except (TypeError, ValueError) as exc:
+            raise ModelError(
+                "preprocessor_config.json or video_preprocessor_config.json contains a wrong value "
+                f"({exc}). Download the checkpoint again."
+            ) from exc
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _side(size: Any) -> int:
+    """The side of a square window, given as one number or two."""
+    height, width = size if isinstance(size, list) else (size, size)
+    if height != width:
+        raise ValueError("pooling windows must be square")
+    return int(height)
+
+
+def _check(stated: Mapping[str, Any], expected: Mapping[str, Any], file: str) -> None:
+    for name, value in expected.items():
+        if stated.get(name, value) != value:
+            raise ModelError(f"{file}: {name} must be {value} for Molmo 2, not {stated[name]}.")
