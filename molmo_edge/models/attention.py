@@ -303,15 +303,17 @@ class TritonImageBuilder(ImageBuilder, TritonAttentionMetadataBuilder):  # type:
     """See `ImageBuilder`."""
 
     masks_runs = True
-    # A CUDA graph of a step with images would leave the second part out.
-    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        # A CUDA graph of a step with images would leave the second part out.
+        if vllm_config.model_config.is_mm_prefix_lm:
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return super().get_cudagraph_support(vllm_config, kv_cache_spec)
 
 
 class TritonImageBackend(TritonAttentionBackend):  # type: ignore[misc]
     """vLLM's Triton backend, with image tokens that see each other across images."""
-
-    # Without those that keep a scale per token.
-    supported_kv_cache_dtypes = ["auto", "float16", "bfloat16", "fp8", "fp8_e4m3"]  # noqa: RUF012
 
     @staticmethod
     def get_impl_cls() -> type[TritonImageImpl]:

@@ -74,12 +74,10 @@ def register() -> None:
     """Make vLLM and transformers read Molmo 2 with this package's classes; may repeat."""
     from vllm import ModelRegistry
 
-    from molmo_edge.models import attention
     from molmo_edge.models.molmo2 import hf
     from molmo_edge.models.vllm_workarounds import prefill_in_one_step
 
     hf.register()
-    attention.register()
     prefill_in_one_step(ARCHITECTURE)
     ModelRegistry.register_model(
         ARCHITECTURE, f"molmo_edge.models.molmo2.vllm_model:{ARCHITECTURE}"

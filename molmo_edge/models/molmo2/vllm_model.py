@@ -427,6 +427,8 @@ class Molmo2ForConditionalGeneration(stock.Molmo2ForConditionalGeneration):  # t
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         nn.Module.__init__(self)
+        # Here and not in the plugin: other models keep vLLM's own backends.
+        attention.register()
         self.config = config = vllm_config.model_config.hf_config
         self.multimodal_config = vllm_config.model_config.multimodal_config
         text = config.text_config
