@@ -234,7 +234,7 @@ def test_a_deployment_takes_effect_agrees_with_its_profile_and_gives_reasons(nam
     path = CONFIGS / f"{name}.toml"
     text = path.read_text(encoding="utf-8")
     table = tomllib.loads(text)
-    assert {"model", "profile", "precision", "kv_cache_dtype", "max_model_len"} <= table.keys()
+    assert {"model", "profile", "precision", "kv_cache_dtype"} <= table.keys()
     device = tomllib.loads((PROFILES / f"{name}.toml").read_text(encoding="utf-8"))["settings"]
     resolved = resolve({}, config=path, profile_settings=lambda name: (name, device))
     assert resolved.profile_name == name

@@ -29,7 +29,7 @@ from molmo_edge.devices.profiles import (
 )
 
 if TYPE_CHECKING:
-    from molmo_edge.devices.plan import Plan
+    from molmo_edge.devices.plan import Plan, VisualPlan
 
 app = typer.Typer()
 config_app = typer.Typer(help="The settings and the source of each.")
@@ -103,8 +103,10 @@ def _plan_lines(plan: Plan) -> Iterator[RenderableType]:
         f"Request  {plan.prompt_tokens:,} prompt and {plan.output_tokens:,} output tokens, KV "
         f"cache {plan.kv_cache_dtype}: {plan.kv_bytes_per_token:,} bytes per token"
     )
+    if plan.visuals is not None:
+        yield Text(_visual_lines(plan.visuals))
     table = Table("precision", box=SIMPLE)
-    names = ("weights\nGB", "fits", "requests\nthat fit", "GB per\nstep", "tok/s",
+    names = ("weights\nGB", "longest\nrequest", "requests\nthat fit", "GB per\nstep", "tok/s",
              f"tok/s of\n{plan.batch} together")  # fmt: skip
     for name in names:
         table.add_column(name, justify="right")
@@ -112,7 +114,7 @@ def _plan_lines(plan: Plan) -> Iterator[RenderableType]:
         table.add_row(
             row.precision + " *" * (row.precision == plan.chosen),
             _number(row.weight_bytes, 1e-9, ".2f"),
-            {None: "?", True: "yes", False: "no"}[row.fits],
+            {None: "?", True: f"{row.max_model_len:,}", False: "no"}[row.fits],
             _number(row.requests),
             _number(row.decode_bytes, 1e-9, ".2f"),
             _number(row.decode_tps, form=",.1f"),
@@ -121,6 +123,17 @@ def _plan_lines(plan: Plan) -> Iterator[RenderableType]:
     yield table
     notes = [f"{row.precision}: {row.note}" for row in plan.rows if row.note]
     yield Text("\n".join(f"· {note}" for note in [*notes, *plan.notes]))
+
+
+def _visual_lines(visuals: VisualPlan) -> str:
+    images = ", ".join(f"{size} {tokens:,}" for size, tokens in visuals.image_tokens.items())
+    return (
+        f"Images   {images} tokens\n"
+        f"Video    {visuals.frames} frames, {visuals.seconds:g} s at 2 frames/s, in "
+        f"{visuals.max_model_len:,} tokens\n"
+        f"Peak     at most {visuals.encode_bytes / 1e9:.1f} GB to encode and "
+        f"{visuals.prefill_bytes / 1e9:.1f} GB to prefill {visuals.max_model_len:,} tokens"
+    )
 
 
 def _number(value: float | None, scale: float = 1, form: str = ",.0f") -> str:

@@ -7,17 +7,21 @@ not fit is listed with the reason.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from molmo_edge.devices.detect import DeviceInfo
 from molmo_edge.devices.precision import choose_precision, usable_bytes
 from molmo_edge.devices.profiles import Profile, select_profile
-from molmo_edge.devices.shapes import KV_DTYPES, ModelShape
+from molmo_edge.devices.shapes import KV_DTYPES, SHORTEST, ModelShape, frames_within
 from molmo_edge.devices.specs import GIB
 from molmo_edge.errors import ConfigError
 
 _BLOCK = 16  # tokens per KV block; a request takes whole blocks
+_MOLMO2_IMAGES = {"640x480": 752, "1920x1080": 1189}  # tokens, with the checkpoints' own 8 crops
+_MOLMO2_FRAMES = 384  # of a video, at most: as the checkpoints were made
+_MOLMO2_FPS = 2.0
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,26 @@ class PrecisionPlan:
     precision: str  # of the dense weights
     weight_bytes: int
     fits: bool | None  # whether weights and one request of max_model_len fit
+    max_model_len: int  # of the profile, lowered to the checkpoint's own and to what fits
     requests: int | None  # that fit beside the weights, within the profile's KV cache
     decode_bytes: int  # weights read in each step
     # Ceilings in output tokens per second: of one request, of all of the batch together.
     decode_tps: float | None
     decode_tps_batch: float | None
     note: str  # caveats, empty if there are none
+
+
+@dataclass(frozen=True)
+class VisualPlan:
+    """Images and video of a Molmo 2, and what they take for a moment beside weights and cache."""
+
+    max_model_len: int  # at the chosen precision
+    image_tokens: Mapping[str, int]  # by size in pixels
+    frames: int  # of a video that fits
+    seconds: float  # of a video of which the model sees 2 frames per second
+    # Upper bounds for a prompt of max_model_len.
+    encode_bytes: int
+    prefill_bytes: int
 
 
 @dataclass(frozen=True)
@@ -54,6 +72,7 @@ class Plan:
     usable_bytes: int | None  # memory for weights and KV cache
     bandwidth_bytes_s: float | None
     rows: tuple[PrecisionPlan, ...]
+    visuals: VisualPlan | None  # of a Molmo 2
     notes: tuple[str, ...]  # what is missing or uncertain
 
     def as_dict(self) -> dict[str, Any]:
@@ -101,15 +120,20 @@ def plan(
         raise ConfigError("prompt_tokens, output_tokens and batch must be 1 or more")
     utilization = settings.get("gpu_memory_utilization")
     usable = usable_bytes(device, utilization)
+    limit = min(int(settings.get("max_model_len", shape.max_model_len)), shape.max_model_len)
     chosen: str | None
     try:
         choice = choose_precision(
-            "auto", device, shape.bytes_by_precision(), profile=profile, utilization=utilization
+            "auto",
+            device,
+            shape.bytes_by_precision(),
+            profile=profile,
+            activations=shape.activation_bytes(min(limit, SHORTEST)),
+            utilization=utilization,
         )
         chosen, why = choice.precision, choice.reason
     except ConfigError as exc:
         chosen, why = None, str(exc)
-    longest = shape.kv_bytes(int(settings.get("max_model_len", shape.max_model_len)), kv_dtype)
     blocks = -(-(prompt_tokens + output_tokens) // _BLOCK)
     request = shape.kv_bytes(blocks * _BLOCK, kv_dtype)
     cache = int(settings["kv_cache_memory_gb"] * GIB) if "kv_cache_memory_gb" in settings else None
@@ -118,13 +142,17 @@ def plan(
     rows = []
     for precision in shape.precisions:
         weights, read = shape.weight_bytes(precision), shape.decode_bytes(precision)
-        left = None if usable is None else usable - weights
+        room = None if usable is None else usable - weights
+        length = shape.longest_request(limit, kv_dtype, room, cache)
+        left = None if room is None else room - shape.activation_bytes(length)
+        longest = shape.kv_bytes(length, kv_dtype)
         held = left if left is None or cache is None else min(left, cache)
         rows.append(
             PrecisionPlan(
                 precision=precision,
                 weight_bytes=weights,
                 fits=None if left is None else left >= longest,
+                max_model_len=length,
                 requests=None if held is None else max(0, held // request),
                 decode_bytes=read,
                 decode_tps=_ceiling(bandwidth, read + step, 1),
@@ -148,7 +176,24 @@ def plan(
         usable_bytes=usable,
         bandwidth_bytes_s=bandwidth,
         rows=tuple(rows),
+        visuals=_visuals(
+            shape, next((r.max_model_len for r in rows if r.precision == chosen), limit)
+        ),
         notes=_notes(shape, device, bandwidth),
+    )
+
+
+def _visuals(shape: ModelShape, max_model_len: int) -> VisualPlan | None:
+    if shape.activations is None:
+        return None
+    frames = min(_MOLMO2_FRAMES, frames_within(max_model_len))
+    return VisualPlan(
+        max_model_len=max_model_len,
+        image_tokens=_MOLMO2_IMAGES,
+        frames=frames,
+        seconds=(frames - 1) / _MOLMO2_FPS,
+        encode_bytes=shape.activations.encode(max_model_len),
+        prefill_bytes=shape.activations.prefill(max_model_len),
     )
 
 

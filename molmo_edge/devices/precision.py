@@ -13,7 +13,7 @@ from molmo_edge.devices.detect import DeviceInfo
 from molmo_edge.devices.profiles import Profile
 from molmo_edge.errors import ConfigError
 
-# Beside weights and cache, for the CUDA context, activations and graphs.
+# Beside weights and cache, for the CUDA context, graphs, and activations of a few thousand tokens.
 _WORKSPACE_BYTES = 1 << 30
 # Of shared or main memory, left to other programs where free memory is not known.
 _SYSTEM_FRACTION = 0.15
@@ -29,8 +29,10 @@ class Choice:
     fallback: bool = False  # the preferred one did not fit, so the reason should be shown
 
 
-def usable_bytes(device: DeviceInfo, utilization: float | None = None) -> int | None:
-    """Return the memory for weights and KV cache in bytes, without the workspace.
+def usable_bytes(
+    device: DeviceInfo, utilization: float | None = None, activations: int = 0
+) -> int | None:
+    """Return the memory for weights and KV cache in bytes, without workspace and ``activations``.
 
     A discrete GPU gives ``utilization`` (default 0.9) of its memory, and no more than is free;
     shared or main memory gives what is free. ``None`` if the device's memory is not known.
@@ -42,7 +44,7 @@ def usable_bytes(device: DeviceInfo, utilization: float | None = None) -> int | 
         limit = int(total * (DEFAULT_UTILIZATION if utilization is None else utilization))
     else:
         limit = int(total * (1 - _SYSTEM_FRACTION)) if free is None else free
-    return max(0, (limit if free is None else min(limit, free)) - _WORKSPACE_BYTES)
+    return max(0, (limit if free is None else min(limit, free)) - _WORKSPACE_BYTES - activations)
 
 
 def choose_precision(
@@ -52,6 +54,7 @@ def choose_precision(
     *,
     profile: Profile,
     kv_bytes: int = 0,
+    activations: int = 0,
     utilization: float | None = None,
     plain: str = "BF16",
 ) -> Choice:
@@ -64,6 +67,7 @@ def choose_precision(
             loaded in (``ModelShape.bytes_by_precision()``).
         profile: its ``precision`` is what "auto" prefers.
         kv_bytes: KV cache that must fit beside the weights.
+        activations: of the longest prompt (``ModelShape.activation_bytes``).
         utilization: usable fraction of a discrete GPU's memory.
         plain: what messages call weights that are not quantised.
 
@@ -72,7 +76,7 @@ def choose_precision(
             unquantised, or weights that do not fit. "auto" fails only when nothing fits.
     """
     sizes = model_bytes_by_precision
-    usable = usable_bytes(device, utilization)
+    usable = usable_bytes(device, utilization, activations)
     room = [n for n, size in sizes.items() if usable is None or size + kv_bytes <= usable]
     precision, reason = _preferred(requested, sizes, profile)
     if precision in room:

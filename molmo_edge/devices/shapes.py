@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from molmo_edge.checkpoint_files import FLOATS, Tensor, read_config, tensors
-from molmo_edge.devices.tensors import KNOWN, gemma3_tensors, tensor_shapes
+from molmo_edge.devices.tensors import KNOWN, gemma3_tensors, molmo2_tensor_shapes, tensor_shapes
 from molmo_edge.errors import ModelError
 from molmo_edge.settings import PRECISIONS as REQUESTS
 
@@ -51,6 +51,35 @@ def matrix_bytes(precision: str, rows: int, cols: int) -> int:
     }[precision]
 
 
+TOKENS_PER_FRAME = 90
+"""Of a Molmo 2's video: 83 of the image, and at most 7 of its time."""
+
+SHORTEST = 4096
+"""Tokens; a shorter maximum is the user's decision."""
+
+_CROPS = 9  # that the vision tower sees at a time: one image's 8 and the global view, or 8 frames
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Upper bounds, in bytes, of what a Molmo 2 needs for a moment beside weights and KV cache.
+
+    Its image tokens see each other, so a prompt is computed in one step, however long it is.
+    """
+
+    prefill_per_token: int  # of a prompt, in the language model's widest layer
+    encode_crops: int  # of the crops that the vision tower sees at a time
+    encode_per_token: int  # pixels of a video that fills the prompt
+
+    def encode(self, tokens: int) -> int:
+        """In the vision tower, for the images or the video of a prompt."""
+        return self.encode_crops + self.encode_per_token * tokens
+
+    def prefill(self, tokens: int) -> int:
+        """In the language model, for a prompt."""
+        return self.prefill_per_token * tokens
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of one model."""
@@ -72,6 +101,7 @@ class ModelShape:
     block_bytes: Mapping[str, int]  # of the decoder, by precision
     stored: str | None  # precision of a quantised checkpoint
     measured: bool  # whether read from headers rather than derived from config.json
+    activations: Activations | None = None  # of a Molmo 2; vLLM bounds those of other models
 
     @property
     def parameters(self) -> int:
@@ -117,12 +147,43 @@ class ModelShape:
         seen += self.sliding_layers * min(tokens, self.sliding_window)
         return 2 * self.kv_heads * (self.head_dim * width + scale) * seen
 
+    def activation_bytes(self, tokens: int) -> int:
+        """Bytes beside weights and KV cache for a prompt of that many tokens.
+
+        0 for models whose prompts are computed in pieces of vLLM's choice.
+        """
+        size = self.activations
+        return 0 if size is None else max(size.prefill(tokens), size.encode(tokens))
+
+    def longest_request(
+        self, limit: int, kv_cache_dtype: str, room: int | None, cache: int | None, scale: int = 1
+    ) -> int:
+        """Tokens of the longest request that fits: ``limit``, lowered in steps down to 4,096.
+
+        Args:
+            room: bytes for KV cache and activations, where known.
+            cache: bytes of the KV cache, where they are fixed.
+            scale: 2 where all values take twice the bytes of BF16.
+        """
+        while limit > SHORTEST:
+            kv = scale * self.kv_bytes(limit, kv_cache_dtype)
+            needed = (cache or kv) + scale * self.activation_bytes(limit)
+            if (cache is None or kv <= cache) and (room is None or needed <= room):
+                break
+            limit = max(SHORTEST, limit - 1024)
+        return limit
+
     def _blocks(self, precision: str) -> int:
         if precision not in self.block_bytes:
             raise ModelError(
                 f"the size of {self.name} as {precision} is not known without its safetensors files"
             )
         return self.block_bytes[precision]
+
+
+def frames_within(max_model_len: int) -> int:
+    """Frames of a Molmo 2's video that leave room for a question and its answer."""
+    return max(1, (max_model_len - min(1024, max_model_len // 4)) // TOKENS_PER_FRAME)
 
 
 def model_shape(model: str | Path) -> ModelShape:
@@ -146,16 +207,20 @@ def model_shape(model: str | Path) -> ModelShape:
 
 def _shape(name: str, config: Mapping[str, Any], files: list[Tensor]) -> ModelShape:
     family = config.get("model_type")
-    if family not in ("molmo", "gemma3"):
-        raise ModelError(f"config.json has model_type {family!r}; planning knows molmo and gemma3")
+    if family not in ("molmo", "molmo2", "gemma3"):
+        raise ModelError(
+            f"config.json has model_type {family!r}; planning knows molmo, molmo2 and gemma3"
+        )
     try:
         stored = stored_precision(config)
-        if family == "molmo":
-            attention = _molmo(config)
-            counts = _counts((part_of(name), size) for name, size in tensor_shapes(config).items())
-        else:
+        if family == "gemma3":
             attention = _gemma3(config["text_config"])
             counts = _counts(gemma3_tensors(config))
+        else:
+            molmo2 = family == "molmo2"
+            attention = _molmo2(config) if molmo2 else _molmo(config)
+            shapes = molmo2_tensor_shapes(config) if molmo2 else tensor_shapes(config)
+            counts = _counts((part_of(name), size) for name, size in shapes.items())
     except (AttributeError, LookupError, TypeError, ZeroDivisionError, ValueError) as exc:
         missing = f": {exc.args[0]}" if isinstance(exc, KeyError) else ""
         raise ModelError(f"config.json lacks a size or has a wrong one{missing}") from exc
@@ -176,6 +241,31 @@ def _molmo(config: Mapping[str, Any]) -> dict[str, Any]:
         "sliding_layers": 0,
         "sliding_window": 0,
         "qwen2": bool(config.get("qkv_bias")),
+    }
+
+
+def _molmo2(config: Mapping[str, Any]) -> dict[str, Any]:
+    text, vision = config["text_config"], config["vit_config"]
+    hidden, mlp = int(text["hidden_size"]), int(text["intermediate_size"])
+    width, used = int(vision["hidden_size"]), config["adapter_config"]["vit_layers"]
+    depth = 1 + max(layer % int(vision["num_hidden_layers"]) for layer in used)
+    patches, pixels = int(vision["image_num_pos"]), 3 * int(vision["image_patch_size"]) ** 2
+    vision_mlp = int(vision["intermediate_size"])
+    return {
+        "layers": int(text["num_hidden_layers"]),
+        "kv_heads": int(text["num_key_value_heads"]),
+        "head_dim": int(text["head_dim"]),
+        "max_model_len": int(text["max_position_embeddings"]),
+        "sliding_layers": 0,
+        "sliding_window": 0,
+        "qwen2": False,
+        "activations": Activations(
+            # Embeddings, features, residual, its norm and the layer's output; up, gate, product.
+            prefill_per_token=2 * (5 * hidden + 3 * mlp),
+            # The outputs of all blocks; up and its activation; q, k, v and output in float32.
+            encode_crops=2 * _CROPS * patches * (width * (depth + 8) + 2 * vision_mlp),
+            encode_per_token=4 * patches * pixels // TOKENS_PER_FRAME,
+        ),
     }
 
 

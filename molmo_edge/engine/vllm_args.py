@@ -26,7 +26,7 @@ from molmo_edge.devices.precision import (
     usable_bytes,
 )
 from molmo_edge.devices.profiles import Profile, profile_warning
-from molmo_edge.devices.shapes import ModelShape, model_shape
+from molmo_edge.devices.shapes import SHORTEST, ModelShape, frames_within, model_shape
 from molmo_edge.errors import ConfigError, MissingDependencyError
 from molmo_edge.interface import ModelFamily
 from molmo_edge.settings import EdgeSettings, Resolved
@@ -87,9 +87,6 @@ def plan_build(
     shape = model_shape(folder)
     settings = _with_dtypes(resolved, device, shape)
     max_crops = settings.max_crops or family.default_crops(folder)
-    sampling = family.frame_sampling(folder)
-    max_frames = (settings.max_frames or sampling[0]) if sampling is not None else 0
-    settings = settings.model_copy(update={"max_crops": max_crops, "max_frames": max_frames})
     float32 = settings.dtype == "float32"
     if device.kind == "cpu" and shape.stored == "nvfp4":
         raise ConfigError("vLLM's CPU backend has no kernel for nvfp4 checkpoints; it needs a GPU.")
@@ -97,18 +94,37 @@ def plan_build(
         raise ConfigError(
             "vLLM's CPU kernel for w4a16 checkpoints has no float32; use dtype=bfloat16."
         )
-    kv_bytes = _check_kv_cache(settings, device, shape)
+    # A profile's longest request is lowered to what fits, so the shortest must fit.
+    by_user = "max_model_len" in resolved.by_user
+    limit = settings.max_model_len or shape.max_model_len
+    limit = limit if by_user else min(limit, shape.max_model_len)
+    needed = limit if by_user else min(limit, SHORTEST)
+    kv_bytes = _check_kv_cache(settings, device, shape, needed)
+    sizes = shape.bytes_by_precision(float32=float32)
     choice = choose_precision(
         settings.precision if "precision" in resolved.by_user else "auto",
         device,
-        shape.bytes_by_precision(float32=float32),
+        sizes,
         profile=profile,
         kv_bytes=kv_bytes,
+        activations=shape.activation_bytes(needed) * (2 if float32 else 1),
         utilization=settings.gpu_memory_utilization,
         plain="FP32" if float32 else "BF16",
     )
     if choice.fallback:
         _warn(choice.reason)
+    usable = usable_bytes(device, settings.gpu_memory_utilization)
+    room = None if usable is None else usable - sizes[choice.precision]
+    max_model_len = limit if by_user else _longest_request(settings, shape, limit, room)
+    max_frames = 0
+    if (sampling := family.frame_sampling(folder)) is not None:
+        max_frames = settings.max_frames or min(sampling[0], frames_within(max_model_len))
+    decided = {"max_model_len": max_model_len, "max_crops": max_crops, "max_frames": max_frames}
+    settings = settings.model_copy(update=decided)
+    family_args = family.engine_args(max_crops, settings.resize, max_frames)
+    backend = _attention_backend(
+        resolved, family, family_args.pop("attention_backend", None), device
+    )
     label = choice.precision
     if label == "bf16":
         label = {"float32": "fp32", "float16": "fp16"}.get(settings.dtype, label)
@@ -133,16 +149,14 @@ def plan_build(
             "disable_any_whitespace": True,
             "disable_additional_properties": True,
         },
-        **family.engine_args(max_crops, settings.resize, max_frames),
+        **family_args,
     }
     if choice.precision == "fp8" and shape.stored is None:
         args["quantization"] = "fp8_per_channel"
         # The tower is small and sensitive; vLLM itself does not quantise the head.
         args["quantization_config"] = {"ignore": list(family.unquantized)}
-    # No other backend has scales for each token and head.
-    scaled = settings.kv_cache_dtype.endswith("per_token_head")
     optional = {
-        "attention_backend": "TRITON_ATTN" if scaled else settings.attention_backend,
+        "attention_backend": backend,
         "mm_encoder_attn_backend": settings.mm_encoder_attn_backend,
         "gpu_memory_utilization": settings.gpu_memory_utilization,
         "enforce_eager": settings.enforce_eager,
@@ -227,11 +241,44 @@ def _auto_dtype(device: DeviceInfo, shape: ModelShape) -> Literal["bfloat16", "f
     return "float32" if usable is not None and 2 * size <= usable else "bfloat16"
 
 
-def _check_kv_cache(settings: EdgeSettings, device: DeviceInfo, shape: ModelShape) -> int:
-    """Return the bytes of the KV cache, at least those of the longest request."""
+def _attention_backend(
+    resolved: Resolved, family: ModelFamily, only: str | None, device: DeviceInfo
+) -> str | None:
+    """Return the language model's backend; ``only`` is the one that is right for the family."""
+    settings = resolved.settings
+    if device.kind == "cuda" and only is not None:
+        if "attention_backend" in resolved.by_user and settings.attention_backend != only:
+            raise ConfigError(
+                f"attention_backend must be {only} for {family.name}: in no other do the image "
+                "tokens of a prompt see each other, as they did in training."
+            )
+        return only
+    # No other backend has scales for each token and head.
+    scaled = settings.kv_cache_dtype.endswith("per_token_head")
+    return "TRITON_ATTN" if scaled else settings.attention_backend
+
+
+def _longest_request(
+    settings: EdgeSettings, shape: ModelShape, limit: int, room: int | None
+) -> int:
+    cache, kv_dtype = _kv_bytes(settings), settings.kv_cache_dtype
+    scale = 2 if settings.dtype == "float32" and kv_dtype == "auto" else 1
+    longest = shape.longest_request(limit, kv_dtype, room, cache, scale)
+    if longest < limit:
+        _warn(
+            f"max_model_len is {longest} instead of {limit}, which do not fit the memory or the KV "
+            "cache; setting max_model_len to what you need is better than this guess."
+        )
+    return longest
+
+
+def _check_kv_cache(
+    settings: EdgeSettings, device: DeviceInfo, shape: ModelShape, tokens: int
+) -> int:
+    """Return the bytes of the KV cache, at least those of a request of that many tokens."""
     wanted = settings.kv_cache_dtype
     check_kv_cache_dtype(wanted, device, settings.attention_backend)
-    longest = shape.kv_bytes(settings.max_model_len or shape.max_model_len, wanted)
+    longest = shape.kv_bytes(tokens, wanted)
     if settings.dtype == "float32" and wanted == "auto":
         longest *= 2
     given = _kv_bytes(settings)

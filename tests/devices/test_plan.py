@@ -50,6 +50,34 @@ def test_requests_that_fit_beside_the_weights() -> None:
     assert {row.requests for row in thor.rows} == {(4 << 30) // (1408 * 28_672)}
 
 
+@pytest.mark.parametrize(
+    ("model", "device", "longest", "frames", "tps"),
+    [
+        ("Molmo2-4B", "thor", 36_864, 384, 60.5),
+        ("Molmo2-4B", "rtx5080", 16_384, 170, 212.8),
+        ("Molmo2-8B", "rtx5080", 16_384, 170, 115.8),
+        ("Molmo2-O-7B", "thor", 16_384, 170, 35.7),  # 4 GiB of cache hold no more
+        ("Molmo2-O-7B", "rtx5080", 14_336, 147, 125.6),  # nor does the card
+    ],
+)
+def test_molmo_2s_longest_request_and_video(
+    model: str, device: str, longest: int, frames: int, tps: float
+) -> None:
+    shape, info = model_shape(f"allenai/{model}"), known_device(device)
+    made = plan(shape, info)
+    visuals, row = made.visuals, rows(made)["fp8"]
+    assert visuals is not None and made.chosen == "fp8" and row.fits
+    assert (
+        (visuals.max_model_len, visuals.frames) == (row.max_model_len, frames) == (longest, frames)
+    )
+    assert visuals.seconds == (frames - 1) / 2
+    assert row.decode_tps == pytest.approx(tps, abs=0.1)
+    needed = shape.kv_bytes(longest, "fp8") + max(visuals.encode_bytes, visuals.prefill_bytes)
+    assert needed <= (made.usable_bytes or 0) - row.weight_bytes
+    # 88 tokens a frame, and an answer.
+    assert frames * 88 + 256 <= longest
+
+
 def test_what_does_not_fit_is_explained_not_refused() -> None:
     bf16 = rows(plan(MOLMO, known_device("rtx5080")))["bf16"]
     assert (bf16.fits, bf16.requests) == (False, 0)

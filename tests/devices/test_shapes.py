@@ -62,6 +62,22 @@ def test_bytes_of_molmo_7b_d() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters", "tower", "kv_bytes", "longest"),
+    [
+        ("Molmo2-4B", 4_850_869_200, 439.1e6, 147_456, 36_864),
+        ("Molmo2-ER", 4_850_869_200, 439.1e6, 147_456, 36_864),
+        ("Molmo2-8B", 8_661_703_120, 470.4e6, 147_456, 36_864),
+        ("Molmo2-O-7B", 7_760_786_896, 462.3e6, 524_288, 65_536),
+    ],
+)
+def test_molmo_2(name: str, parameters: int, tower: float, kv_bytes: int, longest: int) -> None:
+    shape = model_shape(f"allenai/{name}")
+    assert (shape.parameters, shape.kv_bytes(1, "auto")) == (parameters, kv_bytes)
+    assert (shape.max_model_len, shape.qwen2) == (longest, False)
+    assert shape.tower == pytest.approx(tower, rel=1e-3)
+
+
 def test_tied_head_is_counted_once_and_windows_bound_the_cache() -> None:
     gemma = model_shape("google/gemma-3-27b-it")
     assert gemma.head == 0
@@ -125,7 +141,7 @@ def test_unknown_model_names_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "llama"}, "model_type 'llama'; planning knows molmo and gemma3"),
+        ({"model_type": "llama"}, "model_type 'llama'; planning knows molmo, molmo2 and gemma3"),
         ({"model_type": "molmo"}, "lacks a size or has a wrong one: num_attention_heads"),
         ({"model_type": "gemma3", "text_config": 3, "vision_config": {}}, "lacks a size"),
         (CONFIG | {"num_attention_heads": 0}, "lacks a size or has a wrong one"),

@@ -114,6 +114,19 @@ def test_bf16_that_does_not_fit_becomes_fp8_unless_the_user_set_it(
         plan(RTX5080, molmo, precision="bf16")
 
 
+def test_a_profiles_longest_request_is_lowered_to_what_fits_and_a_users_is_not(
+    molmo: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert args(THOR, molmo)["max_model_len"] == 4096  # the checkpoint's
+    assert not [record for record in caplog.records if "max_model_len" in record.message]
+    gemma = write(molmo, GEMMA)
+    assert args(THOR, gemma)["max_model_len"] == 36864
+    small = args(THOR, gemma, kv_cache_memory_gb=0.2)["max_model_len"]
+    assert 4096 < small < 36864 and f"max_model_len is {small} instead of 36864" in caplog.text
+    with pytest.raises(ConfigError, match=r"kv_cache_memory_gb 0\.2 is too small"):
+        plan(THOR, gemma, kv_cache_memory_gb=0.2, max_model_len=36864)
+
+
 def test_float32_has_four_bytes_per_parameter_and_an_exact_cache(molmo: Path) -> None:
     with pytest.raises(ConfigError, match=r"FP32 weights \(32\.\d GB\)"):
         plan(LAPTOP, molmo, dtype="float32")
