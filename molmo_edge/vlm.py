@@ -11,7 +11,15 @@ import itertools
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Generator,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -423,6 +431,7 @@ class EdgeVLM:
         max_fps: float | None = None,
         frame_timeout: float | None = 10.0,
         on_stall: Literal["raise", "reconnect"] = "raise",
+        window: int | None = None,
         **options: Unpack[Options],
     ) -> Generator[Seen, None, None]:
         """Ask the same question about a camera's newest frame, again and again.
@@ -431,11 +440,14 @@ class EdgeVLM:
             source: see `molmo_edge.watch.Camera`.
             drop: ``"oldest"``: a frame that arrives while another is answered replaces the one that
                 waits; ``"none"``: the source is read only as fast as frames are answered.
-            max_fps: maximum number of frames to ask about per second.
+            max_fps: maximum number of frames per second, in questions and in a window.
             frame_timeout: seconds without a new frame after which the source has stalled; None
                 waits forever.
             on_stall: ``"raise"`` CameraError, or ``"reconnect"``: open the source again, with
                 growing pauses, until it delivers.
+            window: ask about a video instead: the newest frame and up to ``window - 1`` before it,
+                answered or not, at their capture times. At least 2; for what happens rather than
+                what is there. Models learned from 2 frames per second: ``max_fps=2``.
             options: see `Options`; a frame that misses its `timeout` is yielded with `error`.
 
         Returns:
@@ -443,12 +455,18 @@ class EdgeVLM:
             source and joins its thread.
 
         Raises:
-            ConfigError: at once, for a wrong argument.
+            ConfigError: at once, for a wrong argument, or a window if the model has no video.
             CameraError, MissingDependencyError: while iterating.
             As `query`, while iterating, about the question, the options or the engine.
         """
-        camera = Camera(source, drop, max_fps, frame_timeout, on_stall)
-        return run(camera, lambda image: self.query(image, question, **options))
+        camera = Camera(source, drop, max_fps, frame_timeout, on_stall, window)
+        self._check_window(window)
+
+        def answer(frame: Seen) -> Result:
+            image = frame.image if frame.video is None else None
+            return self.query(image, question, video=frame.video, **options)
+
+        return run(camera, answer)
 
     def awatch(
         self,
@@ -459,6 +477,7 @@ class EdgeVLM:
         max_fps: float | None = None,
         frame_timeout: float | None = 10.0,
         on_stall: Literal["raise", "reconnect"] = "raise",
+        window: int | None = None,
         **options: Unpack[Options],
     ) -> AsyncGenerator[Seen, None]:
         """`watch` for asyncio: ``async for`` over it; the event loop is never blocked.
@@ -466,8 +485,14 @@ class EdgeVLM:
         Leaving the loop early leaves the source open until the iterator is closed: use
         ``contextlib.aclosing`` where that matters.
         """
-        camera = Camera(source, drop, max_fps, frame_timeout, on_stall)
-        return arun(camera, lambda image: self.aquery(image, question, **options))
+        camera = Camera(source, drop, max_fps, frame_timeout, on_stall, window)
+        self._check_window(window)
+
+        def answer(frame: Seen) -> Awaitable[Result]:
+            image = frame.image if frame.video is None else None
+            return self.aquery(image, question, video=frame.video, **options)
+
+        return arun(camera, answer)
 
     # The engine.
 
@@ -646,6 +671,13 @@ class EdgeVLM:
             deadline=options.deadline,
             environment=engine.info.environment,
         )
+
+    def _check_window(self, window: int | None) -> None:
+        if window is None:
+            return
+        self._require("video")
+        if window > (limit := self._video_limits.max_frames):
+            raise ConfigError(f"window must be at most {limit}, the engine's max_frames.")
 
     def _require(self, verb: str) -> None:
         if self.family is not None and verb not in self.family.verbs:

@@ -37,9 +37,11 @@ from molmo_edge.errors import (
     MolmoEdgeError,
     QueueFull,
     RequestError,
+    VideoError,
 )
 from molmo_edge.images import SUFFIXES, ImageLike, image_files
 from molmo_edge.results import Result
+from molmo_edge.video import Video
 
 logger = logging.getLogger("molmo_edge")
 
@@ -47,7 +49,7 @@ Source: TypeAlias = int | str | Path | Iterable[ImageLike] | Callable[[], Iterab
 _Frames: TypeAlias = Callable[[], Generator[ImageLike, None, None]]
 
 # Failures that belong to one frame; the next one may be answered.
-_FRAME_ERRORS = (ImageError, RequestError, QueueFull)
+_FRAME_ERRORS = (ImageError, VideoError, RequestError, QueueFull)
 # Longest wait for a thread in the middle of a read, which cannot be interrupted.
 _JOIN_S = 5.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 5.0
@@ -69,6 +71,7 @@ class Seen:
         reconnects: how often the source was opened again so far.
         result: the answer; None when there is an `error`.
         error: why this frame has no answer: its deadline passed, the image cannot be used, …
+        video: with `window`, the frame and those before it: what the answer is about.
     """
 
     image: ImageLike
@@ -80,6 +83,7 @@ class Seen:
     reconnects: int = 0
     result: Result | None = None
     error: MolmoEdgeError | None = None
+    video: Video | None = None
 
     @property
     def latency_s(self) -> float:
@@ -117,6 +121,7 @@ class Camera:
         max_fps: float | None = None,
         frame_timeout: float | None = 10.0,
         on_stall: Literal["raise", "reconnect"] = "raise",
+        window: int | None = None,
     ) -> None:
         if drop not in ("oldest", "none"):
             raise ConfigError("drop must be 'oldest' or 'none'.")
@@ -126,6 +131,8 @@ class Camera:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if value is not None and not (number and 0 < value < math.inf):
                 raise ConfigError(f"{name} must be a positive number, or None.")
+        if window is not None and (type(window) is not int or window < 2):
+            raise ConfigError("window must be an integer of at least 2, or None.")
         self._open_frames, clocked = _frames_of(source)
         self._reconnect = on_stall == "reconnect"
         if self._reconnect and isinstance(source, Iterator):
@@ -135,6 +142,7 @@ class Camera:
             )
         self._keep_all = drop == "none" or not clocked
         self._period_s = 0.0 if max_fps is None else 1 / max_fps
+        self._window = window
         self._timeout_s = math.inf if frame_timeout is None else frame_timeout
         self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._reader: _Reader | None = None
@@ -184,7 +192,9 @@ class Camera:
             self._reader.thread.join(_JOIN_S)
 
     def _start_reader(self) -> _Reader:
-        self._reader = reader = _Reader(self._open_frames, self._keep_all, self._news)
+        self._reader = reader = _Reader(
+            self._open_frames, self._keep_all, self._news, self._window, self._period_s
+        )
         if self._closed:  # meanwhile, in another thread
             reader.stop()
         else:
@@ -192,27 +202,27 @@ class Camera:
         return reader
 
 
-def run(camera: Camera, answer: Callable[[ImageLike], Result]) -> Generator[Seen, None, None]:
+def run(camera: Camera, answer: Callable[[Seen], Result]) -> Generator[Seen, None, None]:
     """Answer frame by frame; see `EdgeVLM.watch`."""
     with contextlib.closing(camera):
         while (frame := camera.next_frame()) is not None:
             result, error = None, None
             try:
-                result = answer(frame.image)
+                result = answer(frame)
             except _FRAME_ERRORS as exc:
                 error = exc
             yield replace(frame, answered_s=time.monotonic(), result=result, error=error)
 
 
 async def arun(
-    camera: Camera, answer: Callable[[ImageLike], Awaitable[Result]]
+    camera: Camera, answer: Callable[[Seen], Awaitable[Result]]
 ) -> AsyncGenerator[Seen, None]:
     """Do the same as `run` for asyncio; see `EdgeVLM.awatch`."""
     try:
         while (frame := await asyncio.to_thread(camera.next_frame)) is not None:
             result, error = None, None
             try:
-                result = await answer(frame.image)
+                result = await answer(frame)
             except _FRAME_ERRORS as exc:
                 error = exc
             yield replace(frame, answered_s=time.monotonic(), result=result, error=error)
@@ -223,10 +233,19 @@ async def arun(
 class _Reader:
     """The thread that opens, reads and closes a source, and the one frame that waits."""
 
-    def __init__(self, open_frames: _Frames, keep_all: bool, news: queue.SimpleQueue[None]) -> None:
+    def __init__(
+        self,
+        open_frames: _Frames,
+        keep_all: bool,
+        news: queue.SimpleQueue[None],
+        window: int | None,
+        period_s: float,
+    ) -> None:
         self._open_frames = open_frames
         self._keep_all = keep_all
         self._news = news
+        self._period_s = period_s
+        self._recent: deque[tuple[float, ImageLike]] = deque(maxlen=window or 0)
         self._waiting: deque[Seen] = deque(maxlen=1)
         self._resume: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._since = time.monotonic()  # when the source last gave a frame, or was asked for one
@@ -286,11 +305,22 @@ class _Reader:
         now = time.monotonic()
         if not self._keep_all:
             self._since = now
-        self._waiting.append(Seen(image, self.count, now, time.time()))
+        frame = Seen(image, self.count, now, time.time(), video=self._video(now, image))
+        self._waiting.append(frame)
         self.count += 1
         self._notify()
         if self._keep_all:
             self._resume.get()
+
+    def _video(self, now: float, image: ImageLike) -> Video | None:
+        """The window that ends with this image; the others are a period apart."""
+        if not self._recent.maxlen:
+            return None
+        if len(self._recent) > 1 and self._recent[-1][0] - self._recent[-2][0] < self._period_s:
+            self._recent.pop()
+        self._recent.append((now, image))
+        times, images = zip(*self._recent, strict=True)
+        return Video(images, timestamps=[t - times[0] for t in times])
 
     def _notify(self) -> None:
         if self._news.empty():

@@ -27,6 +27,7 @@ from molmo_edge.errors import (
     MissingDependencyError,
     RequestTimeout,
     SamplingError,
+    VideoError,
 )
 from molmo_edge.watch import Seen
 
@@ -129,6 +130,47 @@ def test_nothing_is_dropped_from_lists_directories_or_when_asked_not_to(
     assert [one.image for one in vlm.watch(tmp_path / "1.png")] == [tmp_path / "1.png"]
 
 
+def values(seen: Seen) -> list[int]:
+    assert seen.video is not None
+    return [int(np.asarray(frame)[0, 0, 0]) for frame in seen.video.frames]
+
+
+def test_a_window_is_a_video_of_the_last_frames_dropped_ones_too() -> None:
+    def clip(turns: Any) -> str:
+        return str([int(frame[0, 0, 0]) for frame in turns[0].video.frames])
+
+    camera = Source(1)
+    with EdgeVLM(engine=FakeEngine.factory(clip), max_frames=3) as vlm:
+        seen = vlm.watch(camera, "What happens?", window=3)
+        assert values(next(seen)) == [1]
+        camera.more.release(4)
+        camera.wait(6)
+        second = next(seen)
+        assert (second.dropped, values(second)) == (3, [3, 4, 5])
+        assert second.result is not None and second.result.text == "[3, 4, 5]"
+        assert second.video is not None and second.video.timestamps is not None
+        assert second.video.timestamps[0] == 0 < second.video.timestamps[1]
+        camera.end()
+        seen.close()
+        images = [image(i) for i in range(3)]
+        assert [values(one) for one in vlm.watch(images, window=2)] == [[0], [0, 1], [1, 2]]
+        for window in (1, True, 4):
+            with pytest.raises(ConfigError, match="window must be"):
+                vlm.watch(images, window=window)
+
+
+def test_frames_of_a_window_are_as_far_apart_as_max_fps_says(vlm: EdgeVLM) -> None:
+    def fast() -> Iterator[np.ndarray]:
+        for i in range(30):
+            time.sleep(0.01)
+            yield image(i)
+
+    last = list(vlm.watch(fast, max_fps=20, window=4))[-1]
+    assert last.video is not None and last.video.timestamps is not None
+    assert values(last)[-1] == 29 and len(values(last)) == 4
+    assert all(gap >= 1 / 20 for gap in np.diff(last.video.timestamps)[:-1])
+
+
 def test_a_buffer_that_is_filled_again_does_not_change_a_frame(vlm: EdgeVLM) -> None:
     def frames() -> Iterator[np.ndarray]:
         buffer = image()
@@ -217,6 +259,8 @@ def test_a_frame_that_cannot_be_answered_does_not_end_the_watch(vlm: EdgeVLM) ->
     with EdgeVLM(engine=FakeEngine.factory("word " * 500, step_s=0.01)) as slow:
         late = list(slow.watch([image(1), image(2)], timeout=0.3))
     assert [type(one.error) for one in late] == [RequestTimeout] * 2
+    clips = list(vlm.watch([image(1), broken, image(2), image(3)], window=2))
+    assert [type(one.error) for one in clips] == [type(None), VideoError, VideoError, type(None)]
 
 
 def test_what_would_fail_for_every_frame_ends_the_watch(vlm: EdgeVLM) -> None:
