@@ -14,6 +14,7 @@ from molmo_edge.video import Clip
 
 # As in `EdgeSettings.resize`.
 Resize = Literal["torch", "tensorflow"]
+ImageAttention = Literal["causal", "image", "joint"]
 
 # What `EdgeVLM` asks, ``{}`` being the label; a family may have other prompts.
 PROMPTS: Mapping[str, str] = {
@@ -151,6 +152,8 @@ class ModelFamily(Protocol):
         prompts: those that differ from `PROMPTS`.
         max_images: maximum number of images per request.
         crops: whether `max_crops` and `resize` apply.
+        image_attention: what an image token sees beside the tokens before it: nothing
+            (``"causal"``), its image, or all images and frames of the request (``"joint"``).
         unquantized: module patterns of the vision tower, which online quantisation skips.
     """
 
@@ -159,6 +162,7 @@ class ModelFamily(Protocol):
     prompts: Mapping[str, str]
     max_images: int
     crops: bool
+    image_attention: ImageAttention
     unquantized: tuple[str, ...]
 
     def check(self, config: Mapping[str, Any], folder: Path, load_format: str) -> None:

@@ -10,7 +10,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +48,7 @@ _CUDA_VARIABLES = {
     "CUDA_CACHE_MAXSIZE": "4294967296",
 }
 _DRAFT_TOKENS = 3
+_TRITON = "TRITON_ATTN"
 _GRAPH_SIZES = "cudagraph_capture_sizes"
 
 
@@ -121,10 +122,6 @@ def plan_build(
         max_frames = settings.max_frames or min(sampling[0], frames_within(max_model_len))
     decided = {"max_model_len": max_model_len, "max_crops": max_crops, "max_frames": max_frames}
     settings = settings.model_copy(update=decided)
-    family_args = family.engine_args(max_crops, settings.resize, max_frames)
-    backend = _attention_backend(
-        resolved, family, family_args.pop("attention_backend", None), device
-    )
     label = choice.precision
     if label == "bf16":
         label = {"float32": "fp32", "float16": "fp16"}.get(settings.dtype, label)
@@ -149,14 +146,14 @@ def plan_build(
             "disable_any_whitespace": True,
             "disable_additional_properties": True,
         },
-        **family_args,
+        **family.engine_args(max_crops, settings.resize, max_frames),
     }
     if choice.precision == "fp8" and shape.stored is None:
         args["quantization"] = "fp8_per_channel"
         # The tower is small and sensitive; vLLM itself does not quantise the head.
         args["quantization_config"] = {"ignore": list(family.unquantized)}
     optional = {
-        "attention_backend": backend,
+        "attention_backend": _attention_backend(settings, resolved.by_user, device, family),
         "mm_encoder_attn_backend": settings.mm_encoder_attn_backend,
         "gpu_memory_utilization": settings.gpu_memory_utilization,
         "enforce_eager": settings.enforce_eager,
@@ -242,20 +239,26 @@ def _auto_dtype(device: DeviceInfo, shape: ModelShape) -> Literal["bfloat16", "f
 
 
 def _attention_backend(
-    resolved: Resolved, family: ModelFamily, only: str | None, device: DeviceInfo
+    settings: EdgeSettings, by_user: Set[str], device: DeviceInfo, family: ModelFamily
 ) -> str | None:
-    """Return the language model's backend; ``only`` is the one that is right for the family."""
-    settings = resolved.settings
-    if device.kind == "cuda" and only is not None:
-        if "attention_backend" in resolved.by_user and settings.attention_backend != only:
+    """Return vLLM's backend for the language model; None leaves it to vLLM."""
+    given, kv = settings.attention_backend, settings.kv_cache_dtype
+    joint = family.image_attention == "joint"
+    if device.kind == "cpu":
+        if family.image_attention != "causal" and kv.startswith("fp8"):
             raise ConfigError(
-                f"attention_backend must be {only} for {family.name}: in no other do the image "
-                "tokens of a prompt see each other, as they did in training."
+                f"{family.name} has no FP8 KV cache on CPUs; use kv_cache_dtype auto."
             )
-        return only
+        return given
+    if joint and kv.endswith("per_token_head"):
+        raise ConfigError(f"{family.name} has no kv_cache_dtype {kv}; use fp8 or auto.")
+    if joint and "attention_backend" in by_user and given != _TRITON:
+        raise ConfigError(
+            f"attention_backend must be {_TRITON} for {family.name}: in {given} the images of a "
+            "request would not see each other, and answers would be wrong."
+        )
     # No other backend has scales for each token and head.
-    scaled = settings.kv_cache_dtype.endswith("per_token_head")
-    return "TRITON_ATTN" if scaled else settings.attention_backend
+    return _TRITON if joint or kv.endswith("per_token_head") else given
 
 
 def _longest_request(

@@ -13,7 +13,7 @@ from typing import Any
 
 from molmo_edge.checkpoint_files import check_weights
 from molmo_edge.errors import ImageError, ModelError, SamplingError
-from molmo_edge.interface import Rendered, Renderer, Resize, Turn
+from molmo_edge.interface import ImageAttention, Rendered, Renderer, Resize, Turn
 from molmo_edge.requests import check_length, check_turns, refuse_special
 
 # Added tokens that users may write: line breaks, spaces, HTML tags. All others are control tokens.
@@ -32,6 +32,7 @@ class Gemma3:
     # 256 tokens each; engine_args={"limit_mm_per_prompt": {"image": …}} sets another limit.
     max_images = 16
     crops = False
+    image_attention: ImageAttention = "image"
     unquantized: tuple[str, ...] = ("vision_tower.*", "multi_modal_projector.*")
 
     def check(self, config: Mapping[str, Any], folder: Path, load_format: str) -> None:

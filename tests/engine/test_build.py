@@ -24,6 +24,7 @@ from tests.devices.recorded import machine
 
 GIB = 2**30
 MOLMO = KNOWN["allenai/Molmo-7B-D-0924"]
+MOLMO2 = KNOWN["allenai/Molmo2-4B"]
 GEMMA = KNOWN["google/gemma-3-4b-it"]
 
 
@@ -125,6 +126,24 @@ def test_a_profiles_longest_request_is_lowered_to_what_fits_and_a_users_is_not(
     assert 4096 < small < 36864 and f"max_model_len is {small} instead of 36864" in caplog.text
     with pytest.raises(ConfigError, match=r"kv_cache_memory_gb 0\.2 is too small"):
         plan(THOR, gemma, kv_cache_memory_gb=0.2, max_model_len=36864)
+
+
+def test_molmo_2_gets_its_backend_its_context_and_the_frames_that_fit(tmp_path: Path) -> None:
+    checkpoint = write(tmp_path, MOLMO2)
+    thor, card = plan(THOR, checkpoint), plan(RTX5080, checkpoint)
+    assert (thor.llm_args["max_model_len"], thor.settings.max_frames) == (36864, 384)
+    assert (card.llm_args["max_model_len"], card.settings.max_frames) == (16384, 170)
+    assert (card.settings.max_crops, card.environment["max_frames"]) == (8, 170)
+    assert plan(RTX5080, checkpoint, max_frames=200).settings.max_frames == 200
+    assert args(H100, checkpoint)["attention_backend"] == "TRITON_ATTN"  # not the fastest one
+    assert "attention_backend" not in args(LAPTOP, checkpoint, precision="bf16")
+    for device, settings, message in (
+        (H100, {"attention_backend": "FLASH_ATTN"}, "must be TRITON_ATTN for molmo2"),
+        (H100, {"kv_cache_dtype": "fp8_per_token_head"}, "use fp8 or auto"),
+        (LAPTOP, {"kv_cache_dtype": "fp8"}, "no FP8 KV cache on CPUs"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            plan(device, checkpoint, **settings)
 
 
 def test_float32_has_four_bytes_per_parameter_and_an_exact_cache(molmo: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from molmo_edge.checkpoint_files import check_weights, read_json
 from molmo_edge.errors import ImageError
-from molmo_edge.interface import Rendered, Renderer, Resize, Turn
+from molmo_edge.interface import ImageAttention, Rendered, Renderer, Resize, Turn
 from molmo_edge.models.hashing import ImageHasher
 from molmo_edge.models.molmo.config import check_layout
 from molmo_edge.models.molmo.prompts import ONE_IMAGE, ImageTokenIds, PromptEncoder
@@ -37,6 +37,7 @@ class Molmo:
     # Molmo 1 was trained on single images.
     max_images = 1
     crops = True
+    image_attention: ImageAttention = "causal"
     unquantized: tuple[str, ...] = ("vision_backbone.*",)
 
     def check(self, config: Mapping[str, Any], folder: Path, load_format: str) -> None:

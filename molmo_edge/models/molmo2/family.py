@@ -10,7 +10,7 @@ import numpy as np
 
 from molmo_edge.checkpoint_files import check_weights
 from molmo_edge.errors import ConfigError, PromptError, PromptTooLongError
-from molmo_edge.interface import Rendered, Renderer, Resize, Turn
+from molmo_edge.interface import ImageAttention, Rendered, Renderer, Resize, Turn
 from molmo_edge.models.hashing import ImageHasher
 from molmo_edge.models.molmo2.config import ARCHITECTURE, ImageIds, Processing, check_layout
 from molmo_edge.models.molmo2.prompts import PromptEncoder, frame_tokens, image_tokens
@@ -29,6 +29,7 @@ class Molmo2:
     # As many as the context holds.
     max_images = 10_000
     crops = True
+    image_attention: ImageAttention = "joint"
     unquantized: tuple[str, ...] = ("vision_backbone.*",)
 
     def check(self, config: Mapping[str, Any], folder: Path, load_format: str) -> None:
