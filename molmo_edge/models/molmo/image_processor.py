@@ -14,7 +14,8 @@ from PIL import Image
 
 from molmo_edge.errors import ConfigError, ImageError, MissingDependencyError
 from molmo_edge.interface import Resize
-from molmo_edge.models.molmo.resize import MEAN, STD, compiled_kernel, write_patches
+from molmo_edge.models.compiled import compiled_kernel
+from molmo_edge.models.molmo.resize import MEAN, STD, filter_rows, write_patches
 from molmo_edge.models.molmo.tiling import (
     CROP_FEATURES,
     CROP_PATCHES,
@@ -117,7 +118,7 @@ class MolmoImageProcessor:
         views = [Tiling(1, 1).fit(height, width), tiling.fit(height, width)]
         images = torch.empty((tiling.n_crops + 1, CROP_PATCHES**2, PATCH_PX**2 * 3))
         outputs = [images[:1], images[1:]]
-        kernel = compiled_kernel() if self.resize == "torch" and compiled else None
+        kernel = compiled_kernel(filter_rows) if self.resize == "torch" and compiled else None
         if kernel is not None:
             arrays = [(view, out.numpy()) for view, out in zip(views, outputs, strict=True)]
             write_patches(kernel, pixels, arrays, torch.get_num_threads())

@@ -8,15 +8,13 @@ second, later read from its cache on disk).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, lru_cache
-from typing import Any
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
+from molmo_edge.models.compiled import MAX_THREADS, row_ranges, run_in_threads
 from molmo_edge.models.molmo.tiling import (
     CROP_PATCHES,
     OVERLAP_PX,
@@ -25,8 +23,6 @@ from molmo_edge.models.molmo.tiling import (
     STRIDE_PX,
     View,
 )
-
-logger = logging.getLogger("molmo_edge")
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -39,8 +35,6 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 _GAIN = (1 / (255 * np.asarray(STD))).astype(np.float32)
 _OFFSET = (-np.asarray(MEAN) / np.asarray(STD)).astype(np.float32)
 
-# More threads gain little, and each costs as much to start as some rows to filter.
-MAX_THREADS = 8
 CHUNK = 1024  # values of a row that are filtered together: they stay in the L1 cache
 
 
@@ -60,19 +54,13 @@ def write_patches(
     height, width = pixels.shape[:2]
     source = np.ascontiguousarray(pixels).reshape(height, width * 3)
     threads = min(threads, MAX_THREADS)
-    jobs = []
-    with ThreadPoolExecutor(threads, "molmo-edge-resize") as pool:
-        for view, out in views:
-            taps = *_taps(height, view.height), *_taps(width, view.width)
-            place = view.top, view.left, view.cols
-            lines = view.rows * STRIDE_PX + OVERLAP_PX
-            step = -(-lines // (2 * threads))
-            for first in range(0, lines, step):
-                last = min(first + step, lines)
-                part = *place, first, last
-                jobs.append(pool.submit(kernel, source, *taps, _GAIN, _OFFSET, *part, out))
-    for job in jobs:
-        job.result()
+    calls = []
+    for view, out in views:
+        taps = *_taps(height, view.height), *_taps(width, view.width)
+        place = view.top, view.left, view.cols
+        for rows in row_ranges(view.rows * STRIDE_PX + OVERLAP_PX, 2 * threads):
+            calls.append((source, *taps, _GAIN, _OFFSET, *place, *rows, out))
+    run_in_threads(kernel, calls, threads)
 
 
 # A camera's images are all of one size.
@@ -95,7 +83,7 @@ def _taps(size: int, new_size: int) -> tuple[Ints, Floats]:
     return first, weights.astype(np.float32)
 
 
-def _filter_rows(
+def filter_rows(
     source: Pixels,
     down_first: Ints,
     down_weights: Floats,
@@ -157,18 +145,3 @@ def _filter_rows(
                                 out[crop, patch, (inner + x) * 3 + channel] = scaled[
                                     start + x, channel
                                 ]
-
-
-@cache
-def compiled_kernel() -> Callable[..., None] | None:
-    """Return `_filter_rows` in machine code, None without numba."""
-    try:
-        import numba  # type: ignore[import-untyped, unused-ignore]
-    except (ImportError, SystemError) as exc:  # missing, or for another numpy
-        logger.warning("Without numba, images are resized several times slower (%s).", exc)
-        return None
-    options: dict[str, Any] = {"nogil": True, "fastmath": {"contract"}}
-    try:
-        return numba.njit(cache=True, **options)(_filter_rows)  # type: ignore[no-any-return]
-    except RuntimeError:  # no directory for its cache
-        return numba.njit(**options)(_filter_rows)  # type: ignore[no-any-return]

@@ -1,0 +1,48 @@
+"""Functions compiled for this CPU with numba, where it is installed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+logger = logging.getLogger("molmo_edge")
+
+# More threads gain little, and each costs as much to start as some rows to filter.
+MAX_THREADS = 8
+
+
+@cache
+def compiled_kernel(function: Callable[..., None]) -> Callable[..., None] | None:
+    """Return `function` in machine code, without the interpreter's lock; None without numba.
+
+    The first call compiles, about a second; later processes read numba's cache on disk.
+    """
+    try:
+        import numba  # type: ignore[import-untyped, unused-ignore]
+    except (ImportError, SystemError) as exc:  # missing, or for another numpy
+        logger.warning("Without numba, images are resized several times slower (%s).", exc)
+        return None
+    options: dict[str, Any] = {"nogil": True, "fastmath": {"contract"}}
+    try:
+        return numba.njit(cache=True, **options)(function)  # type: ignore[no-any-return]
+    except RuntimeError:  # no directory for its cache
+        return numba.njit(**options)(function)  # type: ignore[no-any-return]
+
+
+def run_in_threads(
+    kernel: Callable[..., None], calls: Iterable[tuple[Any, ...]], threads: int
+) -> None:
+    """Run `kernel` once with each tuple of arguments, `threads` at a time."""
+    with ThreadPoolExecutor(threads, "molmo-edge-resize") as pool:
+        jobs = [pool.submit(kernel, *call) for call in calls]
+    for job in jobs:
+        job.result()
+
+
+def row_ranges(rows: int, parts: int) -> list[tuple[int, int]]:
+    """Cut `rows` into at most `parts` ranges (begin, end)."""
+    step = -(-rows // parts)
+    return [(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
