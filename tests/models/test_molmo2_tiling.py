@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from molmo_edge.models.molmo2.tiling import Geometry
+from tests.molmo2_golden import golden
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "data/molmo2/golden_extra.json").read_text())
-CASES = [{"max_crops": 8, **case} for case in GOLDEN["images"] + GOLDEN["crops"]]
+CASES = [{"max_crops": 8, **case} for kind in ("images", "crops") for case in golden("extra")[kind]]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['size']}-{case['max_crops']}")
-def test_every_recorded_size_has_the_reference_tiling(case: dict) -> None:
+def test_every_recorded_size_has_the_reference_tiling(case: dict[str, Any]) -> None:
     width, height = case["size"]
     tiling = Geometry().tiling(height, width, case["max_crops"])
     assert [*tiling.base_grid, *tiling.grid] == case["grid"]

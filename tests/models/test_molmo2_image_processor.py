@@ -1,0 +1,116 @@
+"""Patches are, bit for bit, those of AllenAI's molmo2 code: recorded, and by torch's own resize."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from molmo_edge.models.molmo2.image_processor import frame_patches, image_patches
+from molmo_edge.models.molmo2.tiling import Geometry
+from tests.molmo2_golden import cases, golden, image, video
+
+GEOMETRY = Geometry()
+WITH_IMAGES = [case for case in cases("qwen3") if "images" in case]
+WITH_VIDEO = [case for case in cases("qwen3") if "video" in case]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    """With more threads torch resizes three channels with another order of additions.
+
+    The outputs were recorded with one.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def patches_of(pixels: np.ndarray, **options: Any) -> torch.Tensor:
+    return image_patches(pixels, GEOMETRY.tiling(*pixels.shape[:2], 8), **options)
+
+
+def digest(patches: torch.Tensor) -> str:
+    return hashlib.sha256(patches.numpy().tobytes()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("case", golden("extra")["images"], ids=lambda case: str(case["size"]))
+def test_every_recorded_image_has_the_reference_patches(
+    case: dict[str, Any], compiled: bool
+) -> None:
+    pixels = image(case["seed"], *case["size"])
+    assert digest(patches_of(pixels, compiled=compiled)) == case["pixel_sha"]
+
+
+@pytest.mark.parametrize("case", WITH_IMAGES, ids=lambda case: case["name"])
+def test_the_images_of_the_recorded_requests_have_the_reference_patches(
+    case: dict[str, Any],
+) -> None:
+    patches = torch.cat([patches_of(image(*one)) for one in case["images"]])
+    assert digest(patches) == case["pixel_values"]["sha256_16"]
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("case", WITH_VIDEO, ids=lambda case: case["name"])
+def test_the_frames_of_the_recorded_videos_have_the_reference_patches(
+    case: dict[str, Any], compiled: bool
+) -> None:
+    seed, count, width, height, _ = case["video"]
+    frames = list(video(seed, count, width, height))
+    patches = frame_patches(frames, GEOMETRY, compiled=compiled)
+    assert digest(patches) == case["pixel_values_videos"]["sha256_16"]
+
+
+def plain(pixels: np.ndarray, geometry: Geometry) -> torch.Tensor:
+    """One frame as AllenAI's code takes it, (n_patches, values)."""
+    source = torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32)).unsqueeze(0)
+    size = (geometry.crop_px, geometry.crop_px)
+    scaled = F.interpolate(source, size, mode="bilinear", align_corners=False, antialias=False)
+    levels = scaled[0].round().to(torch.uint8).permute(1, 2, 0)
+    values = (levels.to(torch.float32) / 255 - 0.5) / 0.5
+    side, patch = geometry.crop_patches, geometry.patch_px
+    patches = values.reshape(side, patch, side, patch, 3).transpose(1, 2)
+    return patches.reshape(geometry.n_patches, -1)
+
+
+@settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+@given(st.integers(1, 1200), st.integers(1, 1200), st.sampled_from([126, 378]))
+@example(1, 1, 378)
+@example(1, 777, 378)
+@example(777, 1, 378)
+@example(2, 9000, 126)
+@example(9000, 3, 126)
+@example(378, 377, 378)
+def test_any_size_equals_torchs_resize(height: int, width: int, crop_px: int) -> None:
+    geometry = Geometry(crop_px=crop_px)
+    rng = np.random.default_rng(height * 31 + width)
+    # Mirrored: the memory of an image need not be in order.
+    pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)[:, ::-1]
+    expected = plain(pixels, geometry)
+    assert torch.equal(frame_patches([pixels], geometry)[0], expected)
+    assert torch.equal(frame_patches([pixels], geometry, compiled=False)[0], expected)
+
+
+def test_frames_of_different_sizes_and_threads_give_the_patches_of_each() -> None:
+    frames = [image(seed, 90 + 40 * seed, 200 - 30 * seed) for seed in range(5)]
+    alone = torch.cat([frame_patches([frame], GEOMETRY) for frame in frames])
+    torch.set_num_threads(3)
+    try:
+        together = [
+            frame_patches(frames, GEOMETRY, compiled=compiled) for compiled in (True, False)
+        ]
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(together[0], alone)
+    assert torch.equal(together[1], alone)
