@@ -42,7 +42,7 @@ _FOREIGN_ERRORS: Final[tuple[type[Exception], ...]] = (
 
 SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP")
-_URL: Final = re.compile(r"\s*([a-z][a-z0-9+.-]*://|data:)", re.IGNORECASE)
+URL: Final = re.compile(r"\s*([a-z][a-z0-9+.-]*://|data:)", re.IGNORECASE)
 
 # Each scan of a progressive JPEG file costs a pass over the whole image however few bytes it has,
 # joining EXIF blocks takes quadratic time, and each segment costs Pillow some Python. Cameras write
@@ -179,7 +179,7 @@ def _check_jpeg(data: bytes) -> None:
 
 
 def _read_file(path: str | Path, limits: ImageLimits) -> bytes:
-    if isinstance(path, str) and (not path or _URL.match(path)):
+    if isinstance(path, str) and (not path or URL.match(path)):
         raise ImageError(
             "a str must be the path of an image file, not a URL and not empty: molmo_edge fetches "
             "nothing; download the image and pass its bytes"

@@ -1,33 +1,70 @@
-"""Load any supported video as sampled, upright 8-bit RGB frames with their times."""
+"""Load any supported video as sampled, upright 8-bit RGB frames with their times; write MP4 files.
+
+Videos are untrusted: bytes, pixels, duration and decoding work are capped before anything is
+decoded, only the sampled frames are kept, and nothing is ever fetched. Only MP4, MOV, Matroska,
+WebM, AVI, MPEG-TS and GIF files are read, told by their content, so that no playlist or other file
+that refers to further files is followed. PyAV decodes, or OpenCV (slower) where it is missing.
+"""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Sequence
+import shutil
+import stat
+import tempfile
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import chain
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, BinaryIO, Final, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from molmo_edge import images
-from molmo_edge.errors import ConfigError, ImageError, VideoError
+from molmo_edge.errors import (
+    ConfigError,
+    ImageError,
+    MissingDependencyError,
+    MolmoEdgeError,
+    VideoError,
+)
 from molmo_edge.images import ImageLike
 
 Frame: TypeAlias = npt.NDArray[np.uint8]
 
+# Where a file holds which bytes, and FFmpeg's demuxer.
+_CONTAINERS: Final = (
+    (4, (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"), "mov"),
+    (0, (b"\x1a\x45\xdf\xa3",), "matroska"),
+    (8, (b"AVI ",), "avi"),
+    (188, (b"G",), "mpegts"),
+    (0, (b"GIF8",), "gif"),
+)
+_DECODERS: Final = (
+    *("h264", "hevc", "vp8", "libvpx", "vp9", "libvpx-vp9", "av1", "libdav1d", "mpeg4"),
+    *("mjpeg", "mpeg1video", "mpeg2video", "prores", "ffv1", "rawvideo", "gif"),
+)
+# Small files can ask for much work: bounds that fit an hour at 120 frames per second, and two hours
+# of 1080p at 30, even if every frame has to be decoded.
+_MAX_FILE_FRAMES: Final = 500_000
+_MAX_DECODED_PIXELS: Final = 2**39
+_MAX_FAILURES: Final = 100  # in a row
+
 
 @dataclass(frozen=True)
 class Video:
-    """Frames of a video, where a file is not what the caller has. Exactly one of the two is given:
+    """A video given as frames, with either their `timestamps` or their `fps`.
 
     Attributes:
         frames: uint8 array of shape (n, height, width, 3) in RGB order, or a sequence of whatever
             ``images.load`` takes; sizes may differ.
-        timestamps: seconds of each frame, strictly increasing, not negative. The frames are used
-            as they are.
-        fps: frames per second; the frames are sampled by index.
+        timestamps: seconds, one per frame, strictly increasing, not negative. Every frame is used.
+        fps: frames per second; the frames are sampled (`sample_indices`).
     """
 
     frames: Sequence[ImageLike] | Frame
@@ -120,30 +157,91 @@ def sample_times(duration_s: float, max_frames: int, max_fps: float) -> list[flo
 def load_video(source: VideoLike, limits: VideoLimits) -> Clip:
     """Return the sampled frames of `source`.
 
+    Args:
+        source: the path of a video file, the bytes of one, or a `Video`. A ``str`` is never a URL.
+            A file is sampled by time (`sample_times`): each time gets the frame shown then, by the
+            frames' own time stamps. Rotation metadata is applied. A broken frame is replaced by
+            the one before it.
+        limits: caps, and how many frames are sampled.
+
     Raises:
         VideoError: the video cannot be used; where something else failed, it is the cause.
-        MissingDependencyError: no package that decodes video files is installed.
+        MissingDependencyError: a file, and neither PyAV nor OpenCV is installed.
     """
     if isinstance(source, Video):
         return _from_frames(source, limits)
-    raise VideoError("video files cannot be decoded yet")
+    with _translated("read the video file"), _open(source) as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        container = _container(file.read(1024))
+        if size > limits.max_bytes:
+            raise VideoError(
+                f"the video has more than {limits.max_bytes} bytes, the limit; send a smaller file "
+                "or raise VideoLimits.max_bytes"
+            )
+        try:
+            import av
+        except ImportError:
+            return _decode_opencv(file, limits)
+        return _decode_av(av, file, container, limits)
+
+
+def write_video(path: str | Path, frames: Iterable[Frame], fps: float) -> None:
+    """Write an MP4 file: H.264 where PyAV has an encoder for it, else MPEG-4.
+
+    Args:
+        path: of the file; written beside it and renamed when complete.
+        frames: uint8, shape (height, width, 3), RGB, all of one size. An odd last row or column
+            is repeated, as the encoders need even sizes.
+        fps: frames per second.
+
+    Raises:
+        VideoError: no frames, one of wrong type or size, or the file cannot be written.
+        MissingDependencyError: neither PyAV nor OpenCV is installed.
+    """
+    path = Path(path)
+    if not (math.isfinite(fps) and fps > 0):
+        raise VideoError("fps must be a positive number of frames per second")
+    with (
+        _translated("write the video file"),
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=".video-") as directory,
+    ):
+        temporary = Path(directory, "video.mp4")
+        try:
+            import av
+        except ImportError:
+            _encode_opencv(temporary, _even_frames(frames), fps)
+        else:
+            _encode_av(av, temporary, _even_frames(frames), fps)
+        temporary.replace(path)
+
+
+@contextmanager
+def _translated(action: str) -> Iterator[None]:
+    """Translate third-party errors: PyAV spreads FFmpeg's over a dozen built-in classes."""
+    try:
+        yield
+    except MolmoEdgeError:
+        raise
+    except Exception as exc:
+        raise VideoError(
+            f"could not {action}, which may be damaged or cut short ({type(exc).__name__}); the "
+            "cause is chained to this error"
+        ) from exc
 
 
 def _from_frames(video: Video, limits: VideoLimits) -> Clip:
     frames, timestamps, fps = video.frames, video.timestamps, video.fps
     if (timestamps is None) == (fps is None):
         raise VideoError("a Video of frames needs either timestamps or fps, not both")
-    if isinstance(frames, np.ndarray) and (
-        frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3
-    ):
-        raise VideoError(
-            "expected a uint8 array of shape (frames, height, width, 3) in RGB order, got "
-            f"{frames.dtype.name} of shape {frames.shape}"
-        )
-    if not isinstance(frames, (Sequence, np.ndarray)) or isinstance(frames, (str, bytes)):
+    if isinstance(frames, np.ndarray):
+        usable = frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[3] == 3
+    else:
+        usable = isinstance(frames, Sequence) and not isinstance(frames, (str, bytes, bytearray))
+    if not usable:
         raise VideoError(
             "Video.frames must be a sequence of images or a uint8 array of shape (frames, height, "
-            f"width, 3), not {type(frames).__name__}"
+            "width, 3) in RGB order"
         )
     total = len(frames)
     if total == 0:
@@ -158,23 +256,22 @@ def _from_frames(video: Video, limits: VideoLimits) -> Clip:
         indices = list(range(total))
         fps = (total - 1) / (times[-1] - times[0]) if total > 1 else None
     else:
-        if not isinstance(fps, (int, float)) or not (math.isfinite(fps) and fps > 0):
+        if not isinstance(fps, (int, float, np.number)) or not 1e-6 < fps < math.inf:
             raise VideoError("Video.fps must be a positive number of frames per second")
+        fps = float(fps)
         indices = sample_indices(total, fps, limits.max_frames, limits.max_fps)
         times = [index / fps for index in indices]
+    kept: dict[int, Frame] = {}
+    wanted = sorted(set(indices))
     cap = images.ImageLimits(max_pixels=limits.max_pixels)
-    arrays: dict[int, Frame] = {}
-    kept = 0
-    for index in indices:
-        if index in arrays:
-            continue
+    for index in wanted:
         try:
-            arrays[index] = np.asarray(images.load(frames[index], cap))
+            kept[index] = np.asarray(images.load(frames[index], cap))
         except ImageError as exc:
             raise VideoError(f"frame {index} of the video cannot be used: {exc}") from exc
-        kept += arrays[index].nbytes
-        _check_kept(kept, limits)
-    return _clip([arrays[index] for index in indices], times, fps)
+        height, width = kept[index].shape[:2]
+        _check_size(width, height, len(wanted), limits)
+    return _clip(kept, indices, times, fps)
 
 
 def _check_timestamps(timestamps: Sequence[float], total: int) -> list[float]:
@@ -189,15 +286,327 @@ def _check_timestamps(timestamps: Sequence[float], total: int) -> list[float]:
     return [float(t) for t in times]
 
 
-def _check_kept(kept: int, limits: VideoLimits) -> None:
-    if kept > limits.max_frame_bytes:
+def _clip(
+    kept: dict[int, Frame],
+    indices: list[int],
+    times: list[float],
+    fps: float | None,
+    skipped: int = 0,
+) -> Clip:
+    frames = tuple(kept[index] for index in indices)
+    height, width = frames[0].shape[:2]
+    return Clip(frames, tuple(times), (width, height), fps, skipped)
+
+
+# Files
+
+
+def _open(source: str | Path | bytes | bytearray | memoryview) -> BinaryIO:
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return io.BytesIO(source)
+    if not isinstance(source, (str, Path)):
         raise VideoError(
-            f"the sampled frames take more than {limits.max_frame_bytes} bytes as RGB, the limit; "
-            "send a video of lower resolution, allow fewer frames or raise "
-            "VideoLimits.max_frame_bytes"
+            f"a video cannot be of type {type(source).__name__}; pass a path, the bytes of a file "
+            "or molmo_edge.Video(frames, fps=…)"
+        )
+    if isinstance(source, str) and (not source or images.URL.match(source)):
+        raise VideoError(
+            "a str must be the path of a video file, not a URL and not empty: molmo_edge fetches "
+            "nothing; download the video and pass its path"
+        )
+    if not stat.S_ISREG(Path(source).stat().st_mode):
+        raise VideoError("the path names a directory, pipe or device; a video is a regular file")
+    return Path(source).open("rb")
+
+
+def _container(head: bytes) -> str:
+    for offset, magics, demuxer in _CONTAINERS:
+        if head[offset:].startswith(magics):
+            return demuxer
+    raise VideoError("the file is not an MP4, MOV, Matroska, WebM, AVI, MPEG-TS or GIF video")
+
+
+def _check_size(width: int, height: int, frames: int, limits: VideoLimits) -> None:
+    """Check one frame, and whether as many as `frames` of its size may be kept."""
+    if width * height > limits.max_pixels:
+        raise VideoError(
+            f"the video has frames of {width} x {height} pixels, the limit is {limits.max_pixels} "
+            "in all; send a smaller one or raise VideoLimits.max_pixels"
+        )
+    if frames * width * height * 3 > limits.max_frame_bytes:
+        raise VideoError(
+            f"{frames} sampled frames of {width} x {height} pixels take more than "
+            f"{limits.max_frame_bytes} bytes as RGB, the limit; send a video of lower resolution, "
+            "sample fewer frames or raise VideoLimits.max_frame_bytes"
         )
 
 
-def _clip(frames: list[Frame], times: list[float], fps: float | None, skipped: int = 0) -> Clip:
-    height, width = frames[0].shape[:2]
-    return Clip(tuple(frames), tuple(times), (width, height), fps, skipped)
+def _check_length(frames: int, seconds: float, limits: VideoLimits) -> None:
+    if frames > _MAX_FILE_FRAMES or seconds > limits.max_duration_s:
+        raise VideoError(
+            f"the video is longer than {limits.max_duration_s:g} seconds or {_MAX_FILE_FRAMES} "
+            "frames, the limits; send a part of it or raise VideoLimits.max_duration_s"
+        )
+
+
+def _check_work(frames: int, width: int, height: int) -> None:
+    if frames * width * height > _MAX_DECODED_PIXELS:
+        raise VideoError(
+            f"{frames} frames of {width} x {height} pixels would have to be decoded, which is too "
+            "much; send a part of the video, or one of lower resolution or with more key frames"
+        )
+
+
+def _sample(
+    starts: npt.NDArray[np.float64], end: float, limits: VideoLimits
+) -> tuple[list[float], list[int], float | None]:
+    """Return the times to sample, the index of the frame shown at each, and the mean frame rate.
+
+    `starts` are the seconds at which the frames begin to show, ascending; the last shows to `end`.
+    """
+    duration = max(float(end - starts[0]), 0.0)
+    times = sample_times(duration, limits.max_frames, limits.max_fps)
+    # A microsecond inside the video: the sum may fall on either side of its ends.
+    shown = np.clip(np.asarray(times) + starts[0], starts[0] + 1e-6, end - 1e-6)
+    indices = np.searchsorted(starts[1:], shown, side="right")
+    fps = len(starts) / duration if len(starts) > 1 and duration > 0 else None
+    return times, indices.tolist(), fps
+
+
+# PyAV
+
+
+def _packets(av: Any, file: BinaryIO, demuxer: str, limits: VideoLimits) -> Generator[Any]:
+    """Packets of the best video stream, in decoding order, up to where the file is cut short."""
+    options = {"max_pixels": str(limits.max_pixels)}
+    safe = options | {"protocol_whitelist": "none", "codec_whitelist": ",".join(_DECODERS)}
+    file.seek(0)
+    with av.open(file, format=demuxer, options=safe, metadata_errors="ignore") as container:
+        stream = container.streams.best("video")
+        if stream is None:
+            raise VideoError("the file contains no video")
+        codec = stream.codec_context
+        if codec is None or codec.name not in _DECODERS:
+            raise VideoError("the video's codec is not supported; convert it to H.264, VP9 or AV1")
+        _check_size(codec.width, codec.height, 1, limits)
+        codec.options = options
+        codec.thread_type = "SLICE"  # frame threads of FFmpeg 8 write out of bounds on damaged VP9
+        codec.thread_count = 4
+        try:
+            yield from (packet for packet in container.demux(stream) if packet.size)
+        except av.FFmpegError:
+            return
+
+
+class _Index(NamedTuple):
+    """What the packets say. Positions count packets in the file, which are in decoding order."""
+
+    ticks: npt.NDArray[np.int64]  # when each packet's frame begins to show
+    keys: npt.NDArray[np.int64]  # positions of the key frames
+    order: npt.NDArray[np.int64]  # positions in the order in which the frames are shown
+    end: int  # when the last frame ends, in ticks
+    tick: Fraction  # in seconds
+    size: tuple[int, int]
+
+
+def _index(packets: Iterator[Any], limits: VideoLimits) -> _Index:
+    ticks: list[int] = []
+    keys: list[int] = []
+    shown: list[int] = []
+    begin = end = 0
+    for position, packet in enumerate(packets):
+        stamp = packet.pts if packet.pts is not None else packet.dts
+        stamp = end if stamp is None else stamp
+        ticks.append(stamp)
+        if packet.is_keyframe:
+            keys.append(position)
+        if packet.is_discard:  # by an edit list
+            continue
+        if not shown:
+            begin = end = stamp
+            stream = packet.stream  # not to be read once the packets are closed
+            tick, size = stream.time_base, (stream.codec_context.width, stream.codec_context.height)
+            guess = round(1 / (stream.average_rate * tick)) if stream.average_rate else 0
+        shown.append(position)
+        begin, end = min(begin, stamp), max(end, stamp + (packet.duration or guess))
+        _check_length(position + 1, float((end - begin) * tick), limits)
+    if not shown:
+        raise VideoError("the video has no frames")
+    times = np.asarray(ticks, np.int64)
+    order = np.asarray(shown)[np.argsort(times[shown], kind="stable")]
+    return _Index(times, np.asarray(keys, np.int64), order, int(end), tick, size)
+
+
+def _decode_av(av: Any, file: BinaryIO, demuxer: str, limits: VideoLimits) -> Clip:
+    with closing(_packets(av, file, demuxer, limits)) as packets:
+        index = _index(packets, limits)
+    starts = index.ticks[index.order] * index.tick.numerator / index.tick.denominator
+    times, indices, fps = _sample(starts, float(index.end * index.tick), limits)
+    targets = sorted(set(indices))
+    _check_size(*index.size, len(targets), limits)
+    needed = np.zeros(len(index.ticks), bool)
+    for position in index.order[targets]:
+        keys = index.keys[index.keys <= position]
+        # What follows a key frame in the file but is shown before it needs the one before as well.
+        keys = keys[index.ticks[keys] <= index.ticks[position]]
+        # One packet more, as an interlaced frame may take two.
+        needed[keys[-1] if len(keys) else 0 : position + 2] = True
+    _check_work(int(needed.sum()), *index.size)
+
+    kept: dict[int, Frame] = {}
+    waiting = deque((target, index.order[target]) for target in targets)
+
+    def keep(frame: Any) -> None:
+        _check_size(frame.width, frame.height, len(targets), limits)
+        pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
+        kept[waiting.popleft()[0]] = np.ascontiguousarray(pixels)
+
+    newest: Any = None
+    skipped = failures = 0
+    codec: Any = None
+    with closing(_packets(av, file, demuxer, limits)) as packets:
+        for position, packet in enumerate(chain(packets, (None,))):
+            decode = packet is not None and position < len(needed) and needed[position]
+            if not decode and codec is None:
+                continue  # between two runs of needed packets
+            if decode:
+                codec = packet.stream.codec_context
+            try:
+                frames = codec.decode(packet if decode else None)
+                failures = 0
+            except av.FFmpegError as exc:
+                frames, skipped, failures = [], skipped + 1, failures + 1
+                if failures == _MAX_FAILURES:
+                    raise VideoError(
+                        f"{failures} frames in a row cannot be decoded; the file is damaged"
+                    ) from exc
+            for frame in frames:
+                if frame.is_corrupt:
+                    skipped += 1
+                    continue
+                stamp = frame.pts if frame.pts is not None else frame.dts
+                while waiting and stamp is not None and index.ticks[waiting[0][1]] < stamp:
+                    keep(frame if newest is None else newest)
+                newest = frame
+                while waiting and index.ticks[waiting[0][1]] == stamp:
+                    keep(frame)
+            if not decode:  # the end of a run
+                codec.flush_buffers()
+                codec = None
+                while newest is not None and waiting and waiting[0][1] < position:
+                    keep(newest)
+            if not waiting:
+                break
+    while waiting:
+        if newest is None:
+            raise VideoError("no frame of the video can be decoded")
+        keep(newest)
+    return _clip(kept, indices, times, fps, skipped)
+
+
+def _even_frames(frames: Iterable[Frame]) -> Iterator[Frame]:
+    shape = None
+    for frame in frames:
+        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or not frame.size:
+            raise VideoError(
+                "expected uint8 frames of shape (height, width, 3) in RGB order, got "
+                f"{frame.dtype.name} of shape {frame.shape}"
+            )
+        shape = shape or frame.shape
+        if frame.shape != shape:
+            raise VideoError("all frames of a video file must be of one size")
+        yield np.pad(frame, ((0, shape[0] % 2), (0, shape[1] % 2), (0, 0)), mode="edge")
+    if shape is None:
+        raise VideoError("the video has no frames")
+
+
+def _encode_av(av: Any, path: Path, frames: Iterator[Frame], fps: float) -> None:
+    h264 = "libx264" in av.codecs_available
+    with av.open(str(path), "w") as container:
+        stream: Any = None
+        for frame in frames:
+            if stream is None:
+                stream = container.add_stream(
+                    "libx264" if h264 else "mpeg4",
+                    rate=Fraction(fps).limit_denominator(1001),
+                    options={"crf": "18"} if h264 else {"qmax": "5"},
+                )
+                stream.height, stream.width = frame.shape[:2]
+                stream.pix_fmt = "yuv420p"
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+# OpenCV
+
+
+def _opencv() -> Any:
+    try:
+        import cv2
+    except ImportError as exc:
+        raise MissingDependencyError(
+            'Video files need PyAV: pip install "molmo-edge[video]". A Video of frames does not.'
+        ) from exc
+    return cv2
+
+
+def _decode_opencv(file: BinaryIO, limits: VideoLimits) -> Clip:
+    cv2 = _opencv()
+    file.seek(0)
+    if b"<mpd" in file.read(2**20).lower():  # FFmpeg would take it for a DASH playlist
+        raise VideoError("the video file contains a playlist")
+    file.seek(0)
+    with ExitStack() as stack:
+        if isinstance(file, io.BytesIO):
+            copy = stack.enter_context(tempfile.TemporaryFile())
+            shutil.copyfileobj(file, copy)
+            copy.flush()
+            file = copy
+
+        def opened() -> Any:
+            # By descriptor: OpenCV takes some names for patterns.
+            capture = cv2.VideoCapture(f"/proc/self/fd/{file.fileno()}", cv2.CAP_FFMPEG)
+            stack.callback(capture.release)
+            return capture
+
+        capture = opened()
+        width = int(capture.get(cv2.CAP_PROP_FRAME_WIDTH))
+        height = int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
+        _check_size(width, height, 1, limits)
+        rate = capture.get(cv2.CAP_PROP_FPS)
+        step = 1 / rate if 0 < rate < math.inf else 0.0
+        stamps: list[float] = []
+        while capture.grab():
+            stamps.append(capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)
+            _check_length(len(stamps), stamps[-1] - stamps[0], limits)
+            _check_work(2 * len(stamps), width, height)
+        if not stamps:
+            raise VideoError("no frame of the video can be decoded")
+        starts = np.asarray(stamps)
+        if (np.diff(starts) <= 0).any():
+            starts = np.arange(len(stamps)) * step
+        times, indices, fps = _sample(starts, float(starts[-1]) + step, limits)
+        wanted = set(indices)
+        kept: dict[int, Frame] = {}
+        capture = opened()
+        for position in range(max(indices) + 1):
+            if not capture.grab():
+                raise VideoError("the video file changed while it was read")
+            if position in wanted:
+                pixels = capture.retrieve()[1]
+                _check_size(pixels.shape[1], pixels.shape[0], len(wanted), limits)
+                kept[position] = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+    return _clip(kept, indices, times, fps)
+
+
+def _encode_opencv(path: Path, frames: Iterator[Frame], fps: float) -> None:
+    cv2 = _opencv()
+    writer: Any = None
+    for frame in frames:
+        if writer is None:
+            size = (frame.shape[1], frame.shape[0])
+            writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, size)
+            if not writer.isOpened():
+                raise VideoError("OpenCV cannot write the video file")
+        writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+    writer.release()
