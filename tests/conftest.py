@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from molmo_edge import EdgeVLM
-from tests import molmo2_golden
 
 
 def pytest_configure() -> None:
@@ -37,16 +36,19 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def golden_checkpoint(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[[molmo2_golden.Variant], Path]:
-    """The tiny Molmo 2 of each variant, whose reference outputs are in `tests/data/molmo2`."""
+def golden_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Directory of the tiny Molmo 2 of "qwen3" or "olmo3", with known reference outputs."""
+    from tests import molmo2_golden  # imports torch
 
-    @cache
-    def write(variant: molmo2_golden.Variant) -> Path:
-        return molmo2_golden.write(tmp_path_factory.mktemp(variant), variant)
+    return cache(lambda name: molmo2_golden.write(tmp_path_factory.mktemp(name), name))
 
-    return write
+
+@pytest.fixture(scope="session")
+def tiny2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Molmo 2 of 0.9 million parameters that answers as the second stub does."""
+    from molmo_edge.models.molmo2.synthetic import hub_config, write_fixed_answer
+
+    return write_fixed_answer(tmp_path_factory.mktemp("tiny2"), hub_config())
 
 
 # At most three crops: each costs a processor seconds.

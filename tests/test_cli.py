@@ -21,7 +21,8 @@ from molmo_edge import EdgeVLM
 from molmo_edge.cli import common
 from molmo_edge.cli.app import main
 from molmo_edge.engine.fake import FakeEngine, FakeFactory
-from molmo_edge.models.molmo.synthetic import NOTICE, TEXT
+from molmo_edge.models.hub import NOTICE
+from molmo_edge.models.molmo.synthetic import TEXT
 
 MUG = '<point x="61.5" y="40.4" alt="mug">mug</point>'
 ANSWERS = {

@@ -14,8 +14,8 @@ from typing import Any
 
 from molmo_edge.bench.document import Device, Environment, Model
 from molmo_edge.engine import vllm_args
+from molmo_edge.models.hub import STUB, STUBS
 
-STUB = "stub"
 CACHES_OFF: dict[str, Any] = {"enable_prefix_caching": False, "mm_processor_cache_gb": 0.0}
 CACHES_ON: dict[str, Any] = {"enable_prefix_caching": True, "mm_processor_cache_gb": 1.0}
 """Settings of the two engines. Only fresh images miss the encoder's cache: it has no switch."""
@@ -49,7 +49,7 @@ class Target:
     @property
     def random_weights(self) -> bool:
         """True if the weights are random for certain."""
-        return self.model == STUB or self.options.get("load_format") == "dummy"
+        return self.model in STUBS or self.options.get("load_format") == "dummy"
 
     def arguments(self, caches: bool | None) -> dict[str, Any]:
         """Keyword arguments of ``EdgeVLM``, its caches on, off or (None) as configured."""

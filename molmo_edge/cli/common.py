@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 
 from molmo_edge.errors import ImageError, MolmoEdgeError
 from molmo_edge.images import ImageLimits, load
+from molmo_edge.models.hub import NOTICE, STUBS
 from molmo_edge.settings import resolve
 
 if TYPE_CHECKING:
@@ -126,12 +127,8 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def notice(vlm: EdgeVLM) -> str | None:
-    """What must accompany every answer of the stub; None for other models."""
-    if vlm.environment.get("model") != "stub":
-        return None
-    from molmo_edge.models.molmo.synthetic import NOTICE
-
-    return NOTICE
+    """What must accompany every answer of a stub; None for other models."""
+    return NOTICE if vlm.environment.get("model") in STUBS else None
 
 
 def warn_stub(vlm: EdgeVLM) -> None:

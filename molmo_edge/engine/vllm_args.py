@@ -29,6 +29,7 @@ from molmo_edge.devices.profiles import Profile, profile_warning
 from molmo_edge.devices.shapes import SHORTEST, ModelShape, frames_within, model_shape
 from molmo_edge.errors import ConfigError, MissingDependencyError
 from molmo_edge.interface import ModelFamily
+from molmo_edge.models.hub import STUBS
 from molmo_edge.settings import EdgeSettings, Resolved
 
 logger = logging.getLogger("molmo_edge")
@@ -178,7 +179,7 @@ def plan_build(
     environment = {
         "model": settings.model,
         "family": family.name,
-        "random_weights": settings.model == "stub" or args["load_format"] == "dummy",
+        "random_weights": settings.model in STUBS or args["load_format"] == "dummy",
         "device": device.name,
         "profile": profile.name,
         "precision": label,

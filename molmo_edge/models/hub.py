@@ -1,4 +1,4 @@
-"""Locate a model: the stub, a local directory, or a download from the hub without its code."""
+"""Locate a model: a stub, a local directory, or a download from the hub without its code."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from pathlib import Path
 from molmo_edge.devices.tensors import KNOWN
 from molmo_edge.errors import MissingDependencyError, ModelError
 
-STUB = "stub"
-# Their numbers change with the content of the files.
-_STUB_DIRECTORY = "stub-3"
+STUB, STUB2 = "stub", "stub-2"
+# The directory of each; its last number changes with the content of the files.
+STUBS = {STUB: "stub-3", STUB2: "stub2-1"}
+NOTICE = (
+    "This is a built-in stub: real Molmo architecture, random weights. Its answers mean nothing; "
+    "give a checkpoint for real ones."
+)
 _SHAPES_DIRECTORY = "shaped-2"
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -28,23 +32,23 @@ def locate(model: str, cache_dir: Path, load_format: str = "auto") -> Path:
     Raises:
         ModelError: no such directory, the hub cannot be reached, or `cache_dir` not be written.
     """
-    if model == STUB:
-        return _write_once(cache_dir / _STUB_DIRECTORY, STUB)
+    if model in STUBS:
+        return _write_once(cache_dir / STUBS[model], model)
     directory = Path(model).expanduser()
     if directory.is_dir():
         return directory.absolute()
     if not _HUB_NAME.fullmatch(model) or directory.exists():
         raise ModelError(
             f"'{model}' is not a directory. Give a checkpoint directory, a hub name such as "
-            "allenai/Molmo-7B-D-0924, or 'stub' for the built-in one."
+            "allenai/Molmo2-4B, or 'stub' or 'stub-2' for a built-in one."
         )
-    if load_format == "dummy" and KNOWN.get(model, {}).get("model_type") == "molmo":
+    if load_format == "dummy" and _known_type(model) in ("molmo", "molmo2"):
         return _write_once(cache_dir / _SHAPES_DIRECTORY / model.rsplit("/", 1)[-1], model)
     return _download(model)
 
 
 def _write_once(directory: Path, model: str) -> Path:
-    """Return `directory`, filled on first use with the stub (0.6 GB) or a description (4 MB).
+    """Return `directory`, filled on first use with a stub (0.6 or 0.8 GB) or a description (4 MB).
 
     Written elsewhere and renamed: a killed or concurrent start leaves no incomplete checkpoint.
     """
@@ -53,14 +57,17 @@ def _write_once(directory: Path, model: str) -> Path:
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         # Here, since it imports torch.
-        from molmo_edge.models.molmo import synthetic
+        from molmo_edge.models.molmo import synthetic as molmo
+        from molmo_edge.models.molmo2 import synthetic as molmo2
 
+        second = model == STUB2 or _known_type(model) == "molmo2"
         with tempfile.TemporaryDirectory(prefix="making-", dir=directory.parent) as work:
             made = Path(work) / directory.name
-            if model == STUB:
-                synthetic.write_stub(made)
+            family = molmo2 if second else molmo
+            if model in STUBS:
+                family.write_stub(made)
             else:
-                synthetic.write_description(made, synthetic.published_config(KNOWN[model]))
+                family.write_description(made, family.published_config(KNOWN[model]))
             try:
                 made.rename(directory)
             except OSError:  # another process was first
@@ -68,10 +75,14 @@ def _write_once(directory: Path, model: str) -> Path:
                     raise
     except OSError as exc:
         raise ModelError(
-            f"The files of '{model}' cannot be written into '{directory.parent}'. Free 0.6 GB "
+            f"The files of '{model}' cannot be written into '{directory.parent}'. Free 1 GB "
             "there, or name another directory with cache_dir or MOLMO_EDGE_CACHE_DIR."
         ) from exc
     return directory
+
+
+def _known_type(model: str) -> str | None:
+    return KNOWN.get(model, {}).get("model_type")
 
 
 def _download(name: str) -> Path:

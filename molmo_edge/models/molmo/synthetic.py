@@ -39,10 +39,6 @@ TEXT = "This is the molmo_edge stub (real architecture, random weights)."
 _TEXT_TOKENS = (
     "ĠThis Ġis Ġthe Ġmolmo _ edge Ġstub Ġ ( real Ġarchitecture , Ġrandom Ġweights ) ."
 ).split()
-NOTICE = (
-    "This is the built-in stub: real Molmo architecture, random weights. Its answers mean "
-    "nothing; give a checkpoint for real ones."
-)
 _STUB_SEED = 20251208
 
 
