@@ -15,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from molmo_edge.models.molmo2.synthetic import Layout, hub_config, write_checkpoint
+from molmo_edge.models.molmo2.config import Layout
+from molmo_edge.models.molmo2.synthetic import hub_config, write_checkpoint
 
 Variant = Literal["qwen3", "olmo3"]
 VARIANTS: dict[Variant, Layout] = {"qwen3": "4b", "olmo3": "o-7b"}

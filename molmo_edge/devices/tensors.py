@@ -218,6 +218,7 @@ def _molmo2(
     vit = {
         **_SIGLIP_BLOCKS,
         "num_attention_heads": 16,
+        "num_key_value_heads": 16,
         "head_dim": 72,
         "image_patch_size": 14,
         "image_num_pos": 729,

@@ -79,7 +79,7 @@ def vocabulary(words: Iterable[str]) -> dict[str, int]:
     # Bytes that cannot be printed stand for the characters from 256 on.
     others = itertools.count(256)
     pieces = [chr(b) if chr(b) in alphabet else chr(next(others)) for b in range(256)]
-    return {piece: i for i, piece in enumerate([*pieces, *words])}
+    return {piece: i for i, piece in enumerate(dict.fromkeys([*pieces, *words]))}
 
 
 def tokenizer(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from tokenizers import Tokenizer
@@ -13,9 +14,10 @@ from tokenizers import Tokenizer
 from molmo_edge.checkpoint_files import read_config
 from molmo_edge.devices.shapes import model_shape
 from molmo_edge.errors import ModelError
-from molmo_edge.models.hub import STUB, locate
+from molmo_edge.models.hub import STUB, STUB2, locate
 from molmo_edge.models.molmo import synthetic
 from molmo_edge.models.molmo.config import check_layout
+from molmo_edge.models.molmo2 import synthetic as synthetic2
 
 MOLMOS = ("allenai/Molmo-7B-D-0924", "allenai/Molmo-7B-O-0924", "allenai/Molmo-72B-0924")
 HEAVY = "print(sorted({'torch', 'transformers', 'vllm'} & set(sys.modules)))"
@@ -53,8 +55,9 @@ def test_wrong_arguments_are_refused_before_anything_heavy_is_imported(
     assert printed(code) == [error, "[]"]
 
 
+@pytest.mark.parametrize(("stub", "module"), [(STUB, synthetic), (STUB2, synthetic2)])
 def test_a_missing_stub_is_written_once_and_whole_and_then_located_without_torch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stub: str, module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[Path] = []
 
@@ -63,15 +66,15 @@ def test_a_missing_stub_is_written_once_and_whole_and_then_located_without_torch
         directory.mkdir()
         (directory / "config.json").write_text("{}")
 
-    monkeypatch.setattr(synthetic, "write_stub", write)
-    directory = locate(STUB, tmp_path)
+    monkeypatch.setattr(module, "write_stub", write)
+    directory = locate(stub, tmp_path)
     assert (directory / "config.json").is_file()
     assert len(written) == 1 and not written[0].exists()
     assert [path.name for path in tmp_path.iterdir()] == [directory.name]
     code = (
         "from pathlib import Path\n"
         "from molmo_edge.models import hub\n"
-        f"print(hub.locate('stub', Path({str(tmp_path)!r})))"
+        f"print(hub.locate({stub!r}, Path({str(tmp_path)!r})))"
     )
     assert printed(code) == [str(directory), "[]"]
 

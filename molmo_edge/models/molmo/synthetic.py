@@ -32,7 +32,7 @@ _WORDS = (
     "User Assistant This is the a of in and what how many point to there are image describe on "
     "molmo edge stub real architecture random weights table red mug"
 ).split()
-_PIECES = [f"{space}{word}" for word in _WORDS for space in ("", "Ġ") if len(space + word) > 1]
+_PIECES = [f"{space}{word}" for word in _WORDS for space in ("", "Ġ")]
 
 TEXT = "This is the molmo_edge stub (real architecture, random weights)."
 # `TEXT` in tokens: no token twice, nor the colon of "Assistant:", which starts it.

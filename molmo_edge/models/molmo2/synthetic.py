@@ -7,11 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from molmo_edge.devices.tensors import KNOWN, NEW_TOKENS, molmo2_tensor_shapes
+from molmo_edge.devices.tensors import KNOWN, molmo2_tensor_shapes
+from molmo_edge.models.molmo2.config import (
+    ADAPTER_DEFAULTS,
+    ARCHITECTURE,
+    TEXT_DEFAULTS,
+    VIT_DEFAULTS,
+    Layout,
+)
 from molmo_edge.models.synthetic import (
     END_OF_TEXT,
     Weights,
@@ -22,9 +29,6 @@ from molmo_edge.models.synthetic import (
     write_json,
     write_weights,
 )
-
-# Of Molmo2-4B (and 8B, ER, VideoPoint), and of Molmo2-O-7B.
-Layout = Literal["4b", "o-7b"]
 
 TEXT = (
     "This is the molmo_edge stub (Molmo2 architecture, random weights). "
@@ -82,15 +86,11 @@ def hub_config(
     }
     vit = {
         **shared,
+        **VIT_DEFAULTS,
         "float32_attention": True,
         "head_dim": 16,
-        "hidden_act": "gelu_pytorch_tanh",
         "hidden_size": 64,
-        "image_default_input_size": [378, 378],
-        "image_num_pos": 729,
-        "image_patch_size": 14,
         "intermediate_size": 120,
-        "layer_norm_eps": 1e-6,
         "model_type": "molmo2",
         "num_attention_heads": 4,
         "num_hidden_layers": 11,
@@ -99,13 +99,11 @@ def hub_config(
     }
     text = {
         **shared,
-        "additional_vocab_size": NEW_TOKENS,
+        **TEXT_DEFAULTS,
         "embedding_dropout": 0.0,
         "head_dim": 32,
-        "hidden_act": "silu",
         "hidden_size": 128 if olmo else 96,
         "intermediate_size": 160,
-        "layer_norm_eps": 1e-6,
         "max_position_embeddings": 65536 if olmo else 36864,
         "model_type": "molmo2_text",
         "norm_after": olmo,
@@ -113,12 +111,8 @@ def hub_config(
         "num_hidden_layers": 4,
         "num_key_value_heads": 4 if olmo else 2,
         "qk_norm_type": "olmo" if olmo else "qwen3",
-        "qkv_bias": False,
-        "rope_scaling": None,
-        "rope_scaling_layers": None,
         "rope_theta": 500_000.0 if olmo else 5_000_000.0,
         "use_cache": True,
-        "use_qk_norm": True,
         "vocab_size": 512,
         **(text or {}),
     }
@@ -136,25 +130,23 @@ def hub_config(
         }
     adapter = {
         **shared,
+        **ADAPTER_DEFAULTS,
         **{
             key: vit[key]
             for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
         },
         "float32_attention": True,
-        "hidden_act": "silu",
         "image_feature_dropout": 0.0,
         "intermediate_size": text["intermediate_size"],
         "model_type": "molmo2",
-        "pooling_attention_mask": True,
         "text_hidden_size": text["hidden_size"],
-        "vit_layers": [-3, -9],
     }
     return {
         "adapter_config": adapter,
-        "architectures": ["Molmo2ForConditionalGeneration"],
+        "architectures": [ARCHITECTURE],
         "auto_map": {
             "AutoConfig": "configuration_molmo2.Molmo2Config",
-            "AutoModelForImageTextToText": "modeling_molmo2.Molmo2ForConditionalGeneration",
+            "AutoModelForImageTextToText": f"modeling_molmo2.{ARCHITECTURE}",
         },
         "dtype": "float32",
         **{key: text["vocab_size"] + IMAGE_TOKENS.index(name) for key, name in _TOKEN_IDS.items()},
