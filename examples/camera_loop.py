@@ -2,9 +2,11 @@
 
     python examples/camera_loop.py 0 "Is there a person?"
     python examples/camera_loop.py images/ "What is on the table?" --model allenai/Molmo-7B-D-0924
+    python examples/camera_loop.py 0 "What is he doing?" --window 8 --model allenai/Molmo2-4B
 
 The source is a camera index, a video file, a directory of images or a GStreamer pipeline. Frames
-that arrive while another is being answered are counted, not queued.
+that arrive while another is being answered are counted, not queued. With --window the question is
+about a video of the last frames, two per second.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ def main() -> None:
     parser.add_argument("source")
     parser.add_argument("question")
     parser.add_argument("--model", help="default: from the settings, else the built-in stub")
+    parser.add_argument("--window", type=int, help="ask about a video of this many last frames")
     parser.add_argument("--frames", type=int, help="stop after this many frames")
     parser.add_argument("--fake", action="store_true", help="scripted answers, no model")
     args = parser.parse_args()
@@ -29,7 +32,8 @@ def main() -> None:
         frames = vlm.watch(
             args.source,
             args.question,
-            max_fps=5,
+            max_fps=2 if args.window else 5,
+            window=args.window,
             on_stall="reconnect",
             max_crops=1,  # the global view and one crop: the fastest answer
             max_tokens=40,

@@ -15,17 +15,19 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from molmo_edge.errors import InputError
 from molmo_edge.images import ImageLike, load
 from molmo_edge.results import Result
-from molmo_edge.video import Clip
+from molmo_edge.video import Clip, write_video
 
 
 @dataclass(frozen=True)
@@ -299,6 +301,32 @@ class TrackResult:
     def to_json(self) -> str:
         """``as_dict()`` as one line of ASCII JSON."""
         return json.dumps(self.as_dict(), allow_nan=False)
+
+    def draw(self, path: str | Path) -> None:
+        """Write the sampled frames as an MP4 video, with a dot and its id at every position.
+
+        It runs at the frames' mean rate.
+
+        Raises:
+            InputError: there is no clip.
+            VideoError, MissingDependencyError: as `molmo_edge.video.write_video`.
+        """
+        clip = self.clip
+        if clip is None:
+            raise InputError("There is no video to draw on: only EdgeVLM.track knows it.")
+        marks: list[dict[int, Point]] = [{} for _ in clip.frames]
+        for id, track in self.tracks.items():
+            for t, x, y in track:
+                marks[_nearest(clip.times, t)][id] = Point(x, y)
+
+        def frames() -> Iterator[npt.NDArray[np.uint8]]:
+            for pixels, points in zip(clip.frames, marks, strict=True):
+                canvas = Image.fromarray(pixels).resize(clip.size)
+                _draw(canvas, points)
+                yield np.asarray(canvas)
+
+        seconds = clip.times[-1] - clip.times[0]
+        write_video(path, frames(), (len(clip.times) - 1) / seconds if seconds > 0 else 1.0)
 
 
 def _nearest(times: Sequence[float], t: float) -> int:

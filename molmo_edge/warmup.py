@@ -14,12 +14,14 @@ from molmo_edge.interface import ModelFamily
 from molmo_edge.requests import Request
 from molmo_edge.results import Result
 from molmo_edge.settings import EdgeSettings
+from molmo_edge.video import Video
 
 AGREEMENT = 0.03
 """Decode is steady when two successive speeds differ by at most this fraction."""
 
 # Height and width: one tile, and a 4:3 image that fills any grid of crops.
 _SMALL, _LARGE = (336, 336), (1152, 1536)
+_FRAMES = 8
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,10 @@ def _kinds(
         yield "global view" if crops else "image", [_request(0, tokens, size, max_crops)]
         if crops:
             yield "all crops", [_request(0, tokens, _LARGE)]
+    if family is not None and "video" in family.verbs:
+        frames = np.random.default_rng(0).integers(0, 256, (_FRAMES, *_SMALL, 3), dtype=np.uint8)
+        video = Video(frames, fps=2.0)
+        yield "video", [Request(None, "Track it.", video=video, max_tokens=tokens, ignore_eos=True)]
     counts = {2**n for n in range(1, settings.max_num_seqs.bit_length())} | {settings.max_num_seqs}
     for count in sorted(counts - {1}):
         yield f"batch of {count}", [_request(i, tokens, size, max_crops) for i in range(count)]

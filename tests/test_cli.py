@@ -23,6 +23,7 @@ from molmo_edge.cli.app import main
 from molmo_edge.engine.fake import FakeEngine, FakeFactory
 from molmo_edge.models.hub import NOTICE
 from molmo_edge.models.molmo.synthetic import TEXT
+from molmo_edge.video import VideoLimits, load_video, write_video
 
 MUG = '<point x="61.5" y="40.4" alt="mug">mug</point>'
 ANSWERS = {
@@ -31,6 +32,10 @@ ANSWERS = {
     "Point to unicorn": "There are none.",
     "How many mugs are there?": f"Counting the {MUG} shows a total of 1.",
     "How many ideas are there?": "Hard to tell.",
+    "Point to cups": '<points coords="1 1 100 200;2 2 300 400">cups</points>',
+    "How many cups are there?": '<points coords="0.5 1 100 200;1.0 2 300 400">cups</points>',
+    "Track cups.": '<tracks coords="0.0 1 100 200;0.5 1 110 210">cups</tracks>',
+    "Track unicorns.": "No tracks available.",
     "": "Something [bold]else[/bold].",
 }
 
@@ -96,6 +101,13 @@ def image(tmp_path: Path, photo: np.ndarray) -> Path:
     return path
 
 
+@pytest.fixture
+def video(tmp_path: Path, photo: np.ndarray) -> Path:
+    path = tmp_path / "clip.mp4"
+    write_video(path, [photo] * 5, fps=4.0)
+    return path
+
+
 def test_ask_prints_the_answer_alone_on_standard_output(run: Run, image: Path) -> None:
     ended = run("ask", image, "What is it?")
     assert (ended.status, ended.out, ended.err) == (0, "A cup.\n", "")
@@ -108,6 +120,56 @@ def test_ask_reads_an_image_from_standard_input(run: Run, image: Path) -> None:
     empty = run("ask", "-", "What is it?", stdin=b"")
     assert (empty.status, empty.out) == (2, "")
     assert "standard input has no image" in empty.err
+
+
+def test_several_images_or_a_video_stand_in_options(run: Run, image: Path, video: Path) -> None:
+    two = ("--image", image, "--image", image)
+    assert run("ask", "What is it?", *two, "--json").json["metrics"]["image_tokens"] == 2 * 144
+    assert run("ask", "What is it?", "--video", video).out == "A cup.\n"
+    assert run("point", "cups", *two).out.splitlines() == [
+        "1 cups: image 1, x 0.100, y 0.200, pixel 12, 18",
+        "2 cups: image 2, x 0.300, y 0.400, pixel 36, 36",
+    ]
+    assert run("count", "cups", "--video", video).out == "2 (by its points)\n"
+    for wrong in (
+        ("ask", "What is it?", *two, "--video", video),
+        ("ask", image, "What is it?", *two),
+        ("count", "cups", "mugs", *two),
+        ("point", *two),
+    ):
+        assert run(*wrong).status == 2
+    missing = run("ask", "What is it?", "--video", "missing.mp4")
+    assert (missing.status, "missing.mp4" in missing.err) == (2, True)
+
+
+def test_each_image_and_each_frame_with_a_point_is_drawn(
+    run: Run, image: Path, video: Path, tmp_path: Path
+) -> None:
+    names = [str(tmp_path / f"marked-{number}.png") for number in (1, 2)]
+    command = ("point", "cups", "--draw", tmp_path / "marked.png", "--json")
+    assert run(*command, "--image", image, "--image", image).json["drawn"] == names
+    answer = run(*command, "--video", video).json
+    # Times 1 and 2 of a clip that ends after one and a bit: frames 2 and 3.
+    assert [one["frame"] for one in answer["labels"][0]["points"]] == [2, 3]
+    assert [Path(name).name for name in answer["drawn"]] == ["marked-3.png", "marked-4.png"]
+    assert all(Path(name).is_file() for name in answer["drawn"])
+
+
+def test_track_prints_positions_and_draws_them(run: Run, video: Path, tmp_path: Path) -> None:
+    drawn = tmp_path / "marked.mp4"
+    ended = run("track", video, "cups", "--draw", drawn)
+    assert ended.out.splitlines() == [
+        "1 cups: 0.0 s, x 0.100, y 0.200",
+        "1 cups: 0.5 s, x 0.110, y 0.210",
+    ]
+    clip = load_video(drawn, VideoLimits())
+    assert clip.size == (120, 90)
+    dot = clip.frames[0][18, 12].astype(int)
+    assert dot[0] > 200 and dot[1] < 90  # the first colour
+    assert run("track", video, "cups", "--json").json["tracks"]["1"][1]["time_s"] == 0.5
+    none = run("track", video, "unicorns")
+    assert (none.status, none.out) == (1, "unicorns: none found\n")
+    assert run("track", video, "cups", "--draw", "marked.png").status == 2
 
 
 def test_json_holds_answer_metrics_and_environment(run: Run, image: Path) -> None:
@@ -238,7 +300,8 @@ def test_watch_answers_each_image_of_a_directory(
     assert [one["text"] for one in seen] == ["A cup.", "A cup.", "A cup.", None]
     assert seen[3]["error"].startswith("ImageError")
     assert all(one["latency_s"] > 0 for one in seen)
-    lines = run("watch", frames, "What is it?", "--frames", 2).out.splitlines()
+    command = ("watch", frames, "What is it?", "--frames", 2, "--window", 2)
+    lines = run(*command).out.splitlines()
     assert len(lines) == 2 and lines[0].endswith(": A cup.")
 
 
@@ -296,8 +359,8 @@ def test_wrong_usage_is_exit_status_2(run: Run, arguments: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["ask", "caption", "chat", "point", "count", "watch", "verify", "doctor", "plan", "profiles",
-     "config show", "warmup", "quantize"],
+    ["ask", "caption", "chat", "point", "count", "track", "watch", "verify", "doctor", "plan",
+     "profiles", "config show", "warmup", "quantize"],
 )  # fmt: skip
 def test_every_command_helps_with_examples(run: Run, command: str) -> None:
     ended = run(*command.split(), "--help")

@@ -17,6 +17,7 @@ from PIL import Image
 
 from molmo_edge import EdgeVLM
 from molmo_edge.engine.fake import FakeEngine
+from molmo_edge.video import VideoLimits, load_video
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -46,6 +47,22 @@ def test_camera_loop_answers_each_frame(frames: Path) -> None:
     assert len(lines) == 3
     assert lines[2].startswith("frame 2: There is a mug. [")
     assert len(run("camera_loop", frames, "x", "--fake", "--frames", 1).splitlines()) == 1
+
+
+def test_camera_loop_asks_about_a_video_of_the_last_frames(frames: Path) -> None:
+    lines = run("camera_loop", frames, "What happens?", "--fake", "--window", 2).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["frame 0", "frame 1", "frame 2"]
+
+
+def test_track_video_marks_the_object_in_a_video(tmp_path: Path) -> None:
+    output = tmp_path / "marked.mp4"
+    lines = run("track_video", "the red disc", output, "--fake").splitlines()
+    assert lines[1] == "object 1 at 0.5 s: x 0.500, y 0.400" and len(lines) == 3
+    clip = load_video(output, VideoLimits())
+    assert clip.size == (640, 360) and clip.fps == pytest.approx(2, abs=0.2)
+    assert clip.frames[1][144, 320, 0] > 200  # the dot
+    again = run("track_video", "it", tmp_path / "again.mp4", "--video", output, "--fake")
+    assert again.splitlines() == lines
 
 
 INTRINSICS = ("--fx", 60, "--fy", 50, "--cx", 32, "--cy", 24, "--fake")

@@ -12,6 +12,7 @@ from molmo_edge import EdgeVLM, Request, Result
 from molmo_edge.engine.fake import FakeEngine
 from molmo_edge.errors import ConfigError
 from molmo_edge.models.gemma3 import Gemma3
+from molmo_edge.models.molmo2.family import Molmo2
 from molmo_edge.results import Metrics
 from molmo_edge.settings import EdgeSettings
 from molmo_edge.warmup import AGREEMENT, WarmupReport, warm
@@ -90,6 +91,11 @@ def test_families_without_crops_get_none() -> None:
     gemma = Script()
     assert [step.name for step in gemma.warm(Gemma3(), max_num_seqs=1).steps] == ["text", "image"]
     assert all(request.options["max_crops"] is None for [request] in gemma.batches)
+
+
+def test_families_with_video_get_one() -> None:
+    steps = Script().warm(Molmo2(), max_num_seqs=1).steps
+    assert [step.name for step in steps] == ["text", "global view", "all crops", "video"]
 
 
 @pytest.mark.engine

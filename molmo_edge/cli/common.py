@@ -17,7 +17,7 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 from typer.core import TyperGroup
 
-from molmo_edge.errors import ImageError, MolmoEdgeError
+from molmo_edge.errors import ImageError, MolmoEdgeError, VideoError
 from molmo_edge.images import ImageLimits, load
 from molmo_edge.models.hub import NOTICE, STUBS
 from molmo_edge.settings import resolve
@@ -73,6 +73,40 @@ class EngineOptions:
         if not data:
             raise ImageError("standard input has no image; pipe a JPEG, PNG, WebP or BMP file in")
         return load(data, limits)
+
+
+@dataclasses.dataclass(frozen=True)
+class MediaOptions:
+    """What a command is about, if not one image that is its first argument."""
+
+    image: Annotated[
+        list[str] | None,
+        typer.Option(help="Image file or -, in place of the argument; repeat it for several."),
+    ] = None
+    video: Annotated[Path | None, typer.Option(help="Video file, in place of the argument.")] = None
+
+    def load(self, engine: EngineOptions, words: list[str]) -> tuple[dict[str, Any], list[str]]:
+        """Arguments of `EdgeVLM`'s methods, and the words that are no image.
+
+        Before the engine starts, so that a wrong name is reported at once.
+        """
+        names = self.image or []
+        if names and self.video:
+            raise typer.BadParameter("give --image or --video, not both.")
+        if not names and self.video is None:
+            names, words = words[:1], words[1:]
+        if not words:
+            raise typer.BadParameter("an argument is missing.")
+        if self.video is not None:
+            check_video(self.video)
+            return {"image": None, "video": self.video}, words
+        return {"image": [engine.load_image(name) for name in names]}, words
+
+
+def check_video(path: Path) -> None:
+    """Raise VideoError for a video file that is not there."""
+    if not path.is_file():
+        raise VideoError(f"there is no video file '{path}'")
 
 
 @dataclasses.dataclass(frozen=True)

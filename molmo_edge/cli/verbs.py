@@ -1,4 +1,4 @@
-"""The commands that start an engine: ask, caption, chat, point, count, watch and warmup."""
+"""The commands that start an engine: ask, caption, chat, point, count, track, watch, warmup."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from molmo_edge.cli.common import (
     EngineOptions,
     ImageArgument,
     JsonOption,
+    MediaOptions,
     SamplingOptions,
+    check_video,
     examples,
     messages,
     output,
@@ -34,7 +36,7 @@ from molmo_edge.cli.common import (
 )
 from molmo_edge.errors import ConfigError, InputError, RequestError
 from molmo_edge.images import SUFFIXES
-from molmo_edge.points import PointResult
+from molmo_edge.points import CountResult, Point, PointResult, TrackResult
 from molmo_edge.stream import Stream
 from molmo_edge.watch import Camera
 
@@ -46,29 +48,38 @@ app = typer.Typer()
         'molmo-edge ask photo.jpg "What is on the table?"',
         "ffmpeg -i in.mp4 -frames:v 1 -f image2pipe -c:v png - | molmo-edge ask - 'Who is there?'",
         'molmo-edge ask photo.jpg "Is the door open?" --schema door.json --json',
+        'molmo-edge ask "What changed?" --image before.jpg --image after.jpg',
+        'molmo-edge ask "What happens?" --video clip.mp4',
     )
 )
 @with_options
 def ask(
-    image: ImageArgument,
-    question: Annotated[str, typer.Argument(help="Question about the image.")],
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[IMAGE] QUESTION", help="Image file, or - for standard input; the question."
+        ),
+    ],
     engine: EngineOptions,
+    media: MediaOptions,
     sampling: SamplingOptions,
     schema: Annotated[
         Path | None, typer.Option(help="A JSON Schema file that the answer must follow.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Ask a question about an image; the answer is printed as it is generated."""
+    """Ask about an image, several, or a video; the answer is printed as it is generated."""
     options = sampling.given()
     if schema is not None:
         try:
             options["json_schema"] = json.loads(schema.read_text(encoding="utf-8"))
         except (OSError, ValueError) as exc:
             raise ConfigError(f"--schema: '{schema.name}' is not a readable JSON file.") from exc
-    loaded = engine.load_image(image)
+    about, texts = media.load(engine, words)
+    if len(texts) != 1:
+        raise typer.BadParameter("give one question, in quotes.")
     with engine.open() as vlm:
-        stream = vlm.stream(loaded, question, **options)
+        stream = vlm.stream(text=texts[0], **about, **options)
         if as_json:
             output(result_dict(stream.result()), as_json=True, vlm=vlm)
         else:
@@ -188,41 +199,47 @@ def _warn_truncated(truncated: bool) -> None:
         'molmo-edge point photo.jpg "the red mug"',
         "molmo-edge point photo.jpg mug spoon --draw marked.png",
         "molmo-edge point photo.jpg mug --json | jq '.labels[0].points[0].px'",
+        "molmo-edge point boats --image one.jpg --image two.jpg",
+        "molmo-edge point goals --video match.mp4",
     )
 )
 @with_options
 def point(
-    image: ImageArgument,
-    label: Annotated[list[str], typer.Argument(help="What to point to; several are a batch.")],
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[IMAGE] LABEL...",
+            help="Image file, or - for standard input; what to point to, several are a batch.",
+        ),
+    ],
     engine: EngineOptions,
+    media: MediaOptions,
     sampling: SamplingOptions,
     draw: Annotated[
-        Path | None, typer.Option(help="Write the image with numbered markers to this file.")
+        Path | None,
+        typer.Option(
+            help="Write the image with numbered markers to this file; of several images, or frames "
+            "of a video, one file each, numbered."
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Point to things in an image. Exit status 1 when nothing was found.
+    """Point to things in images or a video. Exit status 1 when nothing was found.
 
     x and y are from 0 to 1 from the top left corner; pixels are column and row of the upright
     image.
     """
-    # Before the engine starts, so that a wrong name is reported at once.
-    if draw is not None and not (draw.suffix.lower() in SUFFIXES and draw.parent.is_dir()):
-        raise ConfigError(
-            f"--draw: give a name in an existing directory that ends in one of "
-            f"{', '.join(SUFFIXES)}."
-        )
-    loaded = engine.load_image(image)
+    _check_draw(draw, SUFFIXES)
+    about, labels = media.load(engine, words)
     with engine.open() as vlm:
-        answers = vlm.point(loaded, label, **sampling.given())
-        if draw is not None:
-            _write_drawing(answers, loaded, draw)
+        answers: list[PointResult] = vlm.point(label=labels, **about, **sampling.given())
+        drawn = None if draw is None else _write_drawings(answers, draw, media.video is not None)
         data = {
-            "size": loaded.size,
-            "labels": [_with_pixels(answer, loaded) for answer in answers],
-            "drawn": None if draw is None else str(draw),
+            "size": _size(answers[0].images[0]),
+            "labels": [_with_pixels(answer) for answer in answers],
+            "drawn": drawn,
         }
-        lines = map(Text, _point_lines(answers, loaded))
+        lines = map(Text, _point_lines(answers))
         output(data, *lines, as_json=as_json, vlm=vlm)
         for answer in answers:
             _warn_flaws(answer)
@@ -239,21 +256,33 @@ _HOW = {
 
 
 @app.command(
-    epilog=examples("molmo-edge count photo.jpg chairs", "molmo-edge count photo.jpg cups --json")
+    epilog=examples(
+        "molmo-edge count photo.jpg chairs",
+        "molmo-edge count photo.jpg cups --json",
+        "molmo-edge count jumps --video clip.mp4",
+    )
 )
 @with_options
 def count(
-    image: ImageArgument,
-    label: Annotated[str, typer.Argument(help="What to count, in the plural.")],
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[IMAGE] LABEL",
+            help="Image file, or - for standard input; what to count, in the plural.",
+        ),
+    ],
     engine: EngineOptions,
+    media: MediaOptions,
     sampling: SamplingOptions,
     as_json: JsonOption = False,
 ) -> None:
-    """Count things in an image. Exit status 1 when the answer has no number."""
-    loaded = engine.load_image(image)
+    """Count things in images or a video. Exit status 1 when the answer has no number."""
+    about, labels = media.load(engine, words)
+    if len(labels) != 1:
+        raise typer.BadParameter("give one label.")
     with engine.open() as vlm:
-        counted = vlm.count(loaded, label, **sampling.given())
-        data = {**counted.as_dict(), "points": _with_pixels(counted.points, loaded)}
+        counted: CountResult = vlm.count(label=labels[0], **about, **sampling.given())
+        data = {**counted.as_dict(), "points": _with_pixels(counted.points)}
         number = "unknown" if counted.number is None else str(counted.number)
         output(data, Text(f"{number} ({_HOW[counted.how]})"), as_json=as_json, vlm=vlm)
         if counted.consistent is False:
@@ -264,43 +293,115 @@ def count(
         raise typer.Exit(1)
 
 
-def _with_pixels(answer: PointResult, image: Image.Image) -> dict[str, Any]:
+@app.command(
+    epilog=examples(
+        'molmo-edge track match.mp4 "the player in red" --draw marked.mp4',
+        "molmo-edge track street.mp4 cars --json",
+    )
+)
+@with_options
+def track(
+    video: Annotated[Path, typer.Argument(help="Video file.")],
+    label: Annotated[str, typer.Argument(help="What to follow.")],
+    engine: EngineOptions,
+    sampling: SamplingOptions,
+    draw: Annotated[
+        Path | None, typer.Option(help="Write the sampled frames with markers to this .mp4 file.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Follow things through a video. Exit status 1 when there are none."""
+    _check_draw(draw, (".mp4",))
+    check_video(video)
+    with engine.open() as vlm:
+        answer = vlm.track(video, label, **sampling.given())
+        if draw is not None:
+            answer.draw(draw)
+        lines = [
+            Text(f"{id} {answer.label}: {t:.1f} s, x {x:.3f}, y {y:.3f}")
+            for id, positions in answer.tracks.items()
+            for t, x, y in positions
+        ]
+        data = {**answer.as_dict(), "drawn": None if draw is None else str(draw)}
+        none = [] if lines else [Text(_why_none(answer))]
+        output(data, *lines, *none, as_json=as_json, vlm=vlm)
+        _warn_flaws(answer)
+    if not answer.tracks:
+        raise typer.Exit(1)
+
+
+def _check_draw(path: Path | None, suffixes: Sequence[str]) -> None:
+    """Raise ConfigError for a name that cannot be written, before the engine starts."""
+    if path is not None and not (path.suffix.lower() in suffixes and path.parent.is_dir()):
+        raise ConfigError(
+            f"--draw: give a name in an existing directory that ends in one of "
+            f"{', '.join(suffixes)}."
+        )
+
+
+def _size(image: Any) -> tuple[int, int]:
+    """(width, height) of a PIL image or a frame."""
+    return image.size if isinstance(image, Image.Image) else image.shape[1::-1]
+
+
+def _pixel(answer: PointResult, point: Point) -> tuple[int, int]:
+    return point.px(_size(answer.images[point.frame or point.image_index or 0]))
+
+
+def _with_pixels(answer: PointResult) -> dict[str, Any]:
     data = answer.as_dict()
     for shown, one in zip(data["points"], answer.points, strict=True):
-        shown["px"] = one.px(image.size)
+        shown["px"] = _pixel(answer, one)
     return data
 
 
-def _point_lines(answers: Sequence[PointResult], image: Image.Image) -> Iterator[str]:
+def _point_lines(answers: Sequence[PointResult]) -> Iterator[str]:
     numbers = itertools.count(1)
     for answer in answers:
         for one in answer.points:
-            column, row = one.px(image.size)
+            column, row = _pixel(answer, one)
             place = f"x {one.x:.3f}, y {one.y:.3f}, pixel {column}, {row}"
+            if one.t is not None:
+                place = f"{one.t:.1f} s, {place}"
+            elif len(answer.images) > 1 and one.image_index is not None:
+                place = f"image {one.image_index + 1}, {place}"
             yield f"{next(numbers)} {answer.label}: {place}"
         if not answer.points:
-            why = "none found" if answer.none_found else "the answer has no point"
-            yield f"{answer.label}: {why}"
+            yield _why_none(answer)
 
 
-def _warn_flaws(answer: PointResult) -> None:
+def _why_none(answer: PointResult | TrackResult) -> str:
+    return f"{answer.label}: {'none found' if answer.none_found else 'the answer has no point'}"
+
+
+def _warn_flaws(answer: PointResult | TrackResult) -> None:
     _warn_truncated(answer.truncated)
     if answer.malformed:
         warn(f"{answer.label}: {answer.malformed} points could not be read.")
 
 
-def _write_drawing(answers: Sequence[PointResult], image: Image.Image, path: Path) -> None:
+def _write_drawings(answers: Sequence[PointResult], path: Path, video: bool) -> str | list[str]:
+    """Write each image, or each frame with a point; return the names."""
+    images = answers[0].images
     points = tuple(one for answer in answers for one in answer.points)
-    try:
-        PointResult("", points).draw(image).save(path)
-    except (OSError, ValueError) as exc:  # a format has a largest size, of which it says either
-        raise ConfigError(f"--draw: '{path}' cannot be written.") from exc
+    frames = {one.frame for one in points if one.frame is not None}
+    numbers = sorted(frames) if video else range(len(images))
+    several = video or len(images) > 1
+    paths = [path.with_stem(f"{path.stem}-{i + 1}") if several else path for i in numbers]
+    drawing = PointResult("", points, images=images)
+    for index, name in zip(numbers, paths, strict=True):
+        try:
+            drawing.draw(index=index).save(name)
+        except (OSError, ValueError) as exc:  # a format has a largest size, of which it says either
+            raise ConfigError(f"--draw: '{name}' cannot be written.") from exc
+    return [str(name) for name in paths] if several else str(path)
 
 
 @app.command(
     epilog=examples(
         'molmo-edge watch 0 "Is somebody at the door?" --max-fps 1 --max-crops 1',
         'molmo-edge watch images/ "What is in the image?" --json',
+        'molmo-edge watch 0 "What is the person doing?" --window 8 --max-fps 2',
         'molmo-edge watch "v4l2src ! videoconvert ! appsink" "What moves?" --on-stall reconnect',
     )
 )
@@ -327,6 +428,9 @@ def watch(
     on_stall: Annotated[
         Literal["raise", "reconnect"], typer.Option(help="Stop, or open the source again.")
     ] = "raise",
+    window: Annotated[
+        int | None, typer.Option(help="Ask about a video of this many last frames.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Ask the same question about a camera's newest frame until Ctrl-C.
@@ -338,6 +442,7 @@ def watch(
         "max_fps": max_fps,
         "frame_timeout": frame_timeout or None,
         "on_stall": on_stall,
+        "window": window,
     }
     # Before the engine starts, so that a wrong source or option is reported at once.
     Camera(source, **options)
