@@ -30,8 +30,8 @@ from molmo_edge.images import SUFFIXES, image_files, load
 from molmo_edge.models.molmo.hf import load_tokenizer
 from molmo_edge.models.molmo.prompts import ImageTokenIds, bos_id
 from molmo_edge.quantize.formats import Format, pack
+from molmo_edge.reference.checkpoint import text_config
 from molmo_edge.reference.molmo import ReferenceMolmo
-from molmo_edge.reference.molmo_checkpoint import text_config
 from molmo_edge.reference.molmo_inputs import ReferenceInputs, preprocess, sequence
 
 LAYERS = ("att_proj", "attn_out", "ff_proj", "ff_out")

@@ -31,7 +31,7 @@ from molmo_edge.models.molmo.config import check_layout
 from molmo_edge.quantize.calibrate import Calibration, read_prompts
 from molmo_edge.quantize.calibrate import calibrate as run_calibration
 from molmo_edge.quantize.formats import FORMATS, Format, pack
-from molmo_edge.reference.molmo_checkpoint import tower_of
+from molmo_edge.reference.checkpoint import tower_of
 
 # Linear layers of the language model. Every MLP ends in `.ff_out` and so does the LM head.
 _QUANTIZED = re.compile(

@@ -1,4 +1,4 @@
-"""Reads a Molmo 1 checkpoint for the reference implementation, strictly: every tensor is checked.
+"""Reads a checkpoint for the reference implementation, strictly: every tensor is checked.
 
 A tensor that is missing, of another shape or unaccounted for would make it compute something other
 than the checkpoint.
@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from molmo_edge.checkpoint_files import check_weights, read_config, weight_files
-from molmo_edge.devices.tensors import POOL, VIT, VIT_BLOCKS, Tower, tensor_shapes
+from molmo_edge.devices.tensors import POOL, VIT, VIT_BLOCKS, Shapes, Tower, tensor_shapes
 from molmo_edge.errors import ModelError
 from molmo_edge.models.molmo.config import DEFAULTS, check_layout
 
@@ -25,28 +25,35 @@ from molmo_edge.models.molmo.config import DEFAULTS, check_layout
 class TextConfig:
     """The language model as `config.json` states it."""
 
-    width: int
     layers: int
     heads: int
     kv_heads: int
+    head: int
     rope_theta: float
     eps: float
-    qk_norm: bool
+    qk_norm: Literal["head", "whole"] | None
     norm_after: bool
-
-    @property
-    def head(self) -> int:
-        return self.width // self.heads
 
 
 def read_checkpoint(directory: Path) -> tuple[TextConfig, dict[str, torch.Tensor]]:
-    """Return the configuration, and float32 tensors by their names on the hub.
+    """Return a Molmo 1's configuration, and float32 tensors by their names on the hub.
 
     Raises ModelError when a file or tensor is missing, broken, of another shape, or of a layout
     that the reference implementation does not compute.
     """
     stated = read_config(directory)
     config = text_config(stated)
+    weights = read_weights(directory)
+    tower = tower_of({name: tensor.shape for name, tensor in weights.items()})
+    check_shapes(weights, tensor_shapes(stated, tower))
+    return config, weights
+
+
+def read_weights(directory: Path) -> dict[str, torch.Tensor]:
+    """Return float32 tensors by their names in the files. Raises ModelError.
+
+    float32 tensors stay mapped to their file: do not rewrite it while they are in use.
+    """
     check_weights(directory)
     weights: dict[str, torch.Tensor] = {}
     for file in weight_files(directory):
@@ -54,25 +61,28 @@ def read_checkpoint(directory: Path) -> tuple[TextConfig, dict[str, torch.Tensor
             weights |= {name: tensor.float() for name, tensor in load_file(file).items()}
         except (OSError, SafetensorError) as exc:
             raise ModelError(f"'{file}' is not a safetensors file. Download it again.") from exc
-    shapes = tensor_shapes(stated, tower_of({name: w.shape for name, w in weights.items()}))
+    return weights
+
+
+def check_shapes(weights: Mapping[str, torch.Tensor], shapes: Shapes) -> None:
+    """Raise ModelError unless the tensors are exactly those of ``shapes``."""
     _refuse("lacks", shapes.keys() - weights.keys())
     _refuse("has unknown", weights.keys() - shapes.keys())
     _refuse("has wrong shapes in", [name for name in shapes if weights[name].shape != shapes[name]])
-    return config, weights
 
 
 def text_config(config: Mapping[str, Any]) -> TextConfig:
-    """Return the language model that a `config.json` describes. Raises ModelError."""
+    """Return the language model that a Molmo 1's `config.json` describes. Raises ModelError."""
     check_layout(config)
     config = {**DEFAULTS, **config}
     return TextConfig(
-        width=config["hidden_size"],
         layers=config["num_hidden_layers"],
         heads=config["num_attention_heads"],
         kv_heads=config["num_key_value_heads"] or config["num_attention_heads"],
+        head=config["hidden_size"] // config["num_attention_heads"],
         rope_theta=float(config["rope_theta"]),
         eps=float(config["layer_norm_eps"]),
-        qk_norm=bool(config["attention_layer_norm"]),
+        qk_norm="whole" if config["attention_layer_norm"] else None,
         norm_after=bool(config["norm_after"]),
     )
 
@@ -95,5 +105,5 @@ def _refuse(problem: str, names: Iterable[str]) -> None:
     if names := sorted(names):
         raise ModelError(
             f"The checkpoint {problem} {len(names)} tensors, first '{names[0]}'. Expected is a "
-            "dense, unquantised Molmo 1 with the hub's tensor names that matches its config.json."
+            "dense, unquantised Molmo with the hub's tensor names that matches its config.json."
         )

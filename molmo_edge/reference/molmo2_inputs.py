@@ -1,0 +1,250 @@
+"""Reference preprocessing of Molmo 2: turns with images or a video to token ids and patches.
+
+Slow and obvious on purpose. It shares no code with the processor that the engine uses, so that a
+mistake in one is not repeated in the other.
+
+Rules as published with AllenAI's molmo2 code. An image is cut into overlapping crops after a global
+view of the whole; 2 x 2 patches make one feature. A frame of a video is one crop of 3 x 3 patches
+per feature. Sizes come from the checkpoint's processor files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from molmo_edge.checkpoint_files import read_json
+from molmo_edge.errors import ModelError
+
+Pixels = npt.NDArray[np.uint8]
+Indices = npt.NDArray[np.int64]
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Molmo2Inputs:
+    """The images, or the frames, of one prompt.
+
+    Attributes:
+        patches: (crops, patches of a crop, values) float32, normalised; patches in row-major order,
+            each flattened as (row, column, channel). Of each image the global view is first.
+        pooling: (features, patches of a feature) int64, indices into all patches of all crops, -1
+            where a window reaches beyond the grid. In the order of the `<im_patch>` tokens.
+    """
+
+    patches: npt.NDArray[np.float32]
+    pooling: Indices
+
+
+def select_tiling(height: int, width: int, window: int, max_crops: int) -> Grid:
+    """Rows and columns of crops, each showing `window` pixels of its own.
+
+    Args:
+        height, width: of the image without the margins of a crop, pixels; may be negative.
+    """
+    sides = range(1, max_crops + 1)
+    tilings = [
+        (rows, columns) for rows in sides for columns in sides if rows * columns <= max_crops
+    ]
+    tilings.sort(key=lambda tiling: (tiling[0] * tiling[1], tiling[0]))  # ties: first wins
+    with np.errstate(divide="ignore"):  # an image as small as the margins never limits: infinite
+        scales = [
+            min(
+                np.float32(rows * window) / np.float32(height),
+                np.float32(columns * window) / np.float32(width),
+            )
+            for rows, columns in tilings
+        ]
+    if all(scale < 1 for scale in scales):
+        return tilings[scales.index(max(scales))]  # shrink as little as possible
+    return tilings[scales.index(min(scale for scale in scales if scale >= 1))]
+
+
+def _neighbours(own: int, size: int) -> tuple[Indices, Indices, npt.NDArray[np.float32]]:
+    """For each of `size` pixels: the two of `own` pixels it lies between, and the second's part."""
+    scale = float(np.float32(own) / np.float32(size))
+    place = np.maximum(scale * (np.arange(size) + 0.5) - 0.5, 0).astype(np.float32)
+    first = place.astype(np.int64)
+    return first, np.minimum(first + 1, own - 1), place - first.astype(np.float32)
+
+
+def resize(image: Pixels, height: int, width: int) -> Pixels:
+    """Bilinear without antialias, rounded to 8 bits, half to even.
+
+    Exact ties are frequent, so the order of operations decides pixels. It is that of torch's
+    `interpolate` on a CPU with AVX-512, whose products are added without rounding (fused).
+    """
+    top, bottom, down = _neighbours(image.shape[0], height)
+    left, right, across = _neighbours(image.shape[1], width)
+    down, across = down[:, None, None], across[:, None]
+    up, back = np.float32(1) - down, np.float32(1) - across
+    parts = [(up, back, top, left), (down, back, bottom, left), (down, across, bottom, right)]
+    out = up * across * image[top][:, right]
+    for vertical, horizontal, rows, columns in parts:
+        product = (vertical * horizontal).astype(np.float64) * image[rows][:, columns]
+        out = (product + out).astype(np.float32)
+    return np.asarray(np.rint(out).astype(np.uint8))
+
+
+def pool_windows(grid: Indices, pool: int) -> Indices:
+    """(h, w) indices to (rows, columns, pool * pool); -1 where the grid ends inside a window."""
+    (h, w), before = grid.shape, [(-side % pool) // 2 for side in grid.shape]
+    rows, columns = math.ceil(h / pool), math.ceil(w / pool)
+    out = np.full((rows, columns, pool * pool), -1, np.int64)
+    for y in range(h):
+        for x in range(w):
+            to_y, to_x = y + before[0], x + before[1]
+            part = to_y % pool * pool + to_x % pool
+            out[to_y // pool, to_x // pool, part] = grid[y, x]
+    return out
+
+
+class Molmo2Processor:
+    """Reads a checkpoint's tokenizer and processor files. Raises ModelError without them."""
+
+    def __init__(self, directory: Path) -> None:
+        from tokenizers import Tokenizer
+
+        image = read_json(directory / "preprocessor_config.json")
+        self._max_crops = int(image["max_crops"])
+        self._patch = int(image["patch_size"])
+        self._side = int(image["size"]["height"]) // self._patch  # patches along a crop
+        self._first, self._last = image["overlap_margins"]  # patches that a neighbour keeps
+        self._pool = int(image["pooling_size"][0])
+        self._mean, self._std = (
+            np.array(image[name], np.float32) for name in ("image_mean", "image_std")
+        )
+        video = read_json(directory / "video_preprocessor_config.json")
+        self._frame_pool = int(video["pooling_size"][0])
+        self._flags = {
+            "image_use_col_tokens": True,
+            "use_single_crop_col_tokens": None,
+            "use_single_crop_start_token": True,
+            "video_use_col_tokens": False,
+            "use_frame_special_tokens": True,
+            **read_json(directory / "processor_config.json"),
+        }
+        self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        names = read_json(directory / "tokenizer_config.json")
+        self.bos = self._token_id(names.get("bos_token") or names["eos_token"])
+        stop = read_json(directory / "generation_config.json")["eos_token_id"]
+        stops = stop if isinstance(stop, list) else [stop]
+        self.stop_ids = {self._token_id(names["eos_token"]), *stops}
+
+    def _token_id(self, token: str | dict[str, Any]) -> int:
+        name = token if isinstance(token, str) else token["content"]
+        if (found := self.tokenizer.token_to_id(name)) is None:
+            raise ModelError(f"The tokenizer lacks '{name}'. Download the checkpoint again.")
+        return found
+
+    def __call__(
+        self,
+        turns: Sequence[tuple[str, str]],
+        images: Sequence[Pixels] = (),
+        video: tuple[Sequence[Pixels], Sequence[float]] | None = None,
+        max_crops: int | None = None,
+    ) -> tuple[list[int], Molmo2Inputs | None]:
+        """Return the prompt's token ids and its images.
+
+        Args:
+            turns: (role, text), from the user in turn with the assistant.
+            images: of the whole conversation, (height, width, 3) uint8 RGB.
+            video: frames, as `images`, and their times in seconds.
+            max_crops: of an image, without the global view; by default the checkpoint's.
+        """
+        crops: list[Pixels] = []
+        pooling: list[Indices] = []
+        text = ""
+        for number, image in enumerate(images, 1):
+            text += f"Image {number}" if len(images) > 1 else ""
+            text += self._image(image, crops, pooling, max_crops or self._max_crops)
+        for number, (frame, seconds) in enumerate(zip(*(video or ((), ())), strict=True)):
+            text += f"{' ' if number else ''}{seconds:.1f} " + self._frame(frame, crops, pooling)
+        for role, said in turns:
+            # The chat template has a blank before past answers, not before the next one.
+            text += " " if role == "assistant" else ""
+            text += f"<|im_start|>{role}\n{said}<|im_end|>\n"
+        text += "<|im_start|>assistant\n"
+        ids = [self.bos, *self.tokenizer.encode(text, add_special_tokens=False).ids]
+        if not crops:
+            return ids, None
+        patches = np.stack([self._patches(crop) for crop in crops])
+        return ids, Molmo2Inputs(patches, np.concatenate(pooling))
+
+    def _image(
+        self, image: Pixels, crops: list[Pixels], pooling: list[Indices], max_crops: int
+    ) -> str:
+        """Add an image's crops and windows; returns its tokens."""
+        side, first, last = self._side, self._first, self._last
+        size, margins = side * self._patch, (first + last) * self._patch
+        window = size - margins
+        height, width, _ = image.shape
+        rows, columns = select_tiling(height - margins, width - margins, window, max_crops)
+        start = len(crops)
+        crops.append(resize(image, size, size))
+        tiled = resize(image, rows * window + margins, columns * window + margins)
+        step = side - first - last
+        grid = np.zeros((rows * step + first + last, columns * step + first + last), np.int64)
+        for row in range(rows):
+            for column in range(columns):
+                y, x = row * window, column * window
+                number = len(crops) * side * side
+                crops.append(tiled[y : y + size, x : x + size])
+                # Where crops overlap, each keeps what is nearer to its centre.
+                for i in range(0 if row == 0 else first, side - (last if row < rows - 1 else 0)):
+                    for j in range(
+                        0 if column == 0 else first, side - (last if column < columns - 1 else 0)
+                    ):
+                        grid[row * step + i, column * step + j] = number + i * side + j
+        whole = pool_windows(self._crop_indices(start), self._pool)
+        tiles = pool_windows(grid, self._pool)
+        for windows in (whole, tiles):
+            pooling.append(windows.reshape(-1, windows.shape[-1]))
+        flags = self._flags
+        cols, whole_cols = flags["image_use_col_tokens"], flags["use_single_crop_col_tokens"]
+        low = "<low_res_im_start>" if flags["use_single_crop_start_token"] else "<im_start>"
+        return (
+            low
+            + _rows(whole, cols if whole_cols is None else whole_cols)
+            + "<im_end><im_start>"
+            + _rows(tiles, cols)
+            + "<im_end>"
+        )
+
+    def _frame(self, frame: Pixels, crops: list[Pixels], pooling: list[Indices]) -> str:
+        """Add a frame's crop and windows; returns its tokens."""
+        size = self._side * self._patch
+        windows = pool_windows(self._crop_indices(len(crops)), self._frame_pool)
+        crops.append(resize(frame, size, size))
+        pooling.append(windows.reshape(-1, windows.shape[-1]))
+        kind = "frame" if self._flags["use_frame_special_tokens"] else "im"
+        rows = _rows(windows, self._flags["video_use_col_tokens"])
+        return f"<{kind}_start>{rows}<{kind}_end>"
+
+    def _crop_indices(self, crop: int) -> Indices:
+        count = self._side**2
+        return np.arange(crop * count, (crop + 1) * count).reshape(self._side, self._side)
+
+    def _patches(self, crop: Pixels) -> npt.NDArray[np.float32]:
+        """(size, size, 3) to (patches, values)."""
+        values = (crop.astype(np.float32) / np.float32(255) - self._mean) / self._std
+        starts = range(0, len(crop), self._patch)
+        return np.stack(
+            [
+                values[y : y + self._patch, x : x + self._patch].reshape(-1)
+                for y in starts
+                for x in starts
+            ]
+        )
+
+
+def _rows(windows: Indices, columns: bool) -> str:
+    """Tokens of a grid of features; `columns`: each row ends in `<im_col>`."""
+    row: str = "<im_patch>" * windows.shape[1] + ("<im_col>" if columns else "")
+    return row * len(windows)
