@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from molmo_edge.models.compiled import MAX_THREADS, compiled_kernel, row_ranges, run_in_threads
-from molmo_edge.models.molmo2.tiling import Geometry, Ints, Tiling
+from molmo_edge.models.molmo2.tiling import Geometry, Tiling
 
 Floats = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.uint32]
 Pixels = npt.NDArray[np.uint8]
 
 
@@ -64,8 +65,7 @@ def _patches(
     for (pixels, tiling), part in zip(views, outputs, strict=True):
         height, width = (n * geometry.patch_px for n in tiling.patches)
         source = np.ascontiguousarray(pixels).reshape(len(pixels), -1)
-        across, weights = _taps(pixels.shape[1], width)
-        taps = *_taps(pixels.shape[0], height), across, weights.repeat(3, axis=1)
+        taps = *_taps(pixels.shape[0], height, 1), *_taps(pixels.shape[1], width, 3)
         place = tiling.cols, geometry.stride_patches, geometry.crop_patches, geometry.patch_px
         calls += [
             (source, *taps, *place, *rows, part.numpy()) for rows in row_ranges(height, parts)
@@ -91,8 +91,8 @@ def _resize_by_torch(pixels: Pixels, tiling: Tiling, out: torch.Tensor) -> None:
 
 # A camera's images are all of one size.
 @lru_cache(maxsize=16)
-def _taps(size: int, new_size: int) -> tuple[Ints, Floats]:
-    """Both source indices and weights of each output, (2, new_size) int64 and float32."""
+def _taps(size: int, new_size: int, channels: int) -> tuple[Indices, Floats]:
+    """Both source indices and weights of each output, (2, new_size * channels)."""
     index = np.arange(new_size, dtype=np.int64)
     if size == new_size:
         near, fraction = index, np.zeros(new_size, np.float32)
@@ -103,15 +103,17 @@ def _taps(size: int, new_size: int) -> tuple[Ints, Floats]:
         centre = np.maximum(centre, np.float32(0))
         near = np.minimum(centre.astype(np.int64), size - 1)
         fraction = np.minimum(centre - near.astype(np.float32), np.float32(1))
-    indices = np.stack([near, np.minimum(near + 1, size - 1)])
-    return indices, np.stack([np.float32(1) - fraction, fraction])
+    pixels = np.stack([near, np.minimum(near + 1, size - 1)])[..., None]
+    indices = (pixels * channels + np.arange(channels)).reshape(2, -1)
+    weights = np.stack([np.float32(1) - fraction, fraction])
+    return indices.astype(np.uint32), weights.repeat(channels, axis=1)
 
 
 def _resize_rows(
     source: Pixels,
-    down: Ints,
+    down: Indices,
     down_weights: Floats,
-    across: Ints,
+    across: Indices,
     across_weights: Floats,
     cols: int,
     stride: int,
@@ -125,29 +127,29 @@ def _resize_rows(
 
     `stride` and `side` are patches from one tile to the next and along a tile.
     """
-    width = across.shape[1]
-    # Left and right neighbours of every output in the upper and the lower source row.
-    near = np.empty((2, width * 3), np.uint8)
-    far = np.empty((2, width * 3), np.uint8)
+    size = across.shape[1]
+    # Left and right neighbours of every value, in the upper and in the lower source row.
+    near = np.empty((2, size), np.uint8)
+    far = np.empty((2, size), np.uint8)
     held = np.array([-1, -1])
-    values = np.empty(width * 3, np.float32)
+    values = np.empty(size, np.float32)
     for y in range(begin, end):
         for which in range(2):
-            if held[which] != down[which, y]:
-                held[which] = down[which, y]
-                pixels = source[held[which]]
-                for x in range(width):
-                    left, right = across[0, x] * 3, across[1, x] * 3
-                    for channel in range(3):
-                        near[which, x * 3 + channel] = pixels[left + channel]
-                        far[which, x * 3 + channel] = pixels[right + channel]
+            row = down[which, y]
+            if held[which] != row:
+                held[which] = row
+                pixels = source[row]
+                for line, index in ((near[which], across[0]), (far[which], across[1])):
+                    for x in range(size):
+                        line[x] = pixels[index[x]]
         upper, lower = down_weights[0, y], down_weights[1, y]
-        for x in range(width * 3):
+        for x in range(size):
+            left, right = across_weights[0, x], across_weights[1, x]
             level = (
-                upper * across_weights[0, x] * np.float32(near[0, x])
-                + upper * across_weights[1, x] * np.float32(far[0, x])
-                + lower * across_weights[0, x] * np.float32(near[1, x])
-                + lower * across_weights[1, x] * np.float32(far[1, x])
+                upper * left * np.float32(near[0, x])
+                + upper * right * np.float32(far[0, x])
+                + lower * left * np.float32(near[1, x])
+                + lower * right * np.float32(far[1, x])
             )
             values[x] = (np.rint(level) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
         run = patch_px * 3
