@@ -9,7 +9,6 @@ The backends here let vLLM's kernel compute a step, and then compute the rows of
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -72,22 +71,21 @@ def image_rows(common: CommonAttentionMetadata, joint: bool) -> list[ImageRows]:
 
     Args:
         common: `mm_req_doc_ranges` has the first and last position of each run of image tokens.
-        joint: all image tokens of a request see each other, not only those of one run.
+        joint: all image tokens of a request see each other, not those of each run alone.
 
     Raises:
         RuntimeError: The step ends before tokens that its image tokens have to see.
     """
     starts = common.query_start_loc_cpu.tolist()
-    # On the CPU, and exact for requests that are being prefilled.
-    lengths = common.seq_lens_cpu_upper_bound.tolist()
     parts = []
     for request, runs in (common.mm_req_doc_ranges or {}).items():
-        length = lengths[request]
+        # Exact for requests that are being prefilled.
+        length = int(common.seq_lens_cpu_upper_bound[request])
         computed = length - (starts[request + 1] - starts[request])  # in earlier steps
         ends = [last for start, last in runs if start < length and last >= computed]
         if not ends:
             continue
-        end = 1 + max(last for _, last in runs) if joint else 1 + max(ends)
+        end = 1 + max([last for _, last in runs] if joint else ends)
         if end > length:
             raise RuntimeError(
                 f"vLLM's step ends at token {length} of a request, inside its images, which end "
@@ -107,24 +105,22 @@ def attend(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    positions: torch.Tensor,
-    images: torch.Tensor,
+    part: ImageRows,
     scale: float,
-    window: int | None = None,
+    window: int | None,
 ) -> torch.Tensor:
-    """Return the attention of image tokens: to tokens before them, and to images.
+    """Return the attention of image tokens to tokens before them and to their images.
 
     Args:
-        query: (n, heads, dim).
-        keys: (length, kv_heads, dim), from the request's first token.
-        values: (length, kv_heads, dim).
-        positions: see `ImageRows`; (n,).
-        images: see `ImageRows`; (length,).
+        query: of the part's tokens, (n, heads, dim).
+        keys: of all tokens from the request's first, (length, kv_heads, dim).
+        values: like keys.
+        part: see `ImageRows`.
         scale: factor of the products of queries and keys.
-        window: how many tokens a token sees of the text before it, itself included.
+        window: a token sees this many tokens back, itself included, apart from its images.
     """
-    n, heads, dim = query.shape
-    kv_heads = keys.shape[1]
+    n = len(query)
+    _, kv_heads, dim = keys.shape
     # (kv_heads, heads of the same keys, tokens, dim): keys are shared, not repeated.
     q = query.view(n, kv_heads, -1, dim).permute(1, 2, 0, 3)
     k, v = (x.transpose(0, 1)[:, None].expand(-1, q.shape[1], -1, -1) for x in (keys, values))
@@ -132,13 +128,13 @@ def attend(
     output = torch.empty_like(query)
     for first in range(0, n, _ROWS):
         rows = slice(first, first + _ROWS)
-        row = positions[rows, None]
+        row = part.positions[rows, None]
         allowed = places <= row
         if window is not None:
             allowed &= places > row - window
-        allowed |= images == images[row]
-        part = scaled_dot_product_attention(q[:, :, rows], k, v, attn_mask=allowed, scale=scale)
-        output[rows] = part.permute(2, 0, 1, 3).reshape(-1, heads, dim)
+        allowed |= part.images == part.images[row]
+        seen = scaled_dot_product_attention(q[:, :, rows], k, v, attn_mask=allowed, scale=scale)
+        output[rows] = seen.permute(2, 0, 1, 3).flatten(1, 2)
     return output
 
 
@@ -182,22 +178,18 @@ class ImageImpl(AttentionImpl):  # type: ignore[misc]
         kv_cache: torch.Tensor,
         attn_metadata: Any,
         output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
+        **scales: torch.Tensor | None,
     ) -> torch.Tensor:
-        scales = output_scale, output_block_scale
-        super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+        super().forward(layer, query, key, value, kv_cache, attn_metadata, output, **scales)
         # No metadata at all while vLLM warms up.
         for part in getattr(attn_metadata, "images", ()):
             blocks = attn_metadata.block_table[part.request]
             keys, values = self.cached(layer, kv_cache, blocks, len(part.images))
-            rows = dense(query[part.rows], layer._q_scale, output.dtype)
             output[part.rows] = attend(
-                rows,
+                dense(query[part.rows], layer._q_scale, output.dtype),
                 dense(keys, layer._k_scale, output.dtype),
                 dense(values, layer._v_scale, output.dtype),
-                part.positions,
-                part.images,
+                part,
                 self.scale,
                 layer.sliding_window,
             )
@@ -205,14 +197,10 @@ class ImageImpl(AttentionImpl):  # type: ignore[misc]
 
     def cached(
         self, layer: Any, kv_cache: torch.Tensor, blocks: torch.Tensor, length: int
-    ) -> Sequence[torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the cached keys and values of a request's first tokens, (length, kv_heads, dim).
 
-        Args:
-            layer: the attention layer.
-            kv_cache: the layer's cache, in the layout of the backend.
-            blocks: the request's row of the block table.
-            length: number of tokens.
+        `blocks` is the request's row of the block table.
         """
         raise NotImplementedError
 
@@ -229,7 +217,7 @@ class CPUImageImpl(ImageImpl, CPUAttentionBackendImpl):  # type: ignore[misc]
 
     def cached(
         self, layer: Any, kv_cache: torch.Tensor, blocks: torch.Tensor, length: int
-    ) -> Sequence[torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if self._places is None:
             self._places = self.places(layer, kv_cache)
         block = kv_cache[blocks[: -(-length // kv_cache.shape[2])]].flatten(2)
@@ -282,17 +270,13 @@ class TritonImageImpl(ImageImpl, TritonAttentionImpl):  # type: ignore[misc]
 
     def cached(
         self, layer: Any, kv_cache: torch.Tensor, blocks: torch.Tensor, length: int
-    ) -> Sequence[torch.Tensor]:
-        # Both (blocks, tokens, kv_heads, dim); five dimensions before vLLM 0.30.
-        if kv_cache.ndim == 5:
-            pair = kv_cache.unbind(1)
-        else:
-            pair = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
-        blocks = blocks[: -(-length // pair[0].shape[1])]
-        tokens = [x[blocks].flatten(0, 1)[:length] for x in pair]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # (block, kv_head, token, key and value).
+        tokens = kv_cache[blocks[: -(-length // kv_cache.shape[2])]]
         if self.kv_cache_dtype.startswith("fp8"):
-            tokens = [x.view(self.fp8_dtype) for x in tokens]
-        return tokens
+            tokens = tokens.view(self.fp8_dtype)
+        keys, values = tokens.transpose(1, 2).flatten(0, 1)[:length].chunk(2, dim=-1)
+        return keys, values
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         # The rows computed again are written as they are.
