@@ -277,13 +277,15 @@ def _from_frames(video: Video, limits: VideoLimits) -> Clip:
 def _check_timestamps(timestamps: Sequence[float], total: int) -> list[float]:
     try:
         times = np.asarray(timestamps, np.float64)
-    except (TypeError, ValueError) as exc:
-        raise VideoError("Video.timestamps must be numbers: seconds, one per frame") from exc
-    if times.shape != (total,):
-        raise VideoError(f"expected {total} timestamps, one per frame, got shape {times.shape}")
-    if not (np.isfinite(times).all() and times[0] >= 0 and (np.diff(times) > 0).all()):
-        raise VideoError("Video.timestamps must be finite, not negative and strictly increasing")
-    return [float(t) for t in times]
+    except (TypeError, ValueError):
+        times = np.empty(0)
+    increasing = times.shape == (total,) and times[0] >= 0 and (np.diff(times) > 0).all()
+    if not (increasing and np.isfinite(times).all()):
+        raise VideoError(
+            f"Video.timestamps must be {total} numbers, one per frame: seconds, finite, not "
+            "negative and strictly increasing"
+        )
+    return [float(time) for time in times]
 
 
 def _clip(
@@ -529,7 +531,7 @@ def _encode_av(av: Any, path: Path, frames: Iterator[Frame], fps: float) -> None
                 stream = container.add_stream(
                     "libx264" if h264 else "mpeg4",
                     rate=Fraction(fps).limit_denominator(1001),
-                    options={"crf": "18"} if h264 else {"qmax": "5"},
+                    options={"crf": "18", "preset": "veryfast"} if h264 else {"qmax": "5"},
                 )
                 stream.height, stream.width = frame.shape[:2]
                 stream.pix_fmt = "yuv420p"
@@ -585,7 +587,8 @@ def _decode_opencv(file: BinaryIO, limits: VideoLimits) -> Clip:
         starts = np.asarray(stamps)
         if (np.diff(starts) <= 0).any():
             starts = np.arange(len(stamps)) * step
-        times, indices, fps = _sample(starts, float(starts[-1]) + step, limits)
+        # Matroska's stamps are milliseconds, of which a sum can exceed the duration.
+        times, indices, fps = _sample(starts, round(float(starts[-1]) + step, 3), limits)
         wanted = set(indices)
         kept: dict[int, Frame] = {}
         capture = opened()
