@@ -1,11 +1,12 @@
-"""Image preprocessing against the reference implementation and TensorFlow's path, in turns.
+"""Preprocessing of images and frames against plain paths, in turns.
 
     python benchmarks/preprocess.py --output benchmarks/results/preprocess-cpu.json
 
-The three take turns on every repetition, so that whatever else the machine does affects all of
-them. A ratio is the median over repetitions of their time over ours in the same repetition. Also
-measured: CPU time of all threads and the largest difference of pixels. TensorFlow is left out where
-it is not installed.
+Molmo 1: the reference implementation, and TensorFlow's path where it is installed. Molmo 2: torch's
+resize and numpy's reshapes, as AllenAI's molmo2 code has them. All take turns on every repetition,
+ours twice (the noise floor), so that whatever else the machine does affects all of them. A ratio is
+the median over repetitions of their time over ours in the same repetition. Also measured: CPU time
+of all threads and the largest difference of pixels.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import random
 import statistics
 import sys
 import time
@@ -27,7 +29,14 @@ from molmo_edge.errors import MolmoEdgeError
 
 SIZES = ((480, 640), (1080, 1920), (3000, 4000))
 CROPS = 12
+# Of Molmo 2: images, and clips of that many frames.
+MOLMO2_SIZES = ((480, 640, 0), (1080, 1920, 0), (480, 640, 16))
+MOLMO2_CROPS = 8
 OURS = "molmo_edge"
+AGAIN = "molmo_edge again"
+
+# From nothing to patches, float32.
+Implementation = Callable[[], np.ndarray]
 
 
 def make_image(height: int, width: int) -> np.ndarray:
@@ -38,35 +47,88 @@ def make_image(height: int, width: int) -> np.ndarray:
     return np.clip(np.stack(waves, axis=-1) + noise, 0, 255).astype(np.uint8)
 
 
-def implementations() -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """Name → a function from an image to patches, float32."""
+def molmo(image: np.ndarray) -> dict[str, Implementation]:
+    """Molmo 1's patches of an image."""
     from molmo_edge.models.molmo.image_processor import MolmoImageProcessor
     from molmo_edge.models.molmo.prompts import ImageTokenIds
     from molmo_edge.reference import molmo_inputs
 
     special = ImageTokenIds(1, 2, 3, 4)
     ours = MolmoImageProcessor(CROPS, "torch")
-    out: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-        OURS: lambda image: ours.inputs(image).images.numpy(),
-        "reference": lambda image: molmo_inputs.preprocess(image, special, CROPS).images,
+    out: dict[str, Implementation] = {
+        OURS: lambda: ours.inputs(image).images.numpy(),
+        "reference": lambda: molmo_inputs.preprocess(image, special, CROPS).images,
     }
     if importlib.util.find_spec("tensorflow") is not None:
         trained = MolmoImageProcessor(CROPS, "tensorflow")
-        out["tensorflow"] = lambda image: trained.inputs(image).images.numpy()
+        out["tensorflow"] = lambda: trained.inputs(image).images.numpy()
     return out
 
 
-def measure(height: int, width: int, repeats: int) -> dict[str, Any]:
-    """One size: milliseconds of every implementation, ratios to ours, pixel differences."""
-    image, functions = make_image(height, width), implementations()
-    expected = functions["reference"](image)
-    off = {name: float(np.abs(f(image) - expected).max()) for name, f in functions.items()}
+def molmo2(image: np.ndarray, n_frames: int) -> dict[str, Implementation]:
+    """Molmo 2's patches of an image, or of a clip of `n_frames` in which it moves."""
+    from molmo_edge.models.molmo2.image_processor import frame_patches, image_patches
+    from molmo_edge.models.molmo2.tiling import Geometry
+
+    geometry = Geometry()
+    if n_frames:
+        frames = [np.roll(image, 11 * i, axis=1) for i in range(n_frames)]
+        return {
+            OURS: lambda: frame_patches(frames, geometry).numpy(),
+            "plain": lambda: plain([resize(f, 378, 378)[None, None] for f in frames]),
+        }
+    tiling = geometry.tiling(*image.shape[:2], MOLMO2_CROPS)
+    rows, cols = tiling.rows, tiling.cols
+
+    def crops() -> np.ndarray:
+        scaled = resize(image, rows * 266 + 112, cols * 266 + 112)
+        tiles = np.empty((rows, cols, 378, 378, 3), np.uint8)
+        for row in range(rows):
+            for col in range(cols):
+                y, x = row * 266, col * 266
+                tiles[row, col] = scaled[y : y + 378, x : x + 378]
+        return plain([resize(image, 378, 378)[None, None], tiles])
+
+    return {OURS: lambda: image_patches(image, tiling).numpy(), "plain": crops}
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Bilinear without antialias, (height, width, 3) uint8."""
+    import torch
+    from torch.nn.functional import interpolate
+
+    source = torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0).to(torch.float32)
+    scaled = interpolate(source, (height, width), mode="bilinear", align_corners=False)
+    return scaled[0].round().to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def plain(views: list[np.ndarray]) -> np.ndarray:
+    """Views of rows × cols crops, (rows, cols, 378, 378, 3) uint8 each, to normalised patches."""
+    crops = np.concatenate([view.reshape(-1, 378, 378, 3) for view in views])
+    values = (crops.astype(np.float32) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
+    patches = values.reshape(-1, 27, 14, 27, 14, 3).transpose(0, 1, 3, 2, 4, 5)
+    return patches.reshape(-1, 729, 588)
+
+
+def measure(functions: dict[str, Implementation], repeats: int) -> dict[str, Any]:
+    """One case: milliseconds of every implementation, ratios to ours, pixel differences."""
+    import torch
+
+    # With more threads torch adds in another order, and rounds a few ties in a million otherwise.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    expected = list(functions.values())[1]()
+    off = {name: float(np.abs(f() - expected).max()) for name, f in functions.items()}
+    torch.set_num_threads(threads)
+    functions, off = {**functions, AGAIN: functions[OURS]}, {**off, AGAIN: off[OURS]}
     wall: dict[str, list[float]] = {name: [] for name in functions}
     cpu: dict[str, list[float]] = {name: [] for name in functions}
+    shuffled = random.Random(0)
     for _ in range(repeats):
-        for name, function in functions.items():
+        # In any order: what ran before has left its memory warm, or not.
+        for name in shuffled.sample(list(functions), len(functions)):
             began, used = time.perf_counter(), time.process_time()
-            function(image)
+            functions[name]()
             wall[name].append((time.perf_counter() - began) * 1e3)
             cpu[name].append((time.process_time() - used) * 1e3)
     return {
@@ -93,23 +155,31 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(arguments.threads)
+    cases = {f"Molmo 1, {w}×{h}": molmo(make_image(h, w)) for h, w in SIZES}
+    for h, w, n_frames in MOLMO2_SIZES:
+        clip = f", {n_frames} frames" if n_frames else ""
+        cases[f"Molmo 2, {w}×{h}{clip}"] = molmo2(make_image(h, w), n_frames)
     results, rows = [], []
-    for height, width in SIZES:
-        figures = measure(height, width, arguments.repeats)
-        results.append({"height": height, "width": width, "implementations": figures})
+    for case, functions in cases.items():
+        figures = measure(functions, arguments.repeats)
+        results.append({"case": case, "implementations": figures})
         for name, row in figures.items():
             rows.append([
-                f"{width}×{height} {name}",
+                f"{case}: {name}",
                 harness.interval_text(row["ms"], 1),
                 harness.interval_text(row["times_ours"], 1),
                 f"{row['cpu_ms']:.1f}",
                 f"{row['max_pixel_difference']:.1e}",
             ])  # fmt: skip
-    heads = ["size, implementation", "ms", "÷ ours", "CPU ms", "largest difference"]
+    heads = ["implementation", "ms", "÷ ours", "CPU ms", "largest difference"]
     print(harness.table(heads, rows))
     if arguments.output is not None:
         document = harness.result(
-            "preprocess", threads=arguments.threads, max_crops=CROPS, results=results
+            "preprocess",
+            threads=arguments.threads,
+            max_crops=CROPS,
+            molmo2_max_crops=MOLMO2_CROPS,
+            results=results,
         )
         try:
             harness.write(document, arguments.output)
