@@ -12,7 +12,8 @@ What stock vLLM computes differently from AllenAI's reference, and what corrects
 5. frames of a video are embedded with other start and end tokens than the prompt has: here the
    embeddings are those of the prompt's own tokens;
 6. linear layers are built without their names, so that a quantised checkpoint cannot leave some of
-   them out (`SelfAttention`, `FeedForward`).
+   them out (`SelfAttention`, `FeedForward`);
+7. `prompt_logprobs` and penalties read logits of image tokens, which have none (`compute_logits`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CacheConfig, VllmConfig
@@ -462,6 +464,15 @@ class Molmo2ForConditionalGeneration(stock.Molmo2ForConditionalGeneration):  # t
                 f"kv_cache_dtype={kv_cache_dtype} has no scales that image tokens of several "
                 "images could be read with; use fp8 or auto."
             )
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits of all tokens that a prompt may hold; image tokens are never generated.
+
+        Without theirs, prompt_logprobs and penalties of vLLM would read beyond the last.
+        """
+        logits = super().compute_logits(hidden_states)
+        extra = self.config.text_config.additional_vocab_size
+        return F.pad(logits, (0, extra), value=-torch.inf)
 
     def embed_multimodal(self, **kwargs: Any) -> list[torch.Tensor]:
         """Embeddings of the image tokens of each item: their own plus, for patches, a feature."""
