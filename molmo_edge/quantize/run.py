@@ -25,9 +25,10 @@ from safetensors.torch import save_file
 from molmo_edge._version import __version__
 from molmo_edge.checkpoint_files import FLOATS, INDEX, Tensor, check_weights, read_config
 from molmo_edge.checkpoint_files import tensors as read_headers
-from molmo_edge.devices.tensors import tensor_shapes
+from molmo_edge.devices.tensors import molmo2_tensor_shapes, tensor_shapes
 from molmo_edge.errors import QuantizeError
-from molmo_edge.models.molmo.config import check_layout
+from molmo_edge.models.molmo.config import check_layout as check_molmo
+from molmo_edge.models.molmo2.config import check_layout as check_molmo2
 from molmo_edge.quantize.calibrate import Calibration, read_prompts
 from molmo_edge.quantize.calibrate import calibrate as run_calibration
 from molmo_edge.quantize.formats import FORMATS, Format, pack
@@ -35,7 +36,7 @@ from molmo_edge.reference.checkpoint import tower_of
 
 # Linear layers of the language model. Every MLP ends in `.ff_out` and so does the LM head.
 _QUANTIZED = re.compile(
-    r"model\.transformer\.blocks\.\d+\.(att_proj|attn_out|ff_proj|ff_out)\.weight"
+    r"model\.transformer\.blocks\.\d+\.(self_attn\.|mlp\.)?(att_proj|attn_out|ff_proj|ff_out)\.weight"
 )
 # The vision tower and the LM head, by the checkpoint's names and by vLLM's.
 _IGNORED = ["re:.*vision_backbone.*", r"re:^model\.transformer\.ff_out$", "lm_head"]
@@ -75,7 +76,7 @@ def quantize(
     calibrate: str | Path | None = None,
     progress: Progress = lambda done, total, name: None,
 ) -> Quantized:
-    """Write a quantised copy of a Molmo 1 checkpoint; needs no GPU.
+    """Write a quantised copy of a Molmo 1 or 2 checkpoint; needs no GPU.
 
     Linear layers of the language model are stored as `scheme` says (``"fp8"``, ``"w4a16"`` or
     ``"nvfp4"``), rounded to nearest with the scale of each group searched for the least squared
@@ -97,7 +98,7 @@ def quantize(
         QuantizeError: unknown scheme, output exists, not enough disk space, a checkpoint that is
             quantised already, lacks tensors, or contains NaN or infinity; no images in
             `calibrate`, an unreadable one, or a scheme that gains nothing from calibration.
-        ModelError: no readable Molmo 1 checkpoint.
+        ModelError: no readable Molmo checkpoint.
     """
     began = time.monotonic()
     if scheme not in FORMATS:
@@ -140,7 +141,8 @@ def quantize(
 
 def read_tensors(directory: Path, config: Mapping[str, Any], form: Format) -> list[Tensor]:
     """The tensors of an unquantised checkpoint that fits its `config`, by their headers."""
-    check_layout(config)
+    molmo2 = config.get("model_type") == "molmo2"
+    (check_molmo2 if molmo2 else check_molmo)(config)
     check_weights(directory)
     if config.get("quantization_config") is not None:
         raise QuantizeError(
@@ -148,8 +150,11 @@ def read_tensors(directory: Path, config: Mapping[str, Any], form: Format) -> li
             "the original checkpoint."
         )
     stored = {tensor.name: tensor for tensor in read_headers(directory)}
-    tower = tower_of({name: tensor.shape for name, tensor in stored.items()})
-    shapes = tensor_shapes(config, tower)
+    if molmo2:
+        shapes = molmo2_tensor_shapes(config)
+    else:
+        tower = tower_of({name: tensor.shape for name, tensor in stored.items()})
+        shapes = tensor_shapes(config, tower)
     for name, shape in shapes.items():
         if name not in stored:
             raise QuantizeError(
@@ -237,7 +242,8 @@ def write_data_files(source: Path, work: Path, config: Mapping[str, Any], form: 
         quantization_status="compressed",
         ignore=_IGNORED,
     ).model_dump(mode="json", exclude_none=True)
-    extra = {"torch_dtype": "bfloat16", "quantization_config": quantization}
+    dtype = "dtype" if "dtype" in config else "torch_dtype"  # of newer and older files
+    extra = {dtype: "bfloat16", "quantization_config": quantization}
     _write_json(work / "config.json", {**config, **extra})
 
 

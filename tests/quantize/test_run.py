@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from molmo_edge.devices.shapes import model_shape
 from molmo_edge.devices.tensors import Tower
 from molmo_edge.errors import ModelError, QuantizeError
 from molmo_edge.models.molmo.synthetic import hub_config, write_checkpoint
+from molmo_edge.models.molmo2 import synthetic as molmo2
 from molmo_edge.quantize import quantize
 from tests.quantize.support import plain_tensors, tensors_of
 
@@ -29,14 +31,28 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(directory, seed=3, tower=TOWER, dtype=torch.float32)
 
 
+@pytest.fixture(scope="module", params=["molmo", "molmo2 4b", "molmo2 o-7b"])
+def family(request: pytest.FixtureRequest, small: Path) -> tuple[Path, tuple[str, ...]]:
+    """A checkpoint, and the linear layers of a block."""
+    if request.param == "molmo":
+        return small, ("att_proj", "attn_out", "ff_proj", "ff_out")
+    layout: molmo2.Layout = request.param.split()[1]
+    sizes = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2}
+    directory = small.with_name(f"molmo2-{layout}")
+    molmo2.write_checkpoint(directory, molmo2.hub_config(layout, text=sizes), seed=3)
+    return directory, (
+        "self_attn.att_proj", "self_attn.attn_out", "mlp.ff_proj", "mlp.ff_out"
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("scheme", TYPICAL)
 def test_only_the_language_models_linear_layers_are_quantised(
-    scheme: str, small: Path, tmp_path: Path
+    scheme: str, family: tuple[Path, tuple[str, ...]], tmp_path: Path
 ) -> None:
+    small, layers = family
     calls: list[tuple[int, int, str]] = []
     done = quantize(small, tmp_path / "out", scheme, progress=lambda *call: calls.append(call))
     blocks = {f"model.transformer.blocks.{i}." for i in range(2)}
-    layers = ("att_proj", "attn_out", "ff_proj", "ff_out")
     assert set(done.relative_errors) == {block + layer for block in blocks for layer in layers}
     before, after = tensors_of(small), plain_tensors(done.directory, scheme)
     for name, tensor in before.items():
@@ -47,7 +63,8 @@ def test_only_the_language_models_linear_layers_are_quantised(
             error = float((after[name] - tensor).norm() / tensor.norm())
             assert error == pytest.approx(relative_error, rel=1e-3)
             assert 0 < error < TYPICAL[scheme]
-    assert f"# small, {scheme}" in (done.directory / "README.md").read_text()
+    assert model_shape(done.directory).stored == scheme
+    assert f"# {small.name}, {scheme}" in (done.directory / "README.md").read_text()
     assert [name for _, _, name in calls] == sorted(before)
     assert calls[-1][:2] == (done.in_bytes, done.in_bytes)
 
