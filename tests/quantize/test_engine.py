@@ -14,6 +14,7 @@ from PIL import Image
 from molmo_edge import EdgeVLM
 from molmo_edge.devices.detect import detect
 from molmo_edge.models.molmo.synthetic import write_checkpoint
+from molmo_edge.models.molmo2 import synthetic as molmo2
 from molmo_edge.quantize import quantize
 from molmo_edge.quantize.formats import FORMATS, unpack
 from molmo_edge.reference.verify import synthetic_image
@@ -32,17 +33,27 @@ pytestmark = [
 # FP8's largest value. The kernels give a token the scale (largest value) / 448, so that a token
 # whose only value is this one has the scale 1 and loses nothing.
 LARGEST = 448.0
+# vLLM's names of the linear layers of a block, and the checkpoint's.
+LAYERS = {
+    "molmo": {
+        "qkv_proj": "att_proj",
+        "o_proj": "attn_out",
+        "gate_up_proj": "ff_proj",
+        "down_proj": "ff_out",
+    },
+    "molmo2": {
+        "qkv_proj": "self_attn.att_proj",
+        "o_proj": "self_attn.attn_out",
+        "up_gate_proj": "mlp.ff_proj",
+        "down_proj": "mlp.ff_out",
+    },
+}
 
 
 def matrices(vlm: EdgeVLM) -> dict[str, torch.Tensor]:
     """Layer → (rows, columns) bfloat16: what vLLM's kernel makes of one-hot tokens."""
     largest = LARGEST
-    names = {
-        "qkv_proj": "att_proj",
-        "o_proj": "attn_out",
-        "gate_up_proj": "ff_proj",
-        "down_proj": "ff_out",
-    }
+    names = LAYERS[vlm.family.name]
 
     # Nested, so that it is sent to the worker by value.
     def compute(worker: Any) -> dict[str, torch.Tensor]:
@@ -67,15 +78,23 @@ def expected_matrix(parts: Mapping[str, torch.Tensor], scheme: str) -> torch.Ten
     return unpack(parts, FORMATS[scheme]).bfloat16()
 
 
-@pytest.mark.parametrize(("scheme", "calibrated"), [("w4a16", True), ("fp8", False)])
+@pytest.mark.parametrize(
+    ("family", "scheme", "calibrated"),
+    [("molmo", "w4a16", True), ("molmo", "fp8", False), ("molmo2", "fp8", False)],
+)
 def test_the_engine_computes_with_the_stored_weights(
-    scheme: str, calibrated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, scheme: str, calibrated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit, and the model answers."""
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     # On a CPU with AMX vLLM computes 4-bit weights with 8-bit activations by default.
     monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "0")
-    original = write_checkpoint(tmp_path / "original", seed=3)
+    if family == "molmo":
+        original = write_checkpoint(tmp_path / "original", seed=3)
+    else:
+        sizes = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2}
+        config = molmo2.hub_config(text=sizes)
+        original = molmo2.write_checkpoint(tmp_path / "original", config, seed=3)
     Image.fromarray(synthetic_image(60, 80, 5)).save(tmp_path / "0.png")
     images = tmp_path if calibrated else None
     directory = quantize(original, tmp_path / "out", scheme, calibrate=images).directory
@@ -88,7 +107,8 @@ def test_the_engine_computes_with_the_stored_weights(
         kv_cache_memory_gb=0.1,
     ) as vlm:
         layers = matrices(vlm)
-        assert vlm.query(None, "x", max_tokens=2, ignore_eos=True).metrics.output_tokens == 2
+        image = Image.new("RGB", (64, 48))
+        assert vlm.query(image, "x", max_tokens=2, ignore_eos=True).metrics.output_tokens == 2
     tensors = tensors_of(directory)
     assert len(layers) == 8
     for layer, matrix in layers.items():
