@@ -15,17 +15,19 @@ from importlib import resources
 from io import BytesIO
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from molmo_edge import images
 from molmo_edge.errors import BenchmarkError, MolmoEdgeError
+from molmo_edge.video import Video
 
 DEFAULT_QUESTION = "Describe this image in detail."
 
 
 @dataclass(frozen=True)
 class Case:
-    """One question, with or without an image, and the values a right answer holds, in order."""
+    """One question, with an image, a video or neither, and the values a right answer holds, in
+    order."""
 
     name: str
     title: str
@@ -33,6 +35,7 @@ class Case:
     image: Image.Image | None = None
     expected: tuple[str, ...] = ()
     max_crops: int | None = None
+    video: Video | None = None
 
 
 def standard() -> tuple[Case, ...]:
@@ -62,6 +65,18 @@ def text_only() -> tuple[Case, ...]:
         Case("text-short", "Short text", "Write a short story about a robot in a garden."),
         Case("text-long", "Long text", f"{shelves} Summarise this list in a few sentences."),
     )
+
+
+def drawn_video(frames: int) -> Case:
+    """A disc that crosses a photo, as many frames of 640 x 480 pixels at 2 frames per second."""
+    photo = _shipped("boardwalk.jpg").resize((640, 480))
+    drawn = [photo.copy() for _ in range(frames)]
+    for number, frame in enumerate(drawn):
+        x, y = 40 + 560 * number // max(1, frames - 1), 240
+        ImageDraw.Draw(frame).ellipse((x - 30, y - 30, x + 30, y + 30), fill="red")
+    video = Video(drawn, timestamps=[number / 2 for number in range(frames)])
+    question = "Describe what moves in this video, from where to where."
+    return Case(f"video-{frames}", f"{frames} frames", question, video=video)
 
 
 def own(paths: Sequence[Path], question: str | None = None) -> tuple[Case, ...]:

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from PIL import Image
@@ -35,6 +35,7 @@ from molmo_edge.bench.document import (
 from molmo_edge.devices.telemetry import Sampler
 from molmo_edge.errors import BenchmarkError, EngineError, MolmoEdgeError, QueueFull, RequestError
 from molmo_edge.results import Result
+from molmo_edge.video import Video
 
 logger = logging.getLogger("molmo_edge")
 
@@ -60,6 +61,7 @@ class RunOptions:
             rate that the users reached.
         fps: of the camera, frames per second.
         starts: cold starts with disk caches present.
+        frames: numbers of frames of the videos.
     """
 
     iterations: int = 10
@@ -73,6 +75,7 @@ class RunOptions:
     rates: tuple[float, ...] = ()
     fps: float = 10.0
     starts: int = 2
+    frames: tuple[int, ...] = (8,)
 
     @classmethod
     def choose(cls, random_weights: bool, **values: Any) -> RunOptions:
@@ -116,8 +119,12 @@ class Bench:
         self.row_began = self._saved_at = self.clock()
         self._numbers = itertools.count(1)
 
-    def fresh(self, case: Case) -> Image.Image | None:
-        """The case's image as no cache has seen it in this run."""
+    def fresh(self, case: Case) -> Any:
+        """The case's image or video as no cache has seen it in this run."""
+        if case.video is not None:
+            first: Any = case.video.frames[0]
+            frames = [fresh(first, next(self._numbers)), *case.video.frames[1:]]
+            return replace(case.video, frames=frames)
         return None if case.image is None else fresh(case.image, next(self._numbers))
 
     def save_now(self) -> None:
@@ -190,16 +197,19 @@ class Bench:
             self.save_now()
 
     def request(
-        self, row: Row | None, case: Case, image: Image.Image | None, iteration: int
+        self, row: Row | None, case: Case, image: Image.Image | Video | None, iteration: int
     ) -> Sample:
         """Measure one request; its answer becomes the row's last.
 
         A request that the engine refused or lost becomes a sample with ``error``; what would fail
         again in the next iteration (a bad image, a dead engine) is raised.
         """
+        options = self.sampling(case)
+        if isinstance(image, Video):
+            image, options["video"] = None, image
         start = self.clock()
         try:
-            result = self.vlm.query(image, case.question, **self.sampling(case))
+            result = self.vlm.query(image, case.question, **options)
         except (RequestError, QueueFull) as exc:
             sample = Sample(iteration=iteration, error=message(exc))
         else:

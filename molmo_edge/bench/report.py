@@ -110,6 +110,9 @@ def phases(scenario: Scenario) -> str:
 def remarks(row: Row) -> Iterator[str]:
     """Sentences about one row that the table has no room for."""
     yield f"{row.title}: ended as {row.stopped}" + (f", {row.error}" if row.error else "")
+    if "frames" in row.conditions and (sample := next(iter(row.succeeded), None)) is not None:
+        tokens = f"{sample.image_tokens} of {sample.prompt_tokens} prompt tokens"
+        yield f"{row.title}: {tokens} are the video's"
     if failed := row.counts.get("failed"):
         yield f"{row.title}: {failed:.0f} of {len(row.samples)} requests failed"
     if (offered := row.counts.get("offered")) is not None:

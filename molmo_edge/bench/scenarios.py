@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from molmo_edge.bench import coldstart, environment
-from molmo_edge.bench.cases import Case, text_only
+from molmo_edge.bench.cases import Case, drawn_video, text_only
 from molmo_edge.bench.document import Document, Row, Sample, Scenario, Startup, Wave
 from molmo_edge.bench.measure import Bench, message, sample_of
 from molmo_edge.errors import BenchmarkError, MolmoEdgeError, QueueFull, RequestError
@@ -35,6 +35,7 @@ SCENARIOS: dict[str, tuple[str, bool | None]] = {
     "throughput": ("Throughput in fixed batches", False),
     "concurrency": ("Concurrent users", False),
     "camera": ("A camera's newest frame", False),
+    "video": ("A video", False),
     "repeat-frame": ("The same image again, caches on", True),
     "cold-start": ("Process start to first token", None),
 }
@@ -56,6 +57,12 @@ def rows_of(name: str, bench: Bench) -> list[Callable[[], None]]:
             ]
         case "camera":
             return [partial(newest_frame, bench, image_cases(bench)[0])]
+        case "video":
+            if not bench.vlm.supports("video"):
+                bench.document.notes.append("scenario video was skipped: the model has no video")
+                return []
+            videos = map(drawn_video, bench.options.frames)
+            return [partial(alone, bench, case) for case in videos]
         case "repeat-frame":
             return [partial(alone, bench, case, repeated=True) for case in image_cases(bench)]
         case "cold-start":  # its two rows share a directory
@@ -120,7 +127,7 @@ def _run_on_one_engine(
                 name = left.pop(0)
                 with bench.scenario(name, SCENARIOS[name][0]):
                     rows = rows_of(name, bench)
-                    bench.row_limit_s = bench.options.time_limit_s / len(rows)
+                    bench.row_limit_s = bench.options.time_limit_s / max(1, len(rows))
                     for measure_row in rows:
                         measure_row()
     except MolmoEdgeError as exc:
@@ -147,6 +154,8 @@ def alone(bench: Bench, case: Case, *, repeated: bool = False) -> None:
     conditions: dict[str, Any] = {"batch": 1}
     if case.max_crops is not None:
         conditions["max_crops"] = case.max_crops
+    if case.video is not None:
+        conditions["frames"] = len(case.video.frames)
     with bench.row(case, caches=repeated, **conditions) as row:
         bench.vlm.reset_caches()
 

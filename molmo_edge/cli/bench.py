@@ -122,6 +122,7 @@ class MeasureOptions:
         Any, Option(parser=parse_rates, help="Requests per second that arrive at random.")
     ] = None
     fps: Annotated[float, Option(min=0.001, help="Frames per second of camera.")] = 10.0
+    frames: Annotated[Any, Option(parser=parse_integers, help="Frames of each video.")] = "8"
     starts: Annotated[int, Option(min=1, help="Cold starts with disk caches present.")] = 2
 
 

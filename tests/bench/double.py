@@ -64,6 +64,7 @@ class DoubleVLM:
     cached: int | None = 0
     settings: Any = field(default_factory=lambda: SETTINGS)
     shape: None = None
+    video: bool = True
     environment: dict[str, Any] = field(default_factory=lambda: dict(ENVIRONMENT))
     startup: dict[str, float] = field(default_factory=lambda: {"imports": 2.0, "engine": 9.0})
     requests: int = 0
@@ -79,6 +80,9 @@ class DoubleVLM:
     def reset_caches(self) -> None:
         self.resets += 1
 
+    def supports(self, verb: str) -> bool:
+        return self.video or verb != "video"
+
     def query(self, image: Image.Image | None, text: str, **options: Any) -> Result:
         with self._one:  # users may be many, the clock is one
             return self._answer(image, text, options)
@@ -86,6 +90,7 @@ class DoubleVLM:
     def _answer(self, image: Image.Image | None, text: str, options: dict[str, Any]) -> Result:
         number = self.requests
         self.requests += 1
+        image = options["video"].frames[0] if "video" in options else image
         if image is not None:
             self.images.append(image.tobytes())
         if (error := self.failure(number)) is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from molmo_edge.bench import scenarios
+from molmo_edge.bench import report, scenarios
 from molmo_edge.bench.cases import text_only
 from molmo_edge.bench.document import Document
 from molmo_edge.bench.measure import RunOptions
@@ -189,6 +189,24 @@ def test_a_camera_drops_what_came_while_the_engine_was_busy(fps: float, dropped:
 def test_an_image_scenario_without_images_is_an_error() -> None:
     result = measure(DoubleVLM(), "camera", cases=text_only())
     assert "--image" in (result.scenarios[0].error or "")
+
+
+def test_videos_are_drawn_fresh_and_rows_say_frames_and_tokens() -> None:
+    vlm = DoubleVLM()
+    result = measure(vlm, "video", options=replace(OPTIONS, frames=(3, 8)))
+    rows = result.scenarios[0].rows
+    assert [(row.title, row.conditions["frames"]) for row in rows] == [
+        ("3 frames", 3),
+        ("8 frames", 8),
+    ]
+    assert len(set(vlm.images)) == len(vlm.images)
+    assert "3 frames: 1190 of 1210 prompt tokens are the video's" in report.markdown(result)
+
+
+def test_a_model_without_video_skips_the_scenario_and_says_so() -> None:
+    result = measure(DoubleVLM(video=False), "video", "text")
+    assert result.complete and not any(s.rows for s in result.scenarios if s.name == "video")
+    assert any("the model has no video" in note for note in result.notes)
 
 
 CHILD = """
