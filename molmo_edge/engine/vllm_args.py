@@ -96,6 +96,8 @@ def plan_build(
         raise ConfigError(
             "vLLM's CPU kernel for w4a16 checkpoints has no float32; use dtype=bfloat16."
         )
+    if device.kind == "cpu" and shape.stored == "w4a16" and _lacks_avx512(device):
+        raise ConfigError("vLLM's CPU kernel for w4a16 checkpoints needs AVX-512.")
     # A profile's longest request is lowered to what fits, so the shortest must fit.
     by_user = "max_model_len" in resolved.by_user
     limit = settings.max_model_len or shape.max_model_len
@@ -208,6 +210,10 @@ def engine_environment(settings: EdgeSettings, device: DeviceInfo) -> dict[str, 
         # Nothing leaves the machine.
         "VLLM_NO_USAGE_STATS": "1",
     }
+
+
+def _lacks_avx512(device: DeviceInfo) -> bool:
+    return "avx2" in device.cpu_isa and "avx512f" not in device.cpu_isa
 
 
 def _check_profile(profile: Profile, device: DeviceInfo) -> None:

@@ -171,6 +171,8 @@ def test_four_bits_need_a_quantised_checkpoint_which_is_loaded_as_it_is(tmp_path
     assert result.environment["precision"] == "w4a16"
     with pytest.raises(ConfigError, match="quantised to w4a16"):
         plan(THOR, checkpoint, precision="fp8")
+    with pytest.raises(ConfigError, match="needs AVX-512"):
+        plan(OLD_LAPTOP, checkpoint)
 
 
 @pytest.mark.parametrize(
