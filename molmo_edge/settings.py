@@ -74,7 +74,8 @@ class EdgeSettings(BaseModel):
     and the files; the constructor reads neither.
 
     Attributes:
-        model: directory or hub name of a checkpoint; ``stub`` is the small built-in one.
+        model: directory or hub name of a checkpoint; ``stub`` (of Molmo 1) and ``stub-2``
+            are small built-in ones.
         profile: name of a device profile; ``auto`` detects the device.
         precision: of the language model's dense weights; ``auto`` follows the profile.
         dtype: of activations and unquantised weights; ``auto`` is bfloat16, or float32 on a

@@ -88,7 +88,7 @@ class EdgeVLM:
 
     Args:
         model: checkpoint directory, hub name, or ``"stub"`` (the default: real architecture,
-            random weights, no download).
+            random weights, no download); ``"stub-2"`` is that of Molmo 2.
         config: a TOML file of settings.
         engine: ``"thread"`` (the default) or ``"process"``, the setting of that name; or a callable
             that builds another engine than vLLM's, such as

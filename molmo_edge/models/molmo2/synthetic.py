@@ -45,25 +45,31 @@ _WORDS = (
     *"user assistant Image Ġa Ġof Ġin Ġwhat Ġhow Ġmany Ġto Point Describe Ġthis Ġimage".split(),
 )
 _STUB_SEED = 20261126
+# Of Molmo2-O-7B.
+_YARN = {
+    "attention_factor": 1.2079441541679836,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "factor": 8.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "yarn",
+}
 
 SPECIAL = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
 """They follow the words; the fillers after them end at the vocabulary's size."""
-IMAGE_TOKENS = (
-    "<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>", "<|image|>",
-    "<im_low>", "<frame_start>", "<frame_end>", "<|video|>",
-)  # fmt: skip
-"""Their ids follow the vocabulary."""
-_TOKEN_IDS = {
-    "image_start_token_id": "<im_start>",
-    "image_end_token_id": "<im_end>",
-    "image_patch_id": "<im_patch>",
-    "image_high_res_id": "<im_patch>",
-    "image_col_id": "<im_col>",
-    "low_res_image_start_token_id": "<low_res_im_start>",
-    "image_low_res_id": "<im_low>",
-    "frame_start_token_id": "<frame_start>",
-    "frame_end_token_id": "<frame_end>",
+IMAGE_TOKENS: Mapping[str, str | None] = {
+    "<im_start>": "image_start_token_id",
+    "<im_end>": "image_end_token_id",
+    "<im_patch>": "image_patch_id",
+    "<im_col>": "image_col_id",
+    "<low_res_im_start>": "low_res_image_start_token_id",
+    "<|image|>": None,
+    "<im_low>": "image_low_res_id",
+    "<frame_start>": "frame_start_token_id",
+    "<frame_end>": "frame_end_token_id",
+    "<|video|>": None,
 }
+"""Their ids follow the vocabulary; beside each the field of `config.json` that has its id."""
 
 
 def hub_config(
@@ -73,21 +79,13 @@ def hub_config(
     vit: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
-    """`config.json` with the hub's fields; `text`, `vit` and `changes` override the sizes.
+    """`config.json` with the hub's fields of the architecture, and changes of them.
 
     What follows from other fields (ids of the image tokens, the adapter's sizes) is derived.
     """
     olmo = layout == "o-7b"
-    shared = {
-        "attention_dropout": 0.0,
-        "attn_implementation": "sdpa",
-        "initializer_range": 0.02,
-        "residual_dropout": 0.0,
-    }
     vit = {
-        **shared,
         **VIT_DEFAULTS,
-        "float32_attention": True,
         "head_dim": 16,
         "hidden_size": 64,
         "intermediate_size": 120,
@@ -98,9 +96,7 @@ def hub_config(
         **(vit or {}),
     }
     text = {
-        **shared,
         **TEXT_DEFAULTS,
-        "embedding_dropout": 0.0,
         "head_dim": 32,
         "hidden_size": 128 if olmo else 96,
         "intermediate_size": 160,
@@ -111,32 +107,19 @@ def hub_config(
         "num_hidden_layers": 4,
         "num_key_value_heads": 4 if olmo else 2,
         "qk_norm_type": "olmo" if olmo else "qwen3",
+        "rope_scaling": _YARN if olmo else None,
         "rope_theta": 500_000.0 if olmo else 5_000_000.0,
-        "use_cache": True,
         "vocab_size": 512,
         **(text or {}),
     }
-    if olmo:
-        text |= {
-            "rope_scaling": {
-                "attention_factor": 1.2079441541679836,
-                "beta_fast": 32,
-                "beta_slow": 1,
-                "factor": 8.0,
-                "original_max_position_embeddings": 8192,
-                "rope_type": "yarn",
-            },
-            "rope_scaling_layers": list(range(3, text["num_hidden_layers"], 4)),
-        }
+    if olmo and text["rope_scaling_layers"] is None:
+        text["rope_scaling_layers"] = list(range(3, text["num_hidden_layers"], 4))
     adapter = {
-        **shared,
         **ADAPTER_DEFAULTS,
         **{
             key: vit[key]
             for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
         },
-        "float32_attention": True,
-        "image_feature_dropout": 0.0,
         "intermediate_size": text["intermediate_size"],
         "model_type": "molmo2",
         "text_hidden_size": text["hidden_size"],
@@ -149,13 +132,10 @@ def hub_config(
             "AutoModelForImageTextToText": f"modeling_molmo2.{ARCHITECTURE}",
         },
         "dtype": "float32",
-        **{key: text["vocab_size"] + IMAGE_TOKENS.index(name) for key, name in _TOKEN_IDS.items()},
-        "initializer_range": 0.02,
+        **{field: text["vocab_size"] + i for i, field in enumerate(IMAGE_TOKENS.values()) if field},
         "model_type": "molmo2",
         "text_config": text,
         "tie_word_embeddings": False,
-        "transformers_version": "4.57.1",
-        "use_cache": True,
         "use_frame_special_tokens": False,
         "vit_config": vit,
         **changes,
@@ -196,18 +176,17 @@ def write_description(
     vocab = vocabulary(words)
     pad, end = len(vocab), len(vocab) + SPECIAL.index("<|im_end|>")
     olmo = bool(text["norm_after"])
-    processor: dict[str, Any] = {
-        "auto_map": {"AutoProcessor": "processing_molmo2.Molmo2Processor"},
+    processor = {
+        "auto_map": {
+            "AutoImageProcessor": "image_processing_molmo2.Molmo2ImageProcessor",
+            "AutoProcessor": "processing_molmo2.Molmo2Processor",
+            "AutoVideoProcessor": "video_processing_molmo2.Molmo2VideoProcessor",
+        },
         "processor_class": "Molmo2Processor",
-    }
-    classes = {
-        "AutoImageProcessor": "image_processing_molmo2.Molmo2ImageProcessor",
-        "AutoVideoProcessor": "video_processing_molmo2.Molmo2VideoProcessor",
     }
     height, width = vit["image_default_input_size"]
     pixels = {
         **processor,
-        "auto_map": {**processor["auto_map"], **classes},
         "do_convert_rgb": True,
         "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,
@@ -248,22 +227,15 @@ def write_description(
         },
         "video_preprocessor_config.json": {
             **pixels,
-            "do_normalize": True,
-            "do_rescale": True,
-            "do_resize": True,
-            "do_sample_frames": True,
             "frame_sample_mode": "uniform_last_frame",
             "max_fps": 2,
             "num_frames": 384,
             "pooling_size": [3, 3],
-            "rescale_factor": 1 / 255,
-            "return_metadata": False,
-            "sampling_fps": 2,
             "video_processor_type": "Molmo2VideoProcessor",
         },
     }
     write_json(directory, files)
-    made = tokenizer(vocab, SPECIAL, text["vocab_size"], IMAGE_TOKENS)
+    made = tokenizer(vocab, SPECIAL, text["vocab_size"], [*IMAGE_TOKENS])
     made.save(str(directory / "tokenizer.json"))
 
 
