@@ -148,16 +148,12 @@ class PointResult:
         """
         points = []
         for point in self.points:
-            index, t = point.image_index, point.t
+            number = point.t if point.image_index is None else point.image_index + 1.0
             if clip is not None:
-                t = index + 1.0 if t is None and index is not None else t
-                frame = None if t is None else _nearest(clip.times, t)
-                points.append(replace(point, image_index=None, t=t, frame=frame))
+                frame = None if number is None else _nearest(clip.times, number)
+                points.append(replace(point, image_index=None, t=number, frame=frame))
                 continue
-            if t is not None:
-                index = int(t) - 1
-            if index is not None and len(images) == 1:
-                index = 0
+            index = None if number is None else 0 if len(images) == 1 else int(number) - 1
             if index is None or 0 <= index < len(images):
                 points.append(replace(point, image_index=index, t=None))
         return replace(

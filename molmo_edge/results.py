@@ -25,7 +25,7 @@ class Metrics:
         tpot_s: mean time per output token after the first.
         e2e_s: the whole request, from the call to its last token.
         prompt_tokens: prompt length, image tokens included.
-        image_tokens: tokens of the prompt that belong to the image.
+        image_tokens: tokens of the prompt that belong to images or video.
         output_tokens: generated tokens, the end-of-text token included.
         cached_tokens: prompt tokens found in the prefix cache.
         output_tps: decode speed: tokens after the first ÷ their time.

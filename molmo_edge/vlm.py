@@ -386,12 +386,6 @@ class EdgeVLM:
         _, answers = self._locate("point", question(image, "", video), label, options)
         return answers[0] if isinstance(label, str) else answers
 
-    @overload
-    def count(self, image: Images, label: str, **options: Unpack[Options]) -> CountResult: ...
-
-    @overload
-    def count(self, *, video: VideoLike, label: str, **options: Unpack[Options]) -> CountResult: ...
-
     def count(
         self,
         image: Images | None = None,

@@ -75,6 +75,12 @@ class EngineOptions:
         return load(data, limits)
 
 
+def image_and(metavar: str, text: str) -> Any:
+    """The arguments of a command that takes `MediaOptions`."""
+    help = f"Image file, or - to read one from standard input; {text}."
+    return typer.Argument(metavar=f"[IMAGE] {metavar}", help=help)
+
+
 @dataclasses.dataclass(frozen=True)
 class MediaOptions:
     """What a command is about, if not one image that is its first argument."""
@@ -85,8 +91,10 @@ class MediaOptions:
     ] = None
     video: Annotated[Path | None, typer.Option(help="Video file, in place of the argument.")] = None
 
-    def load(self, engine: EngineOptions, words: list[str]) -> tuple[dict[str, Any], list[str]]:
-        """Arguments of `EdgeVLM`'s methods, and the words that are no image.
+    def load(
+        self, engine: EngineOptions, words: list[str], most: int | None = 1
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Arguments of `EdgeVLM`'s methods, and the words that are no image, at most `most`.
 
         Before the engine starts, so that a wrong name is reported at once.
         """
@@ -95,8 +103,8 @@ class MediaOptions:
             raise typer.BadParameter("give --image or --video, not both.")
         if not names and self.video is None:
             names, words = words[:1], words[1:]
-        if not words:
-            raise typer.BadParameter("an argument is missing.")
+        if not words or len(words) > (most or len(words)):
+            raise typer.BadParameter("an argument is missing, or one too many; are all in quotes?")
         if self.video is not None:
             check_video(self.video)
             return {"image": None, "video": self.video}, words

@@ -25,6 +25,7 @@ from molmo_edge.cli.common import (
     SamplingOptions,
     check_video,
     examples,
+    image_and,
     messages,
     output,
     output_line,
@@ -54,12 +55,7 @@ app = typer.Typer()
 )
 @with_options
 def ask(
-    words: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="[IMAGE] QUESTION", help="Image file, or - for standard input; the question."
-        ),
-    ],
+    words: Annotated[list[str], image_and("QUESTION", "the question")],
     engine: EngineOptions,
     media: MediaOptions,
     sampling: SamplingOptions,
@@ -75,11 +71,9 @@ def ask(
             options["json_schema"] = json.loads(schema.read_text(encoding="utf-8"))
         except (OSError, ValueError) as exc:
             raise ConfigError(f"--schema: '{schema.name}' is not a readable JSON file.") from exc
-    about, texts = media.load(engine, words)
-    if len(texts) != 1:
-        raise typer.BadParameter("give one question, in quotes.")
+    about, [question] = media.load(engine, words)
     with engine.open() as vlm:
-        stream = vlm.stream(text=texts[0], **about, **options)
+        stream = vlm.stream(text=question, **about, **options)
         if as_json:
             output(result_dict(stream.result()), as_json=True, vlm=vlm)
         else:
@@ -205,13 +199,7 @@ def _warn_truncated(truncated: bool) -> None:
 )
 @with_options
 def point(
-    words: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="[IMAGE] LABEL...",
-            help="Image file, or - for standard input; what to point to, several are a batch.",
-        ),
-    ],
+    words: Annotated[list[str], image_and("LABEL...", "what to point to, several are a batch")],
     engine: EngineOptions,
     media: MediaOptions,
     sampling: SamplingOptions,
@@ -230,7 +218,7 @@ def point(
     image.
     """
     _check_draw(draw, SUFFIXES)
-    about, labels = media.load(engine, words)
+    about, labels = media.load(engine, words, most=None)
     with engine.open() as vlm:
         answers: list[PointResult] = vlm.point(label=labels, **about, **sampling.given())
         drawn = None if draw is None else _write_drawings(answers, draw, media.video is not None)
@@ -264,24 +252,16 @@ _HOW = {
 )
 @with_options
 def count(
-    words: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="[IMAGE] LABEL",
-            help="Image file, or - for standard input; what to count, in the plural.",
-        ),
-    ],
+    words: Annotated[list[str], image_and("LABEL", "what to count, in the plural")],
     engine: EngineOptions,
     media: MediaOptions,
     sampling: SamplingOptions,
     as_json: JsonOption = False,
 ) -> None:
     """Count things in images or a video. Exit status 1 when the answer has no number."""
-    about, labels = media.load(engine, words)
-    if len(labels) != 1:
-        raise typer.BadParameter("give one label.")
+    about, [label] = media.load(engine, words)
     with engine.open() as vlm:
-        counted: CountResult = vlm.count(label=labels[0], **about, **sampling.given())
+        counted: CountResult = vlm.count(label=label, **about, **sampling.given())
         data = {**counted.as_dict(), "points": _with_pixels(counted.points)}
         number = "unknown" if counted.number is None else str(counted.number)
         output(data, Text(f"{number} ({_HOW[counted.how]})"), as_json=as_json, vlm=vlm)
