@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from molmo_edge.checkpoint_files import Tensor
+from molmo_edge.checkpoint_files import Tensor, read_config
 from molmo_edge.devices.tensors import BLOCKS, TEXT, VISION
 from molmo_edge.errors import ImageError, QuantizeError
 from molmo_edge.images import SUFFIXES, image_files, load
@@ -31,8 +31,11 @@ from molmo_edge.models.molmo.hf import load_tokenizer
 from molmo_edge.models.molmo.prompts import ImageTokenIds, bos_id
 from molmo_edge.quantize.formats import Format, pack
 from molmo_edge.reference.checkpoint import text_config
+from molmo_edge.reference.common import ReferenceModel
 from molmo_edge.reference.molmo import ReferenceMolmo
-from molmo_edge.reference.molmo_inputs import ReferenceInputs, preprocess, sequence
+from molmo_edge.reference.molmo2 import ReferenceMolmo2
+from molmo_edge.reference.molmo2_inputs import Molmo2Processor
+from molmo_edge.reference.molmo_inputs import preprocess, sequence
 
 LAYERS = ("att_proj", "attn_out", "ff_proj", "ff_out")
 # Statistics converge on few images, each of which has up to 1,600 tokens.
@@ -44,7 +47,8 @@ _ROWS = 128
 # The smallest input of a column that is considered, relative to the mean over columns.
 _SMALLEST = 1e-3
 
-Prompt = tuple[Any, ReferenceInputs]
+Prompt = tuple[Any, Any]
+"""Token ids, and the reference implementation's inputs for the image."""
 
 
 @dataclass(frozen=True)
@@ -61,20 +65,22 @@ class Calibration:
     importance: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
-class _Streamed(ReferenceMolmo):
+class _Streamed(ReferenceModel[Any]):
     """The reference implementation with the weights of one block in memory at a time.
 
-    `moments` has, by layer, the mean squares of its inputs, (columns,), summed over the prompts.
+    Names are those of Molmo 1. `moments` has, by layer, the mean squares of its inputs, (columns,),
+    summed over the prompts.
     """
 
-    def __init__(self, config: Mapping[str, Any], tensors: Sequence[Tensor]) -> None:
+    def __init__(self, config: Any, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
         self.moments: dict[str, torch.Tensor] = {}
-        super().__init__(text_config(config), self._read(TEXT + "wte.") | self._read(VISION))
+        super().__init__(config, self._read(TEXT + "wte.") | self._read(VISION))
 
     def embed(self, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
         """Inputs of the first block, (tokens, hidden) for each prompt. Called once."""
         states = [self._embed(ids, inputs) for ids, inputs in prompts]
+        self._masks = [self._two_way(ids) for ids, _ in prompts]
         del self._embedding
         return states
 
@@ -83,7 +89,7 @@ class _Streamed(ReferenceMolmo):
         self._w = {}  # frees the last block before the next is read
         self._w = self._read(f"{BLOCKS}{number}.")
         for i, x in enumerate(states):
-            states[i] = self._block(x, self._new_cache(), number)
+            states[i] = self._block(x, self._new_cache(), number, self._masks[i])
         return self._w
 
     def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
@@ -96,8 +102,19 @@ class _Streamed(ReferenceMolmo):
         for tensor in self._tensors:
             if tensor.name.startswith(prefix):
                 with safe_open(tensor.file, framework="pt") as file:
-                    weights[tensor.name] = file.get_tensor(tensor.name).float()
+                    weights[_short(tensor.name)] = file.get_tensor(tensor.name).float()
         return weights
+
+
+class _StreamedMolmo(_Streamed, ReferenceMolmo): ...
+
+
+class _StreamedMolmo2(_Streamed, ReferenceMolmo2): ...
+
+
+def _short(name: str) -> str:
+    """A tensor's name as Molmo 1 has it."""
+    return name.replace(".self_attn.", ".").replace(".mlp.", ".")
 
 
 def read_prompts(checkpoint: Path, directory: Path) -> list[Prompt]:
@@ -114,19 +131,34 @@ def read_prompts(checkpoint: Path, directory: Path) -> list[Prompt]:
             "typical images."
         )
     count = min(len(files), MAX_IMAGES)
-    tokenizer = load_tokenizer(checkpoint)
-    special = ImageTokenIds.from_vocab(tokenizer.get_vocab())
-    text = tokenizer.encode(f" User: {QUESTION} Assistant:", add_special_tokens=False)
+    molmo2 = read_config(checkpoint).get("model_type") == "molmo2"
+    prompt = _molmo2_prompts(checkpoint) if molmo2 else _molmo_prompts(checkpoint)
     prompts = []
     for file in (files[i * len(files) // count] for i in range(count)):
         try:
-            inputs = preprocess(np.asarray(load(file)), special)
+            prompts.append(prompt(np.asarray(load(file))))
         except ImageError as exc:
             raise QuantizeError(
                 f"'{file}' cannot be calibrated on: {exc}. Remove it from the directory."
             ) from exc
-        prompts.append((sequence(inputs, text, bos_id(tokenizer)), inputs))
     return prompts
+
+
+def _molmo_prompts(checkpoint: Path) -> Callable[[Any], Prompt]:
+    tokenizer = load_tokenizer(checkpoint)
+    special = ImageTokenIds.from_vocab(tokenizer.get_vocab())
+    text = tokenizer.encode(f" User: {QUESTION} Assistant:", add_special_tokens=False)
+
+    def prompt(pixels: Any) -> Prompt:
+        inputs = preprocess(pixels, special)
+        return sequence(inputs, text, bos_id(tokenizer)), inputs
+
+    return prompt
+
+
+def _molmo2_prompts(checkpoint: Path) -> Callable[[Any], Prompt]:
+    processor = Molmo2Processor(checkpoint)
+    return lambda pixels: processor([("user", QUESTION)], [pixels])
 
 
 def calibrate(
@@ -137,7 +169,11 @@ def calibrate(
     progress: Callable[[int, int, str], None],
 ) -> Calibration:
     """Choose every layer's scales from its inputs; `progress` counts blocks."""
-    model = _Streamed(config, tensors)
+    model: _Streamed
+    if config.get("model_type") == "molmo2":
+        model = _StreamedMolmo2(config, tensors)
+    else:
+        model = _StreamedMolmo(text_config(config), tensors)
     text = model.config
     states = model.embed(prompts)
     factors: dict[str, list[torch.Tensor]] = defaultdict(list)
@@ -170,7 +206,14 @@ def calibrate(
                 norm = {"att_proj": "attn_norm", "ff_proj": "ff_norm"}[layer]
                 factors[f"{block}{norm}.weight"].append(1 / scale)
         progress(number + 1, text.layers, f"calibrated block {number + 1} of {text.layers}")
-    return Calibration(factors, importance)
+    names = {_short(tensor.name): tensor.name for tensor in tensors}
+    return Calibration(
+        {names.get(name, name): parts for name, parts in factors.items()},
+        {
+            names[f"{layer}.weight"].removesuffix(".weight"): square
+            for layer, square in importance.items()
+        },
+    )
 
 
 def best_scale(

@@ -12,12 +12,15 @@ from PIL import Image
 from molmo_edge.checkpoint_files import read_config, tensors
 from molmo_edge.devices.tensors import Tower
 from molmo_edge.errors import QuantizeError
-from molmo_edge.models.molmo.config import Layout
 from molmo_edge.models.molmo.synthetic import hub_config, random_weights, write_checkpoint
+from molmo_edge.models.molmo2 import synthetic as molmo2
 from molmo_edge.quantize import quantize
 from molmo_edge.quantize.calibrate import MAX_IMAGES, Prompt, calibrate, read_prompts
 from molmo_edge.quantize.formats import FORMATS
+from molmo_edge.reference.checkpoint import text_config
+from molmo_edge.reference.common import ReferenceModel
 from molmo_edge.reference.molmo import ReferenceMolmo
+from molmo_edge.reference.molmo2 import ReferenceMolmo2
 from molmo_edge.reference.verify import synthetic_image
 from tests.quantize.support import plain_tensors, tensors_of
 
@@ -30,10 +33,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module", params=["7b-d", "7b-o"])
+@pytest.fixture(scope="module", params=["7b-d", "7b-o", "molmo2 4b", "molmo2 o-7b"])
 def outliers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint whose norms and values have a few channels far larger than the rest."""
-    layout: Layout = request.param
+    layout: Any = request.param.removeprefix("molmo2 ")
     plain = random_weights(3)
 
     def weights(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -45,6 +48,10 @@ def outliers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         return made
 
     directory = tmp_path_factory.mktemp("outliers") / layout
+    if layout != request.param:
+        sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+        config = molmo2.hub_config(layout, text=sizes)
+        return molmo2.write_checkpoint(directory, config, weights=weights, dtype=torch.bfloat16)
     return write_checkpoint(
         directory, hub_config(layout), tower=Tower(blocks=9), weights=weights, dtype=torch.bfloat16
     )
@@ -55,18 +62,26 @@ def prompt(outliers: Path, images: Path) -> Prompt:
     return read_prompts(outliers, images)[0]
 
 
-@pytest.fixture(scope="module")
-def model(outliers: Path) -> ReferenceMolmo:
-    return ReferenceMolmo.load(outliers)
+def reference(directory: Path, weights: dict[str, torch.Tensor]) -> ReferenceModel[Any]:
+    config = read_config(directory)
+    if config["model_type"] == "molmo2":
+        return ReferenceMolmo2(config, weights)
+    return ReferenceMolmo(text_config(config), weights)
 
 
 @pytest.fixture(scope="module")
-def expected(model: ReferenceMolmo, prompt: Prompt) -> torch.Tensor:
+def model(outliers: Path) -> ReferenceModel[Any]:
+    weights = {name: tensor.float() for name, tensor in tensors_of(outliers).items()}
+    return reference(outliers, weights)
+
+
+@pytest.fixture(scope="module")
+def expected(model: ReferenceModel[Any], prompt: Prompt) -> torch.Tensor:
     return model.logits(*prompt)
 
 
 def test_scales_change_no_answer(
-    outliers: Path, model: ReferenceMolmo, prompt: Prompt, expected: torch.Tensor
+    outliers: Path, model: ReferenceModel[Any], prompt: Prompt, expected: torch.Tensor
 ) -> None:
     form = FORMATS["w4a16"]
     known = calibrate(
@@ -80,14 +95,14 @@ def test_scales_change_no_answer(
     norms = set() if model.config.norm_after else {"attn_norm", "ff_norm"}
     assert layers == {"att_proj", "attn_out", "ff_proj", "ff_out"} | norms
     assert any(f.max() > 1.5 * f.min() for parts in known.factors.values() for f in parts)
-    changed = ReferenceMolmo(model.config, scaled).logits(*prompt)
+    changed = reference(outliers, scaled).logits(*prompt)
     assert torch.allclose(changed, expected, atol=1e-3)
 
 
 def test_calibrated_outputs_are_nearer_to_the_original(
     outliers: Path,
     images: Path,
-    model: ReferenceMolmo,
+    model: ReferenceModel[Any],
     prompt: Prompt,
     expected: torch.Tensor,
     tmp_path: Path,
@@ -97,10 +112,10 @@ def test_calibrated_outputs_are_nearer_to_the_original(
 
     def error(directory: Path) -> float:
         weights = {n: t.float() for n, t in plain_tensors(directory, "w4a16").items()}
-        logits = ReferenceMolmo(model.config, weights).logits(*prompt)
+        logits = reference(outliers, weights).logits(*prompt)
         return float((logits - expected).square().mean())
 
-    # Molmo-7B-O's norms come after its layers and cannot take a scale.
+    # OLMo's norms come after its layers and cannot take a scale.
     bound = 0.95 if model.config.norm_after else 0.8
     assert error(done.directory) < bound * error(free)
     assert done.images == 1
