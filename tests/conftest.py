@@ -31,8 +31,16 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the session's stub checkpoint lies."""
-    return tmp_path_factory.mktemp("cache")
+    """A cache whose stub is a tiny Molmo 2 that answers as the second stub does.
+
+    The real stubs have the real vision tower, which takes seconds per image.
+    """
+    from molmo_edge.models.hub import STUB, STUBS
+    from molmo_edge.models.molmo2.synthetic import hub_config, write_fixed_answer
+
+    directory = tmp_path_factory.mktemp("cache")
+    write_fixed_answer(directory / STUBS[STUB], hub_config())
+    return directory
 
 
 @pytest.fixture(scope="session")
@@ -43,15 +51,6 @@ def golden_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
     return cache(lambda name: molmo2_golden.write(tmp_path_factory.mktemp(name), name))
 
 
-@pytest.fixture(scope="session")
-def tiny2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Molmo 2 of 0.9 million parameters that answers as the second stub does."""
-    from molmo_edge.models.molmo2.synthetic import hub_config, write_fixed_answer
-
-    return write_fixed_answer(tmp_path_factory.mktemp("tiny2"), hub_config())
-
-
-# At most three crops: each costs a processor seconds.
 STUB: dict[str, Any] = {
     "model": "stub",
     "max_model_len": 2048,
@@ -62,7 +61,7 @@ STUB: dict[str, Any] = {
 
 @pytest.fixture(scope="session")
 def stub_vlm(cache_dir: Path) -> Iterator[EdgeVLM]:
-    """The stub with vLLM in the engine's thread; tests must leave it usable.
+    """A tiny model with vLLM in the engine's thread; tests must leave it usable.
 
     vLLM supports one engine per process, so every other one needs `engine="process"`.
     """
@@ -72,7 +71,7 @@ def stub_vlm(cache_dir: Path) -> Iterator[EdgeVLM]:
 
 @pytest.fixture(scope="session")
 def process_vlm(cache_dir: Path) -> Iterator[EdgeVLM]:
-    """The stub with vLLM's core in a child process; tests must leave it usable."""
+    """The same with vLLM's core in a child process; tests must leave it usable."""
     with EdgeVLM(**STUB, cache_dir=cache_dir, engine="process") as vlm:
         yield vlm
 

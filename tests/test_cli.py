@@ -22,7 +22,7 @@ from molmo_edge.cli import common
 from molmo_edge.cli.app import main
 from molmo_edge.engine.fake import FakeEngine, FakeFactory
 from molmo_edge.models.hub import NOTICE
-from molmo_edge.models.molmo.synthetic import TEXT
+from molmo_edge.models.molmo2.synthetic import TEXT
 from molmo_edge.video import VideoLimits, load_video, write_video
 
 MUG = '<point x="61.5" y="40.4" alt="mug">mug</point>'

@@ -78,7 +78,7 @@ def check_fp8(vlm: EdgeVLM) -> None:
     assert vlm.query(None, "x", max_tokens=3).text == "This is the"
     assert vlm.environment["precision"] == "fp8"
     matrices = [d for n, d in names.items() if ".layers." in n and n.endswith("proj.weight")]
-    assert matrices == ["torch.float8_e4m3fn"] * 8
+    assert matrices == ["torch.float8_e4m3fn"] * 16
     rest = {n: d for n, d in names.items() if ".layers." not in n}
     assert any("vision_backbone" in name for name in rest)
     assert set(rest.values()) == {"torch.bfloat16"}

@@ -11,7 +11,7 @@ import pytest
 
 from molmo_edge import EdgeVLM, Result
 from molmo_edge.errors import InputError, RequestCancelled
-from molmo_edge.models.molmo.synthetic import write_checkpoint
+from molmo_edge.models.molmo2.synthetic import write_checkpoint
 from molmo_edge.stream import Stream
 from tests.engine.support import in_threads
 
@@ -33,11 +33,11 @@ REQUESTS: list[tuple[np.ndarray[Any, Any] | None, str, dict[str, Any]]] = [
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {
-        "model": str(write_checkpoint(tmp_path_factory.mktemp("random") / "molmo", seed=3)),
+        "model": str(write_checkpoint(tmp_path_factory.mktemp("random") / "molmo2", seed=3)),
         "cache_dir": tmp_path_factory.mktemp("cache"),
         "engine": "process",
         "dtype": "float32",
-        "max_model_len": 1024,
+        "max_model_len": 2048,
         "kv_cache_memory_gb": 0.25,
         "enforce_eager": True,
     }

@@ -26,7 +26,7 @@ from molmo_edge.errors import (
     RequestTimeout,
     SamplingError,
 )
-from molmo_edge.models.molmo.synthetic import TEXT
+from molmo_edge.models.molmo2.synthetic import TEXT
 from tests.engine.support import FOREVER, in_threads
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -54,8 +54,8 @@ def test_both_engines_give_the_same_complete_answer(
         assert (environment["engine"], environment["random_weights"]) == (engine, True)
         assert {"vllm", "torch", "transformers"} <= set(environment)
         metrics = result.metrics
-        assert (metrics.image_tokens, metrics.cached_tokens) == (316, 0)
-        assert metrics.prompt_tokens is not None and metrics.prompt_tokens > 316
+        assert (metrics.image_tokens, metrics.cached_tokens) == (410, 0)
+        assert metrics.prompt_tokens is not None and metrics.prompt_tokens > 410
         assert metrics.output_tokens == len(metrics.itl_s) + 1 == len(result.token_ids)
         assert metrics.preprocess_s is not None
         assert metrics.ttft_s is not None and metrics.e2e_s is not None
@@ -194,7 +194,7 @@ def test_a_request_sets_its_own_crops_and_its_thread_keeps_no_thread_pool(
     """A second OpenMP pool would halve the engine's speed on a CPU."""
     wide = np.zeros((300, 1200, 3), np.uint8)
     options: dict[str, Any] = {"max_tokens": 1, "max_crops": 1}
-    assert stub_vlm.query(wide, "x", **options).metrics.image_tokens == 316
+    assert stub_vlm.query(wide, "x", **options).metrics.image_tokens == 410
     counts = []
 
     def query() -> None:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from molmo_edge.checkpoint_files import read_config
 from molmo_edge.devices.shapes import model_shape
 from molmo_edge.devices.tensors import KNOWN, molmo2_tensor_shapes
-from molmo_edge.models.hub import locate
+from molmo_edge.models.hub import STUB, STUBS, locate
 from molmo_edge.models.molmo2.config import check_layout
 from molmo_edge.models.molmo2.synthetic import IMAGE_TOKENS, TEXT
 from molmo_edge.points import parse_points
@@ -63,9 +63,10 @@ def test_the_golden_checkpoint_tokenizes_as_the_reference(
         assert tokenizer.encode(case["prompt"]).ids[-len(after) :] == after
 
 
-def test_every_prompt_is_answered_with_the_stubs_sentence_and_two_points(tiny2_dir: Path) -> None:
-    weights = load_file(tiny2_dir / "model.safetensors")
-    tokenizer = Tokenizer.from_file(str(tiny2_dir / "tokenizer.json"))
+def test_every_prompt_is_answered_with_the_stubs_sentence_and_two_points(cache_dir: Path) -> None:
+    directory = cache_dir / STUBS[STUB]
+    weights = load_file(directory / "model.safetensors")
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     known = weights["model.transformer.wte.embedding"]
     scores = known @ weights["lm_head.weight"].T
     tokens = tokenizer.encode("<|im_start|>assistant\n").ids
