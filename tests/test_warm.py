@@ -104,12 +104,10 @@ def test_families_with_video_get_one() -> None:
 def test_the_real_engine_warms_up_and_continues(
     stub_vlm: EdgeVLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Few and small images: a crop costs a processor seconds.
-    monkeypatch.setattr("molmo_edge.warmup._LARGE", (336, 336))
     settings = stub_vlm.settings.model_copy(update={"max_num_seqs": 1})
     monkeypatch.setattr(stub_vlm, "settings", settings)
     report = stub_vlm.warmup(tokens=4, max_rounds=2)
-    assert [step.name for step in report.steps] == ["text", "global view", "all crops"]
+    assert [step.name for step in report.steps] == ["text", "global view", "all crops", "video"]
     assert all(step.seconds is not None for step in report.steps)
     assert len(report.decode_tps) == 2 and min(report.decode_tps) > 0
     assert stub_vlm.query(None, "x", max_tokens=2).text == "This is"
