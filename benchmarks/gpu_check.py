@@ -138,10 +138,10 @@ def verify(emit: harness.Emit, options: Mapping[str, Any]) -> None:
     from molmo_edge.reference import verify as verification
 
     arguments = dict(options)
-    images, tokens = verification.default_images(), 12
+    requests, tokens = verification.default_requests("molmo"), 12
     if arguments.pop("small", False):
-        images, tokens = {name: images[name] for name in ("small", "text only")}, 4
-    for report in verification.verify(images=images, max_tokens=tokens, **arguments):
+        requests, tokens = {name: requests[name] for name in ("small", "text only")}, 4
+    for report in verification.verify(requests=requests, max_tokens=tokens, **arguments):
         emit(
             "stock" if report.stock else "ours",
             {

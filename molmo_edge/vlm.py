@@ -233,7 +233,7 @@ class EdgeVLM:
     def score(
         self,
         image: Images | None,
-        text: str,
+        text: str | Sequence[Mapping[str, Any]],
         answer: Sequence[int],
         *,
         video: VideoLike | None = None,
@@ -245,6 +245,7 @@ class EdgeVLM:
         in decoding; with `enable_prefix_caching` all but the first cost one token.
 
         Args:
+            text: the question, or a conversation as `chat` takes it; then no image and no video.
             answer: token ids, as in `Result.token_ids`; at least one.
             candidates: for each token of the answer, further token ids to score in its place.
 
@@ -258,7 +259,7 @@ class EdgeVLM:
             raise PromptError(
                 "Give at least one token to score, and candidates for each token or none at all."
             )
-        turns = self._read(question(image, text, video))
+        turns = self._read(question(image, text, video) if isinstance(text, str) else text)
         streams: list[Stream] = []
         with ExitStack() as stack:
             for i, token in enumerate(ids):

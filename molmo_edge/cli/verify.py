@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -18,10 +18,12 @@ from molmo_edge.cli.common import (
     messages,
     output,
 )
-from molmo_edge.models.molmo.config import Layout
 
 if TYPE_CHECKING:
     from molmo_edge.reference.verify import Report
+
+Family = Literal["molmo", "molmo2"]
+Layout = Literal["7b-d", "7b-o", "4b", "o-7b"]
 
 app = typer.Typer()
 
@@ -29,6 +31,7 @@ app = typer.Typer()
 @app.command(
     epilog=examples(
         "molmo-edge verify --stock",
+        "molmo-edge verify --family molmo2",
         "molmo-edge verify --dtype bfloat16",
         "molmo-edge verify --model path/to/Molmo-7B-D-0924 --dtype bfloat16 --json",
     )
@@ -38,7 +41,12 @@ def verify(
         Path | None,
         typer.Option(help="Checkpoint directory; by default a small one with random weights."),
     ] = None,
-    layout: Annotated[Layout, typer.Option(help="Layout of the small one.")] = "7b-d",
+    family: Annotated[
+        Family | None, typer.Option(help="Of the small one: Molmo 1 (default) or Molmo 2.")
+    ] = None,
+    layout: Annotated[
+        Layout | None, typer.Option(help="Molmo 1: 7b-d (default), 7b-o; Molmo 2: 4b, o-7b.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32 requires equality.")] = "float32",
     kv_cache_dtype: Annotated[
         str, typer.Option(help="auto, fp8, …; all but auto are compared with a tolerance.")
@@ -49,7 +57,9 @@ def verify(
 ) -> None:
     """Compare the engine's answers with the reference implementation, token for token.
 
-    Exit status 1 when molmo_edge's own model differs; vLLM's own never fails the command.
+    --stock adds vLLM's own model with its own attention; of Molmo 2, whose processor is code in the
+    checkpoint, with molmo_edge's pixels. Exit status 1 when molmo_edge's own model differs; vLLM's
+    own never fails the command.
     """
     from molmo_edge.reference.verify import verify as run
 
@@ -57,6 +67,7 @@ def verify(
     with messages.status("Running the float32 reference implementation, then the engine …"):
         for report in run(
             model,
+            family=family,
             layout=layout,
             dtype=dtype,
             kv_cache_dtype=kv_cache_dtype,
@@ -74,7 +85,8 @@ def verify(
 
 def _table(report: Report) -> Table:
     kind = "equality" if report.exact else "drift of forced tokens"
-    name = "vLLM's own Molmo" if report.stock else "molmo_edge"
+    model = {"molmo": "Molmo 1", "molmo2": "Molmo 2"}[report.family]
+    name = f"{'vLLM' if report.stock else 'molmo_edge'}'s {model}"
     table = Table(
         title=f"{name} against the float32 reference ({kind}, |Δlogprob| ≤ {report.bound:g})",
         title_justify="left",

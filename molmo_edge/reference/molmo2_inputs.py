@@ -105,6 +105,16 @@ def pool_windows(grid: Indices, pool: int) -> Indices:
     return out
 
 
+def chat_text(turns: Sequence[tuple[str, str]]) -> str:
+    """The turns, (role, text) each, as the checkpoint's chat template writes them."""
+    text = ""
+    for role, said in turns:
+        # The template has a blank before past answers, not before the next one.
+        text += " " if role == "assistant" else ""
+        text += f"<|im_start|>{role}\n{said}<|im_end|>\n"
+    return text + "<|im_start|>assistant\n"
+
+
 class Molmo2Processor:
     """Reads a checkpoint's tokenizer and processor files. Raises ModelError without them."""
 
@@ -166,11 +176,7 @@ class Molmo2Processor:
             text += self._image(image, crops, pooling, max_crops or self._max_crops)
         for number, (frame, seconds) in enumerate(zip(*(video or ((), ())), strict=True)):
             text += f"{' ' if number else ''}{seconds:.1f} " + self._frame(frame, crops, pooling)
-        for role, said in turns:
-            # The chat template has a blank before past answers, not before the next one.
-            text += " " if role == "assistant" else ""
-            text += f"<|im_start|>{role}\n{said}<|im_end|>\n"
-        text += "<|im_start|>assistant\n"
+        text += chat_text(turns)
         ids = [self.bos, *self.tokenizer.encode(text, add_special_tokens=False).ids]
         if not crops:
             return ids, None

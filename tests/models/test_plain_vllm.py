@@ -21,6 +21,7 @@ from molmo_edge.reference.verify import (
     reference_answers,
     synthetic_image,
 )
+from molmo_edge.requests import question
 
 SCRIPT = """
 import json, sys
@@ -49,9 +50,9 @@ if __name__ == "__main__":
 @pytest.mark.timeout(600)
 def test_plain_vllm_in_its_own_process_equals_the_reference(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "molmo-o", hub_config("7b-o"))
-    images = {"image": synthetic_image(224, 460, 0)}
-    expected = reference_answers(directory, images, 8)
-    Image.fromarray(images["image"]).save(tmp_path / "image.png")
+    pixels = synthetic_image(224, 460, 0)
+    expected = reference_answers(directory, {"image": question(pixels, QUESTION)}, 8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
     script = tmp_path / "plain.py"
     script.write_text(SCRIPT)
     run = subprocess.run(

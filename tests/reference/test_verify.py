@@ -9,9 +9,16 @@ from pathlib import Path
 import pytest
 
 from molmo_edge.errors import ConfigError, ModelError
-from molmo_edge.reference.verify import Answer, Report, compare, synthetic_image, verify
+from molmo_edge.models.molmo2.synthetic import write_checkpoint
+from molmo_edge.reference.verify import (
+    Answer,
+    Family,
+    Report,
+    compare,
+    default_requests,
+    verify,
+)
 
-IMAGES = {"small": synthetic_image(90, 120, 1), "text only": None}
 LOGPROBS = [-0.1, -0.2, -0.3]
 WANT = Answer([1, 2], [5, 6, 7], LOGPROBS, LOGPROBS)
 
@@ -19,13 +26,24 @@ WANT = Answer([1, 2], [5, 6, 7], LOGPROBS, LOGPROBS)
 @pytest.mark.engine
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_engine_equals_the_reference_and_stock_vllm_does_not() -> None:
-    ours, stock = verify(images=IMAGES, max_tokens=8, stock=True, engine_args={"engine": "process"})
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [("molmo", ("small", "text only")), ("molmo2", ("3 images", "video", "two turns"))],
+)
+def test_the_engine_equals_the_reference_and_stock_vllm_does_not(
+    family: Family, names: tuple[str, ...]
+) -> None:
+    requests = {name: default_requests(family)[name] for name in names}
+    process = {"engine": "process"}
+    ours, stock = verify(
+        family=family, requests=requests, max_tokens=8, stock=True, engine_args=process
+    )
     assert ours.ok and not stock.ok
+    assert (ours.family, stock.family) == (family, family)
     assert max(case.max_dlogprob for case in ours.cases) <= 1e-4
     assert {"vllm", "torch", "transformers"} <= set(ours.environment)
     verdicts = {case.name: case.ok for case in stock.cases}
-    assert not verdicts["small"]
+    assert not any(verdicts[name] for name in names if name != "text only")
 
 
 @pytest.mark.parametrize(
@@ -52,12 +70,18 @@ def test_an_answer_is_right_when_equal_or_within_the_drift(
 def test_a_report_is_right_only_when_every_case_is() -> None:
     good = compare("x", WANT, WANT, True, 1e-4)
     bad = compare("y", WANT, replace(WANT, prompt=[]), True, 1e-4)
-    assert Report((good,), {}, False, True, 1e-4).ok
-    assert not Report((good, bad), {}, False, True, 1e-4).ok
+    assert Report((good,), {}, "molmo", False, True, 1e-4).ok
+    assert not Report((good, bad), {}, "molmo", False, True, 1e-4).ok
 
 
-def test_a_missing_directory_and_no_tokens_are_refused(tmp_path: Path) -> None:
+def test_a_missing_directory_no_tokens_and_other_layouts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"config\.json"):
-        next(verify(tmp_path, images={"text only": None}))
+        next(verify(tmp_path))
     with pytest.raises(ConfigError, match="max_tokens"):
         next(verify(max_tokens=0))
+    with pytest.raises(ConfigError, match="molmo2: 4b, o-7b"):
+        next(verify(family="molmo", layout="4b"))
+    with pytest.raises(ConfigError, match="'9b' is not one of any family"):
+        next(verify(layout="9b"))
+    with pytest.raises(ConfigError, match="family molmo2"):
+        next(verify(write_checkpoint(tmp_path), family="molmo"))
