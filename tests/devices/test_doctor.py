@@ -57,6 +57,8 @@ def test_a_sound_thor_is_healthy_and_gets_advice_on_speed() -> None:
         ("cpu", CPU, {}, "vLLM", "ok", "0.32.0, CPU build", ""),
         ("thor", Install(), {}, "vLLM", "problem", "", "pip install 'molmo-edge[cuda]'"),
         ("cpu", OLD, {}, "vLLM", "warn", "0.26.0", "molmo-edge verify"),
+        ("cpu", CPU, {}, "Video files", "note", "cannot be decoded", "molmo-edge[video]"),
+        ("cpu", Install({"av": "15.1.0"}), {}, "Video files", "ok", "PyAV 15.1.0", ""),
         # The device tree describes a Jetson, so NVML is not needed there.
         ("thor", CUDA, NOT_LOADED, "NVML", "warn", "fails: Driver Not Loaded", "reboot"),
         ("container_no_nvml", CUDA, NOT_LOADED, "NVML", "problem", "", ""),
