@@ -128,28 +128,28 @@ def _resize_rows(
     `stride` and `side` are patches from one tile to the next and along a tile.
     """
     size = across.shape[1]
-    # Left and right neighbours of every value, in the upper and in the lower source row.
+    # Left and right neighbours of every value in two source rows, an even and an odd one.
     near = np.empty((2, size), np.uint8)
     far = np.empty((2, size), np.uint8)
     held = np.array([-1, -1])
     values = np.empty(size, np.float32)
     for y in range(begin, end):
-        for which in range(2):
-            row = down[which, y]
-            if held[which] != row:
-                held[which] = row
+        for row in (down[0, y], down[1, y]):
+            if held[row % 2] != row:
+                held[row % 2] = row
                 pixels = source[row]
-                for line, index in ((near[which], across[0]), (far[which], across[1])):
+                for line, index in ((near[row % 2], across[0]), (far[row % 2], across[1])):
                     for x in range(size):
                         line[x] = pixels[index[x]]
+        above, below = down[0, y] % 2, down[1, y] % 2
         upper, lower = down_weights[0, y], down_weights[1, y]
         for x in range(size):
             left, right = across_weights[0, x], across_weights[1, x]
             level = (
-                upper * left * np.float32(near[0, x])
-                + upper * right * np.float32(far[0, x])
-                + lower * left * np.float32(near[1, x])
-                + lower * right * np.float32(far[1, x])
+                upper * left * np.float32(near[above, x])
+                + upper * right * np.float32(far[above, x])
+                + lower * left * np.float32(near[below, x])
+                + lower * right * np.float32(far[below, x])
             )
             values[x] = (np.rint(level) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
         run = patch_px * 3
@@ -161,5 +161,7 @@ def _resize_rows(
                     for patch_col in range(side):
                         tile, patch = tile_row * cols + tile_col, patch_row * side + patch_col
                         start = (tile_col * stride + patch_col) * run
+                        # Views: indices in the inner loop would double the time of the whole.
+                        line, part = out[tile, patch, inner:], values[start : start + run]
                         for x in range(run):
-                            out[tile, patch, inner + x] = values[start + x]
+                            line[x] = part[x]
