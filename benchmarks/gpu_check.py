@@ -38,7 +38,8 @@ from molmo_edge.errors import BenchmarkError, MolmoEdgeError
 
 KIND = "gpu-check"
 SEVEN_B = {"model": "allenai/Molmo-7B-D-0924", "load_format": "dummy", "max_model_len": 4096}
-LIMITS_S = {"verify": 330.0, "decode": 270.0, "overhead": 120.0, "start": 180.0}
+FOUR_B = {"model": "allenai/Molmo2-4B", "load_format": "dummy", "max_model_len": 8192}
+LIMITS_S = {"molmo2": 150.0, "verify": 250.0, "decode": 240.0, "overhead": 110.0, "start": 150.0}
 """Stages and their seconds, 15 minutes together; what does not fit is left for the next run.
 `--seconds` stretches or shrinks those of the chosen stages."""
 
@@ -62,6 +63,8 @@ class Case:
     @property
     def function(self) -> str:
         """The name in `MEASUREMENTS`."""
+        if self.stage == "molmo2":
+            return "verify"
         return "copy" if self.name == "copy" else self.stage
 
 
@@ -77,12 +80,19 @@ def verify_case(
         **{k: v for k, v in backends.items() if v},
         **options.pop("engine_args", {}),
     }
-    return Case("verify", name, {**options, "engine_args": args})
+    stage = "verify" if options.get("family", "molmo") == "molmo" else "molmo2"
+    return Case(stage, name, {**options, "engine_args": args})
 
 
 def cuda_cases() -> Iterator[Case]:
     """What a GPU has to show; the most telling of each stage first."""
     exact = ("TRITON_ATTN", "TORCH_SDPA")
+    molmo2: dict[str, Any] = {"family": "molmo2"}
+    yield verify_case("float32 4b", *exact, dtype="float32", stock=True, **molmo2)
+    yield verify_case("float32 o-7b", *exact, dtype="float32", layout="o-7b", **molmo2)
+    yield verify_case("bfloat16 kv fp8", dtype="bfloat16", kv_cache_dtype="fp8", **molmo2)
+    for vision in VISION[:3]:
+        yield verify_case(f"vision {vision}", None, vision, dtype="bfloat16", **molmo2)
     yield verify_case("float32", *exact, dtype="float32", stock=True)
     for kv in ("fp8", "fp8_per_token_head"):
         yield verify_case(f"bfloat16 kv {kv}", dtype="bfloat16", kv_cache_dtype=kv)
@@ -99,6 +109,10 @@ def cuda_cases() -> Iterator[Case]:
     for kv, precision in product(kv_dtypes, ("bf16", "fp8")):
         engine = {**SEVEN_B, "precision": precision, "kv_cache_dtype": kv, "max_num_seqs": 8}
         yield Case("decode", f"{precision} kv {kv}", {"engine": engine, "tokens": 256, "runs": 3})
+        if kv == "auto":
+            engine = {**engine, **FOUR_B}
+            more = {"crops": (1, 8), "frames": 64, "tokens": 256, "runs": 3}
+            yield Case("decode", f"Molmo2-4B {precision} kv {kv}", {"engine": engine, **more})
     plan = {"starts": 1, "pairs": 8, "tokens": 257, "limit_s": 30}
     for name, engine in (("stub", {"model": "stub"}), ("7b", SEVEN_B)):
         yield Case("overhead", name, {"engine": engine, **plan})
@@ -107,6 +121,7 @@ def cuda_cases() -> Iterator[Case]:
 
 def cpu_cases() -> Iterator[Case]:
     """The same code on the stub, as a test of this script."""
+    yield verify_case("float32", dtype="float32", small=True, family="molmo2")
     yield verify_case("float32", dtype="float32", stock=True, small=True)
     yield verify_case("bfloat16 kv fp8", dtype="bfloat16", kv_cache_dtype="fp8", small=True)
     yield Case("decode", "copy", {"device": "cpu", "bytes": 1 << 28})
@@ -122,7 +137,7 @@ def cpu_cases() -> Iterator[Case]:
 
 def with_backends(case: Case, language: str | None, vision: str | None) -> Case:
     """The case with these backends wherever it leaves them to vLLM."""
-    key = "engine_args" if case.stage == "verify" else "engine"
+    key = "engine_args" if case.function == "verify" else "engine"
     backends = {"attention_backend": language, "mm_encoder_attn_backend": vision}
     backends = {name: value for name, value in backends.items() if value is not None}
     if key not in case.options:
@@ -138,9 +153,10 @@ def verify(emit: harness.Emit, options: Mapping[str, Any]) -> None:
     from molmo_edge.reference import verify as verification
 
     arguments = dict(options)
-    requests, tokens = verification.default_requests("molmo"), 12
+    requests, tokens = verification.default_requests(arguments.get("family", "molmo")), 12
     if arguments.pop("small", False):
-        requests, tokens = {name: requests[name] for name in ("small", "text only")}, 4
+        kept = requests.keys() & {"small", "3 images", "video", "text only"}
+        requests, tokens = {name: requests[name] for name in requests if name in kept}, 4
     for report in verification.verify(requests=requests, max_tokens=tokens, **arguments):
         emit(
             "stock" if report.stock else "ours",
@@ -171,15 +187,20 @@ def copy(emit: harness.Emit, options: Mapping[str, Any]) -> None:
 
 
 def decode(emit: harness.Emit, options: Mapping[str, Any]) -> None:
-    """Decode speed at batch 1, bytes per token and power, and TTFT with 2 and 13 crops."""
+    """Decode speed at batch 1, bytes per token, power; TTFT with few and all crops, and video."""
     case, runs = standard()[0], options["runs"]
     cases = tuple(
         replace(case, name=f"{crops + 1} crops", title=f"{crops + 1} crops", max_crops=crops)
         for crops in options.get("crops", (1, 12))
     )
     plan = RunOptions(
-        iterations=runs, max_iterations=runs, max_tokens=options["tokens"], ignore_eos=True
+        iterations=runs,
+        max_iterations=runs,
+        max_tokens=options["tokens"],
+        ignore_eos=True,
+        frames=(options.get("frames", 0),),
     )
+    names = ["report", *(["video"] if "frames" in options else [])]
 
     def save(document: Document) -> None:
         emit("environment", document.environment.model_dump())
@@ -197,7 +218,7 @@ def decode(emit: harness.Emit, options: Mapping[str, Any]) -> None:
 
     engine = dict(options["engine"])
     target = Target(engine.pop("model"), options=engine)
-    scenarios.run(Bench(cases, plan, save=save, sensors=True), target.open, ["report"])
+    scenarios.run(Bench(cases, plan, save=save, sensors=True), target.open, names)
 
 
 def overhead(emit: harness.Emit, options: Mapping[str, Any]) -> None:
@@ -296,7 +317,7 @@ def run(
             for case in cases
             if case.stage == stage and results.get(case.name, {}).get("status") not in DONE
         ]
-        side_by_side = jobs if stage == "verify" else 1
+        side_by_side = jobs if stage in ("molmo2", "verify") else 1
         share = (os.cpu_count() or 1) // side_by_side if side_by_side > 1 else threads
         with ThreadPoolExecutor(side_by_side) as pool:
             pending = [pool.submit(measure, case, results, ends, share) for case in missing]
@@ -341,10 +362,10 @@ def verify_rows(values: Values) -> Iterator[list[str]]:
 def decode_rows(values: Values) -> Iterator[list[str]]:
     copied = values.get("copy", {}).get("bandwidth_bytes_s")
     if copied:
-        yield ["copy", DASH, DASH, f"{copied / 1e9:.0f} GB/s", *[DASH] * 3]
+        yield ["copy", DASH, DASH, f"{copied / 1e9:.0f} GB/s", *[DASH] * 4]
     for name, one in values.items():
         if "2 crops" in one:
-            few, many = one["2 crops"], one.get("13 crops", {})
+            few, many = one["2 crops"], one.get("13 crops") or one.get("9 crops", {})
             speed, step = few["decode_tps"]["mean"], few["ceiling"].get("bytes_per_token")
             fraction = speed * step / copied if speed and step and copied else None
             yield [
@@ -354,6 +375,7 @@ def decode_rows(values: Values) -> Iterator[list[str]]:
                 DASH if fraction is None else f"{fraction:.0%}",
                 number(few["ttft_s"]["median"], 3),
                 number(many.get("ttft_s", {}).get("median"), 3),
+                number(one.get("video-64", {}).get("ttft_s", {}).get("median"), 3),
                 number(few["ceiling"].get("joules_per_token"), 2),
             ]
 
@@ -373,10 +395,12 @@ def start_rows(values: Values) -> Iterable[list[str]]:
         yield [name, number(absent, 1), number(present, 1)]
 
 
+VERIFY = (["case", "model", "verdict", "max abs dlogprob", "bound"], verify_rows)
 TABLES = {
-    "verify": (["case", "model", "verdict", "max abs dlogprob", "bound"], verify_rows),
+    "molmo2": VERIFY,
+    "verify": VERIFY,
     "decode": (["weights, KV", "tok/s", "GB per token", "fraction of the copy's bandwidth",
-                "TTFT, 2 crops (s)", "TTFT, 13 crops (s)", "J/token"], decode_rows),
+                "TTFT, 2 crops (s)", "all crops (s)", "64 frames (s)", "J/token"], decode_rows),
     "overhead": (["model", "metric", "ours against bare", "bare against itself"], overhead_rows),
     "start": (["model", "disk caches absent (s)", "present (s)"], start_rows),
 }  # fmt: skip
