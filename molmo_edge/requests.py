@@ -246,7 +246,7 @@ def _read_turn(
         raise PromptError(f"Message {number}: only user messages contain images and videos.")
     if len(videos) > 1:
         raise PromptError(ONE_VIDEO)
-    return Turn(role, "\n".join(texts), tuple(images), *videos)
+    return Turn(role, " ".join(texts), tuple(images), *videos)
 
 
 def read_labels(given: object) -> list[str]:
@@ -285,7 +285,7 @@ def check_length(tokens: int, max_model_len: int, images: int = 0) -> None:
 
 
 def check_turns(turns: Sequence[Turn]) -> None:
-    """Raise PromptError unless turns alternate, start and end with the user, and contain text.
+    """Raise PromptError unless turns alternate, start and end with the user, who says something.
 
     A conversation has images or one video.
     """
@@ -294,7 +294,8 @@ def check_turns(turns: Sequence[Turn]) -> None:
     for i, turn in enumerate(turns):
         if turn.role != ("assistant" if i % 2 else "user"):
             raise PromptError("Roles must alternate, starting with the user.")
-        if not turn.text.strip():
+        # A model may have answered nothing.
+        if turn.role == "user" and not turn.text.strip():
             raise PromptError("The text is empty.")
         try:
             turn.text.encode()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from molmo_edge.checkpoint_files import check_weights
-from molmo_edge.errors import ConfigError, PromptError, PromptTooLongError
+from molmo_edge.errors import ConfigError, PromptTooLongError
 from molmo_edge.interface import ImageAttention, Rendered, Renderer, Resize, Turn
 from molmo_edge.models.hashing import ImageHasher
 from molmo_edge.models.molmo2.config import ARCHITECTURE, ImageIds, Processing, check_layout
@@ -111,16 +111,11 @@ class Molmo2Renderer:
 
         text = [*self._encoder.encode(turns), *options.get("answer", ())]
         images = [image for turn in turns for image in turn.images]
-        videos = [turn.video for turn in turns if turn.video is not None]
-        if len(videos) > 1 or (videos and images):
-            raise PromptError(
-                "Molmo 2 takes several images or one video per conversation, not "
-                f"{len(images)} images and {len(videos)} videos."
-            )
         if images:
             return self._with_images(images, text, options.get("max_crops") or self._max_crops)
-        if videos:
-            return self._with_video(videos[0], text)
+        for turn in turns:
+            if turn.video is not None:
+                return self._with_video(turn.video, text)
         ids = [self._encoder.bos, *text]
         check_length(len(ids), self._max_model_len)
         return Rendered(tokens_input(ids), len(ids), 0, ids)
