@@ -129,7 +129,7 @@ def test_bad_input_is_refused_and_the_next_request_works(vlm: EdgeVLM) -> None:
 
 
 SCRIPT = """
-import json, sys
+import json, os, sys
 from vllm import LLM, SamplingParams
 from tests import molmo2_golden as golden
 
@@ -154,6 +154,8 @@ def main():
     args = dict(dtype="float32", enforce_eager=True, max_model_len=4096, max_num_seqs=4,
                 kv_cache_memory_bytes=2**28, max_num_batched_tokens=512)
     if split == "split":
+        # In this process, the first step finds all requests.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm.plugins import load_general_plugins
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP
         load_general_plugins()
