@@ -25,6 +25,7 @@ import molmo_edge
 from molmo_edge import EdgeVLM
 from molmo_edge.cli import app
 from molmo_edge.engine.fake import FakeEngine
+from molmo_edge.video import write_video
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -79,6 +80,8 @@ def test_every_block_is_python_or_bash() -> None:
 def test_a_python_block_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in re.findall(r"\b[\w-]+\.(?:jpg|png)\b", code):
         Image.fromarray(PHOTO).save(tmp_path / name)
+    for name in re.findall(r"\b[\w-]+\.mp4\b", code):
+        write_video(tmp_path / name, [PHOTO] * 4, fps=2)
     monkeypatch.setattr(molmo_edge, "EdgeVLM", FakeVLM, raising=False)
     needed = re.findall(r"^(?:from|import) ([\w.]+)", code, re.MULTILINE)
     absent = [name for name in needed if importlib.util.find_spec(name.split(".")[0]) is None]

@@ -36,6 +36,10 @@ def test_ceilings_of_the_readme() -> None:
     assert thor["bf16"].decode_tps == pytest.approx(19.25, abs=0.05)
     assert [round(thor[p].decode_tps or 0) for p in ("fp8", "w4a16", "nvfp4")] == [36, 61, 57]
     assert [round(card[p].decode_tps or 0) for p in ("fp8", "w4a16", "nvfp4")] == [125, 214, 200]
+    molmo2 = model_shape("allenai/Molmo2-4B")
+    for device, speeds in (("thor", [33.5, 60.5, 99.3, 93.5]), ("rtx5080", [118, 213, 349, 329])):
+        made = plan(molmo2, known_device(device)).rows
+        assert [row.decode_tps for row in made] == pytest.approx(speeds, abs=0.5)
 
 
 def test_requests_that_fit_beside_the_weights() -> None:
@@ -51,17 +55,17 @@ def test_requests_that_fit_beside_the_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "device", "longest", "frames", "tps"),
+    ("model", "device", "longest", "frames"),
     [
-        ("Molmo2-4B", "thor", 36_864, 384, 60.5),
-        ("Molmo2-4B", "rtx5080", 16_384, 170, 212.8),
-        ("Molmo2-8B", "rtx5080", 16_384, 170, 115.8),
-        ("Molmo2-O-7B", "thor", 16_384, 170, 35.7),  # 4 GiB of cache hold no more
-        ("Molmo2-O-7B", "rtx5080", 14_336, 147, 125.6),  # nor does the card
+        ("Molmo2-4B", "thor", 36_864, 384),
+        ("Molmo2-4B", "rtx5080", 16_384, 170),
+        ("Molmo2-8B", "rtx5080", 16_384, 170),
+        ("Molmo2-O-7B", "thor", 16_384, 170),  # 4 GiB of cache hold no more
+        ("Molmo2-O-7B", "rtx5080", 14_336, 147),  # nor does the card
     ],
 )
 def test_molmo_2s_longest_request_and_video(
-    model: str, device: str, longest: int, frames: int, tps: float
+    model: str, device: str, longest: int, frames: int
 ) -> None:
     shape, info = model_shape(f"allenai/{model}"), known_device(device)
     made = plan(shape, info)
@@ -71,7 +75,6 @@ def test_molmo_2s_longest_request_and_video(
         (visuals.max_model_len, visuals.frames) == (row.max_model_len, frames) == (longest, frames)
     )
     assert visuals.seconds == (frames - 1) / 2
-    assert row.decode_tps == pytest.approx(tps, abs=0.1)
     needed = shape.kv_bytes(longest, "fp8") + max(visuals.encode_bytes, visuals.prefill_bytes)
     assert needed <= (made.usable_bytes or 0) - row.weight_bytes
     # 88 tokens a frame, and an answer.
