@@ -62,7 +62,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_config(directory: Path) -> dict[str, Any]:
     """Read ``config.json`` of a checkpoint directory; see `read_json` for errors."""
-    return read_json(directory / "config.json")
+    config = read_json(directory / "config.json")
+    if not isinstance(config.get("architectures") or [], list):
+        raise ModelError("config.json is broken: architectures must be a list of names.")
+    return config
 
 
 def weight_files(directory: Path) -> list[Path]:

@@ -180,7 +180,7 @@ def _read_schema(given: object) -> tuple[dict[str, Any], type[BaseModel] | None]
 
 def check_token_ids(ids: Sequence[int]) -> list[int]:
     """Return the ids as a list. Raises PromptError for what is no token id."""
-    if not all(isinstance(i, int) and i >= 0 for i in ids):
+    if not isinstance(ids, Sequence) or not all(type(i) is int and i >= 0 for i in ids):
         raise PromptError("An answer and its candidates are lists of token ids.")
     return list(ids)
 

@@ -224,9 +224,10 @@ def _translated(action: str) -> Iterator[None]:
     except MolmoEdgeError:
         raise
     except Exception as exc:
+        damaged = "" if isinstance(exc, OSError) else ", which may be damaged or cut short"
         raise VideoError(
-            f"could not {action}, which may be damaged or cut short ({type(exc).__name__}); the "
-            "cause is chained to this error"
+            f"could not {action}{damaged} ({type(exc).__name__}); the cause is chained to this "
+            "error"
         ) from exc
 
 
@@ -256,7 +257,7 @@ def _from_frames(video: Video, limits: VideoLimits) -> Clip:
         indices = list(range(total))
         fps = (total - 1) / (times[-1] - times[0]) if total > 1 else None
     else:
-        if not isinstance(fps, (int, float, np.number)) or not 1e-6 < fps < math.inf:
+        if not isinstance(fps, (int, float, np.integer, np.floating)) or not 1e-6 < fps < math.inf:
             raise VideoError("Video.fps must be a positive number of frames per second")
         fps = float(fps)
         indices = sample_indices(total, fps, limits.max_frames, limits.max_fps)

@@ -259,6 +259,8 @@ class EdgeVLM:
             raise PromptError(
                 "Give at least one token to score, and candidates for each token or none at all."
             )
+        if not isinstance(text, str) and (image is not None or video is not None):
+            raise PromptError("A conversation has its images and video in its messages.")
         turns = self._read(question(image, text, video) if isinstance(text, str) else text)
         streams: list[Stream] = []
         with ExitStack() as stack:

@@ -30,7 +30,12 @@ def test_tensors_of_all_shards_with_dtype_shape_and_bytes(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "is missing"), ("\xff", "not valid JSON"), ("[]", "must hold a JSON object")],
+    [
+        (None, "is missing"),
+        ("\xff", "not valid JSON"),
+        ("[]", "must hold a JSON object"),
+        ('{"architectures": 5}', "must be a list"),
+    ],
 )
 def test_broken_config(tmp_path: Path, content: str | None, message: str) -> None:
     if content is not None:

@@ -138,6 +138,8 @@ def test_scores_are_of_each_token_after_those_before_it(vlm: EdgeVLM, fake: Fake
         ([], None),
         ([1, -1], None),
         (["a"], None),
+        ([True], None),
+        (None, None),
         ([1], [[1], [2]]),
         ([1], [["a"]]),
     ]

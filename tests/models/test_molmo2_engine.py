@@ -109,6 +109,13 @@ def test_a_shared_first_image_is_not_reused_where_the_second_differs(vlm: EdgeVL
     assert same(again, alone) and (again.metrics.cached_tokens or 0) > 700
 
 
+def test_a_first_frame_is_not_reused_where_a_later_time_differs(vlm: EdgeVLM) -> None:
+    frames = golden.video(50, 3, 60, 50)
+    for last in (2.0, 7.0):
+        video = Video(frames, timestamps=[0.0, 1.0, last])
+        assert vlm.query(None, "When?", video=video, max_tokens=1).metrics.cached_tokens == 0
+
+
 def test_bad_input_is_refused_and_the_next_request_works(vlm: EdgeVLM) -> None:
     image = golden.image(40, 640, 480)
     frames = [golden.image(41, 64, 48)] * 100

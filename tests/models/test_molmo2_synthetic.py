@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,8 +16,9 @@ from tokenizers import Tokenizer
 from molmo_edge.checkpoint_files import read_config
 from molmo_edge.devices.shapes import model_shape
 from molmo_edge.devices.tensors import KNOWN, molmo2_tensor_shapes
+from molmo_edge.errors import ModelError
 from molmo_edge.models.hub import STUB, STUBS, locate
-from molmo_edge.models.molmo2.config import check_layout
+from molmo_edge.models.molmo2.config import Processing, check_layout
 from molmo_edge.models.molmo2.synthetic import IMAGE_TOKENS, TEXT
 from molmo_edge.points import parse_points
 from tests import molmo2_golden
@@ -61,6 +63,26 @@ def test_the_golden_checkpoint_tokenizes_as_the_reference(
         visuals = [i for i, kind in enumerate(case["token_type_ids"]) if kind]
         after = case["prompt_token_ids"][visuals[-1] + 1 if visuals else 1 :]
         assert tokenizer.encode(case["prompt"]).ids[-len(after) :] == after
+
+
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("preprocessor_config.json", {"max_crops": 0}),
+        ("preprocessor_config.json", {"overlap_margins": [20, 20]}),
+        ("preprocessor_config.json", {"pooling_size": [0, 0]}),
+        ("video_preprocessor_config.json", {"num_frames": 0}),
+        ("video_preprocessor_config.json", {"max_fps": math.nan}),
+        ("config.json", {"vit_config": {"image_default_input_size": []}}),
+    ],
+)
+def test_sizes_that_no_image_can_have_are_refused(
+    tmp_path: Path, file: str, values: dict[str, object]
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / file).write_text(json.dumps(values))
+    with pytest.raises(ModelError):
+        Processing.read(tmp_path)
 
 
 def test_every_prompt_is_answered_with_the_stubs_sentence_and_two_points(cache_dir: Path) -> None:

@@ -5,6 +5,7 @@ Imports neither torch, transformers nor vLLM.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,6 +90,8 @@ _FIXED: Mapping[str, Mapping[str, Any]] = {
     "adapter_config": {"pooling_attention_mask": True, "hidden_act": "silu"},
     "text_config": {"hidden_act": "silu"},
 }
+# Of an image of a hundred megapixels, each pixel seen as it is.
+_MOST_CROPS = 1024
 _PATCHES = {"do_convert_rgb": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
 
 
@@ -188,7 +191,8 @@ class Processing:
         video = _read(directory / "video_preprocessor_config.json")
         flags = _read(directory / "processor_config.json")
         vit = {**VIT_DEFAULTS, **config.get("vit_config", {})}
-        crop, patch = vit["image_default_input_size"][0], vit["image_patch_size"]
+        crops, patch = vit["image_default_input_size"], vit["image_patch_size"]
+        crop = crops[0] if isinstance(crops, list) and crops else crops
         size = {"height": crop, "width": crop}
         mode = "uniform_last_frame"
         _check(image, {**_PATCHES, "size": size, "patch_size": patch}, "preprocessor_config.json")
@@ -198,7 +202,7 @@ class Processing:
         base_cols = flags.get("use_single_crop_col_tokens", False)
         in_config = config.get("use_frame_special_tokens", False)
         try:
-            return cls(
+            processing = cls(
                 Geometry(
                     crop_px=int(crop),
                     patch_px=int(patch),
@@ -215,11 +219,25 @@ class Processing:
                 max_frames=int(video.get("num_frames", 384)),
                 max_fps=float(video.get("max_fps", 2)),
             )
-        except (TypeError, ValueError) as exc:
+            processing._check_ranges()
+        except (TypeError, ValueError, OverflowError) as exc:
             raise ModelError(
                 "preprocessor_config.json or video_preprocessor_config.json contains a wrong value "
                 f"({exc}). Download the checkpoint again."
             ) from exc
+        return processing
+
+    def _check_ranges(self) -> None:
+        geometry = self.geometry
+        if min(geometry.patch_px, geometry.pool, geometry.frame_pool) < 1 or geometry.n_patches < 1:
+            raise ValueError("crops, patches and pooling windows must have a size")
+        margins = geometry.margin_patches
+        if len(margins) != 2 or min(margins) < 0 or geometry.stride_patches < 1:
+            raise ValueError("overlap_margins must be two numbers that leave a part of each crop")
+        if not 1 <= self.max_crops <= _MOST_CROPS:
+            raise ValueError(f"max_crops must be 1 to {_MOST_CROPS}")
+        if self.max_frames < 1 or not 0 < self.max_fps < math.inf:
+            raise ValueError("num_frames and max_fps must be positive")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, Literal
 
 import numpy as np
@@ -74,7 +75,8 @@ def engine_input(
 
     Args:
         ids: the whole prompt, BOS first, with all image tokens.
-        digest: hash of all images.
+        digest: hash of all images. Text among them is added here: image tokens before it depend
+            on it through those behind.
 
     Raises:
         ValueError: the prompt has not one `<im_patch>` for each feature.
@@ -87,6 +89,7 @@ def engine_input(
             f"The prompt must have one <im_patch> for each of the {n_features} image features."
         )
     end = int(np.flatnonzero(is_image)[-1]) + 1
+    hashed = f"{digest}-{sha256(tokens[:end].tobytes()).hexdigest()}"
     visual = tokens[is_image]
     sizes = [[len(group.patches), len(group.pooling)] for group in groups]
     # numpy: torch would start a pool of threads in the caller's, which slows the engine's.
@@ -111,7 +114,7 @@ def engine_input(
     prompt = mm_input(
         prompt_token_ids=ids,
         mm_kwargs=MultiModalKwargsItems.from_hf_inputs(data, fields),
-        mm_hashes={modality: [digest]},
+        mm_hashes={modality: [hashed]},
         mm_placeholders={modality: [place]},
     )
     return prompt, len(visual)

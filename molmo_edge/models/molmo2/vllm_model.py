@@ -18,6 +18,7 @@ What stock vLLM computes differently from AllenAI's reference, and what corrects
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -198,6 +199,8 @@ class Molmo2Inputs(BaseMultiModalProcessor[Molmo2Info]):  # type: ignore[misc]
         n_images, n_videos = counts.get("image", 0), counts.get("video", 0)
         if n_videos > 1 or (n_videos and n_images):
             raise ValueError("Molmo 2 takes several images or one video per prompt.")
+        if not (n_images or n_videos):
+            raise ValueError("multi_modal_data is empty; leave it out for a text prompt.")
         if n_images:
             images = [_pixels(image) for image in items.get_items("image", ImageProcessorItems)]
             max_crops = info.max_crops(inputs.hf_processor_mm_kwargs)
@@ -234,13 +237,20 @@ class Molmo2Inputs(BaseMultiModalProcessor[Molmo2Info]):  # type: ignore[misc]
         self, frames: Any, metadata: Mapping[str, Any], kwargs: Mapping[str, object]
     ) -> tuple[list[Pixels], list[float]]:
         """Frames and times of an array, sampled by index unless it says that it is already."""
-        fps, indices = metadata["fps"], metadata.get("frames_indices")
+        fps: Any = metadata.get("fps")
+        indices: Any = metadata.get("frames_indices")
+        number = isinstance(fps, (int, float, np.integer, np.floating))
+        if not len(frames) or not number or not 1e-6 < fps < math.inf:
+            raise ValueError("A video must have frames, and `fps` above 0 in its metadata.")
         default = metadata.get("do_sample_frames", indices is None)
         if kwargs.get("do_sample_frames", default) or indices is None:
             processing = self.info.processing
             indices = sample_indices(len(frames), fps, processing.max_frames, processing.max_fps)
             frames = [frames[i] for i in indices]
-        return [_pixels(frame) for frame in frames], [i / fps for i in indices]
+        times = np.asarray(indices, np.float64) / float(fps)
+        if times.shape != (len(frames),):
+            raise ValueError("A video's `frames_indices` must have one index for each frame.")
+        return [_pixels(frame) for frame in frames], times.tolist()
 
     # `apply` needs neither.
 
