@@ -22,22 +22,16 @@ import torch.nn.functional as F
 from molmo_edge.checkpoint_files import read_config
 from molmo_edge.devices.tensors import POOL, VIT, VIT_BLOCKS, molmo2_tensor_shapes
 from molmo_edge.errors import InputError
-from molmo_edge.models.molmo2.config import check_layout
+from molmo_edge.models.molmo2.config import (
+    ADAPTER_DEFAULTS,
+    TEXT_DEFAULTS,
+    VIT_DEFAULTS,
+    ImageIds,
+    check_layout,
+)
 from molmo_edge.reference.checkpoint import TextConfig, check_shapes, read_weights
 from molmo_edge.reference.common import ReferenceModel, TokenIds
 from molmo_edge.reference.molmo2_inputs import Molmo2Inputs
-
-# Image tokens: all of a prompt see each other, whatever their order.
-IMAGE_IDS = (
-    "image_start_token_id",
-    "image_end_token_id",
-    "image_patch_id",
-    "image_col_id",
-    "low_res_image_start_token_id",
-    "image_low_res_id",
-    "frame_start_token_id",
-    "frame_end_token_id",
-)
 
 
 def text_config(text: Mapping[str, Any]) -> TextConfig:
@@ -79,8 +73,7 @@ class ReferenceMolmo2(ReferenceModel[Molmo2Inputs]):
         super().__init__(text_config(config["text_config"]), short)
         self._text, self._vit = config["text_config"], config["vit_config"]
         self._adapter = config["adapter_config"]
-        self._patch_id = int(config["image_patch_id"])
-        self._image_ids = torch.tensor([int(config[name]) for name in IMAGE_IDS])
+        self._ids = ImageIds.from_config(config)
 
     @classmethod
     def load(cls, directory: Path) -> ReferenceMolmo2:
@@ -91,6 +84,9 @@ class ReferenceMolmo2(ReferenceModel[Molmo2Inputs]):
         """
         config = read_config(directory)
         check_layout(config)
+        config["vit_config"] = {**VIT_DEFAULTS, **config["vit_config"]}
+        config["adapter_config"] = {**ADAPTER_DEFAULTS, **config["adapter_config"]}
+        config["text_config"] = {**TEXT_DEFAULTS, **config["text_config"]}
         weights = read_weights(directory)
         check_shapes(weights, molmo2_tensor_shapes(config))
         return cls(config, weights)
@@ -149,7 +145,7 @@ class ReferenceMolmo2(ReferenceModel[Molmo2Inputs]):
         x = F.embedding(ids, self._embedding)
         if inputs is None:
             return x
-        place = (ids == self._patch_id).nonzero()[:, 0]
+        place = (ids == self._ids.patch).nonzero()[:, 0]
         if len(place) != len(inputs.pooling):
             raise InputError(
                 f"The images have {len(inputs.pooling)} features, but the sequence has "
@@ -158,7 +154,8 @@ class ReferenceMolmo2(ReferenceModel[Molmo2Inputs]):
         return x.index_add(0, place, self.image_features(inputs))
 
     def _two_way(self, input_ids: TokenIds) -> torch.Tensor:
-        return torch.isin(torch.tensor(input_ids), self._image_ids)
+        # All image tokens of a prompt see each other.
+        return torch.isin(torch.tensor(input_ids), torch.tensor(self._ids))
 
     def _rotary(self, layer: int) -> tuple[torch.Tensor, float]:
         speeds, scale = super()._rotary(layer)

@@ -21,10 +21,10 @@ import numpy.typing as npt
 
 from molmo_edge.checkpoint_files import read_json
 from molmo_edge.errors import ModelError
+from molmo_edge.reference.molmo_inputs import cut_patches, select_tiling
 
 Pixels = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.int64]
-Grid = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,30 +40,6 @@ class Molmo2Inputs:
 
     patches: npt.NDArray[np.float32]
     pooling: Indices
-
-
-def select_tiling(height: int, width: int, window: int, max_crops: int) -> Grid:
-    """Rows and columns of crops, each showing `window` pixels of its own.
-
-    Args:
-        height, width: of the image without the margins of a crop, pixels; may be negative.
-    """
-    sides = range(1, max_crops + 1)
-    tilings = [
-        (rows, columns) for rows in sides for columns in sides if rows * columns <= max_crops
-    ]
-    tilings.sort(key=lambda tiling: (tiling[0] * tiling[1], tiling[0]))  # ties: first wins
-    with np.errstate(divide="ignore"):  # an image as small as the margins never limits: infinite
-        scales = [
-            min(
-                np.float32(rows * window) / np.float32(height),
-                np.float32(columns * window) / np.float32(width),
-            )
-            for rows, columns in tilings
-        ]
-    if all(scale < 1 for scale in scales):
-        return tilings[scales.index(max(scales))]  # shrink as little as possible
-    return tilings[scales.index(min(scale for scale in scales if scale >= 1))]
 
 
 def _neighbours(own: int, size: int) -> tuple[Indices, Indices, npt.NDArray[np.float32]]:
@@ -180,34 +156,35 @@ class Molmo2Processor:
         ids = [self.bos, *self.tokenizer.encode(text, add_special_tokens=False).ids]
         if not crops:
             return ids, None
-        patches = np.stack([self._patches(crop) for crop in crops])
-        return ids, Molmo2Inputs(patches, np.concatenate(pooling))
+        scaled = (crop.astype(np.float32) / np.float32(255) for crop in crops)
+        normal = ((crop - self._mean) / self._std for crop in scaled)
+        patches = np.stack([cut_patches(crop, self._patch) for crop in normal])
+        return ids, Molmo2Inputs(patches.astype(np.float32), np.concatenate(pooling))
 
     def _image(
         self, image: Pixels, crops: list[Pixels], pooling: list[Indices], max_crops: int
     ) -> str:
         """Add an image's crops and windows; returns its tokens."""
         side, first, last = self._side, self._first, self._last
-        size, margins = side * self._patch, (first + last) * self._patch
-        window = size - margins
+        step = side - first - last
+        size, stride, overlap = (n * self._patch for n in (side, step, first + last))
         height, width, _ = image.shape
-        rows, columns = select_tiling(height - margins, width - margins, window, max_crops)
+        rows, columns = select_tiling(height, width, max_crops, stride, overlap)
         start = len(crops)
         crops.append(resize(image, size, size))
-        tiled = resize(image, rows * window + margins, columns * window + margins)
-        step = side - first - last
-        grid = np.zeros((rows * step + first + last, columns * step + first + last), np.int64)
+        tiled = resize(image, rows * stride + overlap, columns * stride + overlap)
+        grid = np.zeros([n * step + first + last for n in (rows, columns)], np.int64)
         for row in range(rows):
             for column in range(columns):
-                y, x = row * window, column * window
-                number = len(crops) * side * side
-                crops.append(tiled[y : y + size, x : x + size])
                 # Where crops overlap, each keeps what is nearer to its centre.
-                for i in range(0 if row == 0 else first, side - (last if row < rows - 1 else 0)):
-                    for j in range(
-                        0 if column == 0 else first, side - (last if column < columns - 1 else 0)
-                    ):
-                        grid[row * step + i, column * step + j] = number + i * side + j
+                top, left = (first if n else 0 for n in (row, column))
+                bottom = side if row == rows - 1 else side - last
+                right = side if column == columns - 1 else side - last
+                kept = self._crop_indices(len(crops))[top:bottom, left:right]
+                y, x = row * step, column * step
+                grid[y + top : y + bottom, x + left : x + right] = kept
+                y, x = row * stride, column * stride
+                crops.append(tiled[y : y + size, x : x + size])
         whole = pool_windows(self._crop_indices(start), self._pool)
         tiles = pool_windows(grid, self._pool)
         for windows in (whole, tiles):
@@ -215,13 +192,8 @@ class Molmo2Processor:
         flags = self._flags
         cols, whole_cols = flags["image_use_col_tokens"], flags["use_single_crop_col_tokens"]
         low = "<low_res_im_start>" if flags["use_single_crop_start_token"] else "<im_start>"
-        return (
-            low
-            + _rows(whole, cols if whole_cols is None else whole_cols)
-            + "<im_end><im_start>"
-            + _rows(tiles, cols)
-            + "<im_end>"
-        )
+        base = _rows(whole, cols if whole_cols is None else whole_cols)
+        return f"{low}{base}<im_end><im_start>{_rows(tiles, cols)}<im_end>"
 
     def _frame(self, frame: Pixels, crops: list[Pixels], pooling: list[Indices]) -> str:
         """Add a frame's crop and windows; returns its tokens."""
@@ -236,18 +208,6 @@ class Molmo2Processor:
     def _crop_indices(self, crop: int) -> Indices:
         count = self._side**2
         return np.arange(crop * count, (crop + 1) * count).reshape(self._side, self._side)
-
-    def _patches(self, crop: Pixels) -> npt.NDArray[np.float32]:
-        """(size, size, 3) to (patches, values)."""
-        values = (crop.astype(np.float32) / np.float32(255) - self._mean) / self._std
-        starts = range(0, len(crop), self._patch)
-        return np.stack(
-            [
-                values[y : y + self._patch, x : x + self._patch].reshape(-1)
-                for y in starts
-                for x in starts
-            ]
-        )
 
 
 def _rows(windows: Indices, columns: bool) -> str:

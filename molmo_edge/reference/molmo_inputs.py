@@ -56,19 +56,21 @@ class ReferenceInputs:
     image_input_idx: Array
 
 
-def select_tiling(height: int, width: int, max_crops: int) -> tuple[int, int]:
-    """Rows and columns of crops for an image of that size in pixels."""
+def select_tiling(
+    height: int, width: int, max_crops: int, stride: int = STRIDE_PX, overlap: int = OVERLAP_PX
+) -> tuple[int, int]:
+    """Rows and columns of crops for an image of that size in pixels; Molmo 2's with its sizes."""
     sides = range(1, max_crops + 1)
     tilings = [
         (rows, columns) for rows in sides for columns in sides if rows * columns <= max_crops
     ]
     tilings.sort(key=lambda tiling: (tiling[0] * tiling[1], tiling[0]))  # ties: first wins
-    with np.errstate(divide="ignore"):  # a side of exactly 112 pixels never limits: infinite
+    with np.errstate(divide="ignore"):  # a side as small as the overlap never limits: infinite
         scales = np.array(
             [
                 min(
-                    np.float32(rows * STRIDE_PX) / np.float32(height - OVERLAP_PX),
-                    np.float32(columns * STRIDE_PX) / np.float32(width - OVERLAP_PX),
+                    np.float32(rows * stride) / np.float32(height - overlap),
+                    np.float32(columns * stride) / np.float32(width - overlap),
                 )
                 for rows, columns in tilings
             ],
@@ -118,11 +120,11 @@ def _fit(image: FloatArray, height: int, width: int) -> tuple[FloatArray, npt.ND
     return (canvas - MEAN) / STD, shown
 
 
-def _patches(crop: Array) -> Array:
+def cut_patches(crop: Array, patch: int = PATCH_PX) -> Array:
     """(336, 336, ...) to (576, values): patches in row-major order, each one flattened."""
-    starts = range(0, CROP_PX, PATCH_PX)
+    starts = range(0, len(crop), patch)
     return np.stack(
-        [crop[y : y + PATCH_PX, x : x + PATCH_PX].reshape(-1) for y in starts for x in starts]
+        [crop[y : y + patch, x : x + patch].reshape(-1) for y in starts for x in starts]
     )
 
 
@@ -159,14 +161,14 @@ def preprocess(image: Array, token_ids: ImageTokenIds, max_crops: int = 12) -> R
     places = np.flatnonzero(tokens == token_ids.patch) + 1  # + 1: BOS
     grid = places[POOLED * POOLED :].reshape(grid_rows, grid_columns)
 
-    images, masks = [_patches(whole)], []
+    images, masks = [cut_patches(whole)], []
     positions = [places[: POOLED * POOLED]]
     for row in range(rows):
         for column in range(columns):
             y, x = row * STRIDE_PX, column * STRIDE_PX
-            images.append(_patches(tiled[y : y + CROP_PX, x : x + CROP_PX]))
+            images.append(cut_patches(tiled[y : y + CROP_PX, x : x + CROP_PX]))
             inside = shown[y : y + CROP_PX, x : x + CROP_PX].astype(np.float32)
-            masks.append(_patches(inside).mean(axis=-1))
+            masks.append(cut_patches(inside).mean(axis=-1))
             y, x = row * POOLED_STRIDE, column * POOLED_STRIDE
             window = grid[y : y + POOLED, x : x + POOLED]
             keep = _kept(row, rows), _kept(column, columns)
