@@ -134,7 +134,7 @@ def sample_indices(total: int, fps: float, max_frames: int, max_fps: float) -> l
     is above `fps`.
     """
     if total <= 2:
-        return list(range(total))
+        return list(range(min(total, max_frames)))
     if total / fps > (max_frames - 1) / max_fps:
         return [int(i) for i in np.linspace(0, total - 1, min(max_frames, total))]
     indices = np.arange(0, total - 1, fps / max_fps)
