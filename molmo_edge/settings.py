@@ -81,7 +81,8 @@ class EdgeSettings(BaseModel):
         dtype: of activations and unquantised weights; ``auto`` is bfloat16, or float32 on a
             processor without bfloat16 instructions.
         kv_cache_dtype: of the KV cache, by vLLM's name.
-        max_model_len: tokens of prompt (image included) and answer together, at least 64.
+        max_model_len: tokens of prompt (image included) and answer together, at least 64; a
+            profile's is lowered to the checkpoint's own and to what fits the memory.
         max_num_seqs: requests decoded together, 1 to 1024.
         max_crops: high-resolution crops of an image beside the global view, 1 to 32; by default
             the checkpoint's own.
