@@ -181,7 +181,7 @@ class Processing:
 
     @classmethod
     def read(cls, directory: Path) -> Self:
-        """Read the processor files of a checkpoint; files that are missing count as the hub's.
+        """Read the processor files of a checkpoint; AllenAI's classes give what they leave out.
 
         Raises:
             ModelError: a file is broken, or describes another processing than Molmo 2's.
@@ -199,8 +199,7 @@ class Processing:
         expected = {**_PATCHES, "size": size, "patch_size": patch, "frame_sample_mode": mode}
         _check(video, expected, "video_preprocessor_config.json")
         cols = bool(flags.get("image_use_col_tokens", True))
-        base_cols = flags.get("use_single_crop_col_tokens", False)
-        in_config = config.get("use_frame_special_tokens", False)
+        base_cols = flags.get("use_single_crop_col_tokens")
         try:
             processing = cls(
                 Geometry(
@@ -215,7 +214,7 @@ class Processing:
                 base_cols=cols if base_cols is None else bool(base_cols),
                 frame_cols=bool(flags.get("video_use_col_tokens", False)),
                 base_start=bool(flags.get("use_single_crop_start_token", True)),
-                frame_tokens=bool(flags.get("use_frame_special_tokens", in_config)),
+                frame_tokens=bool(flags.get("use_frame_special_tokens", True)),
                 max_frames=int(video.get("num_frames", 384)),
                 max_fps=float(video.get("max_fps", 2)),
             )
