@@ -19,6 +19,7 @@ What stock vLLM computes differently from AllenAI's reference, and what corrects
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -441,6 +442,8 @@ class Molmo2ForConditionalGeneration(stock.Molmo2ForConditionalGeneration):  # t
         nn.Module.__init__(self)
         # Here and not in the plugin: other models keep vLLM's own backends.
         attention.register()
+        # A grammar's mask has no bits for image tokens, whose logits need none.
+        warnings.filterwarnings("ignore", "The bitmask covers only", UserWarning)
         self.config = config = vllm_config.model_config.hf_config
         self.multimodal_config = vllm_config.model_config.multimodal_config
         text = config.text_config
