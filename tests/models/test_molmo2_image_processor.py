@@ -1,37 +1,24 @@
-"""Patches are, bit for bit, those of AllenAI's molmo2 code: recorded, and by torch's own resize."""
+"""Patches are, bit for bit, those recorded of AllenAI's molmo2 code and of the reference."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from molmo_edge.models.molmo2.image_processor import frame_patches, image_patches
 from molmo_edge.models.molmo2.tiling import Geometry
+from molmo_edge.reference.molmo2_inputs import resize
 from tests.molmo2_golden import cases, golden, image, video
 
 GEOMETRY = Geometry()
 WITH_IMAGES = [case for case in cases("qwen3") if "images" in case]
 WITH_VIDEO = [case for case in cases("qwen3") if "video" in case]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """With more threads torch resizes three channels with another order of additions.
-
-    The outputs were recorded with one.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def patches_of(pixels: np.ndarray, **options: Any) -> torch.Tensor:
@@ -71,11 +58,8 @@ def test_the_frames_of_the_recorded_videos_have_the_reference_patches(
 
 
 def plain(pixels: np.ndarray, geometry: Geometry) -> torch.Tensor:
-    """One frame as AllenAI's code takes it, (n_patches, values)."""
-    source = torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32)).unsqueeze(0)
-    size = (geometry.crop_px, geometry.crop_px)
-    scaled = F.interpolate(source, size, mode="bilinear", align_corners=False, antialias=False)
-    levels = scaled[0].round().to(torch.uint8).permute(1, 2, 0)
+    """One frame as the reference implementation takes it, (n_patches, values)."""
+    levels = torch.from_numpy(resize(pixels, geometry.crop_px, geometry.crop_px))
     values = (levels.to(torch.float32) / 255 - 0.5) / 0.5
     side, patch = geometry.crop_patches, geometry.patch_px
     patches = values.reshape(side, patch, side, patch, 3).transpose(1, 2)
@@ -92,7 +76,7 @@ def plain(pixels: np.ndarray, geometry: Geometry) -> torch.Tensor:
 @example(2, 9000, 126)
 @example(9000, 3, 126)
 @example(378, 377, 378)
-def test_any_size_equals_torchs_resize(height: int, width: int, crop_px: int) -> None:
+def test_any_size_equals_the_reference(height: int, width: int, crop_px: int) -> None:
     geometry = Geometry(crop_px=crop_px)
     rng = np.random.default_rng(height * 31 + width)
     # Mirrored: the memory of an image need not be in order.
@@ -105,12 +89,13 @@ def test_any_size_equals_torchs_resize(height: int, width: int, crop_px: int) ->
 def test_frames_of_different_sizes_and_threads_give_the_patches_of_each() -> None:
     frames = [image(seed, 90 + 40 * seed, 200 - 30 * seed) for seed in range(5)]
     alone = torch.cat([frame_patches([frame], GEOMETRY) for frame in frames])
+    before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
         together = [
             frame_patches(frames, GEOMETRY, compiled=compiled) for compiled in (True, False)
         ]
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(before)
     assert torch.equal(together[0], alone)
     assert torch.equal(together[1], alone)
