@@ -21,7 +21,7 @@ from molmo_edge.checkpoint_files import read_json
 from molmo_edge.models.molmo2.config import Processing
 from molmo_edge.models.molmo2.hf import Molmo2Config
 from molmo_edge.models.molmo2.image_processor import frame_patches
-from molmo_edge.models.molmo2.inputs import image_groups
+from molmo_edge.models.molmo2.inputs import image_visuals
 
 
 class Molmo2Processor(ProcessorMixin):  # type: ignore[misc]
@@ -54,9 +54,8 @@ class Molmo2Processor(ProcessorMixin):  # type: ignore[misc]
             pixels = [np.asarray(image) for image in images]
             max_crops = self._processing.max_crops
             tilings = [geometry.tiling(len(i), i.shape[1], max_crops) for i in pixels]
-            groups = image_groups(pixels, tilings, compiled=False)
-            patches = np.concatenate([group.patches for group in groups])
-            pooling = np.concatenate([group.pooling for group in groups])
+            visuals = image_visuals(pixels, tilings, compiled=False)
+            patches, pooling = visuals.patches, visuals.pooling
             grids = [[*tiling.base_grid, *tiling.grid] for tiling in tilings]
             data["image_num_crops"] = torch.tensor([tiling.n_crops for tiling in tilings])
             names = ("pixel_values", "image_token_pooling", "image_grids")

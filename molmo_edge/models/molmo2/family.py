@@ -121,7 +121,7 @@ class Molmo2Renderer:
         return Rendered(tokens_input(ids), len(ids), 0, ids)
 
     def _with_images(self, images: Sequence[Any], text: list[int], max_crops: int) -> Rendered:
-        from molmo_edge.models.molmo2.inputs import engine_input, image_groups
+        from molmo_edge.models.molmo2.inputs import engine_input, image_visuals
 
         # Before the pixels are touched: a prompt that does not fit costs nothing.
         geometry = self._processing.geometry
@@ -132,13 +132,13 @@ class Molmo2Renderer:
             pieces.append([*title, *image_tokens(tiling, self._ids, self._processing).tolist()])
         ids = self._prompt(pieces, text, "images")
         pixels = [np.asarray(image) for image in images]
-        groups = image_groups(pixels, tilings)
+        visuals = image_visuals(pixels, tilings)
         digest = self._hash(pixels, max_crops)
-        prompt, n_tokens = engine_input(ids, self._ids, "image", groups, digest)
+        prompt, n_tokens = engine_input(ids, self._ids, "image", visuals, digest)
         return Rendered(prompt, len(ids), n_tokens, ids)
 
     def _with_video(self, clip: Any, text: list[int]) -> Rendered:
-        from molmo_edge.models.molmo2.inputs import engine_input, frame_groups
+        from molmo_edge.models.molmo2.inputs import engine_input, frame_visuals
 
         frame = frame_tokens(self._ids, self._processing).tolist()
         pieces = []
@@ -146,9 +146,9 @@ class Molmo2Renderer:
             time = self._encoder.text(f"{' ' if number else ''}{seconds:.1f} ")
             pieces.append([*time, *frame])
         ids = self._prompt(pieces, text, "frames")
-        groups = frame_groups(clip.frames, self._processing.geometry)
+        visuals = frame_visuals(clip.frames, self._processing.geometry)
         digest = self._hash(clip.frames, "video")
-        prompt, n_tokens = engine_input(ids, self._ids, "video", groups, digest)
+        prompt, n_tokens = engine_input(ids, self._ids, "video", visuals, digest)
         return Rendered(prompt, len(ids), n_tokens, ids)
 
     def _prompt(self, pieces: Sequence[list[int]], text: list[int], what: str) -> list[int]:

@@ -6,7 +6,7 @@ last: vLLM must neither cache nor schedule them apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Literal
@@ -29,47 +29,52 @@ FRAMES_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
-class Group:
-    """Crops that the vision tower computes at once, and how their features are pooled.
+class Visuals:
+    """All images, or the frames, of one request.
+
+    The vision tower computes a group of crops at once: an image's, or `FRAMES_AT_ONCE` frames.
 
     Attributes:
         patches: (crops, patches, values) float32, see `image_processor`.
         pooling: (features, window) int64, indices into all patches of the group, -1 for none.
+        group_sizes: crops and features of each group.
     """
 
     patches: npt.NDArray[np.float32]
     pooling: npt.NDArray[np.int64]
+    group_sizes: list[tuple[int, int]]
 
 
-def image_groups(
+def image_visuals(
     images: Sequence[Pixels], tilings: Sequence[Tiling], *, compiled: bool = True
-) -> list[Group]:
+) -> Visuals:
     """One group for each image."""
-    return [
-        Group(image_patches(pixels, tiling, compiled=compiled).numpy(), tiling.pooling)
+    patches = [
+        image_patches(pixels, tiling, compiled=compiled).numpy()
         for pixels, tiling in zip(images, tilings, strict=True)
     ]
+    pooling = [tiling.pooling for tiling in tilings]
+    sizes = [(len(crops), len(windows)) for crops, windows in zip(patches, pooling, strict=True)]
+    if len(images) == 1:
+        return Visuals(patches[0], pooling[0], sizes)
+    # numpy: torch would start a pool of threads in the caller's, which slows the engine's.
+    return Visuals(np.concatenate(patches), np.concatenate(pooling), sizes)
 
 
-def frame_groups(
+def frame_visuals(
     frames: Sequence[Pixels], geometry: Geometry, *, compiled: bool = True
-) -> list[Group]:
+) -> Visuals:
     """Groups of frames."""
-
-    def groups() -> Iterator[Group]:
-        patches = frame_patches(frames, geometry, compiled=compiled).numpy()
-        for first in range(0, len(frames), FRAMES_AT_ONCE):
-            part = patches[first : first + FRAMES_AT_ONCE]
-            shift = np.arange(len(part))[:, None, None] * geometry.n_patches
-            one = geometry.frame_pooling
-            pooling = np.where(one < 0, one, one + shift).reshape(-1, one.shape[1])
-            yield Group(part, pooling)
-
-    return list(groups())
+    patches = frame_patches(frames, geometry, compiled=compiled).numpy()
+    one, count = geometry.frame_pooling, len(frames)
+    shift = np.arange(count)[:, None, None] % FRAMES_AT_ONCE * geometry.n_patches
+    pooling = np.where(one < 0, one, one + shift).reshape(-1, one.shape[1])
+    lengths = [min(FRAMES_AT_ONCE, count - first) for first in range(0, count, FRAMES_AT_ONCE)]
+    return Visuals(patches, pooling, [(length, length * len(one)) for length in lengths])
 
 
 def engine_input(
-    ids: list[int], image_ids: ImageIds, modality: Modality, groups: Sequence[Group], digest: str
+    ids: list[int], image_ids: ImageIds, modality: Modality, visuals: Visuals, digest: str
 ) -> tuple[Any, int]:
     """vLLM's input for a prompt, and the number of image tokens in it.
 
@@ -83,7 +88,7 @@ def engine_input(
     """
     tokens = np.array(ids, dtype=np.int64)
     is_image = np.isin(tokens, image_ids)
-    n_features = sum(len(group.pooling) for group in groups)
+    n_features = len(visuals.pooling)
     if (tokens == image_ids.patch).sum() != n_features:
         raise ValueError(
             f"The prompt must have one <im_patch> for each of the {n_features} image features."
@@ -91,13 +96,11 @@ def engine_input(
     end = int(np.flatnonzero(is_image)[-1]) + 1
     hashed = f"{digest}-{sha256(tokens[:end].tobytes()).hexdigest()}"
     visual = tokens[is_image]
-    sizes = [[len(group.patches), len(group.pooling)] for group in groups]
-    # numpy: torch would start a pool of threads in the caller's, which slows the engine's.
     data = {
-        "pixel_values": _joined([group.patches for group in groups]),
-        "token_pooling": _joined([group.pooling for group in groups]),
+        "pixel_values": torch.from_numpy(visuals.patches),
+        "token_pooling": torch.from_numpy(visuals.pooling),
         "visual_tokens": torch.from_numpy(visual),
-        "group_sizes": torch.tensor(sizes),
+        "group_sizes": torch.tensor(visuals.group_sizes),
         "num_tokens": torch.tensor([len(visual)]),
     }
     fields = {
@@ -118,7 +121,3 @@ def engine_input(
         mm_placeholders={modality: [place]},
     )
     return prompt, len(visual)
-
-
-def _joined(arrays: Sequence[npt.NDArray[Any]]) -> torch.Tensor:
-    return torch.from_numpy(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))

@@ -71,8 +71,8 @@ from molmo_edge.models.molmo2.inputs import (
     Modality,
     Pixels,
     engine_input,
-    frame_groups,
-    image_groups,
+    frame_visuals,
+    image_visuals,
 )
 from molmo_edge.models.molmo2.prompts import frame_tokens, image_tokens
 from molmo_edge.models.molmo2.tiling import Tiling
@@ -210,7 +210,7 @@ class Molmo2Inputs(BaseMultiModalProcessor[Molmo2Info]):  # type: ignore[misc]
             pieces = [image_tokens(one, info.ids, info.processing).tolist() for one in tilings]
             # vLLM calls this before its CPU backend starts, which fails once numba is imported
             # (models/vllm_workarounds.py).
-            groups = image_groups(images, tilings, compiled=False)
+            visuals = image_visuals(images, tilings, compiled=False)
             modality: Modality = "image"
             hashed = digest(images, max_crops)
         else:
@@ -221,7 +221,7 @@ class Molmo2Inputs(BaseMultiModalProcessor[Molmo2Info]):  # type: ignore[misc]
             for number, seconds in enumerate(times):
                 text = f"{' ' if number else ''}{seconds:.1f} "
                 pieces[0] += [*tokenizer.encode(text, add_special_tokens=False), *frame]
-            groups = frame_groups(sampled, info.processing.geometry, compiled=False)
+            visuals = frame_visuals(sampled, info.processing.geometry, compiled=False)
             modality = "video"
             hashed = digest(sampled, "video")
         ids = inputs.prompt if inputs.prompt[:1] == [info.bos] else [info.bos, *inputs.prompt]
@@ -232,7 +232,7 @@ class Molmo2Inputs(BaseMultiModalProcessor[Molmo2Info]):  # type: ignore[misc]
             )
         parts = iter(pieces)
         ids = [i for token in ids for i in (next(parts) if token == placeholder else [token])]
-        return engine_input(ids, info.ids, modality, groups, hashed)[0]
+        return engine_input(ids, info.ids, modality, visuals, hashed)[0]
 
     def _sample(
         self, frames: Any, metadata: Mapping[str, Any], kwargs: Mapping[str, object]
