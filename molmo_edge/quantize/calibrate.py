@@ -28,7 +28,8 @@ from molmo_edge.devices.tensors import BLOCKS, TEXT, VISION
 from molmo_edge.errors import ImageError, QuantizeError
 from molmo_edge.images import SUFFIXES, image_files, load
 from molmo_edge.models.molmo.hf import load_tokenizer
-from molmo_edge.models.molmo.prompts import ImageTokenIds, bos_id
+from molmo_edge.models.molmo.prompts import ImageTokenIds
+from molmo_edge.models.prompts import bos_id
 from molmo_edge.quantize.formats import Format, pack
 from molmo_edge.reference.checkpoint import text_config
 from molmo_edge.reference.common import ReferenceModel

@@ -243,7 +243,8 @@ def reference_answers(directory: Path, requests: Requests, max_tokens: int) -> d
     if read_config(directory)["model_type"] == "molmo2":
         return _molmo2_answers(directory, turns, max_tokens)
     from molmo_edge.models.molmo.hf import load_tokenizer
-    from molmo_edge.models.molmo.prompts import ImageTokenIds, bos_id
+    from molmo_edge.models.molmo.prompts import ImageTokenIds
+    from molmo_edge.models.prompts import bos_id
     from molmo_edge.reference.molmo import ReferenceMolmo
     from molmo_edge.reference.molmo_inputs import preprocess, sequence
 

@@ -15,7 +15,8 @@ from transformers.processing_utils import ProcessorMixin
 from molmo_edge.errors import ImageError, ModelError
 from molmo_edge.models.molmo.config import DEFAULTS, check_layout
 from molmo_edge.models.molmo.image_processor import MolmoImageProcessor, processor_of
-from molmo_edge.models.molmo.prompts import ONE_IMAGE, ImageTokenIds, bos_id
+from molmo_edge.models.molmo.prompts import ONE_IMAGE, ImageTokenIds
+from molmo_edge.models.prompts import bos_id
 
 
 class MolmoConfig(PretrainedConfig):  # type: ignore[misc]

@@ -5,22 +5,19 @@ User text can never become a special token.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from molmo_edge.errors import ModelError
 from molmo_edge.interface import Turn
-from molmo_edge.requests import check_length, check_turns, refuse_special
+from molmo_edge.models.prompts import TextEncoder
+from molmo_edge.requests import check_turns, refuse_special
 
 IMAGE_TOKENS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<|image|>")
 ONE_IMAGE = (
     "Molmo 1 takes one image per request: it was trained on single images, and a second one would "
     "get the positions of the first."
 )
-# Longest token of any vocabulary in use, in characters: 128 spaces, in Qwen2's.
-LONGEST_TOKEN = 128
 
 
 @dataclass(frozen=True)
@@ -43,29 +40,8 @@ class ImageTokenIds:
         return cls(*(vocab[token] for token in IMAGE_TOKENS[:4]))
 
 
-def bos_id(tokenizer: Any) -> int:
-    """Id that starts every sequence: BOS, or EOS for tokenizers without BOS (7B-D)."""
-    bos = tokenizer.bos_token_id
-    bos = tokenizer.eos_token_id if bos is None else bos
-    if bos is None:
-        raise ModelError("The tokenizer has neither a BOS nor an EOS token.")
-    return int(bos)
-
-
-class PromptEncoder:
-    """Encodes conversations for one checkpoint.
-
-    Args:
-        tokenizer: the checkpoint's, from transformers.
-        max_model_len: longest sequence in tokens; longer text is refused before tokenising.
-    """
-
-    def __init__(self, tokenizer: Any, max_model_len: int) -> None:
-        self.bos = bos_id(tokenizer)
-        self.special = {int(i): str(token) for i, token in tokenizer.added_tokens_decoder.items()}
-        self._tokenizer = tokenizer
-        self._max_model_len = max_model_len
-        self._lock = threading.Lock()
+class PromptEncoder(TextEncoder):
+    """Encodes conversations for one checkpoint."""
 
     def encode(self, turns: Sequence[Turn]) -> list[int]:
         """Token ids of `` User: … Assistant:``, without BOS and image tokens.
@@ -76,10 +52,6 @@ class PromptEncoder:
         """
         check_turns(turns)
         text = "".join(f" {turn.role.capitalize()}: {turn.text}" for turn in turns) + " Assistant:"
-        check_length(len(text) // LONGEST_TOKEN, self._max_model_len)
-        # transformers sets truncation on the shared tokenizer at each call.
-        with self._lock:
-            encoded = self._tokenizer(text, add_special_tokens=False, verbose=False)
-        ids: list[int] = encoded["input_ids"]
+        ids = self.text(text)
         refuse_special(ids, self.special)
         return ids

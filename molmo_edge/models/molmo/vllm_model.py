@@ -33,16 +33,15 @@ from vllm.multimodal.processing import (
     PromptUpdateDetails,
 )
 
-from molmo_edge.errors import ConfigError
 from molmo_edge.models.molmo.image_processor import MolmoImageProcessor, processor_of
-from molmo_edge.models.molmo.prompts import ImageTokenIds, bos_id
+from molmo_edge.models.molmo.prompts import ImageTokenIds
 from molmo_edge.models.molmo.tiling import largest_tiling, tiling_for
+from molmo_edge.models.processor_options import processor_options
+from molmo_edge.models.prompts import bos_id
 from molmo_edge.models.vllm_workarounds import adapt_processor
 
 # What a request or the engine may set through `mm_processor_kwargs`.
 _OPTIONS = frozenset({"max_crops", "resize"})
-# Added by vLLM itself; they have no meaning for Molmo's processor.
-_FROM_VLLM = frozenset({"truncation", "tokenizer", "device", "text_kwargs", "images_kwargs"})
 
 
 class MolmoInfo(stock.MolmoProcessingInfo):  # type: ignore[misc]
@@ -54,15 +53,7 @@ class MolmoInfo(stock.MolmoProcessingInfo):  # type: ignore[misc]
 
     def image_processor(self, kwargs: Mapping[str, object]) -> MolmoImageProcessor:
         """The image processor with the engine's and one request's `mm_processor_kwargs`."""
-        options = dict(self.ctx.get_merged_mm_kwargs(kwargs))
-        options |= options.pop("images_kwargs", {})
-        for name in _FROM_VLLM:
-            options.pop(name, None)
-        if unknown := sorted(options.keys() - _OPTIONS):
-            raise ConfigError(
-                f"mm_processor_kwargs: unknown {', '.join(unknown)}; Molmo 1 takes "
-                f"{', '.join(sorted(_OPTIONS))}."
-            )
+        options = processor_options(self, kwargs, _OPTIONS, "Molmo 1")
         return processor_of(self.ctx.get_hf_image_processor_config(), **options)
 
     def get_supported_mm_processor_kwargs(self) -> dict[str, set[str]]:

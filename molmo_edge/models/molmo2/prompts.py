@@ -6,7 +6,6 @@ special token.
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -16,10 +15,10 @@ import numpy.typing as npt
 
 from molmo_edge.errors import ModelError
 from molmo_edge.interface import Turn
-from molmo_edge.models.molmo.prompts import LONGEST_TOKEN, bos_id
 from molmo_edge.models.molmo2.config import ImageIds, Processing
 from molmo_edge.models.molmo2.tiling import Tiling
-from molmo_edge.requests import check_length, check_turns, refuse_special
+from molmo_edge.models.prompts import TextEncoder
+from molmo_edge.requests import check_turns, refuse_special
 
 Ids = npt.NDArray[np.int64]
 
@@ -50,20 +49,11 @@ def _view(start: int, grid: tuple[int, int], end: int, ids: ImageIds, cols: bool
     return np.concatenate([[start], view.reshape(-1), [end]])
 
 
-class PromptEncoder:
-    """Encodes conversations for one checkpoint.
-
-    Args:
-        tokenizer: the checkpoint's, from transformers.
-        max_model_len: longest sequence in tokens; longer text is refused before tokenising.
-    """
+class PromptEncoder(TextEncoder):
+    """Encodes conversations for one checkpoint."""
 
     def __init__(self, tokenizer: Any, max_model_len: int) -> None:
-        self.bos = bos_id(tokenizer)
-        self.special = {int(i): str(token) for i, token in tokenizer.added_tokens_decoder.items()}
-        self._tokenizer = tokenizer
-        self._max_model_len = max_model_len
-        self._lock = threading.Lock()
+        super().__init__(tokenizer, max_model_len)
         by_name = {token: i for i, token in self.special.items()}
         try:
             self._start, self._end = by_name["<|im_start|>"], by_name["<|im_end|>"]
@@ -84,16 +74,8 @@ class PromptEncoder:
             "<|im_end|>\n"
             for turn in turns
         )
-        check_length(len(text) // LONGEST_TOKEN, self._max_model_len)
         ids = self.text(f"{text}<|im_start|>assistant\n")
         # The template's own tokens; any other came from the turns.
         own = Counter({self._start: len(turns) + 1, self._end: len(turns)})
         refuse_special(list(Counter(i for i in ids if i in self.special) - own), self.special)
         return ids
-
-    def text(self, text: str) -> list[int]:
-        """Token ids of a text, special tokens in it included."""
-        # transformers sets truncation on the shared tokenizer at each call.
-        with self._lock:
-            encoded = self._tokenizer(text, add_special_tokens=False, verbose=False)
-        return list(encoded["input_ids"])

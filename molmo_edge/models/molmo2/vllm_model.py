@@ -64,7 +64,6 @@ from vllm.sequence import IntermediateTensors
 from molmo_edge.errors import ConfigError
 from molmo_edge.models import attention
 from molmo_edge.models.hashing import digest
-from molmo_edge.models.molmo.prompts import bos_id
 from molmo_edge.models.molmo2.config import ImageIds, Processing
 from molmo_edge.models.molmo2.inputs import (
     FRAMES_AT_ONCE,
@@ -76,15 +75,14 @@ from molmo_edge.models.molmo2.inputs import (
 )
 from molmo_edge.models.molmo2.prompts import frame_tokens, image_tokens
 from molmo_edge.models.molmo2.tiling import Tiling
+from molmo_edge.models.processor_options import FROM_VLLM, processor_options
+from molmo_edge.models.prompts import bos_id
 from molmo_edge.models.tiling import candidates
 from molmo_edge.video import sample_indices
 
 # What a request or the engine may set through `mm_processor_kwargs`.
 _OPTIONS = frozenset({"max_crops"})
-# Added by vLLM itself; they have no meaning for Molmo 2's processor.
-_FROM_VLLM = frozenset(
-    {"truncation", "tokenizer", "device", "text_kwargs", "images_kwargs", "videos_kwargs"}
-)
+_IGNORED = FROM_VLLM | {"videos_kwargs"}
 
 
 @dataclass(frozen=True)
@@ -124,14 +122,7 @@ class Molmo2Info(BaseProcessingInfo):  # type: ignore[misc]
 
     def max_crops(self, kwargs: Mapping[str, object]) -> int:
         """`max_crops` with the engine's and one request's `mm_processor_kwargs`."""
-        options = dict(self.ctx.get_merged_mm_kwargs(kwargs))
-        options |= options.pop("images_kwargs", {})
-        for name in _FROM_VLLM:
-            options.pop(name, None)
-        if unknown := sorted(options.keys() - _OPTIONS):
-            raise ConfigError(
-                f"mm_processor_kwargs: unknown {', '.join(unknown)}; Molmo 2 takes max_crops."
-            )
+        options = processor_options(self, kwargs, _OPTIONS, "Molmo 2", _IGNORED)
         value = options.get("max_crops", self.processing.max_crops)
         if type(value) is not int or value < 1:
             raise ConfigError(f"max_crops must be an integer of at least 1, not {value}.")

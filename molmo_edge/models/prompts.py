@@ -1,0 +1,52 @@
+"""Text to token ids, for the chat formats of Molmo 1 and 2."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from molmo_edge.errors import ModelError
+from molmo_edge.requests import check_length
+
+# Longest token of any vocabulary in use, in characters: 128 spaces, in Qwen2's.
+_LONGEST_TOKEN = 128
+
+
+def bos_id(tokenizer: Any) -> int:
+    """Id that starts every sequence: BOS, or EOS for tokenizers without BOS (7B-D)."""
+    bos = tokenizer.bos_token_id
+    bos = tokenizer.eos_token_id if bos is None else bos
+    if bos is None:
+        raise ModelError("The tokenizer has neither a BOS nor an EOS token.")
+    return int(bos)
+
+
+class TextEncoder:
+    """Encodes text for one checkpoint, from any thread.
+
+    Args:
+        tokenizer: the checkpoint's, from transformers.
+        max_model_len: longest sequence in tokens; longer text is refused before tokenising.
+
+    Attributes:
+        bos: see `bos_id`.
+        special: spelling of each added token.
+    """
+
+    def __init__(self, tokenizer: Any, max_model_len: int) -> None:
+        self.bos = bos_id(tokenizer)
+        self.special = {int(i): str(token) for i, token in tokenizer.added_tokens_decoder.items()}
+        self._tokenizer = tokenizer
+        self._max_model_len = max_model_len
+        self._lock = threading.Lock()
+
+    def text(self, text: str) -> list[int]:
+        """Token ids of a text, special tokens in it included.
+
+        Raises PromptTooLongError when it is certainly longer than the context.
+        """
+        check_length(len(text) // _LONGEST_TOKEN, self._max_model_len)
+        # transformers sets truncation on the shared tokenizer at each call.
+        with self._lock:
+            encoded = self._tokenizer(text, add_special_tokens=False, verbose=False)
+        return list(encoded["input_ids"])
