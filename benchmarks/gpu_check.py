@@ -13,6 +13,7 @@ failure.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import statistics
 import sys
@@ -39,7 +40,7 @@ from molmo_edge.errors import BenchmarkError, MolmoEdgeError
 KIND = "gpu-check"
 SEVEN_B = {"model": "allenai/Molmo-7B-D-0924", "load_format": "dummy", "max_model_len": 4096}
 FOUR_B = {"model": "allenai/Molmo2-4B", "load_format": "dummy", "max_model_len": 8192}
-LIMITS_S = {"molmo2": 150.0, "verify": 250.0, "decode": 240.0, "overhead": 110.0, "start": 150.0}
+LIMITS_S = {"verify": 330.0, "decode": 280.0, "overhead": 120.0, "start": 170.0}
 """Stages and their seconds, 15 minutes together; what does not fit is left for the next run.
 `--seconds` stretches or shrinks those of the chosen stages."""
 
@@ -63,8 +64,6 @@ class Case:
     @property
     def function(self) -> str:
         """The name in `MEASUREMENTS`."""
-        if self.stage == "molmo2":
-            return "verify"
         return "copy" if self.name == "copy" else self.stage
 
 
@@ -80,48 +79,51 @@ def verify_case(
         **{k: v for k, v in backends.items() if v},
         **options.pop("engine_args", {}),
     }
-    stage = "verify" if options.get("family", "molmo") == "molmo" else "molmo2"
-    return Case(stage, name, {**options, "engine_args": args})
+    return Case("verify", name, {**options, "engine_args": args})
 
 
 def cuda_cases() -> Iterator[Case]:
     """What a GPU has to show; the most telling of each stage first."""
     exact = ("TRITON_ATTN", "TORCH_SDPA")
     molmo2: dict[str, Any] = {"family": "molmo2"}
-    yield verify_case("float32 4b", *exact, dtype="float32", stock=True, **molmo2)
-    yield verify_case("float32 o-7b", *exact, dtype="float32", layout="o-7b", **molmo2)
-    yield verify_case("bfloat16 kv fp8", dtype="bfloat16", kv_cache_dtype="fp8", **molmo2)
+    yield verify_case("Molmo 2, float32", *exact, dtype="float32", stock=True, **molmo2)
+    fp8_kv = {"dtype": "bfloat16", "kv_cache_dtype": "fp8"}
+    yield verify_case("Molmo 2, bfloat16 kv fp8", **fp8_kv, **molmo2)
     for vision in VISION[:3]:
-        yield verify_case(f"vision {vision}", None, vision, dtype="bfloat16", **molmo2)
+        name = f"Molmo 2, vision {vision}"
+        yield verify_case(name, None, vision, dtype="bfloat16", **molmo2)
+    yield verify_case("Molmo 2, float32 o-7b", *exact, dtype="float32", layout="o-7b", **molmo2)
+    # FlashInfer first: it compiles its kernels at first use.
+    pairs = [(language, VISION[0]) for language in LANGUAGE]
+    pairs += [(LANGUAGE[0], vision) for vision in VISION[1:]]
+    for language, vision in sorted(pairs, key=lambda pair: "FLASHINFER" not in pair):
+        yield verify_case(f"{language}, vision {vision}", language, vision, dtype="bfloat16")
     yield verify_case("float32", *exact, dtype="float32", stock=True)
     for kv in ("fp8", "fp8_per_token_head"):
         yield verify_case(f"bfloat16 kv {kv}", dtype="bfloat16", kv_cache_dtype=kv)
     fp8 = {"precision": "fp8"}
     yield verify_case("bfloat16 weights fp8", dtype="bfloat16", engine_args=fp8)
     yield verify_case("float32 7b-o", *exact, dtype="float32", layout="7b-o")
-    # FlashInfer last: it compiles its kernels at first use.
-    pairs = [(language, VISION[0]) for language in LANGUAGE]
-    pairs += [(LANGUAGE[0], vision) for vision in VISION[1:]]
-    for language, vision in sorted(pairs, key=lambda pair: "FLASHINFER" in pair):
-        yield verify_case(f"{language}, vision {vision}", language, vision, dtype="bfloat16")
     yield Case("decode", "copy", {"device": "cuda", "bytes": 4 << 30})
     kv_dtypes = ("auto", "fp8", "fp8_per_token_head")
+    # A part of the memory: several engines start at once.
+    room = {"max_num_seqs": 8, "gpu_memory_utilization": 0.25, "kv_cache_memory_gb": 1.0}
     for kv, precision in product(kv_dtypes, ("bf16", "fp8")):
-        engine = {**SEVEN_B, "precision": precision, "kv_cache_dtype": kv, "max_num_seqs": 8}
+        engine = {**SEVEN_B, "precision": precision, "kv_cache_dtype": kv, **room}
         yield Case("decode", f"{precision} kv {kv}", {"engine": engine, "tokens": 256, "runs": 3})
         if kv == "auto":
             engine = {**engine, **FOUR_B}
             more = {"crops": (1, 8), "frames": 64, "tokens": 256, "runs": 3}
             yield Case("decode", f"Molmo2-4B {precision} kv {kv}", {"engine": engine, **more})
     plan = {"starts": 1, "pairs": 8, "tokens": 257, "limit_s": 30}
-    for name, engine in (("stub", {"model": "stub"}), ("7b", SEVEN_B)):
+    for name, engine in (("7b", {**SEVEN_B, **room}), ("stub", {"model": "stub", **room})):
         yield Case("overhead", name, {"engine": engine, **plan})
     yield Case("start", "7b", {"engine": SEVEN_B, "starts": 1})
 
 
 def cpu_cases() -> Iterator[Case]:
     """The same code on the stub, as a test of this script."""
-    yield verify_case("float32", dtype="float32", small=True, family="molmo2")
+    yield verify_case("Molmo 2, float32", dtype="float32", small=True, family="molmo2")
     yield verify_case("float32", dtype="float32", stock=True, small=True)
     yield verify_case("bfloat16 kv fp8", dtype="bfloat16", kv_cache_dtype="fp8", small=True)
     yield Case("decode", "copy", {"device": "cpu", "bytes": 1 << 28})
@@ -218,7 +220,17 @@ def decode(emit: harness.Emit, options: Mapping[str, Any]) -> None:
 
     engine = dict(options["engine"])
     target = Target(engine.pop("model"), options=engine)
-    scenarios.run(Bench(cases, plan, save=save, sensors=True), target.open, names)
+    # Engines start side by side. The shared lock ends with the start; the exclusive one, got when
+    # no other engine starts or is measured, with the process.
+    with Path(__file__).open() as turn:
+        fcntl.flock(turn, fcntl.LOCK_SH)
+
+        def open_and_wait(caches: bool) -> Any:
+            vlm = target.open(caches)
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            return vlm
+
+        scenarios.run(Bench(cases, plan, save=save, sensors=True), open_and_wait, names)
 
 
 def overhead(emit: harness.Emit, options: Mapping[str, Any]) -> None:
@@ -289,7 +301,8 @@ def run(
 ) -> dict[str, Any]:
     """Run the cases that the file lacks, writing it after each; returns the document.
 
-    `jobs` cases of `verify`, which times nothing, run at once.
+    `jobs` cases of `verify`, which times nothing, run at once, and half as many of `decode`, whose
+    engines start side by side and are measured one after another.
     """
     document, lock = begin(output), threading.Lock()
 
@@ -317,8 +330,8 @@ def run(
             for case in cases
             if case.stage == stage and results.get(case.name, {}).get("status") not in DONE
         ]
-        side_by_side = jobs if stage in ("molmo2", "verify") else 1
-        share = (os.cpu_count() or 1) // side_by_side if side_by_side > 1 else threads
+        side_by_side = {"verify": jobs, "decode": max(1, jobs // 2)}.get(stage, 1)
+        share = -(-(os.cpu_count() or 1) // side_by_side) if side_by_side > 1 else threads
         with ThreadPoolExecutor(side_by_side) as pool:
             pending = [pool.submit(measure, case, results, ends, share) for case in missing]
         for each in pending:
@@ -395,10 +408,8 @@ def start_rows(values: Values) -> Iterable[list[str]]:
         yield [name, number(absent, 1), number(present, 1)]
 
 
-VERIFY = (["case", "model", "verdict", "max abs dlogprob", "bound"], verify_rows)
 TABLES = {
-    "molmo2": VERIFY,
-    "verify": VERIFY,
+    "verify": (["case", "model", "verdict", "max abs dlogprob", "bound"], verify_rows),
     "decode": (["weights, KV", "tok/s", "GB per token", "fraction of the copy's bandwidth",
                 "TTFT, 2 crops (s)", "all crops (s)", "64 frames (s)", "J/token"], decode_rows),
     "overhead": (["model", "metric", "ours against bare", "bare against itself"], overhead_rows),
@@ -415,7 +426,7 @@ def main() -> None:
     parser.add_argument("--attention", help="language backend of cases that name none")
     parser.add_argument("--vision", help="vision backend of cases that name none")
     parser.add_argument("--seconds", type=float, help="for all chosen stages together")
-    parser.add_argument("--jobs", type=int, default=1, help="cases of verify at once")
+    parser.add_argument("--jobs", type=int, default=1, help="engines at once")
     arguments = parser.parse_args()
     stages = [name.strip() for name in arguments.stages.split(",")]
     try:
