@@ -12,10 +12,20 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, TypeAlias, TypedDict, Unpack
+from typing import (
+    Annotated,
+    Any,
+    Generic,
+    Literal,
+    TypeAlias,
+    TypedDict,
+    Unpack,
+    cast,
+)
 
 from pydantic import BaseModel, Field, ValidationError
 from pydantic.errors import PydanticUserError
+from typing_extensions import TypeVar
 
 from molmo_edge.errors import (
     GenerationError,
@@ -24,17 +34,26 @@ from molmo_edge.errors import (
     SamplingError,
 )
 from molmo_edge.images import ImageLike, ImageLimits, load
-from molmo_edge.interface import Turn
+from molmo_edge.interface import PROMPTS, Turn
+from molmo_edge.points import CountResult, PointResult, TrackResult, parse_points
 from molmo_edge.results import Result
 from molmo_edge.sampling import Sampling
 from molmo_edge.settings import describe
 from molmo_edge.video import Clip, VideoLike
 
+# What `EdgeVLM.batch` answers a request with.
+A_co = TypeVar("A_co", covariant=True, default=Result)
 JsonSchema: TypeAlias = Mapping[str, Any] | type[BaseModel]
 # One image, or several as a list or tuple.
 Images: TypeAlias = ImageLike | Sequence[ImageLike]
+Length: TypeAlias = Literal["short", "normal", "long"]
 
-
+# The prompts Molmo was trained with (PixMo-Cap).
+CAPTION_PROMPTS: Mapping[str, str] = {
+    "short": "Describe this image in one sentence.",
+    "normal": "Describe this image.",
+    "long": "Describe this image in detail.",
+}
 ONE_VIDEO = "A conversation can have images, or one video, but not both."
 
 
@@ -60,21 +79,99 @@ class Options(TypedDict, total=False):
     timeout: float | None
 
 
-class Request:
-    """One item of a batch: the arguments of `EdgeVLM.query`."""
+class VideoOptions(Options, total=False):
+    """Options of a request that may be about a video.
+
+    video: path, bytes or `Video`, in place of images.
+    """
+
+    video: VideoLike | None
+
+
+class Request(Generic[A_co]):
+    """One item of a batch: a question, as `EdgeVLM.query` takes it.
+
+    The static methods make requests of the other kinds, from the arguments of the methods of
+    `EdgeVLM` of the same names; the answer is what those return.
+    """
 
     def __init__(
-        self,
-        image: Images | None,
-        text: str,
-        *,
-        video: VideoLike | None = None,
-        **options: Unpack[Options],
+        self: Request[Result], image: Images | None, text: str, **options: Unpack[VideoOptions]
     ) -> None:
+        self.verb = "query"
         self.image = image
         self.text = text
-        self.video = video
+        self.video = options.pop("video", None)
         self.options = options
+        self.messages: Sequence[Mapping[str, Any] | Turn] = question(image, text, self.video)
+
+    @staticmethod
+    def chat(messages: Sequence[Mapping[str, Any]], **options: Unpack[Options]) -> Request[Result]:
+        """A conversation."""
+        request = Request(None, "", **options)._as("chat")
+        request.messages = messages
+        return request
+
+    @staticmethod
+    def caption(
+        image: ImageLike, length: Length = "normal", **options: Unpack[Options]
+    ) -> Request[Result]:
+        """A description of an image."""
+        return Request(image, length, **options)._as("caption")
+
+    @staticmethod
+    def point(
+        image: Images | None = None, label: str = "", **options: Unpack[VideoOptions]
+    ) -> Request[PointResult]:
+        """The points of what one label names."""
+        return Request(image, label, **options)._as("point")
+
+    @staticmethod
+    def count(
+        image: Images | None = None, label: str = "", **options: Unpack[VideoOptions]
+    ) -> Request[CountResult]:
+        """The number of what a label names."""
+        return Request(image, label, **options)._as("count")
+
+    @staticmethod
+    def track(video: VideoLike, label: str, **options: Unpack[Options]) -> Request[TrackResult]:
+        """The way through a video of what a label names."""
+        options.setdefault("max_tokens", 2048)
+        return Request(None, label, video=video, **options)._as("track")
+
+    def _as(self, verb: str) -> Request[Any]:
+        self.verb = verb
+        return self
+
+    def prompt(self, prompts: Mapping[str, str]) -> str:
+        """Return the text that the model is asked. Raises PromptError.
+
+        Args:
+            prompts: the family's, see `PROMPTS`.
+        """
+        if self.verb == "caption":
+            if not isinstance(self.text, str) or self.text not in CAPTION_PROMPTS:
+                raise PromptError(f"length must be one of {', '.join(CAPTION_PROMPTS)}.")
+            return CAPTION_PROMPTS[self.text]
+        if self.verb in prompts:
+            return prompts[self.verb].format(*read_labels([self.text]))
+        return self.text
+
+    def reader(self, turns: Sequence[Turn]) -> Callable[[Result], A_co]:
+        """Return what makes the answer of a result; `turns` are the request's, with its media."""
+        if self.verb not in PROMPTS:
+            return lambda result: cast(A_co, result)
+        [label], turn = read_labels([self.text]), turns[0]
+
+        def read(result: Result) -> Any:
+            found = parse_points(result.text).placed(turn.images, turn.video)
+            truncated = found.truncated or result.finish_reason == "length"
+            points = replace(found, truncated=truncated, label=label, result=result)
+            if self.verb == "count":
+                return CountResult.of(points)
+            return TrackResult.of(points, turn.video) if self.verb == "track" else points
+
+        return read
 
 
 class CheckedOptions(Sampling):
@@ -197,7 +294,7 @@ def question(
 
 
 def read_turns(
-    messages: Sequence[Mapping[str, Any]],
+    messages: Sequence[Mapping[str, Any] | Turn],
     limits: ImageLimits,
     load_clip: Callable[[VideoLike], Clip],
 ) -> list[Turn]:
@@ -213,10 +310,12 @@ def read_turns(
 
 def _read_turn(
     number: int,
-    message: Mapping[str, Any],
+    message: Mapping[str, Any] | Turn,
     limits: ImageLimits,
     load_clip: Callable[[VideoLike], Clip],
 ) -> Turn:
+    if isinstance(message, Turn):  # loaded before
+        return message
     if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
         raise PromptError(f"Message {number} must be a mapping with only 'role' and 'content'.")
     role, content = message["role"], message["content"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Collection, Generator
 from typing import Any, Self
 
 from molmo_edge.engine.loop import EngineLoop
@@ -130,6 +130,17 @@ class Stream:
         except BaseException:  # the task was cancelled
             self.cancel()
             raise
+
+
+def wait_any(streams: Collection[Stream]) -> None:
+    """Wait until one of several streams has ended; one whose deadline passes ends."""
+    loop = next(iter(streams))._loop
+    loop.check_may_wait()
+    left = [left for one in streams if (left := one._request.left_s()) is not None]
+    loop.wait(lambda: any(one.done for one in streams), min(left, default=None))
+    for one in streams:
+        if one._request.left_s() == 0:
+            loop.cancel(one._request, timed_out())
 
 
 class AStream:

@@ -21,9 +21,9 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, Unpack, overload
+from typing import Any, Generic, Literal, Self, TypeAlias, TypeVar, Unpack, overload
 
 from molmo_edge.checkpoint_files import read_config
 from molmo_edge.devices.caches import default_cache_dir
@@ -52,33 +52,30 @@ from molmo_edge.images import ImageLike, ImageLimits
 from molmo_edge.interface import PROMPTS, Engine, ModelFamily, Turn
 from molmo_edge.models.hub import locate
 from molmo_edge.models.registry import family_of
-from molmo_edge.points import CountResult, PointResult, TrackResult, parse_points
+from molmo_edge.points import CountResult, PointResult, TrackResult
 from molmo_edge.requests import (
+    CAPTION_PROMPTS,
     CheckedOptions,
     Images,
+    Length,
     Options,
     Request,
+    VideoOptions,
     check_options,
     check_token_ids,
-    question,
     read_labels,
     read_turns,
 )
 from molmo_edge.results import Result, Score
 from molmo_edge.settings import EdgeSettings, Resolved, resolve
-from molmo_edge.stream import AStream, Stream
+from molmo_edge.stream import AStream, Stream, wait_any
 from molmo_edge.video import Clip, VideoLike, VideoLimits, load_video
 from molmo_edge.warmup import WarmupReport, warm
 from molmo_edge.watch import Camera, Seen, Source, arun, run
 
+A = TypeVar("A")
 T = TypeVar("T")
-
-# The prompts Molmo was trained with (PixMo-Cap).
-CAPTION_PROMPTS: Mapping[str, str] = {
-    "short": "Describe this image in one sentence.",
-    "normal": "Describe this image.",
-    "long": "Describe this image in detail.",
-}
+Labels: TypeAlias = list[str] | tuple[str, ...]
 
 
 class EdgeVLM:
@@ -146,14 +143,7 @@ class EdgeVLM:
 
     # Questions.
 
-    def query(
-        self,
-        image: Images | None,
-        text: str,
-        *,
-        video: VideoLike | None = None,
-        **options: Unpack[Options],
-    ) -> Result:
+    def query(self, image: Images | None, text: str, **options: Unpack[VideoOptions]) -> Result:
         """Answer one question about an image, several images, a video, or nothing.
 
         Args:
@@ -168,18 +158,11 @@ class EdgeVLM:
             RequestTimeout: `timeout` passed; its `.partial` has the text so far.
             QueueFull, EngineDeadError, EngineClosedError, EngineForkedError.
         """
-        return self.stream(image, text, video=video, **options).result()
+        return self._answer(Request(image, text, **options))
 
-    def stream(
-        self,
-        image: Images | None,
-        text: str,
-        *,
-        video: VideoLike | None = None,
-        **options: Unpack[Options],
-    ) -> Stream:
+    def stream(self, image: Images | None, text: str, **options: Unpack[VideoOptions]) -> Stream:
         """Like `query`, but return at once with the answer's text as it is generated."""
-        return self._open(question(image, text, video), options)
+        return self._open(Request(image, text, **options)).stream
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[Options]) -> Result:
         """Answer the last message of a conversation.
@@ -189,46 +172,62 @@ class EdgeVLM:
         ``{"type": "video", "video": …}``: images in any of the user's messages, or one video.
         Molmo 1 takes one image, in the first message. Raises as `query`.
         """
-        return self.chat_stream(messages, **options).result()
+        return self._answer(Request.chat(messages, **options))
 
     def chat_stream(
         self, messages: Sequence[Mapping[str, Any]], **options: Unpack[Options]
     ) -> Stream:
         """Like `chat`, but return at once with the answer's text as it is generated."""
-        return self._open(messages, options)
+        return self._open(Request.chat(messages, **options)).stream
 
     @overload
-    def batch(self, requests: Iterable[Request]) -> list[Result]: ...
+    def batch(self, requests: Iterable[Request[A]]) -> list[A]: ...
 
     @overload
     def batch(
-        self, requests: Iterable[Request], *, return_exceptions: bool
-    ) -> list[Result | MolmoEdgeError]: ...
+        self, requests: Iterable[Request[A]], *, return_exceptions: bool
+    ) -> list[A | MolmoEdgeError]: ...
 
     def batch(
-        self, requests: Iterable[Request], *, return_exceptions: bool = False
-    ) -> list[Result] | list[Result | MolmoEdgeError]:
-        """Answer many requests by continuous batching; results in order.
+        self, requests: Iterable[Request[A]], *, return_exceptions: bool = False
+    ) -> list[A] | list[A | MolmoEdgeError]:
+        """Answer many requests of any kind by continuous batching; answers in order.
 
         A request that fails is its own failure: the others finish. Then the first error is raised,
         or with `return_exceptions` errors stand in the list.
         """
-        opened: list[Stream | MolmoEdgeError] = []
-        results: list[Result | MolmoEdgeError] = []
-        with ExitStack() as streams:
-            for request in requests:
-                try:
-                    messages = question(request.image, request.text, request.video)
-                    stream = self._open(messages, request.options, wait=True)
-                    opened.append(streams.enter_context(stream))
-                except MolmoEdgeError as exc:
-                    opened.append(exc)
-            for one in opened:
-                try:
-                    results.append(one.result() if isinstance(one, Stream) else one)
-                except MolmoEdgeError as exc:
-                    results.append(exc)
-        return _settle(results, return_exceptions)
+        return _settle(dict(self.iter_batch(requests)), return_exceptions)
+
+    def iter_batch(
+        self, requests: Iterable[Request[A]]
+    ) -> Generator[tuple[int, A | MolmoEdgeError], None, None]:
+        """`batch` that yields (index, answer or error) as answers finish.
+
+        Requests are taken from the iterable as the engine has room for them. Leaving the loop
+        early cancels what is in flight.
+        """
+        waiting, most = enumerate(requests), 2 * self.settings.max_num_seqs
+        opened: dict[int, _Opened[A]] = {}
+        try:
+            while True:
+                if len(opened) < most and (item := next(waiting, None)) is not None:
+                    try:
+                        opened[item[0]] = self._open(item[1], wait=True)
+                    except MolmoEdgeError as exc:
+                        yield item[0], exc
+                elif opened:
+                    wait_any([one.stream for one in opened.values()])
+                else:
+                    return
+                for index in [i for i, one in opened.items() if one.stream.done]:
+                    try:
+                        answer: A | MolmoEdgeError = opened.pop(index).answer()
+                    except MolmoEdgeError as exc:
+                        answer = exc
+                    yield index, answer
+        finally:
+            for one in opened.values():
+                one.stream.cancel()
 
     def score(
         self,
@@ -261,7 +260,8 @@ class EdgeVLM:
             )
         if not isinstance(text, str) and (image is not None or video is not None):
             raise PromptError("A conversation has its images and video in its messages.")
-        turns = self._read(question(image, text, video) if isinstance(text, str) else text)
+        asked = Request(image, text, video=video) if isinstance(text, str) else Request.chat(text)
+        turns = self._read(asked)
         streams: list[Stream] = []
         with ExitStack() as stack:
             for i, token in enumerate(ids):
@@ -287,42 +287,64 @@ class EdgeVLM:
     # Questions, for asyncio.
 
     async def aquery(
-        self,
-        image: Images | None,
-        text: str,
-        *,
-        video: VideoLike | None = None,
-        **options: Unpack[Options],
+        self, image: Images | None, text: str, **options: Unpack[VideoOptions]
     ) -> Result:
         """`query` for asyncio; cancelling the task frees the sequence."""
-        stream = await self._aopen(question(image, text, video), options)
-        return await stream.aresult()
+        return await self._aanswer(Request(image, text, **options))
 
-    def astream(
-        self,
-        image: Images | None,
-        text: str,
-        *,
-        video: VideoLike | None = None,
-        **options: Unpack[Options],
-    ) -> AStream:
+    def astream(self, image: Images | None, text: str, **options: Unpack[VideoOptions]) -> AStream:
         """`stream` for asyncio: ``async for`` over it, or ``await`` it for the `Stream`."""
-        return AStream(lambda: self._aopen(question(image, text, video), options))
+        return self._astream(Request(image, text, **options))
+
+    async def achat(
+        self, messages: Sequence[Mapping[str, Any]], **options: Unpack[Options]
+    ) -> Result:
+        """`chat` for asyncio."""
+        return await self._aanswer(Request.chat(messages, **options))
+
+    def achat_stream(
+        self, messages: Sequence[Mapping[str, Any]], **options: Unpack[Options]
+    ) -> AStream:
+        """`chat_stream` for asyncio; see `astream`."""
+        return self._astream(Request.chat(messages, **options))
+
+    @overload
+    async def abatch(self, requests: Iterable[Request[A]]) -> list[A]: ...
+
+    @overload
+    async def abatch(
+        self, requests: Iterable[Request[A]], *, return_exceptions: bool
+    ) -> list[A | MolmoEdgeError]: ...
 
     async def abatch(
-        self, requests: Iterable[Request], *, return_exceptions: bool = False
-    ) -> list[Result] | list[Result | MolmoEdgeError]:
+        self, requests: Iterable[Request[A]], *, return_exceptions: bool = False
+    ) -> list[A] | list[A | MolmoEdgeError]:
         """`batch` for asyncio; one request at a time is prepared, all others are answered."""
+        answers = {index: answer async for index, answer in self.aiter_batch(requests)}
+        return _settle(answers, return_exceptions)
+
+    async def aiter_batch(
+        self, requests: Iterable[Request[A]]
+    ) -> AsyncGenerator[tuple[int, A | MolmoEdgeError], None]:
+        """`iter_batch` for asyncio; to leave the loop early, use ``contextlib.aclosing``."""
         preparing = asyncio.Lock()
 
-        async def answer(request: Request) -> Result:
-            messages = question(request.image, request.text, request.video)
-            async with preparing:
-                stream = await self._aopen(messages, request.options, wait=True)
-            return await stream.aresult()
+        async def answer(index: int, request: Request[A]) -> tuple[int, A | MolmoEdgeError]:
+            try:
+                async with preparing:
+                    opened = await self._aopen(request, wait=True)
+                return index, await opened.aanswer()
+            except MolmoEdgeError as exc:
+                return index, exc
 
-        results = await asyncio.gather(*map(answer, list(requests)), return_exceptions=True)
-        return _settle(results, return_exceptions)
+        tasks = [asyncio.create_task(answer(*item)) for item in enumerate(requests)]
+        try:
+            for task in asyncio.as_completed(tasks):
+                yield await task
+        finally:
+            for one in tasks:
+                one.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     # Tasks with Molmo's own prompts.
 
@@ -336,38 +358,24 @@ class EdgeVLM:
     def caption(
         self,
         image: ImageLike,
-        length: Literal["short", "normal", "long"] = "normal",
+        length: Length = "normal",
         **options: Unpack[Options],
     ) -> Result:
         """Describe an image. Raises as `query`, and PromptError for another length."""
-        self._require("caption")
-        if length not in CAPTION_PROMPTS:
-            raise PromptError(f"length must be one of {', '.join(CAPTION_PROMPTS)}.")
-        return self.query(image, CAPTION_PROMPTS[length], **options)
-
-    @overload
-    def point(self, image: Images, label: str, **options: Unpack[Options]) -> PointResult: ...
+        return self._answer(Request.caption(image, length, **options))
 
     @overload
     def point(
-        self, image: Images, label: list[str] | tuple[str, ...], **options: Unpack[Options]
-    ) -> list[PointResult]: ...
-
-    @overload
-    def point(self, *, video: VideoLike, label: str, **options: Unpack[Options]) -> PointResult: ...
+        self, image: Images | None = None, label: str = "", **options: Unpack[VideoOptions]
+    ) -> PointResult: ...
 
     @overload
     def point(
-        self, *, video: VideoLike, label: list[str] | tuple[str, ...], **options: Unpack[Options]
+        self, image: Images | None = None, label: Labels = ..., **options: Unpack[VideoOptions]
     ) -> list[PointResult]: ...
 
     def point(
-        self,
-        image: Images | None = None,
-        label: str | Sequence[str] = "",
-        *,
-        video: VideoLike | None = None,
-        **options: Unpack[Options],
+        self, image: Images | None = None, label: str | Labels = "", **options: Unpack[VideoOptions]
     ) -> PointResult | list[PointResult]:
         """Point to what a label names; several labels are one batch, answered in order.
 
@@ -384,25 +392,20 @@ class EdgeVLM:
         Raises:
             ConfigError: the model cannot point; see `supports`.
             PromptError: a label is empty, or contains markup or unprintable characters.
-            As `query`; the first failure of a batch ends the others.
+            As `query`; with several labels, after all of them have ended.
         """
-        _, answers = self._locate("point", question(image, "", video), label, options)
-        return answers[0] if isinstance(label, str) else answers
+        if isinstance(label, str):
+            return self._answer(Request.point(image, label, **options))
+        return self.batch(self._point_requests(image, label, options))
 
     def count(
-        self,
-        image: Images | None = None,
-        label: str = "",
-        *,
-        video: VideoLike | None = None,
-        **options: Unpack[Options],
+        self, image: Images | None = None, label: str = "", **options: Unpack[VideoOptions]
     ) -> CountResult:
         """Count what a label names, by the answer's points where it has any.
 
         Over all images, or the whole video. Takes and raises what `point` does, for one label.
         """
-        _, [answer] = self._locate("count", question(image, "", video), [label], options)
-        return CountResult.of(answer)
+        return self._answer(Request.count(image, label, **options))
 
     def track(self, video: VideoLike, label: str, **options: Unpack[Options]) -> TrackResult:
         """Follow what a label names through a video.
@@ -415,9 +418,42 @@ class EdgeVLM:
         Raises:
             As `point`.
         """
-        options.setdefault("max_tokens", 2048)
-        clip, [answer] = self._locate("track", question(None, "", video), [label], options)
-        return TrackResult.of(answer, clip)
+        return self._answer(Request.track(video, label, **options))
+
+    async def acaption(
+        self, image: ImageLike, length: Length = "normal", **options: Unpack[Options]
+    ) -> Result:
+        """`caption` for asyncio."""
+        return await self._aanswer(Request.caption(image, length, **options))
+
+    @overload
+    async def apoint(
+        self, image: Images | None = None, label: str = "", **options: Unpack[VideoOptions]
+    ) -> PointResult: ...
+
+    @overload
+    async def apoint(
+        self, image: Images | None = None, label: Labels = ..., **options: Unpack[VideoOptions]
+    ) -> list[PointResult]: ...
+
+    async def apoint(
+        self, image: Images | None = None, label: str | Labels = "", **options: Unpack[VideoOptions]
+    ) -> PointResult | list[PointResult]:
+        """`point` for asyncio."""
+        if isinstance(label, str):
+            return await self._aanswer(Request.point(image, label, **options))
+        requests = await asyncio.to_thread(self._point_requests, image, label, options)
+        return await self.abatch(requests)
+
+    async def acount(
+        self, image: Images | None = None, label: str = "", **options: Unpack[VideoOptions]
+    ) -> CountResult:
+        """`count` for asyncio."""
+        return await self._aanswer(Request.count(image, label, **options))
+
+    async def atrack(self, video: VideoLike, label: str, **options: Unpack[Options]) -> TrackResult:
+        """`track` for asyncio."""
+        return await self._aanswer(Request.track(video, label, **options))
 
     def watch(
         self,
@@ -589,44 +625,85 @@ class EdgeVLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self.close)
+
     # A request's way.
 
-    def _check(self, options: Mapping[str, Any]) -> CheckedOptions:
-        """Check the options and that the engine is ready, before any image is loaded."""
+    def _check(self, request: Request[Any]) -> CheckedOptions:
+        """Check all but images and video, before any is loaded, and that the engine is ready."""
         self._loop.check()
-        return check_options(options, self._max_crops)
+        if not isinstance(request, Request):
+            raise PromptError(
+                f"An item of a batch must be a Request, not {type(request).__name__}."
+            )
+        if request.verb not in ("query", "chat"):
+            self._require(request.verb)
+        request.prompt(PROMPTS)
+        return check_options(request.options, self._max_crops)
 
-    def _read(self, messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
-        return read_turns(messages, self._limits, self._load_clip)
+    def _read(self, request: Request[Any]) -> list[Turn]:
+        """Load images and video; the prompt of a task becomes the text."""
+        turns = read_turns(request.messages, self._limits, self._load_clip)
+        if request.verb in PROMPTS and not turns[0].images and turns[0].video is None:
+            raise ImageError("There is nothing to look at: give an image, images or a video.")
+        if request.verb not in ("query", "chat"):
+            own = {} if self.family is None else self.family.prompts
+            turns = [replace(turns[0], text=request.prompt({**PROMPTS, **own}))]
+        return turns
 
     def _load_clip(self, video: VideoLike) -> Clip:
         self._require("video")
         return load_video(video, self._video_limits)
 
-    def _open(
-        self, messages: Sequence[Mapping[str, Any]], options: Options, *, wait: bool = False
-    ) -> Stream:
+    def _point_requests(
+        self, image: Images | None, labels: Labels, options: VideoOptions
+    ) -> list[Request[PointResult]]:
+        """A request for each label, about images and a video that are loaded once."""
+        requests = [Request.point(image, one, **options) for one in read_labels(labels)]
+        self._check(requests[0])
+        [turn] = self._read(requests[0])
+        for one in requests:
+            one.messages = [turn]
+        return requests
+
+    def _answer(self, request: Request[A]) -> A:
+        return self._open(request).answer()
+
+    async def _aanswer(self, request: Request[A]) -> A:
+        return await (await self._aopen(request)).aanswer()
+
+    def _astream(self, request: Request[Any]) -> AStream:
+        async def open_stream() -> Stream:
+            return (await self._aopen(request)).stream
+
+        return AStream(open_stream)
+
+    def _open(self, request: Request[A], *, wait: bool = False) -> _Opened[A]:
         """Prepare a request in this thread and submit it; `wait` for room in a full queue."""
-        checked = self._check(options)
-        return self._submit(self._read(messages), checked, wait=wait)
+        checked = self._check(request)
+        turns = self._read(request)
+        return _Opened(self._submit(turns, checked, wait=wait), request.reader(turns))
 
-    async def _aopen(
-        self, messages: Sequence[Mapping[str, Any]], options: Options, *, wait: bool = False
-    ) -> Stream:
+    async def _aopen(self, request: Request[A], *, wait: bool = False) -> _Opened[A]:
         """`_open` for asyncio; the request is prepared in another thread."""
-        checked, loop = self._check(options), self._loop
+        checked, loop = self._check(request), self._loop
 
-        def prepare() -> PendingRequest:
-            return self._render(loop, self._read(messages), checked)
+        def prepare() -> tuple[PendingRequest, Callable[[Result], A]]:
+            turns = self._read(request)
+            return self._render(loop, turns, checked), request.reader(turns)
 
         try:
             async with asyncio.timeout(checked.timeout):
-                request = await asyncio.to_thread(prepare)
+                pending, read = await asyncio.to_thread(prepare)
         except TimeoutError:
             raise timed_out() from None
-        stream = Stream(loop, request, checked)
-        await loop.async_submit(request, wait=wait)
-        return stream
+        stream = Stream(loop, pending, checked)
+        await loop.async_submit(pending, wait=wait)
+        return _Opened(stream, read)
 
     def _submit(
         self,
@@ -683,42 +760,6 @@ class EdgeVLM:
                 f"{', '.join(sorted(self.family.verbs))}. Use a Molmo 2 checkpoint."
             )
 
-    def _locate(
-        self,
-        verb: str,
-        messages: Sequence[Mapping[str, Any]],
-        label: str | Sequence[str],
-        options: Options,
-    ) -> tuple[Clip | None, list[PointResult]]:
-        """One request per label, all about the same images or video; the points of each answer.
-
-        Args:
-            messages: one message without text.
-        """
-        self._require(verb)
-        labels = read_labels(label)
-        checked = self._check(options)
-        [turn] = self._read(messages)
-        if not turn.images and turn.video is None:
-            raise ImageError("There is nothing to look at: give an image, images or a video.")
-        own = {} if self.family is None else self.family.prompts
-        prompt = {**PROMPTS, **own}[verb]
-        streams: list[Stream] = []
-        with ExitStack() as stack:
-            for one in labels:
-                asked = replace(turn, text=prompt.format(one))
-                stream = self._submit([asked], checked, wait=len(labels) > 1)
-                streams.append(stack.enter_context(stream))
-                # Loading images and video belongs to the first request.
-                checked = checked.model_copy(update={"started": time.monotonic()})
-            results = [stream.result() for stream in streams]
-        answers = []
-        for one, result in zip(labels, results, strict=True):
-            points = parse_points(result.text).placed(turn.images, turn.video)
-            truncated = points.truncated or result.finish_reason == "length"
-            answers.append(replace(points, truncated=truncated, label=one, result=result))
-        return turn.video, answers
-
     # The engine's start.
 
     def _load_profile(self, name: str) -> tuple[str, dict[str, Any]]:
@@ -766,10 +807,25 @@ class EdgeVLM:
         self._finalizer.atexit = False  # at exit the loop closes what is left
 
 
-def _settle(results: Sequence[Any], return_exceptions: bool) -> list[Any]:
-    """Raise the first error; with `return_exceptions` only one that is not ours."""
-    for one in results:
-        allowed = return_exceptions and isinstance(one, MolmoEdgeError)
-        if isinstance(one, BaseException) and not allowed:
+@dataclass(frozen=True)
+class _Opened(Generic[A]):
+    """A request in flight, and how its result becomes the answer."""
+
+    stream: Stream
+    read: Callable[[Result], A]
+
+    def answer(self) -> A:
+        return self.read(self.stream.result())
+
+    async def aanswer(self) -> A:
+        return self.read(await self.stream.aresult())
+
+
+def _settle(answers: Mapping[int, Any], return_exceptions: bool) -> list[Any]:
+    """The answers in order; the first error is raised unless errors may be returned."""
+    ordered = [answers[index] for index in range(len(answers))]
+    for index, one in enumerate(ordered):
+        if isinstance(one, MolmoEdgeError) and not return_exceptions:
+            one.args = (f"Request {index} of the batch: {one}",)
             raise one
-    return list(results)
+    return ordered

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -12,7 +13,15 @@ import pytest
 from PIL import Image
 from pydantic import BaseModel, Field, field_validator
 
-from molmo_edge import EdgeVLM, PointResult, Request
+from molmo_edge import (
+    CountResult,
+    EdgeVLM,
+    PointResult,
+    Request,
+    Result,
+    TrackResult,
+    Video,
+)
 from molmo_edge.engine.fake import FakeEngine, FakeFactory
 from molmo_edge.errors import ConfigError, GenerationError, ImageError, PromptError, SamplingError
 
@@ -54,11 +63,65 @@ def test_point_uses_the_prompt_of_the_training_data_and_parses_the_answer(
     assert answer.result is not None and answer.result.text == answer.text == MUG
     assert answer.as_dict()["label"] == "the red mug"
     assert answer.as_dict()["metrics"]["image_tokens"] == 144
+    fake.engine.prompts.clear()
     answers = vlm.point(photo, ["spoon", "unicorn", "the red mug"])
     assert [one.label for one in answers] == ["spoon", "unicorn", "the red mug"]
     assert [one.count for one in answers] == [2, 0, 1]
     with pytest.raises(ImageError):
-        vlm.point(None, "mug")  # type: ignore[call-overload]
+        vlm.point(None, "mug")
+
+
+def test_a_batch_takes_requests_of_every_kind(vlm: EdgeVLM, photo: np.ndarray) -> None:
+    about = Video([photo] * 4, fps=2)
+    requests: list[Any] = [
+        Request(photo, "What?"),
+        Request.chat([{"role": "user", "content": "What?"}]),
+        Request.caption(photo, "short"),
+        Request.point(photo, "the red mug"),
+        Request.count(photo, "cups", max_tokens=100),
+        Request.track(about, "cat"),
+        Request.point(photo, " "),
+        Request.caption(photo, ["long"]),  # type: ignore[arg-type]
+        (photo, "What?"),
+        {"image": photo, "text": "What?"},
+    ]
+    answers = vlm.batch(requests, return_exceptions=True)
+    kinds = [Result, Result, Result, PointResult, CountResult, TrackResult, *[PromptError] * 4]
+    assert [type(one) for one in answers] == kinds
+    assert answers[3].count == 1 and answers[4].number == 4 and answers[5].label == "cat"
+    assert sorted(index for index, _ in vlm.iter_batch(requests)) == list(range(10))
+    again = asyncio.run(vlm.abatch(requests, return_exceptions=True))
+    assert [type(one) for one in again] == kinds
+    with pytest.raises(PromptError, match=r"Request 6 of the batch: .* empty"):
+        vlm.batch(requests)
+
+
+def test_every_verb_has_a_twin_for_asyncio_with_the_same_answer(
+    fake: FakeFactory, photo: np.ndarray
+) -> None:
+    messages = [{"role": "user", "content": "What?"}]
+    calls: list[tuple[str, Any]] = [
+        ("chat", (messages,)),
+        ("caption", (photo, "long")),
+        ("point", (photo, "spoon")),
+        ("point", (photo, ["spoon", "unicorn"])),
+        ("count", (photo, "cups")),
+        ("track", (Video([photo] * 4, fps=2), "cat")),
+    ]
+
+    async def twins() -> None:
+        async with EdgeVLM(engine=fake) as vlm:
+            for name, arguments in calls:
+                ours = await getattr(vlm, f"a{name}")(*arguments)
+                same = await asyncio.to_thread(getattr(vlm, name), *arguments)
+                answers = [[one] if not isinstance(one, list) else one for one in (ours, same)]
+                for one, other in zip(*answers, strict=True):
+                    assert type(one) is type(other) and repr(one)[:60] == repr(other)[:60]
+            deltas = [delta async for delta in vlm.achat_stream(messages)]
+            assert "".join(deltas) == "Something."
+        assert vlm.state == "closed"
+
+    asyncio.run(twins())
 
 
 def test_points_are_drawn_on_the_image_as_it_was(vlm: EdgeVLM) -> None:
@@ -69,6 +132,23 @@ def test_points_are_drawn_on_the_image_as_it_was(vlm: EdgeVLM) -> None:
     assert drawn.shape == (60, 80, 3)
     assert tuple(drawn[59, 0]) == (0, 0, 0)
     assert drawn[12, 8].any()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"resize": "tensorflow", "max_crops": 1}, {"precision": "fp8", "max_image_bytes": 10**6}],
+)
+def test_the_types_of_a_result_depend_on_no_setting_and_no_kind_of_image(
+    settings: dict[str, Any], photo: np.ndarray, tmp_path: Path
+) -> None:
+    path = tmp_path / "photo.png"
+    Image.fromarray(photo).save(path)
+    with EdgeVLM(engine=FakeEngine.factory(ANSWERS), **settings) as vlm:
+        for image in (photo, Image.fromarray(photo), path, str(path), path.read_bytes()):
+            answer = vlm.point(image, "spoon")
+            assert type(answer.image) is Image.Image and answer.image.size == (120, 90)
+            assert type(answer.draw()) is Image.Image
+            assert type(vlm.count(image, "spoons").points) is PointResult
 
 
 def test_a_truncated_answer_keeps_its_complete_points(photo: np.ndarray) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -94,6 +96,30 @@ def test_a_batch_keeps_order_and_raises_or_returns_errors(vlm: EdgeVLM) -> None:
     with pytest.raises(PromptError):
         vlm.batch(requests)
     assert vlm.batch([]) == []
+
+
+def test_a_batch_can_yield_answers_as_they_finish_and_be_left_early(
+    vlm: EdgeVLM, fake: FakeFactory
+) -> None:
+    def requests() -> Iterator[Request]:
+        yield Request(None, "long", **FOREVER)
+        yield Request(None, "late", timeout=0.05, **FOREVER)
+        yield Request(None, "")
+        for number in range(100):
+            yield Request(None, f"q{number}")
+            taken.append(number)
+
+    taken: list[int] = []
+    with closing(vlm.iter_batch(requests())) as answers:
+        seen = dict(itertools.islice(answers, 12))
+    assert 0 not in seen and isinstance(seen[2], PromptError)
+    if 1 in seen:
+        assert isinstance(seen[1], RequestTimeout)
+    assert {str(one) for i, one in seen.items() if i > 2} < {f"q{n} {WORDS}" for n in range(100)}
+    assert len(taken) < 40  # taken as there is room
+    assert_all_ended(vlm, fake)
+    late = Request(None, "late", timeout=0.05, **FOREVER)
+    assert [type(one) for _, one in vlm.iter_batch([late])] == [RequestTimeout]
 
 
 @pytest.mark.parametrize("where", ["queue", "prefill", "decode", "render"])

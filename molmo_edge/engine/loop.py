@@ -170,6 +170,10 @@ class EngineLoop:
             if not await self._changed.async_wait(self._may_submit, request.left_s()):
                 raise timed_out()
 
+    def wait(self, ready: Callable[[], bool], timeout: float | None) -> None:
+        """Wait for `ready()`, which is looked at when a request ends, or for `timeout` seconds."""
+        self._changed.wait(ready, timeout)
+
     def cancel(self, request: PendingRequest, error: MolmoEdgeError | None = None) -> None:
         """End a request early; from any thread, also when it has ended already."""
         error = error or RequestCancelled("The request was cancelled.")

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import threading
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import pytest
@@ -47,6 +48,8 @@ def test_query_stream_and_batch() -> None:
         assert isinstance(results[1], PromptError)
         with pytest.raises(PromptError):
             await vlm.abatch(requests)
+        async with aclosing(vlm.aiter_batch([Request(None, "q", **FOREVER), *requests])) as answers:
+            assert {(await anext(answers))[0] for _ in range(3)} == {1, 2, 3}
 
     run(FakeEngine.factory(echo), body, max_queue=5)
 
