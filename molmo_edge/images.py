@@ -11,11 +11,15 @@ and BMP are decoded, and nothing is ever fetched. Pillow decodes, in this order 
 
 from __future__ import annotations
 
+import array
+import binascii
 import io
 import itertools
 import re
 import stat
 import struct
+import unicodedata
+import urllib.parse
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,11 +31,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, ImageOps
 
-from molmo_edge.errors import ConfigError, ImageError
+from molmo_edge.errors import ConfigError, ImageError, InputError
 
-ImageLike: TypeAlias = (
-    bytes | bytearray | memoryview | Path | str | Image.Image | npt.NDArray[np.uint8]
-)
+EncodedBytes: TypeAlias = bytes | bytearray | memoryview | array.array | io.BytesIO  # type: ignore[type-arg]
+ImageLike: TypeAlias = EncodedBytes | Path | str | Image.Image | npt.NDArray[np.uint8]
 
 # What Pillow, zlib and the operating system raise over damaged or missing images, as found by
 # fuzzing; `Warning` where the application turns warnings into errors.
@@ -43,6 +46,10 @@ _FOREIGN_ERRORS: Final[tuple[type[Exception], ...]] = (
 SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP")
 URL: Final = re.compile(r"\s*([a-z][a-z0-9+.-]*://|data:)", re.IGNORECASE)
+_DATA_URL: Final = re.compile(r"\s*data:[^,]{0,200};base64,", re.IGNORECASE)
+_BASE64: Final = ("/9j/", "iVBORw0KGgo", "UklGR", "data:")  # JPEG, PNG, WebP
+# The largest side of a JPEG file; resize filters and buffers grow with a side.
+MAX_SIDE_PX: Final = 65_535
 
 # Each scan of a progressive JPEG file costs a pass over the whole image however few bytes it has,
 # joining EXIF blocks takes quadratic time, and each segment costs Pillow some Python. Cameras write
@@ -65,7 +72,8 @@ class ImageLimits:
     Attributes:
         max_bytes: of the encoded file; does not apply to arrays and decoded PIL images.
         max_pixels: width x height. Decoding takes 8 to 20 bytes of memory per pixel at its peak.
-            Pillow's own limit, ``PIL.Image.MAX_IMAGE_PIXELS``, applies as well.
+            Pillow's own limit, ``PIL.Image.MAX_IMAGE_PIXELS``, applies as well, and no side may
+            be longer than 65,535.
 
     Raises:
         ConfigError: a cap is not a positive integer.
@@ -89,8 +97,10 @@ def load(image: ImageLike, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     Args:
         image: one of
 
-            - ``bytes``, ``bytearray``, ``memoryview``: a whole JPEG, PNG, WebP or BMP file;
-            - ``Path`` or ``str``: a path to such a file. A ``str`` is never a URL. Directories,
+            - a whole JPEG, PNG, WebP or BMP file: ``bytes``, ``bytearray``, ``memoryview``,
+              ``array.array``, ``BytesIO``, a uint8 array of shape (n,) as ``cv2.imencode`` returns
+              it, or a base64 ``data:`` URL;
+            - ``Path`` or ``str``: a path to such a file. No other URL is accepted. Directories,
               pipes and devices are refused without being opened;
             - ``numpy.ndarray``: uint8, shape (height, width, 3), channels in RGB order. OpenCV
               frames are BGR, which cannot be told from RGB: pass ``frame[..., ::-1]``;
@@ -110,41 +120,127 @@ def load(image: ImageLike, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     which Pillow keeps through ``rotate`` and ``resize``: after turning an image by hand, delete
     ``info["exif"]``. Pillow may warn about malformed metadata.
     """
-    if isinstance(image, np.ndarray):
-        return _from_array(image, limits)
     if isinstance(image, Image.Image):
         _check_pil(image, limits)
-    elif isinstance(image, (bytes, bytearray, memoryview)):
-        _check_bytes(memoryview(image).nbytes, limits)
-        image = _open(bytes(image), limits)
-    elif isinstance(image, (str, Path)):
-        image = _open(_read_file(image, limits), limits)
-    else:
+        return _upright_rgb(image)
+    with _translated("read the data: URL"):
+        data = encoded_bytes(image)
+    if data is not None:
+        _check_bytes(data.nbytes, limits)
+        return _upright_rgb(_open(bytes(data), limits))
+    if isinstance(image, np.ndarray):
+        return _from_array(image, limits)
+    if not isinstance(image, (str, Path)):
         raise ImageError(
             f"an image cannot be of type {type(image).__name__}; pass the bytes of a file, a path, "
             "a PIL image or a uint8 array of shape (height, width, 3)"
         )
-    return _upright_rgb(image)
+    if isinstance(image, str) and len(image) > 100:
+        _refuse_base64(image[:16])
+    if isinstance(image, str) and (not image or URL.match(image)):
+        raise ImageError(
+            "a str must be the path of an image file or a base64 data: URL, no other URL and not "
+            "empty: molmo_edge fetches nothing; download the image and pass its bytes"
+        )
+    with named(image):
+        return _upright_rgb(_open(_read_file(image, limits), limits))
+
+
+def encoded_bytes(source: object) -> memoryview | None:
+    """Return a view of the bytes of an encoded file, None if `source` is something else.
+
+    Raises ValueError for a ``data:`` URL that is not valid base64.
+    """
+    if isinstance(source, str):
+        if (start := _DATA_URL.match(source)) is None:
+            return None
+        text = urllib.parse.unquote_to_bytes(source[start.end() :])
+        return memoryview(binascii.a2b_base64(text))
+    if isinstance(source, np.ndarray) and not (
+        source.dtype == np.uint8 and source.ndim < 3 and source.size == max(source.shape, default=0)
+    ):
+        return None
+    try:
+        if isinstance(source, io.BytesIO):
+            return memoryview(source.getvalue())
+        view = memoryview(source)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+    return view if view.itemsize == 1 else None
+
+
+def private_copy(image: ImageLike) -> ImageLike:
+    """Return a copy that shares no memory with `image`, nor the file of a path.
+
+    What cannot be copied is returned as it is: `load` says what is wrong with it.
+    """
+    if isinstance(image, np.ndarray):
+        return image.copy()
+    with suppress(*_FOREIGN_ERRORS):  # ImageError is a ValueError
+        if isinstance(image, Image.Image):
+            return _copy_pil(image)
+        if isinstance(image, (str, Path)) and not _DATA_URL.match(str(image)):
+            return _read_file(image, DEFAULT_LIMITS)
+        if (data := encoded_bytes(image)) is not None:
+            return bytes(data)
+    return image
+
+
+def _copy_pil(image: Image.Image) -> Image.Image:
+    if not isinstance(image, ImageFile.ImageFile) or image.fp is None:
+        copy = image.copy()
+        copy.format = image.format
+        return copy
+    position = image.fp.tell()
+    image.fp.seek(0)
+    lazy = Image.open(io.BytesIO(image.fp.read()), formats=_FORMATS)
+    image.fp.seek(position)
+    lazy.seek(image.tell())
+    lazy.info = dict(image.info)
+    return lazy
 
 
 def image_files(directory: Path) -> list[Path]:
-    """Files of a directory whose names are those of images, sorted. Raises OSError."""
-    return sorted(path for path in directory.iterdir() if path.suffix.lower() in SUFFIXES)
+    """Files of a directory with names of images, sorted; hidden ones left out. Raises OSError."""
+    return sorted(
+        path
+        for path in directory.iterdir()
+        if path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file()
+    )
+
+
+def printable(path: str | Path) -> str:
+    """A path as error messages name it: in quotes, its end if it is long."""
+    text = "".join("?" if unicodedata.category(c)[0] == "C" else c for c in str(path))
+    return f"'{text if len(text) <= 200 else '…' + text[-200:]}'"
+
+
+@contextmanager
+def named(source: object) -> Iterator[None]:
+    """Where `source` is a path, put it before the message of an `InputError`."""
+    try:
+        yield
+    except InputError as exc:
+        if isinstance(source, (str, Path)) and not URL.match(str(source)):
+            exc.args = (f"{printable(source)}: {exc}",)
+        raise
 
 
 @contextmanager
 def _translated(action: str) -> Iterator[None]:
     """Translate errors of Pillow and the operating system into `ImageError`.
 
-    Their messages stay in the cause: they can hold addresses, file names and pieces of the file.
+    Their messages stay in the cause: they can hold addresses and pieces of the file.
     """
     try:
         yield
     except ImageError:  # which is a ValueError
         raise
     except _FOREIGN_ERRORS as exc:
+        bomb = isinstance(exc, Image.DecompressionBombError | Image.DecompressionBombWarning)
+        hint = "; it is over Pillow's own limit, PIL.Image.MAX_IMAGE_PIXELS" if bomb else ""
         raise ImageError(
-            f"could not {action} ({type(exc).__name__}); the cause is chained to this error"
+            f"could not {action} ({type(exc).__name__}{hint}); the cause is chained to this error"
         ) from exc
 
 
@@ -152,7 +248,7 @@ def _check_bytes(size: int, limits: ImageLimits) -> None:
     if size > limits.max_bytes:
         raise ImageError(
             f"the image has more than {limits.max_bytes} bytes, the limit; send a smaller file "
-            "or raise ImageLimits.max_bytes"
+            "or raise the setting max_image_bytes"
         )
 
 
@@ -163,7 +259,12 @@ def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
     if width * height > limits.max_pixels:
         raise ImageError(
             f"the image has {width} x {height} pixels, the limit is {limits.max_pixels} in all; "
-            "send a smaller one or raise ImageLimits.max_pixels"
+            "send a smaller one or raise the setting max_image_pixels"
+        )
+    if max(size) > MAX_SIDE_PX:
+        raise ImageError(
+            f"the image has {width} x {height} pixels, the limit of a side is {MAX_SIDE_PX}; send "
+            "a part of it"
         )
 
 
@@ -178,12 +279,15 @@ def _check_jpeg(data: bytes) -> None:
             )
 
 
-def _read_file(path: str | Path, limits: ImageLimits) -> bytes:
-    if isinstance(path, str) and (not path or URL.match(path)):
+def _refuse_base64(start: str) -> None:
+    if start.startswith(_BASE64):
         raise ImageError(
-            "a str must be the path of an image file, not a URL and not empty: molmo_edge fetches "
-            "nothing; download the image and pass its bytes"
+            "this is the text of an encoded image, not its bytes; pass base64.b64decode(text) or a "
+            "str 'data:image/…;base64,…'"
         )
+
+
+def _read_file(path: str | Path, limits: ImageLimits) -> bytes:
     with _translated("read the image file"):
         info = Path(path).stat()
         if not stat.S_ISREG(info.st_mode):
@@ -197,6 +301,7 @@ def _read_file(path: str | Path, limits: ImageLimits) -> bytes:
 
 def _open(data: bytes, limits: ImageLimits) -> Image.Image:
     """Read the header only."""
+    _refuse_base64(data[:16].decode("latin-1"))
     _check_jpeg(data)
     with _translated("read the header of a JPEG, PNG, WebP or BMP image"):
         image = Image.open(io.BytesIO(data), formats=_FORMATS)

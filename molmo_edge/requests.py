@@ -10,6 +10,7 @@ import difflib
 import inspect
 import json
 import time
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import (
@@ -334,8 +335,12 @@ def _read_turn(
             raise PromptError(f"Message {number}: the text must be a string.")
         elif kind == "image" and part.get("image") is not None:
             images.append(load(part["image"], limits))
+        elif kind == "image_url":
+            images.append(load(_data_url(number, part, kind), limits))
         elif kind == "video" and part.get("video") is not None:
             videos.append(load_clip(part["video"]))
+        elif kind == "video_url":
+            videos.append(load_clip(_data_url(number, part, kind)))
         else:
             raise PromptError(
                 f"Message {number}: a part must be {{'type': 'text', 'text': …}}, "
@@ -348,17 +353,30 @@ def _read_turn(
     return Turn(role, " ".join(texts), tuple(images), *videos)
 
 
+def _data_url(number: int, part: Mapping[str, Any], kind: str) -> str:
+    """The URL of an OpenAI ``image_url`` part, which must not name a file of this machine."""
+    url = part.get(kind)
+    url = url.get("url") if isinstance(url, Mapping) else url
+    if not isinstance(url, str) or not url.lstrip()[:5].lower() == "data:":
+        raise PromptError(
+            f"Message {number}: {kind} must be a base64 data: URL; molmo_edge fetches nothing. "
+            "Download the file and pass it as {'type': 'image', 'image': …} or 'video'."
+        )
+    return url
+
+
 def read_labels(given: object) -> list[str]:
     """Labels as in training: lower-cased and stripped. Raises PromptError."""
     labels = [given] if isinstance(given, str) else given
     if not isinstance(labels, list | tuple) or not all(isinstance(one, str) for one in labels):
         raise PromptError("A label must be a string; several must be a list of strings.")
     labels = [" ".join(one.lower().split()) for one in labels]
-    if not labels or not all(labels):
+    # Format characters (Cf) join letters of Persian, Hindi and emoji; alone they are nothing.
+    if not labels or any(set(map(unicodedata.category, one)) <= {"Cf", "Zs"} for one in labels):
         raise PromptError("A label is empty; say what to look for, such as 'the red mug'.")
-    if any("<" in one or ">" in one or not one.isprintable() for one in labels):
+    if any(c in "<>" or unicodedata.category(c) in ("Cc", "Cs") for c in "".join(labels)):
         raise PromptError(
-            "A label contains '<', '>' or characters that cannot be printed; use plain words."
+            "A label contains '<', '>', control characters or lone surrogates; use plain words."
         )
     return labels
 

@@ -3,19 +3,18 @@
 Videos are untrusted: bytes, pixels, duration and decoding work are capped before anything is
 decoded, only the sampled frames are kept, and nothing is ever fetched. Only MP4, MOV, Matroska,
 WebM, AVI, MPEG-TS and GIF files are read, told by their content, so that no playlist or other file
-that refers to further files is followed. PyAV decodes, or OpenCV (slower) where it is missing.
+that refers to further files is followed. PyAV decodes and encodes.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import shutil
 import stat
 import tempfile
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
@@ -33,7 +32,7 @@ from molmo_edge.errors import (
     MolmoEdgeError,
     VideoError,
 )
-from molmo_edge.images import ImageLike
+from molmo_edge.images import EncodedBytes, ImageLike
 
 Frame: TypeAlias = npt.NDArray[np.uint8]
 
@@ -72,7 +71,7 @@ class Video:
     fps: float | None = None
 
 
-VideoLike: TypeAlias = str | Path | bytes | bytearray | memoryview | Video
+VideoLike: TypeAlias = str | Path | EncodedBytes | npt.NDArray[np.uint8] | Video
 
 
 @dataclass(frozen=True)
@@ -158,32 +157,28 @@ def load_video(source: VideoLike, limits: VideoLimits) -> Clip:
     """Return the sampled frames of `source`.
 
     Args:
-        source: the path of a video file, the bytes of one, or a `Video`. A ``str`` is never a URL.
-            A file is sampled by time (`sample_times`): each time gets the frame shown then, by the
-            frames' own time stamps. Rotation metadata is applied. A broken frame is replaced by
-            the one before it.
+        source: the path of a video file, the bytes of one in any form that ``images.load`` takes,
+            or a `Video`. A file is sampled by time (`sample_times`): each time gets the frame shown
+            then, by the frames' own time stamps. Rotation metadata is applied. A broken frame is
+            replaced by the one before it.
         limits: caps, and how many frames are sampled.
 
     Raises:
         VideoError: the video cannot be used; where something else failed, it is the cause.
-        MissingDependencyError: a file, and neither PyAV nor OpenCV is installed.
+        MissingDependencyError: a file, and PyAV is not installed.
     """
     if isinstance(source, Video):
         return _from_frames(source, limits)
-    with _translated("read the video file"), _open(source) as file:
+    with images.named(source), _translated("read the video file"), _open(source) as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
         container = _container(file.read(1024))
         if size > limits.max_bytes:
             raise VideoError(
                 f"the video has more than {limits.max_bytes} bytes, the limit; send a smaller file "
-                "or raise VideoLimits.max_bytes"
+                "or raise the setting max_video_bytes"
             )
-        try:
-            import av
-        except ImportError:
-            return _decode_opencv(file, limits)
-        return _decode_av(av, file, container, limits)
+        return _decode(_pyav(), file, container, limits)
 
 
 def write_video(path: str | Path, frames: Iterable[Frame], fps: float) -> None:
@@ -197,7 +192,7 @@ def write_video(path: str | Path, frames: Iterable[Frame], fps: float) -> None:
 
     Raises:
         VideoError: no frames, one of wrong type or size, or the file cannot be written.
-        MissingDependencyError: neither PyAV nor OpenCV is installed.
+        MissingDependencyError: PyAV is not installed.
     """
     path = Path(path)
     if not (math.isfinite(fps) and fps > 0):
@@ -207,13 +202,18 @@ def write_video(path: str | Path, frames: Iterable[Frame], fps: float) -> None:
         tempfile.TemporaryDirectory(dir=path.parent, prefix=".video-") as directory,
     ):
         temporary = Path(directory, "video.mp4")
-        try:
-            import av
-        except ImportError:
-            _encode_opencv(temporary, _even_frames(frames), fps)
-        else:
-            _encode_av(av, temporary, _even_frames(frames), fps)
+        _encode(_pyav(), temporary, _even_frames(frames), fps)
         temporary.replace(path)
+
+
+def _pyav() -> Any:
+    try:
+        import av
+    except ImportError as exc:
+        raise MissingDependencyError(
+            'Video files need PyAV: pip install "molmo-edge[video]". A Video of frames does not.'
+        ) from exc
+    return av
 
 
 @contextmanager
@@ -304,9 +304,9 @@ def _clip(
 # Files
 
 
-def _open(source: str | Path | bytes | bytearray | memoryview) -> BinaryIO:
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return io.BytesIO(source)
+def _open(source: object) -> BinaryIO:
+    if (data := images.encoded_bytes(source)) is not None:
+        return io.BytesIO(data)
     if not isinstance(source, (str, Path)):
         raise VideoError(
             f"a video cannot be of type {type(source).__name__}; pass a path, the bytes of a file "
@@ -314,8 +314,8 @@ def _open(source: str | Path | bytes | bytearray | memoryview) -> BinaryIO:
         )
     if isinstance(source, str) and (not source or images.URL.match(source)):
         raise VideoError(
-            "a str must be the path of a video file, not a URL and not empty: molmo_edge fetches "
-            "nothing; download the video and pass its path"
+            "a str must be the path of a video file or a base64 data: URL, no other URL and not "
+            "empty: molmo_edge fetches nothing; download the video and pass its path"
         )
     if not stat.S_ISREG(Path(source).stat().st_mode):
         raise VideoError("the path names a directory, pipe or device; a video is a regular file")
@@ -334,13 +334,15 @@ def _check_size(width: int, height: int, frames: int, limits: VideoLimits) -> No
     if width * height > limits.max_pixels:
         raise VideoError(
             f"the video has frames of {width} x {height} pixels, the limit is {limits.max_pixels} "
-            "in all; send a smaller one or raise VideoLimits.max_pixels"
+            "in all; send a smaller one or raise the setting max_image_pixels"
         )
+    if max(width, height) > images.MAX_SIDE_PX:
+        raise VideoError(f"the video has frames of {width} x {height} pixels, which is too long")
     if frames * width * height * 3 > limits.max_frame_bytes:
         raise VideoError(
             f"{frames} sampled frames of {width} x {height} pixels take more than "
-            f"{limits.max_frame_bytes} bytes as RGB, the limit; send a video of lower resolution, "
-            "sample fewer frames or raise VideoLimits.max_frame_bytes"
+            f"{limits.max_frame_bytes} bytes as RGB, the limit; send a video of lower resolution "
+            "or lower the setting max_frames"
         )
 
 
@@ -348,7 +350,7 @@ def _check_length(frames: int, seconds: float, limits: VideoLimits) -> None:
     if frames > _MAX_FILE_FRAMES or seconds > limits.max_duration_s:
         raise VideoError(
             f"the video is longer than {limits.max_duration_s:g} seconds or {_MAX_FILE_FRAMES} "
-            "frames, the limits; send a part of it or raise VideoLimits.max_duration_s"
+            "frames, the limits; send a part of it or raise the setting max_video_s"
         )
 
 
@@ -374,9 +376,6 @@ def _sample(
     indices = np.searchsorted(starts[1:], shown, side="right")
     fps = len(starts) / duration if len(starts) > 1 and duration > 0 else None
     return times, indices.tolist(), fps
-
-
-# PyAV
 
 
 def _packets(av: Any, file: BinaryIO, demuxer: str, limits: VideoLimits) -> Generator[Any]:
@@ -440,7 +439,7 @@ def _index(packets: Iterator[Any], limits: VideoLimits) -> _Index:
     return _Index(times, np.asarray(keys, np.int64), order, int(end), tick, size)
 
 
-def _decode_av(av: Any, file: BinaryIO, demuxer: str, limits: VideoLimits) -> Clip:
+def _decode(av: Any, file: BinaryIO, demuxer: str, limits: VideoLimits) -> Clip:
     with closing(_packets(av, file, demuxer, limits)) as packets:
         index = _index(packets, limits)
     starts = index.ticks[index.order] * index.tick.numerator / index.tick.denominator
@@ -523,7 +522,7 @@ def _even_frames(frames: Iterable[Frame]) -> Iterator[Frame]:
         raise VideoError("the video has no frames")
 
 
-def _encode_av(av: Any, path: Path, frames: Iterator[Frame], fps: float) -> None:
+def _encode(av: Any, path: Path, frames: Iterator[Frame], fps: float) -> None:
     h264 = "libx264" in av.codecs_available
     with av.open(str(path), "w") as container:
         stream: Any = None
@@ -538,79 +537,3 @@ def _encode_av(av: Any, path: Path, frames: Iterator[Frame], fps: float) -> None
                 stream.pix_fmt = "yuv420p"
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-
-
-# OpenCV
-
-
-def _opencv() -> Any:
-    try:
-        import cv2
-    except ImportError as exc:
-        raise MissingDependencyError(
-            'Video files need PyAV: pip install "molmo-edge[video]". A Video of frames does not.'
-        ) from exc
-    return cv2
-
-
-def _decode_opencv(file: BinaryIO, limits: VideoLimits) -> Clip:
-    cv2 = _opencv()
-    file.seek(0)
-    if b"<mpd" in file.read(2**20).lower():  # FFmpeg would take it for a DASH playlist
-        raise VideoError("the video file contains a playlist")
-    file.seek(0)
-    with ExitStack() as stack:
-        if isinstance(file, io.BytesIO):
-            copy = stack.enter_context(tempfile.TemporaryFile())
-            shutil.copyfileobj(file, copy)
-            copy.flush()
-            file = copy
-
-        def opened() -> Any:
-            # By descriptor: OpenCV takes some names for patterns.
-            capture = cv2.VideoCapture(f"/proc/self/fd/{file.fileno()}", cv2.CAP_FFMPEG)
-            stack.callback(capture.release)
-            return capture
-
-        capture = opened()
-        width = int(capture.get(cv2.CAP_PROP_FRAME_WIDTH))
-        height = int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
-        _check_size(width, height, 1, limits)
-        rate = capture.get(cv2.CAP_PROP_FPS)
-        step = 1 / rate if 0 < rate < math.inf else 0.0
-        stamps: list[float] = []
-        while capture.grab():
-            stamps.append(capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)
-            _check_length(len(stamps), stamps[-1] - stamps[0], limits)
-            _check_work(2 * len(stamps), width, height)
-        if not stamps:
-            raise VideoError("no frame of the video can be decoded")
-        starts = np.asarray(stamps)
-        if (np.diff(starts) <= 0).any():
-            starts = np.arange(len(stamps)) * step
-        # Matroska's stamps are milliseconds, of which a sum can exceed the duration.
-        times, indices, fps = _sample(starts, round(float(starts[-1]) + step, 3), limits)
-        wanted = set(indices)
-        kept: dict[int, Frame] = {}
-        capture = opened()
-        for position in range(max(indices) + 1):
-            if not capture.grab():
-                raise VideoError("the video file changed while it was read")
-            if position in wanted:
-                pixels = capture.retrieve()[1]
-                _check_size(pixels.shape[1], pixels.shape[0], len(wanted), limits)
-                kept[position] = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
-    return _clip(kept, indices, times, fps)
-
-
-def _encode_opencv(path: Path, frames: Iterator[Frame], fps: float) -> None:
-    cv2 = _opencv()
-    writer: Any = None
-    for frame in frames:
-        if writer is None:
-            size = (frame.shape[1], frame.shape[0])
-            writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, size)
-            if not writer.isOpened():
-                raise VideoError("OpenCV cannot write the video file")
-        writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
-    writer.release()

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from molmo_edge import EdgeVLM, Request, Video
 from molmo_edge.engine.fake import FakeEngine, FakeFactory
 from molmo_edge.errors import ConfigError, ImageError, PromptError, VideoError
 from molmo_edge.interface import Turn
 from molmo_edge.points import TrackPoint
+from tests.image_files import encode
 
 IMAGE = np.zeros((20, 30, 3), np.uint8)
 VIDEO = Video(np.zeros((9, 20, 30, 3), np.uint8), fps=4.0)
@@ -82,6 +85,9 @@ def test_a_conversation_has_images_in_any_turn_or_one_video(
         ]
 
     image, video = {"type": "image", "image": IMAGE}, {"type": "video", "video": VIDEO}
+    png = base64.b64encode(encode(Image.fromarray(IMAGE), "PNG")).decode()
+    url = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png}"}}
+    assert vlm.chat(turns([url], [], [image])).text == "[1, 0, 1] []"
     assert vlm.chat(turns([image], [], [image, image])).text == "[1, 0, 2] []"
     assert vlm.chat(turns([], [], [video])).text == f"[0, 0, 0] [{TIMES}]"
     added = len(fake.engine.added)
@@ -99,10 +105,12 @@ def test_a_conversation_has_images_in_any_turn_or_one_video(
 
 
 def test_a_video_that_cannot_be_used_is_its_own_failure(vlm: EdgeVLM) -> None:
-    requests = [Request(None, "q", video=b"no video"), Request(None, "q"), Request([b""], "q")]
+    requests = [Request(None, "q", video=b"no"), Request(None, "q"), Request(["a.png"], "q")]
     first, second, third = vlm.batch(requests, return_exceptions=True)
     assert isinstance(first, VideoError) and isinstance(third, ImageError)
-    assert str(second) == "[0] []"
+    assert str(second) == "[0] []" and str(third).startswith("'a.png': could not read")
+    with pytest.raises(ImageError, match=r"^Request 1 of the batch: 'a\.png': could not read"):
+        vlm.batch(requests[1:])
 
 
 def test_a_family_without_video_refuses_one(vlm: EdgeVLM, fake: FakeFactory) -> None:

@@ -30,6 +30,10 @@ def refuse(video: object) -> Any:
                 [{"type": "text", "text": 5}],
                 [{"type": "video"}],
                 [{"type": "image", "image": None}],
+                [{"type": "image_url"}],
+                [{"type": "image_url", "image_url": {"url": "https://host/a.png"}}],
+                [{"type": "image_url", "image_url": {"url": "/etc/passwd"}}],
+                [{"type": "video_url", "video_url": "file:///etc/passwd"}],
             )
         ),
     ],

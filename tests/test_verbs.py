@@ -159,7 +159,9 @@ def test_a_truncated_answer_keeps_its_complete_points(photo: np.ndarray) -> None
     assert answer.result is not None and answer.result.finish_reason == "length"
 
 
-@pytest.mark.parametrize("label", ["   ", "a <b>", "a\x1b[31m", None, b"mug", []])
+@pytest.mark.parametrize(
+    "label", ["   ", "\u200d \u200c", "a <b>", "a\x1b[31m", "a\ud800", None, b"mug", []]
+)
 def test_labels_that_are_not_plain_words_are_refused(
     vlm: EdgeVLM, fake: FakeFactory, photo: np.ndarray, label: Any
 ) -> None:
@@ -169,6 +171,23 @@ def test_labels_that_are_not_plain_words_are_refused(
     with pytest.raises(PromptError):
         vlm.point(photo, ["mug", label])
     assert fake.engine.added == []
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        "\u0645\u06cc\u200c\u062e",
+        "\u0915\u094d\u200d\u0937",
+        "\U0001f468\u200d\U0001f467",
+        "\U0001fae9",
+        "a\u00a0b",
+    ],
+)
+def test_labels_of_any_script_are_kept(
+    vlm: EdgeVLM, fake: FakeFactory, photo: np.ndarray, label: str
+) -> None:
+    assert vlm.point(photo, label).label == label.replace("\u00a0", " ")
+    assert fake.engine.prompts == ["Point to " + label.replace("\u00a0", " ")]
 
 
 @pytest.mark.parametrize(

@@ -194,12 +194,10 @@ def _code(device: DeviceInfo, capability: tuple[int, int], library: Library) -> 
 
 def _video(install: Install) -> Finding:
     """What decodes video files, for Molmo 2; frames need no decoder."""
-    todo = "pip install 'molmo-edge[video]'"
     if (version := install.versions.get("av")) is not None:
         return Finding("ok", "Video files", f"are decoded by PyAV {version}")
-    if install.versions.keys() & {"opencv-python-headless", "opencv-python"}:
-        return Finding("note", "Video files", "are decoded by OpenCV; PyAV is faster", todo)
-    return Finding("note", "Video files", "cannot be decoded: neither PyAV nor OpenCV", todo)
+    todo = "pip install 'molmo-edge[video]'"
+    return Finding("note", "Video files", "cannot be decoded without PyAV", todo)
 
 
 def _memory(device: DeviceInfo, profile: Profile) -> Finding:

@@ -9,7 +9,6 @@ second, later read from its cache on disk).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -63,8 +62,6 @@ def write_patches(
     run_in_threads(kernel, calls, threads)
 
 
-# A camera's images are all of one size.
-@lru_cache(maxsize=16)
 def _taps(size: int, new_size: int) -> tuple[Ints, Floats]:
     """The triangle filter from `size` to `new_size`, made wider when shrinking.
 
