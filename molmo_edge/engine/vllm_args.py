@@ -90,6 +90,11 @@ def plan_build(
     settings = _with_dtypes(resolved, device, shape)
     max_crops = settings.max_crops or family.default_crops(folder)
     float32 = settings.dtype == "float32"
+    if settings.mm_encoder_attn_backend == "FLASHINFER":
+        raise ConfigError(
+            "mm_encoder_attn_backend FLASHINFER attends within packed sequences only, which this "
+            "vision tower does not have; use TORCH_SDPA, TRITON_ATTN or FLASH_ATTN."
+        )
     if device.kind == "cpu" and shape.stored == "nvfp4":
         raise ConfigError("vLLM's CPU backend has no kernel for nvfp4 checkpoints; it needs a GPU.")
     if device.kind == "cpu" and shape.stored == "w4a16" and float32:

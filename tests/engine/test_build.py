@@ -139,6 +139,7 @@ def test_molmo_2_gets_its_backend_its_context_and_the_frames_that_fit(tmp_path: 
     assert "attention_backend" not in args(LAPTOP, checkpoint, precision="bf16")
     for device, settings, message in (
         (H100, {"attention_backend": "FLASH_ATTN"}, "must be TRITON_ATTN for molmo2"),
+        (H100, {"mm_encoder_attn_backend": "FLASHINFER"}, "use TORCH_SDPA"),
         (H100, {"kv_cache_dtype": "fp8_per_token_head"}, "use fp8 or auto"),
         (LAPTOP, {"kv_cache_dtype": "fp8"}, "no FP8 KV cache on CPUs"),
     ):
