@@ -45,7 +45,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: the file is missing, unreadable or not a JSON object.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes().decode())
     except FileNotFoundError:
         raise ModelError(
             f"'{path}' is missing. A checkpoint directory holds config.json, the tokenizer's files "
@@ -53,8 +53,11 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from None
     except OSError as exc:
         raise ModelError(f"'{path}' cannot be read: {exc.strerror}.") from exc
-    except ValueError as exc:
-        raise ModelError(f"'{path}' is not valid JSON. Download it again.") from exc
+    except (ValueError, RecursionError) as exc:
+        raise ModelError(
+            f"'{path}' is not valid JSON in UTF-8 without a byte order mark ({exc}). Download it "
+            "again."
+        ) from exc
     if not isinstance(value, dict):
         raise ModelError(f"'{path}' must hold a JSON object.")
     return value

@@ -32,6 +32,20 @@ memory addresses or prompt text.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that a misspelt one probably means; None if none is close."""
+    return next(iter(difflib.get_close_matches(name[:120], known, n=1, cutoff=0.75)), None)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A sentence with the nearest known name, after a space; empty if none is close."""
+    near = nearest(name, known)
+    return f" Did you mean {near}?" if near else ""
+
 
 class MolmoEdgeError(Exception):
     """Base class of every error raised on purpose by molmo_edge."""

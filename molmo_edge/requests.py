@@ -6,12 +6,11 @@ the answer.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import time
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import (
     Annotated,
@@ -24,6 +23,7 @@ from typing import (
     cast,
 )
 
+import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 from pydantic.errors import PydanticUserError
 from typing_extensions import TypeVar
@@ -33,13 +33,14 @@ from molmo_edge.errors import (
     PromptError,
     PromptTooLongError,
     SamplingError,
+    did_you_mean,
 )
 from molmo_edge.images import ImageLike, ImageLimits, load
 from molmo_edge.interface import PROMPTS, Turn
 from molmo_edge.points import CountResult, PointResult, TrackResult, parse_points
 from molmo_edge.results import Result
 from molmo_edge.sampling import Sampling
-from molmo_edge.settings import describe
+from molmo_edge.settings import EdgeSettings, describe, plain
 from molmo_edge.video import Clip, VideoLike
 
 # What `EdgeVLM.batch` answers a request with.
@@ -236,10 +237,11 @@ def check_options(options: Mapping[str, Any], max_crops_limit: int | None) -> Ch
     """
     for name in options:
         if name not in Options.__annotations__:
-            near = difflib.get_close_matches(name, Options.__annotations__, n=1, cutoff=0.5)
-            hint = f" Did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(name, Options.__annotations__)
+            if name in EdgeSettings.model_fields:
+                hint = " It is a setting of EdgeVLM, for all requests."
             raise SamplingError(f"Unknown option {name}.{hint}")
-    values = dict(options)
+    values = {name: plain(value) for name, value in options.items()}
     if values.get("json_schema") is not None:
         values["json_schema"], values["answer_model"] = _read_schema(values["json_schema"])
         if values.get("ignore_eos"):
@@ -278,9 +280,11 @@ def _read_schema(given: object) -> tuple[dict[str, Any], type[BaseModel] | None]
 
 def check_token_ids(ids: Sequence[int]) -> list[int]:
     """Return the ids as a list. Raises PromptError for what is no token id."""
-    if not isinstance(ids, Sequence) or not all(type(i) is int and i >= 0 for i in ids):
+    given = [plain(i) for i in ids] if isinstance(ids, Sequence | np.ndarray) else [None]
+    numbers = [i for i in given if type(i) is int and i >= 0]
+    if len(numbers) != len(given):
         raise PromptError("An answer and its candidates are lists of token ids.")
-    return list(ids)
+    return numbers
 
 
 def question(
@@ -292,6 +296,14 @@ def question(
     if video is not None:
         content.append({"type": "video", "video": video})
     return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+
+
+def numbered(requests: Iterable[Request[A_co]]) -> Iterator[tuple[int, Request[A_co]]]:
+    """Index and request of a batch. Raises PromptError for what is no iterable."""
+    try:
+        return enumerate(requests)
+    except TypeError:
+        raise PromptError("A batch is a list or another iterable of Request objects.") from None
 
 
 def read_turns(

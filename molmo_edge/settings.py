@@ -6,7 +6,9 @@ where a higher source hides it: a misspelt name that is silently ignored is wors
 
 from __future__ import annotations
 
-import difflib
+import codecs
+import functools
+import logging
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+import numpy as np
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -27,7 +30,11 @@ from pydantic import (
 from pydantic_core import ErrorDetails, from_json, to_jsonable_python
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource
 
-from molmo_edge.errors import ConfigError
+from molmo_edge.errors import ConfigError, nearest
+from molmo_edge.files import expand_home
+from molmo_edge.sampling import Sampling
+
+logger = logging.getLogger("molmo_edge")
 
 PREFIX = "MOLMO_EDGE_"
 
@@ -39,6 +46,9 @@ PRECISIONS: tuple[str, ...] = get_args(PrecisionName)
 
 # vLLM's names of what a setting with another name decides.
 _SETTING_OF = {"quantization": "precision", "kv_cache_memory_bytes": "kv_cache_memory_gb"}
+_REQUEST_OPTIONS = frozenset({*Sampling.model_fields, "timeout", "top_k", "repetition_penalty"})
+# What Kubernetes and Compose set for a service whose name begins with molmo-edge.
+_SERVICE = re.compile(r"(.+_)?(service_host|service_port(_.+)?|port(_\d+_[a-z]+(_.+)?)?)")
 
 
 def _parse_json(value: object) -> object:
@@ -55,15 +65,8 @@ def _not_a_setting(engine_args: dict[str, Any]) -> dict[str, Any]:
     return engine_args
 
 
-def _expand_home(value: Path) -> Path:
-    try:
-        return value.expanduser()
-    except RuntimeError:
-        raise ValueError("begins with an unknown home directory") from None
-
-
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-Directory = Annotated[Path, Field(strict=False), AfterValidator(_expand_home)]
+Directory = Annotated[Path, Field(strict=False), AfterValidator(expand_home)]
 EngineArgs = Annotated[dict[str, Any], BeforeValidator(_parse_json), AfterValidator(_not_a_setting)]
 
 
@@ -237,30 +240,58 @@ def resolve(
 def _variables(source: EnvSettingsSource) -> dict[str, str]:
     """Our variables of a source by setting, without those that count as not given."""
     prefix = PREFIX.lower()  # pydantic-settings ignores the case of variables
-    return {
-        name.removeprefix(prefix): value
+    given = {
+        name.removeprefix(prefix): _unquote((value or "").strip())
         for name, value in source.env_vars.items()
-        if name.startswith(prefix) and value and value.lower() != "none"
+        if name.startswith(prefix)
+    }
+    return {
+        name: value
+        for name, value in given.items()
+        if value and value.lower() != "none" and not _SERVICE.fullmatch(name)
     }
 
 
+def _unquote(value: str) -> str:
+    """Without one pair of quotes, which ``docker --env-file`` keeps."""
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
+    return value[1:-1] if quoted else value
+
+
 def _open_dotenv() -> DotEnvSettingsSource:
+    path = Path(".env")
     try:
-        return DotEnvSettingsSource(_Variables, Path(".env"))
-    except (OSError, UnicodeDecodeError) as exc:
+        encoding = _encoding(path.read_bytes()) if path.is_file() else "utf-8"
+        return DotEnvSettingsSource(_Variables, path, env_file_encoding=encoding)
+    except OSError as exc:
         raise ConfigError(f".env cannot be read: {exc}") from exc
+
+
+@functools.cache  # one warning for one file
+def _encoding(data: bytes) -> str:
+    """Encoding of a ``.env`` file, which another program may have written."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    else:
+        try:
+            data.decode()
+            return "utf-8-sig"
+        except UnicodeDecodeError:
+            encoding = "latin-1"
+    logger.warning(".env is not UTF-8 and is read as %s.", encoding)
+    return encoding
 
 
 def _read_toml(config: Path | str) -> dict[str, Any]:
     try:
-        return tomllib.loads(Path(config).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError) as exc:
+        return tomllib.loads(expand_home(config).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as exc:
         raise ConfigError(f"config file '{config}' cannot be read: {exc}") from exc
 
 
 def _check(label: str, values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Validate the names and values of one source; variables, which have a prefix, as strings."""
-    given = {name: value for name, value in values.items() if value is not None}
+    given = {name: plain(value) for name, value in values.items() if value is not None}
     validate = EdgeSettings.model_validate_strings if prefix else EdgeSettings.model_validate
     try:
         settings = validate(given)
@@ -291,9 +322,23 @@ def _explain(error: ErrorDetails, prefix: str) -> str:
 
     name = str(error["loc"][0])[:60]
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, EdgeSettings.model_fields, n=1, cutoff=0.0)[0]
-        return f"{spelled(name)!r} is unknown; the nearest valid name is {spelled(near)}"
+        return f"{spelled(name)} {_unknown(name, spelled)}"
     return f"{spelled(name)} {describe(error)}"
+
+
+def _unknown(name: str, spelled: Callable[[str], str]) -> str:
+    if name in _SETTING_OF:
+        return f"is vLLM's name; set {spelled(_SETTING_OF[name])}."
+    if name in _REQUEST_OPTIONS:
+        return "is an option of a request, as in query(image, text, max_tokens=60)."
+    near = nearest(name.lower(), EdgeSettings.model_fields)
+    hint = f" Did you mean {spelled(near)}?" if near else ""
+    return f"is unknown.{hint} vLLM's own arguments belong in {spelled('engine_args')}."
+
+
+def plain(value: Any) -> Any:
+    """The Python value of a NumPy scalar; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def describe(error: ErrorDetails) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import math
 import stat
-import tempfile
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -32,6 +31,7 @@ from molmo_edge.errors import (
     MolmoEdgeError,
     VideoError,
 )
+from molmo_edge.files import replacing
 from molmo_edge.images import EncodedBytes, ImageLike
 
 Frame: TypeAlias = npt.NDArray[np.uint8]
@@ -197,13 +197,8 @@ def write_video(path: str | Path, frames: Iterable[Frame], fps: float) -> None:
     path = Path(path)
     if not (math.isfinite(fps) and fps > 0):
         raise VideoError("fps must be a positive number of frames per second")
-    with (
-        _translated("write the video file"),
-        tempfile.TemporaryDirectory(dir=path.parent, prefix=".video-") as directory,
-    ):
-        temporary = Path(directory, "video.mp4")
+    with _translated("write the video file"), replacing(path) as temporary:
         _encode(_pyav(), temporary, _even_frames(frames), fps)
-        temporary.replace(path)
 
 
 def _pyav() -> Any:

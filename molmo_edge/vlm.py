@@ -63,6 +63,7 @@ from molmo_edge.requests import (
     VideoOptions,
     check_options,
     check_token_ids,
+    numbered,
     read_labels,
     read_turns,
 )
@@ -206,7 +207,7 @@ class EdgeVLM:
         Requests are taken from the iterable as the engine has room for them. Leaving the loop
         early cancels what is in flight.
         """
-        waiting, most = enumerate(requests), 2 * self.settings.max_num_seqs
+        waiting, most = numbered(requests), 2 * self.settings.max_num_seqs
         opened: dict[int, _Opened[A]] = {}
         try:
             while True:
@@ -337,7 +338,7 @@ class EdgeVLM:
             except MolmoEdgeError as exc:
                 return index, exc
 
-        tasks = [asyncio.create_task(answer(*item)) for item in enumerate(requests)]
+        tasks = [asyncio.create_task(answer(*item)) for item in numbered(requests)]
         try:
             for task in asyncio.as_completed(tasks):
                 yield await task

@@ -41,6 +41,7 @@ from molmo_edge.errors import (
 )
 from molmo_edge.images import SUFFIXES, ImageLike, image_files
 from molmo_edge.results import Result
+from molmo_edge.settings import plain
 from molmo_edge.video import Video
 
 logger = logging.getLogger("molmo_edge")
@@ -127,6 +128,7 @@ class Camera:
             raise ConfigError("drop must be 'oldest' or 'none'.")
         if on_stall not in ("raise", "reconnect"):
             raise ConfigError("on_stall must be 'raise' or 'reconnect'.")
+        max_fps, frame_timeout, window = map(plain, (max_fps, frame_timeout, window))
         for name, value in (("max_fps", max_fps), ("frame_timeout", frame_timeout)):
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if value is not None and not (number and 0 < value < math.inf):
@@ -334,6 +336,7 @@ def _wait(news: queue.SimpleQueue[None], seconds: float) -> None:
 
 def _frames_of(source: Source) -> tuple[_Frames, bool]:
     """Return how to open a source, and whether it has a clock: its frames come by themselves."""
+    source = plain(source)
     if isinstance(source, str) and source.strip().isdecimal():
         source = int(source)
     if isinstance(source, int) and not isinstance(source, bool) and source >= 0:

@@ -11,7 +11,7 @@ ROOT = Path(molmo_edge.__file__).parent
 # From the ground up: a module may import from its own row and from the rows above it in this list.
 ROWS = (
     ("errors", "_version"),
-    ("results",),
+    ("results", "files"),
     ("images", "video", "settings", "sampling", "checkpoint_files"),
     ("interface", "points", "watch", "devices"),
     ("requests",),

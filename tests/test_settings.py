@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
@@ -127,23 +128,54 @@ def test_the_profile_is_looked_up_once_by_the_name_the_highest_source_gave(
     assert requested == ["auto", "spark", "cpu"]
 
 
-def test_a_misspelt_name_in_any_source_is_refused_with_the_nearest(
+def test_an_unknown_name_in_any_source_is_refused_with_the_way_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    unknown = "is unknown; the nearest valid name is"
-    assert refusal(max_model_length=1024) == (
-        f"argument: 'max_model_length' {unknown} max_model_len"
-    )
+    def unknown(label: str, name: str, near: str, prefix: str = "") -> str:
+        hint = f" Did you mean {prefix}{near}?" if near else ""
+        args = f"{prefix}ENGINE_ARGS" if prefix else "engine_args"
+        return f"{label}: {prefix}{name} is unknown.{hint} vLLM's own arguments belong in {args}."
+
+    for name, near in {
+        "max_model_length": "max_model_len",
+        "trust_remote_code": "",
+        "limit_mm_per_prompt": "",
+    }.items():
+        assert refusal(**{name: 1}) == unknown("argument", name, near)
     with monkeypatch.context() as patch:
         patch.setenv("MOLMO_EDGE_MODELL", "stub")
-        assert refusal() == f"environment: 'MOLMO_EDGE_MODELL' {unknown} MOLMO_EDGE_MODEL"
+        assert refusal() == unknown("environment", "MODELL", "MODEL", "MOLMO_EDGE_")
     Path(".env").write_text("A=1\nMOLMO_EDGE_PERCISION=fp8\n")
-    assert refusal() == f".env: 'MOLMO_EDGE_PERCISION' {unknown} MOLMO_EDGE_PRECISION"
+    assert refusal() == unknown(".env", "PERCISION", "PRECISION", "MOLMO_EDGE_")
     Path(".env").unlink()
     config = write_toml("[enginee_args]\na = 1\n")
-    assert refusal(config) == f"config robot.toml: 'enginee_args' {unknown} engine_args"
-    with pytest.raises(ConfigError, match=f"profile thor: 'max-num-seqs' {unknown} max_num_seqs"):
+    assert refusal(config) == unknown("config robot.toml", "enginee_args", "engine_args")
+    with pytest.raises(ConfigError, match="profile thor: max-num-seqs is unknown"):
         resolve({}, profile_settings=as_profile({"max-num-seqs": 3}))
+    assert "set precision" in refusal(quantization="fp8")
+    for option in ("max_tokens", "temperature", "timeout", "top_k"):
+        assert f"{option} is an option of a request" in refusal(**{option: 1})
+
+
+def test_variables_of_kubernetes_and_compose_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_80_TCP",
+        "PORT_80_TCP_ADDR", "PORT_53_UDP_PROTO", "VLM_SERVICE_HOST", "VLM_PORT_80_TCP_PORT",
+        "VLM_SERVICE_PORT_HTTP",
+    ):  # fmt: skip
+        monkeypatch.setenv(f"MOLMO_EDGE_{name}", "tcp://10.0.0.7:80")
+    assert resolve({}).settings == EdgeSettings()
+    monkeypatch.setenv("MOLMO_EDGE_SERVICE", "x")
+    assert "MOLMO_EDGE_SERVICE is unknown" in refusal()
+
+
+def test_numpy_scalars_are_numbers() -> None:
+    given = {"max_num_seqs": np.int64(2), "stall_s": np.float32(2), "enforce_eager": np.bool_(True)}
+    settings = resolve(given).settings
+    assert (settings.max_num_seqs, settings.stall_s, settings.enforce_eager) == (2, 2.0, True)
+    assert type(settings.max_num_seqs) is int
+    assert "max_num_seqs should be a valid integer" in refusal(max_num_seqs=np.float64(2))
+    assert "seed" in refusal(seed=np.arange(2))
 
 
 def test_a_value_is_checked_even_where_a_higher_source_hides_it(
@@ -194,6 +226,12 @@ def test_ranges(name: str, refused: list[Any], taken: list[Any]) -> None:
         ("enforce_eager", "0", False),
         ("cache_dir", "~/molmo", Path("/home/robot/molmo")),
         ("engine_args", '{"max_num_batched_tokens": 4096}', {"max_num_batched_tokens": 4096}),
+        # `docker --env-file` keeps quotes.
+        ("engine_args", "'{\"max_logprobs\": 5}'", {"max_logprobs": 5}),
+        ("cache_dir", '"/data/cache"', Path("/data/cache")),
+        ("max_queue", " '7' ", 7),
+        ("model", "'none'", "stub"),
+        ("model", "it's", "it's"),
     ],
 )
 def test_text_of_the_environment_becomes_the_settings_type_or_is_refused(
@@ -225,8 +263,18 @@ def test_a_dotenv_that_is_no_text_file() -> None:
     Path(".env").mkdir()  # often a virtual environment
     assert resolve({}).settings == EdgeSettings()
     Path(".env").rmdir()
-    Path(".env").write_bytes(b"A=\xff\n")
-    assert ".env cannot be read" in refusal()
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-8-sig"])
+def test_files_in_other_encodings_are_read(
+    encoding: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    Path(".env").write_bytes("MOLMO_EDGE_MODEL=Müll\nNAME=é\n".encode(encoding))
+    assert resolve({}).settings.model == "Müll"
+    assert ("not UTF-8" in caplog.text) is (encoding != "utf-8-sig")
+    if encoding == "utf-8-sig":
+        Path("robot.toml").write_bytes("max_num_seqs = 3\n".encode(encoding))
+        assert resolve({}, config="robot.toml").settings.max_num_seqs == 3
 
 
 @pytest.mark.parametrize("name", ["thor", "rtx5080", "cpu"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import threading
 from collections.abc import Iterator
@@ -96,6 +97,30 @@ def test_a_batch_keeps_order_and_raises_or_returns_errors(vlm: EdgeVLM) -> None:
     with pytest.raises(PromptError):
         vlm.batch(requests)
     assert vlm.batch([]) == []
+    mixed: list[Any] = [(None, "a"), {"image": None, "text": "a"}, None, Request(None, "d")]
+    for results in (
+        vlm.batch(mixed, return_exceptions=True),
+        asyncio.run(vlm.abatch(mixed, return_exceptions=True)),
+    ):
+        assert [type(r) for r in results] == [PromptError] * 3 + [Result]
+    for wrong in (None, mixed[-1]):
+        with pytest.raises(PromptError):
+            vlm.batch(wrong)
+
+
+def test_numpy_scalars_are_numbers_in_every_call(vlm: EdgeVLM) -> None:
+    options: Any = {
+        "max_tokens": np.int64(2), "temperature": np.float32(0.5), "top_p": np.float64(0.5),
+        "ignore_eos": np.bool_(True), "timeout": np.float32(30), "logprobs": np.int32(2),
+    }  # fmt: skip
+    assert vlm.query(None, "q", **options).metrics.output_tokens == 2
+    [seen] = vlm.watch([IMAGE], "q", max_fps=np.float32(9), frame_timeout=np.int64(9))
+    assert seen.result is not None
+    assert vlm.score(None, "q", np.array([1, 2])).token_ids == (1, 2)
+    with pytest.raises(SamplingError, match="max_tokens should be a valid integer"):
+        vlm.query(None, "q", max_tokens=np.float32(2))
+    with pytest.raises(SamplingError, match=r"max_model_len\. It is a setting"):
+        vlm.query(None, "q", max_model_len=64)  # type: ignore[call-arg]
 
 
 def test_a_batch_can_yield_answers_as_they_finish_and_be_left_early(

@@ -19,6 +19,7 @@ from molmo_edge.bench import cases
 from molmo_edge.bench.document import Row, Sample
 from molmo_edge.bench.measure import Bench, sample_of
 from molmo_edge.devices.caches import CACHE_VARIABLES
+from molmo_edge.files import scratch
 
 LIMIT_S = 1800.0
 """A start that takes longer is reported as failed."""
@@ -26,12 +27,12 @@ LIMIT_S = 1800.0
 
 def measure(bench: Bench) -> None:
     """Two rows: the first start ever, and the starts after it."""
-    with tempfile.TemporaryDirectory(prefix="molmo-edge-cold-") as directory:
+    with scratch(Path(tempfile.gettempdir())) as directory:
         for present in (False, True):
             title = f"disk caches {'present' if present else 'absent'}"
             with bench.row(bench.cases[0], caches=None, title=title, disk_caches=present) as row:
                 for iteration in range(bench.options.starts if present else 1):
-                    bench.add(row, start_once(bench, row, iteration, Path(directory)))
+                    bench.add(row, start_once(bench, row, iteration, directory))
                 row.stopped = "fixed"
 
 

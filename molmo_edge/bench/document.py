@@ -6,8 +6,6 @@ always means "unknown", never zero.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from molmo_edge.errors import BenchmarkError
+from molmo_edge.files import write_file
 
 Scalar = str | int | float | bool | None
 Stop = Literal["narrow", "cap", "time", "fixed", "interrupted", "error"]
@@ -256,14 +255,9 @@ def write(content: str | bytes, path: Path) -> None:
     Raises:
         BenchmarkError: the directory cannot be made or written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(path)
+        write_file(path, content)
     except OSError as exc:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise BenchmarkError(
             f"cannot write {path}: {exc.strerror or 'input/output error'}; "
             "choose a writable place with --output"

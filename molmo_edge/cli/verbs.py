@@ -36,6 +36,7 @@ from molmo_edge.cli.common import (
     write,
 )
 from molmo_edge.errors import ConfigError, InputError, RequestError
+from molmo_edge.files import replacing
 from molmo_edge.images import SUFFIXES
 from molmo_edge.points import CountResult, Point, PointResult, TrackResult
 from molmo_edge.stream import Stream
@@ -371,7 +372,8 @@ def _write_drawings(answers: Sequence[PointResult], path: Path, video: bool) -> 
     drawing = PointResult("", points, images=images)
     for index, name in zip(numbers, paths, strict=True):
         try:
-            drawing.draw(index=index).save(name)
+            with replacing(name) as temporary:
+                drawing.draw(index=index).save(temporary)
         except (OSError, ValueError) as exc:  # a format has a largest size, of which it says either
             raise ConfigError(f"--draw: '{name}' cannot be written.") from exc
     return [str(name) for name in paths] if several else str(path)

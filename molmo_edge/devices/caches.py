@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from molmo_edge.devices.detect import DeviceInfo
+from molmo_edge.errors import ConfigError
 
 # Environment variable → directory below the root, of each library with a cache.
 _DIRECTORIES = {
@@ -29,10 +30,20 @@ CACHE_VARIABLES = frozenset(_DIRECTORIES | _GPU_DIRECTORIES)
 
 
 def default_cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
-    """`$XDG_CACHE_HOME/molmo_edge`, or `~/.cache/molmo_edge`."""
-    root = environ.get("XDG_CACHE_HOME")
-    home = environ.get("HOME") or Path.home()
-    return (Path(root) if root else Path(home) / ".cache") / "molmo_edge"
+    """`$XDG_CACHE_HOME/molmo_edge`, or `~/.cache/molmo_edge`.
+
+    Raises:
+        ConfigError: this user has no home directory.
+    """
+    if root := environ.get("XDG_CACHE_HOME"):
+        return Path(root) / "molmo_edge"
+    try:
+        return Path(environ.get("HOME") or Path.home()) / ".cache" / "molmo_edge"
+    except RuntimeError:
+        raise ConfigError(
+            "This user has no home directory for the cache: set HOME, or name a directory with "
+            "cache_dir or MOLMO_EDGE_CACHE_DIR."
+        ) from None
 
 
 def cache_environment(
@@ -48,6 +59,6 @@ def cache_environment(
     parts = [f"{name}-{versions.get(name) or 'unknown'}" for name in ("vllm", "torch")]
     parts += [(device.sm or "sm_unknown") if device.kind == "cuda" else "cpu", device.name]
     key = re.sub(r"[^a-z0-9._+]+", "-", "-".join(parts).lower()).strip("-")[:150]
-    directory = root.expanduser().absolute() / "compiled" / key
+    directory = root.absolute() / "compiled" / key
     names = _DIRECTORIES | (_GPU_DIRECTORIES if device.kind == "cuda" else {})
     return {variable: str(directory / name) for variable, name in names.items()}

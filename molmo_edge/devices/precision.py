@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from molmo_edge.devices.detect import DeviceInfo
 from molmo_edge.devices.profiles import Profile
+from molmo_edge.devices.specs import GIB
 from molmo_edge.errors import ConfigError
 
 # Beside weights and cache, for the CUDA context, graphs, and activations of a few thousand tokens.
-_WORKSPACE_BYTES = 1 << 30
+_WORKSPACE_BYTES = GIB
 # Of shared or main memory, left to other programs where free memory is not known.
 _SYSTEM_FRACTION = 0.15
 DEFAULT_UTILIZATION = 0.9  # vLLM's own gpu_memory_utilization
@@ -182,6 +183,6 @@ def check_kv_room(longest: int, given: int | None) -> None:
     """
     if given is not None and longest > given:
         raise ConfigError(
-            f"kv_cache_memory_gb {given / 2**30:g} is too small: one request of max_model_len "
-            f"needs {longest / 2**30:.3g} GiB; raise it, or lower max_model_len"
+            f"kv_cache_memory_gb {given / GIB:g} is too small: one request of max_model_len "
+            f"needs {longest / GIB:.3g} GiB; raise it, or lower max_model_len"
         )

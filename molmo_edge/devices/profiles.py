@@ -6,7 +6,6 @@ file to ``profiles/``.
 
 from __future__ import annotations
 
-import difflib
 import math
 import tomllib
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from typing import Any
 
 from molmo_edge.devices.detect import DeviceInfo
 from molmo_edge.devices.specs import GIB
-from molmo_edge.errors import ConfigError
+from molmo_edge.errors import ConfigError, did_you_mean
 
 _DIRECTORY = Path(__file__).with_name("profiles")
 
@@ -51,11 +50,9 @@ def load_profile(name: str) -> Profile:
     """
     names = profile_names()
     if name not in names:
-        near = difflib.get_close_matches(name[:60].lower(), names, n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(
-            f"unknown profile {name[:60]!r}: {hint}profiles are {', '.join(names)}, "
-            "or auto to choose by the device"
+            f"Unknown profile {name[:60]!r}.{did_you_mean(name.lower(), names)} Profiles are "
+            f"{', '.join(names)}, or auto to choose by the device."
         )
     return Profile(**tomllib.loads((_DIRECTORY / f"{name}.toml").read_text(encoding="utf-8")))
 

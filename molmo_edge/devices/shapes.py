@@ -5,7 +5,6 @@ The tensors are those of the files' headers, or of the inventory for a ``config.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -15,7 +14,7 @@ from typing import Any
 
 from molmo_edge.checkpoint_files import FLOATS, Tensor, read_config, tensors
 from molmo_edge.devices.tensors import KNOWN, gemma3_tensors, molmo2_tensor_shapes, tensor_shapes
-from molmo_edge.errors import ModelError
+from molmo_edge.errors import ModelError, did_you_mean
 from molmo_edge.settings import PRECISIONS as REQUESTS
 
 PRECISIONS = tuple(name for name in REQUESTS if name != "auto")
@@ -197,11 +196,9 @@ def model_shape(model: str | Path) -> ModelShape:
         return _shape(directory.name, read_config(directory), tensors(directory))
     if name in KNOWN:
         return _shape(name, KNOWN[name], [])
-    near = difflib.get_close_matches(name[:120], KNOWN, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
     raise ModelError(
-        f"{name[:120]!r} is neither a model directory nor a model known by name: {hint}"
-        f"known are {', '.join(KNOWN)}"
+        f"{name[:120]!r} is neither a model directory nor a model known by name."
+        f"{did_you_mean(name, KNOWN)} Known are {', '.join(KNOWN)}."
     )
 
 

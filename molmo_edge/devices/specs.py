@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 
-from molmo_edge.errors import ConfigError
+from molmo_edge.errors import ConfigError, did_you_mean
 
 GIB = 1 << 30
 
@@ -87,6 +86,5 @@ def spec_named(key: str) -> Spec:
     wanted = key.strip().lower()
     if wanted in rows:
         return rows[wanted]
-    near = difflib.get_close_matches(wanted, rows, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigError(f"unknown device {key!r}: {hint}known devices are {', '.join(rows)}")
+    hint = did_you_mean(wanted, rows)
+    raise ConfigError(f"Unknown device {key!r}.{hint} Known are {', '.join(rows)}.")

@@ -6,7 +6,6 @@ docs/robustness.md lists the environment variables that this sets in the host pr
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import logging
 import os
@@ -19,7 +18,7 @@ from molmo_edge.devices.caches import CACHE_VARIABLES
 from molmo_edge.engine import async_engine, vllm_engine
 from molmo_edge.engine.vllm_args import BuildPlan
 from molmo_edge.engine.vllm_errors import mapped
-from molmo_edge.errors import ConfigError
+from molmo_edge.errors import ConfigError, did_you_mean
 from molmo_edge.interface import Engine, EngineInfo
 
 logger = logging.getLogger("molmo_edge")
@@ -125,6 +124,5 @@ def _check_names(engine_args: Mapping[str, object]) -> None:
     known |= set(inspect.signature(LLM).parameters) - {"kwargs"}
     for name in engine_args:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f" Did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(name, known)
             raise ConfigError(f"engine_args: vLLM has no argument {name}.{hint}")

@@ -27,6 +27,7 @@ from molmo_edge.devices.precision import (
 )
 from molmo_edge.devices.profiles import Profile, profile_warning
 from molmo_edge.devices.shapes import SHORTEST, ModelShape, frames_within, model_shape
+from molmo_edge.devices.specs import GIB
 from molmo_edge.errors import ConfigError, MissingDependencyError
 from molmo_edge.interface import ModelFamily
 from molmo_edge.models.hub import STUBS
@@ -305,7 +306,7 @@ def _check_kv_cache(
 
 def _kv_bytes(settings: EdgeSettings) -> int | None:
     size = settings.kv_cache_memory_gb
-    return None if size is None else int(size * 2**30)
+    return None if size is None else int(size * GIB)
 
 
 @functools.cache

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from molmo_edge.devices.tensors import KNOWN
 from molmo_edge.errors import MissingDependencyError, ModelError
+from molmo_edge.files import expand_home, replacing
 
 STUB, STUB2 = "stub", "stub-2"
 # The directory of each; its last number changes with the content of the files.
@@ -34,7 +36,7 @@ def locate(model: str, cache_dir: Path, load_format: str = "auto") -> Path:
     """
     if model in STUBS:
         return _write_once(cache_dir / STUBS[model], model)
-    directory = Path(model).expanduser()
+    directory = expand_home(model)
     if directory.is_dir():
         return directory.absolute()
     if not _HUB_NAME.fullmatch(model) or directory.exists():
@@ -48,10 +50,7 @@ def locate(model: str, cache_dir: Path, load_format: str = "auto") -> Path:
 
 
 def _write_once(directory: Path, model: str) -> Path:
-    """Return `directory`, filled on first use with a stub (0.6 or 0.8 GB) or a description (4 MB).
-
-    Written elsewhere and renamed: a killed or concurrent start leaves no incomplete checkpoint.
-    """
+    """Return `directory`, filled on first use: a stub (0.6 or 0.8 GB) or a description (4 MB)."""
     if (directory / "config.json").is_file():
         return directory
     try:
@@ -61,19 +60,15 @@ def _write_once(directory: Path, model: str) -> Path:
         from molmo_edge.models.molmo2 import synthetic as molmo2
 
         second = model == STUB2 or _known_type(model) == "molmo2"
-        with tempfile.TemporaryDirectory(prefix="making-", dir=directory.parent) as work:
-            made = Path(work) / directory.name
-            family = molmo2 if second else molmo
+        family = molmo2 if second else molmo
+        with replacing(directory) as made:
             if model in STUBS:
                 family.write_stub(made)
             else:
                 family.write_description(made, family.published_config(KNOWN[model]))
-            try:
-                made.rename(directory)
-            except OSError:  # another process was first
-                if not (directory / "config.json").is_file():
-                    raise
-    except OSError as exc:
+    except (OSError, SafetensorError) as exc:
+        if (directory / "config.json").is_file():  # another process was first
+            return directory
         raise ModelError(
             f"The files of '{model}' cannot be written into '{directory.parent}'. Free 1 GB "
             "there, or name another directory with cache_dir or MOLMO_EDGE_CACHE_DIR."

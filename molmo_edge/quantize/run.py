@@ -27,6 +27,7 @@ from molmo_edge.checkpoint_files import FLOATS, INDEX, Tensor, check_weights, re
 from molmo_edge.checkpoint_files import tensors as read_headers
 from molmo_edge.devices.tensors import molmo2_tensor_shapes, tensor_shapes
 from molmo_edge.errors import QuantizeError
+from molmo_edge.files import expand_home, replacing
 from molmo_edge.models.molmo.config import check_layout as check_molmo
 from molmo_edge.models.molmo2.config import check_layout as check_molmo2
 from molmo_edge.quantize.calibrate import Calibration, read_prompts
@@ -91,8 +92,8 @@ def quantize(
     `progress` gets the amount done, the amount in all, and what was just finished: blocks while
     the images are processed, then bytes of the original.
 
-    `out` appears only when it is complete. A killed run may leave a hidden directory
-    ``.<out>.quantize`` beside it, which the next run deletes.
+    `out` appears only when it is complete. A killed run may leave a hidden directory beside it,
+    which the next run deletes.
 
     Raises:
         QuantizeError: unknown scheme, output exists, not enough disk space, a checkpoint that is
@@ -104,7 +105,7 @@ def quantize(
     if scheme not in FORMATS:
         raise QuantizeError(f"Unknown scheme '{scheme}'; expected one of {', '.join(FORMATS)}.")
     form = FORMATS[scheme]
-    source, out = Path(checkpoint).expanduser(), Path(out).expanduser().absolute()
+    source, out = expand_home(checkpoint), expand_home(out).absolute()
     if out.exists() or out.is_symlink():
         raise QuantizeError(f"'{out}' exists already. Give another output, or remove it.")
     if not out.parent.is_dir():
@@ -116,26 +117,22 @@ def quantize(
         )
     config = read_config(source)
     tensors = read_tensors(source, config, form)
-    prompts = [] if calibrate is None else read_prompts(source, Path(calibrate).expanduser())
-    work = out.with_name(f".{out.name}.quantize")
+    prompts = [] if calibrate is None else read_prompts(source, expand_home(calibrate))
     try:
-        shutil.rmtree(work, ignore_errors=True)
-        check_disk(out.parent, tensors, form)
-        work.mkdir()
-        calibration = Calibration()
-        if prompts:
-            calibration = run_calibration(config, tensors, form, prompts, progress)
-        errors, out_bytes = write_weights(work, tensors, form, calibration, progress)
-        write_data_files(source, work, config, form)
-        in_bytes = sum(tensor.nbytes for tensor in tensors)
-        seconds = time.monotonic() - began
-        result = Quantized(out, scheme, errors, in_bytes, out_bytes, seconds, len(prompts))
-        (work / "README.md").write_text(model_card(source.name, result), encoding="utf-8")
-        work.rename(out)
+        with replacing(out) as work:
+            check_disk(out.parent, tensors, form)
+            work.mkdir()
+            calibration = Calibration()
+            if prompts:
+                calibration = run_calibration(config, tensors, form, prompts, progress)
+            errors, out_bytes = write_weights(work, tensors, form, calibration, progress)
+            write_data_files(source, work, config, form)
+            in_bytes = sum(tensor.nbytes for tensor in tensors)
+            seconds = time.monotonic() - began
+            result = Quantized(out, scheme, errors, in_bytes, out_bytes, seconds, len(prompts))
+            (work / "README.md").write_text(model_card(source.name, result), encoding="utf-8")
     except (OSError, SafetensorError) as exc:
         raise QuantizeError(f"'{out}' cannot be written: {exc}") from exc
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return result
 
 

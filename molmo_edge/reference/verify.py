@@ -23,6 +23,7 @@ from molmo_edge.checkpoint_files import read_config
 from molmo_edge.engine.build import quiet
 from molmo_edge.engine.vllm_args import require_vllm
 from molmo_edge.errors import ConfigError
+from molmo_edge.files import scratch
 from molmo_edge.images import ImageLimits
 from molmo_edge.interface import Turn
 from molmo_edge.models.registry import family_of
@@ -179,8 +180,8 @@ def verify(
     eight_bit = kv_cache_dtype != "auto" or settings["precision"] != "bf16"
     exact = dtype == "float32" and not eight_bit
     bound = max(DRIFT_BOUND.get(dtype, EXACT_BOUND), DRIFT_BOUND["fp8"] if eight_bit else 0.0)
-    with tempfile.TemporaryDirectory(prefix="molmo-edge-verify-") as work:
-        directory, family = _checkpoint(model, family, layout, Path(work))
+    with scratch(Path(tempfile.gettempdir())) as work:
+        directory, family = _checkpoint(model, family, layout, work)
         requests = default_requests(family) if requests is None else requests
         expected = reference_answers(directory, requests, max_tokens)
         longest = max(len(e.prompt) + len(e.token_ids) for e in expected.values())

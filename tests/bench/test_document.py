@@ -36,7 +36,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(
     def full(self: Path, target: Path) -> Path:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "replace", full)
+    monkeypatch.setattr(Path, "rename", full)
     with pytest.raises(BenchmarkError, match="No space left"):
         document.write("new", path)
     assert path.read_text() == "old" and [item.name for item in tmp_path.iterdir()] == ["r.json"]

@@ -134,5 +134,5 @@ def test_known_devices_have_cited_figures(spec: Spec) -> None:
 
 
 def test_unknown_device_names_the_nearest_and_all() -> None:
-    with pytest.raises(ConfigError, match=r"did you mean 'rtx5080'.*thor.*h200"):
+    with pytest.raises(ConfigError, match=r"Did you mean rtx5080.*thor.*h200"):
         known_device("rtx508O")

@@ -134,7 +134,7 @@ def test_quantised_with_a_method_only_the_files_can_size(tmp_path: Path) -> None
 
 
 def test_unknown_model_names_the_nearest() -> None:
-    with pytest.raises(ModelError, match=r"did you mean 'allenai/Molmo-7B-D-0924'.*gemma-3-27b"):
+    with pytest.raises(ModelError, match=r"Did you mean allenai/Molmo-7B-D-0924.*gemma-3-27b"):
         model_shape("allenai/Molmo-7B-D")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 from molmo_edge.checkpoint_files import read_config
@@ -85,6 +86,19 @@ def test_a_cache_that_cannot_be_written_is_a_model_error(tmp_path: Path, model: 
     blocked.write_text("")
     with pytest.raises(ModelError, match="cache_dir"):
         locate(model, blocked, "dummy")
+
+
+def test_a_full_disk_is_a_model_error_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(directory: Path) -> None:
+        directory.mkdir()
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(synthetic, "write_stub", write)
+    with pytest.raises(ModelError, match="Free 1 GB"):
+        locate(STUB, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", MOLMOS)

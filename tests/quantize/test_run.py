@@ -76,7 +76,7 @@ def test_the_output_contains_what_vllm_needs_and_no_code(small: Path, tmp_path: 
     save_file(dict(tensors[::2]), source / "a.safetensors")
     save_file(dict(tensors[1::2]), source / "b.safetensors")
     (source / "modeling_molmo.py").write_text("raise SystemExit")
-    (tmp_path / ".out.quantize").mkdir()  # of a killed run
+    (tmp_path / ".molmo-edge-dead").mkdir()  # of a killed run
     directory = quantize(source, tmp_path / "out", "w4a16").directory
     assert {path.name for path in tmp_path.iterdir()} == {"two-files", "out"}
     config = json.loads((directory / "config.json").read_text())["quantization_config"]
