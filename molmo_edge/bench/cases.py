@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 from importlib import resources
 from io import BytesIO
@@ -95,30 +95,6 @@ def own(paths: Sequence[Path], question: str | None = None) -> tuple[Case, ...]:
         name = f"{path.stem}-{number}" if same else path.stem
         cases.append(Case(name, path.name, question or DEFAULT_QUESTION, image))
     return tuple(cases)
-
-
-def sweep_sizes(cases: Sequence[Case], sizes: Sequence[tuple[int, int]]) -> tuple[Case, ...]:
-    """Every case with an image at every (width, height) in pixels."""
-    return tuple(
-        replace(
-            case,
-            name=f"{case.name}-{size[0]}x{size[1]}",
-            title=f"{case.title} {size[0]}x{size[1]}",
-            image=case.image.resize(size, Image.Resampling.LANCZOS),
-        )
-        for case in cases
-        if case.image is not None
-        for size in sizes
-    )
-
-
-def sweep_crops(cases: Sequence[Case], crops: Sequence[int]) -> tuple[Case, ...]:
-    """Every case at every ``max_crops``."""
-    return tuple(
-        replace(case, name=f"{case.name}-crops{n}", title=f"{case.title}, {n} crops", max_crops=n)
-        for case in cases
-        for n in crops
-    )
 
 
 def fresh(image: Image.Image, number: int) -> Image.Image:

@@ -23,16 +23,24 @@ VERSIONS = ("vllm", "torch", "transformers")
 
 @dataclass(frozen=True)
 class Comparison:
-    """One column per result: line titles to cells, and what makes the columns not comparable."""
+    """One column per result: line titles to cells.
+
+    ``flags`` are what makes the columns not comparable, and how; ``remarks`` concern one result.
+    """
 
     heads: Sequence[str]
-    lines: dict[str, list[str]]
-    flags: Sequence[str]
+    lines: Mapping[str, Sequence[str]]
+    flags: Mapping[str, str]
+    remarks: Sequence[str]
 
-    def markdown(self) -> str:
-        """The table with the flags below it."""
-        table = tables.table(["", *self.heads], [[k, *cells] for k, cells in self.lines.items()])
-        return tables.page([table, tables.warnings(f"not comparable: {f}" for f in self.flags)])
+    def table(self) -> str:
+        """The lines as a Markdown table."""
+        return tables.table(["", *self.heads], [[k, *cells] for k, cells in self.lines.items()])
+
+    def details(self) -> str:
+        """The flags and remarks as a Markdown list."""
+        flags = [f"not comparable: {text}" for text in self.flags.values()]
+        return tables.warnings([*flags, *self.remarks])
 
 
 def compare(documents: Sequence[Document]) -> Comparison:
@@ -42,7 +50,7 @@ def compare(documents: Sequence[Document]) -> Comparison:
     columns = [dict(_cells(document, documents[0], cases)) for document in documents]
     lines = {title: [column[title] for column in columns] for title in columns[0]}
     known = {title: cells for title, cells in lines.items() if {*cells} != {UNKNOWN}}
-    return Comparison(heads, known, differences(documents, heads))
+    return Comparison(heads, known, differences(documents, heads), remarks(documents, heads))
 
 
 def head_names(documents: Sequence[Document]) -> list[str]:
@@ -153,24 +161,29 @@ def conditions(document: Document) -> dict[str, str | None]:
     return {name: None if value is None else str(value) for name, value in values.items()}
 
 
-def differences(documents: Sequence[Document], heads: Sequence[str]) -> list[str]:
-    """What differs between the results, and what is unknown in some of them."""
-    flags = []
+def differences(documents: Sequence[Document], heads: Sequence[str]) -> dict[str, str]:
+    """What differs between the results or is unknown in some of them, each in a sentence."""
+    flags = {}
     each = [conditions(document) for document in documents]
+    one_device = len({document.environment.device.name for document in documents}) == 1
     for name in each[0]:
         values = dict(zip(heads, (one[name] for one in each), strict=True))
         missing = [head for head, value in values.items() if value is None]
         if len({*values.values()} - {None}) > 1:
             listed = "; ".join(f"{head}: {value or 'unknown'}" for head, value in values.items())
-            flags.append(f"{name} differs ({listed})")
-        elif missing and (len(missing) < len(values) or name == "power mode"):
-            flags.append(f"{name} is unknown in {', '.join(missing)}")
-    for head, document in zip(heads, documents, strict=True):
-        if not document.complete:
-            flags.append(f"{head} is incomplete")
-        for row in case_rows(document):
-            if row.samples and row.steady_from is None:
-                flags.append(f"{head}: {row.title} never became steady")
-            if row.samples and row.warmup is not None and row.warmup.slowed:
-                flags.append(f"{head}: {row.title} slowed down during the measurement")
+            flags[name] = f"{name} differs ({listed})"
+        elif missing and (len(missing) < len(values) or (name == "power mode" and not one_device)):
+            flags[name] = f"{name} is unknown in {', '.join(missing)}"
+    if incomplete := [h for h, d in zip(heads, documents, strict=True) if not d.complete]:
+        flags["completeness"] = f"incomplete: {', '.join(incomplete)}"
     return flags
+
+
+def remarks(documents: Sequence[Document], heads: Sequence[str]) -> list[str]:
+    """The rows without a steady state."""
+    return [
+        f"{head}: {row.title} {row.unsteady}"
+        for head, document in zip(heads, documents, strict=True)
+        for row in case_rows(document)
+        if row.unsteady
+    ]

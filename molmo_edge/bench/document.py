@@ -79,7 +79,8 @@ class Environment(Part):
 
 
 class Sample(Part):
-    """One request. ``itl_s`` holds one latency per output token after the first."""
+    """One request. ``itl_s`` holds one latency per output token after the first, ``prompt_tps`` is
+    the prompt's computed tokens over ``prefill_s``, which includes the vision tower."""
 
     iteration: int
     wall_s: float | None = None
@@ -94,6 +95,7 @@ class Sample(Part):
     image_tokens: int | None = None
     output_tokens: int | None = None
     cached_tokens: int | None = None
+    prompt_tps: float | None = None
     output_tps: float | None = None
     request_tps: float | None = None
     finish_reason: str | None = None
@@ -192,6 +194,17 @@ class Row(Part):
         return (self.steady or self.all).get(metric, Summary())
 
     @property
+    def rates(self) -> dict[str, Summary]:
+        """Prompt and generation rate, named as llama-bench names them: pp512, tg128."""
+        measured = {"pp": ("prompt_tokens", "prompt_tps"), "tg": ("output_tokens", "output_tps")}
+        rates = {}
+        for name, (count, rate) in measured.items():
+            counts = {getattr(sample, count) for sample in self.succeeded}
+            if len(counts) == 1 and self.summary(rate).mean is not None:
+                rates[f"{name}{counts.pop()}"] = self.summary(rate)
+        return rates
+
+    @property
     def succeeded(self) -> list[Sample]:
         """The samples without an error."""
         return [sample for sample in self.samples if sample.error is None]
@@ -200,6 +213,15 @@ class Row(Part):
     def steady_from(self) -> int | None:
         """The first steady iteration."""
         return self.warmup.start if self.warmup else None
+
+    @property
+    def unsteady(self) -> str | None:
+        """What is wrong with the steady state, if anything."""
+        if not self.samples or self.warmup is None or "disk_caches" in self.conditions:
+            return None
+        if self.warmup.start is None:
+            return "never became steady"
+        return "slowed down during the measurement" if self.warmup.slowed else None
 
     def is_steady(self, sample: Sample) -> bool | None:
         """Whether a sample is of the steady state; None where the row never settled."""

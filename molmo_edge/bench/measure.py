@@ -41,7 +41,7 @@ logger = logging.getLogger("molmo_edge")
 
 METRICS = (
     "queue_s", "preprocess_s", "prefill_s", "ttft_s", "itl_s", "tpot_s", "e2e_s",
-    "output_tps", "request_tps",
+    "prompt_tps", "output_tps", "request_tps",
 )  # fmt: skip
 """The metrics of a sample that are summarised."""
 
@@ -78,16 +78,19 @@ class RunOptions:
     frames: tuple[int, ...] = (8,)
 
     @classmethod
-    def choose(cls, random_weights: bool, **values: Any) -> RunOptions:
+    def choose(cls, random_weights: bool, quick: bool = False, **values: Any) -> RunOptions:
         """The given options that are not None; defaults depend on the weights.
 
-        Random weights never end an answer by themselves, so their answers have a fixed length; and
-        the stub is tried by people who wait.
+        Random weights never end an answer by themselves, so their answers have a fixed length, as
+        those of a quick run have; and the stub is tried by people who wait.
         """
         known = {name: value for name, value in values.items() if value is not None}
         defaults: dict[str, Any] = {"max_iterations": 2 * known.get("iterations", cls.iterations)}
         if random_weights:
             defaults |= {"max_tokens": 128, "time_limit_s": 210.0, "ignore_eos": True}
+        if quick:
+            defaults |= {"max_tokens": 128, "time_limit_s": 25.0, "ignore_eos": True}
+            defaults |= {"iterations": 5, "max_iterations": 10}
         return cls(**(defaults | known))
 
 
@@ -279,6 +282,9 @@ def sample_of(result: Result, iteration: int) -> Sample:
     sample = Sample(iteration=iteration, finish_reason=result.finish_reason, **metrics)
     if sample.ttft_s is not None and sample.preprocess_s is not None:
         sample.prefill_s = sample.ttft_s - sample.preprocess_s - (sample.queue_s or 0.0)
+        if sample.prompt_tokens is not None and sample.prefill_s > 0:
+            computed = sample.prompt_tokens - (sample.cached_tokens or 0)
+            sample.prompt_tps = computed / sample.prefill_s
     return sample
 
 

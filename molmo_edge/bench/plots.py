@@ -1,33 +1,23 @@
-"""Plots of results, drawn with matplotlib (extra ``plot``), as SVG text or PNG files.
+"""Plots of results, drawn with matplotlib (extra ``plot``), as SVG text.
 
-Each plot draws documents on axes; one on which nothing was drawn is left out.
+Each function draws documents on axes and returns the caption of what it drew.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from molmo_edge.bench.compare import head_names, overall
-from molmo_edge.bench.document import Document, Row, write
+from molmo_edge.bench.document import Document, Row
 from molmo_edge.errors import MissingDependencyError
 
 SIZE = (5.4, 3.5)  # inches; small, so that text stays readable on a phone
 COLOURS = ("#3465a4", "#d35400", "#2e8b57", "#8e44ad", "#7f8c8d", "#b8860b", "#c0392b", "#16a085")
-ALONE = ("report", "latency", "text", "repeat-frame")
-CAPTIONS = {
-    "speed": "Hollow points are warm-up by the rule below; the dotted line is where it ends.",
-    "latencies": "Time between two tokens; a long tail to the right is jitter.",
-    "waterfall": "Medians of the steady iterations; prefill includes the vision tower.",
-    "concurrency": "Total over all users, and what each user sees.",
-    "roofline": "The line is memory bandwidth over bytes per token: no decode is above it.",
-    "devices": "Output tokens over whole request time, all iterations, as in 2025.",
-}
-
+ALONE = ("report", "text", "repeat-frame")
 Figure = Any
 Axes = Any
 
@@ -46,12 +36,14 @@ def _rows(documents: Sequence[Document], *names: str) -> Iterator[tuple[Row, str
         for row in scenario.rows:
             prefix = f"{head}: " if len(set(heads)) > 1 else ""
             suffix = f" ({scenario.name})" if heads.count(head) > 1 else ""
-            yield row, f"{prefix}{row.title}{suffix}", COLOURS[count % len(COLOURS)]
+            unsteady = f", {row.unsteady}" if row.unsteady else ""
+            yield row, f"{prefix}{row.title}{suffix}{unsteady}", COLOURS[count % len(COLOURS)]
             count += 1
 
 
-def speed(documents: Sequence[Document], axes: Axes) -> None:
-    """Decode speed by iteration; hollow points are warm-up."""
+def speed(documents: Sequence[Document], axes: Axes) -> str:
+    """Decode speed by iteration."""
+    hollow = dotted = False
     axes.set(title="Decode speed by iteration", xlabel="iteration", ylabel="tok/s")
     for row, label, colour in _rows(documents, *ALONE):
         samples = [sample for sample in row.succeeded if sample.output_tps]
@@ -62,12 +54,17 @@ def speed(documents: Sequence[Document], axes: Axes) -> None:
             if part:
                 points = [s.iteration + 1 for s in part], [s.output_tps for s in part]
                 axes.plot(*points, "o", ms=5, mfc=face, mec=colour)
+                hollow = hollow or not steady
         if row.steady_from:
             axes.axvline(row.steady_from + 0.5, color=colour, lw=0.8, ls=":")
+            dotted = True
     axes.set_ylim(bottom=0)
+    caption = "Each point is a request, sent alone."
+    caption += " Hollow points are not steady, by the rule below." if hollow else ""
+    return caption + (" A dotted line is the end of a warm-up." if dotted else "")
 
 
-def latencies(documents: Sequence[Document], axes: Axes) -> None:
+def latencies(documents: Sequence[Document], axes: Axes) -> str:
     """Fraction of inter-token latencies below a value, one curve per row."""
     axes.set(title="Inter-token latency", xlabel="ms", ylabel="fraction of tokens below")
     fractions = np.linspace(0, 0.995, 200)  # without the last, which would press the rest together
@@ -77,9 +74,10 @@ def latencies(documents: Sequence[Document], axes: Axes) -> None:
             quantiles = np.quantile(values, fractions)
             axes.plot(quantiles, fractions, color=colour, lw=1.4, label=label)
     axes.set_xlim(left=0)
+    return "Time between two tokens of all requests sent alone, without the longest 0.5 %."
 
 
-def waterfall(documents: Sequence[Document], axes: Axes) -> None:
+def waterfall(documents: Sequence[Document], axes: Axes) -> str:
     """Parts of the time to first token, as medians."""
     axes.set(title="Time to first token", xlabel="ms")
     rows = [
@@ -88,15 +86,18 @@ def waterfall(documents: Sequence[Document], axes: Axes) -> None:
         if row.summary("prefill_s").median is not None
     ]
     labels, left = [label for _, label in rows], [0.0] * len(rows)
-    parts = {"queue_s": "queue", "preprocess_s": "preprocess", "prefill_s": "vision + prefill"}
+    parts = {"queue_s": "queue", "preprocess_s": "preprocess", "prefill_s": "prefill"}
     for (metric, name), colour in zip(parts.items(), COLOURS, strict=False):
         widths = [(row.summary(metric).median or 0.0) * 1000 for row, _ in rows]
         axes.barh(labels, widths, left=left, color=colour, label=name, height=0.6)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.invert_yaxis()
+    images = any(sample.image_tokens for row, _ in rows for sample in row.samples)
+    caption = "Medians, of the steady state where there is one."
+    return caption + (" Prefill includes the vision tower." if images else "")
 
 
-def concurrency(documents: Sequence[Document], axes: Axes) -> None:
+def concurrency(documents: Sequence[Document], axes: Axes) -> str:
     """Total and per-user speed over the number of users or the size of the batch."""
     axes.set(title="Requests in flight", xlabel="users or batch size", ylabel="tok/s")
     colours = iter(COLOURS * len(documents))
@@ -114,9 +115,10 @@ def concurrency(documents: Sequence[Document], axes: Axes) -> None:
                 axes.plot(sizes, totals, "o-", color=colour, label=f"{label}, total")
                 axes.plot(sizes, each, "s--", color=colour, label=f"{label}, each, decode")
     axes.set_ylim(bottom=0)
+    return "Output tokens of all requests together, and the median decode speed of each request."
 
 
-def roofline(documents: Sequence[Document], axes: Axes) -> None:
+def roofline(documents: Sequence[Document], axes: Axes) -> str:
     """Decode speed against bytes per token, under each device's memory-bandwidth bound."""
     axes.set(title="Decode and memory bandwidth", xlabel="GB read per token", ylabel="tok/s")
     axes.set(xscale="log", yscale="log")
@@ -135,9 +137,10 @@ def roofline(documents: Sequence[Document], axes: Axes) -> None:
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("{x:g}")
     axes.tick_params(which="both", labelsize=8)
+    return "The line is published memory bandwidth over bytes per token: no decode is above it."
 
 
-def devices(documents: Sequence[Document], axes: Axes) -> None:
+def devices(documents: Sequence[Document], axes: Axes) -> str:
     """Request speed of each result over all its cases, as in the 2025 report."""
     axes.set(title="Request speed, mean and deviation", xlabel="tok/s")
     each = {
@@ -149,9 +152,10 @@ def devices(documents: Sequence[Document], axes: Axes) -> None:
         means, errors = [s.mean for s in known.values()], [s.std or 0.0 for s in known.values()]
         axes.barh(list(known), means, xerr=errors, color=COLOURS[0], height=0.6)
         axes.invert_yaxis()
+    return "Output tokens over whole request time, all iterations; bars of one standard deviation."
 
 
-PLOTS: dict[str, Callable[[Sequence[Document], Axes], None]] = {
+PLOTS: dict[str, Callable[[Sequence[Document], Axes], str]] = {
     "speed": speed,
     "latencies": latencies,
     "waterfall": waterfall,
@@ -161,8 +165,8 @@ PLOTS: dict[str, Callable[[Sequence[Document], Axes], None]] = {
 }
 
 
-def figures(documents: Sequence[Document]) -> dict[str, Figure]:
-    """Every plot the documents have something for, by name.
+def figures(documents: Sequence[Document]) -> dict[str, tuple[Figure, str]]:
+    """Every plot the documents have something for, and its caption, by name.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -173,17 +177,22 @@ def figures(documents: Sequence[Document]) -> dict[str, Figure]:
         raise MissingDependencyError(
             "plots need matplotlib; install molmo-edge[plot]", name="matplotlib"
         ) from exc
+    heads = zip(head_names(documents), documents, strict=True)
+    random = [head for head, one in heads if one.environment.model.random_weights]
+    note = f": {', '.join(random)}" if len(random) < len(documents) else ""
     out = {}
     for name, draw in PLOTS.items():
         figure = Canvas(figsize=SIZE, layout="constrained")
         axes = figure.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
-        draw(documents, axes)
+        caption = draw(documents, axes)
+        if random:
+            axes.set_title(f"{axes.get_title()}\nrandom weights{note}", fontsize=10)
         if axes.lines or axes.patches:
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize=8)
-            out[name] = figure
+            out[name] = figure, caption
     return out
 
 
@@ -196,10 +205,3 @@ def svg(figure: Figure) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
-
-
-def png(figure: Figure, path: Path) -> None:
-    """Write the figure as PNG at 160 dpi; BenchmarkError if the place cannot be written."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160)
-    write(buffer.getvalue(), path)

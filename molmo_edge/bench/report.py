@@ -1,26 +1,21 @@
-"""A result document as a Markdown or HTML page, CSV, or JSON lines; reads the document only.
+"""A result document as a Markdown or HTML page; reads the document only.
 
 The HTML page is self-contained: no scripts, no external resource.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from molmo_edge.bench import document as documents_io
 from molmo_edge.bench import plots, tables
 from molmo_edge.bench.compare import compare, head_names
 from molmo_edge.bench.document import Ceiling, Document, Row, Scenario
 from molmo_edge.bench.environment import software_line
-from molmo_edge.bench.measure import METRICS
 from molmo_edge.bench.tables import UNKNOWN, interval, number, percent
 
 
@@ -70,6 +65,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "ttft p99": _ms("ttft_s", "p99"),
     "itl ms": _ms("itl_s", "median", 2),
     "itl p99": _ms("itl_s", "p99", 2),
+    "prompt tok/s": lambda row: number(row.summary("prompt_tps").mean),
     "decode tok/s": lambda row: interval(row.summary("output_tps")),
     "request tok/s": lambda row: interval(row.summary("request_tps")),
     "total tok/s": _total,
@@ -110,6 +106,8 @@ def phases(scenario: Scenario) -> str:
 def remarks(row: Row) -> Iterator[str]:
     """Sentences about one row that the table has no room for."""
     yield f"{row.title}: ended as {row.stopped}" + (f", {row.error}" if row.error else "")
+    if row.unsteady:
+        yield f"{row.title}: {row.unsteady}"
     if "frames" in row.conditions and (sample := next(iter(row.succeeded), None)) is not None:
         tokens = f"{sample.image_tokens} of {sample.prompt_tokens} prompt tokens"
         yield f"{row.title}: {tokens} are the video's"
@@ -123,12 +121,23 @@ def remarks(row: Row) -> Iterator[str]:
         yield f"{row.title}: {row.answer.matched} of {expected} known values in the answer"
 
 
-def head(document: Document) -> Iterator[str]:
-    """Model, device, software and start, which every printed result begins with."""
-    model, device = document.environment.model, document.environment.device
+def sentence(document: Document) -> str:
+    """What was measured, in a sentence."""
+    model = document.environment.model
     weights = " (random weights: the answers mean nothing)" if model.random_weights else ""
-    yield f"model: {model.name or UNKNOWN}{weights}"
-    yield f"device: {device.name or UNKNOWN}"
+    count = sum(len(row.samples) for scenario in document.scenarios for row in scenario.rows)
+    kinds = "; ".join(scenario.title for scenario in document.scenarios)
+    limit = document.settings.get("max_tokens")
+    return (
+        f"{count or 'Unrecorded'} requests to {model.name or 'an unknown model'}{weights} on "
+        f"{document.environment.device.name or 'an unknown device'}, answers of at most {limit} "
+        f"tokens: {kinds}."
+    )
+
+
+def head(document: Document) -> Iterator[str]:
+    """Precision, software and start, which every printed result begins with."""
+    model, device = document.environment.model, document.environment.device
     yield f"precision: {model.precision or UNKNOWN}, KV cache {model.kv_cache_dtype or UNKNOWN}"
     yield f"software: {software_line(document.environment)}"
     yield f"power mode: {device.power_mode or 'unknown'}"
@@ -154,7 +163,22 @@ def markdown(document: Document) -> str:
     return tables.page([title, *_parts(document, full=True)])
 
 
+def quick(document: Document) -> str:
+    """The table of llama-bench, for a terminal."""
+    rows = [
+        [row.title, name, f"{number(rate.mean, 2)} ± {number(rate.std, 2)}"]
+        for scenario in document.scenarios
+        for row in scenario.rows
+        for name, rate in row.rates.items()
+    ]
+    table = tables.table(["case", "test", "t/s"], rows)
+    remarks = [f"{r.title} {r.unsteady}" for s in document.scenarios for r in s.rows if r.unsteady]
+    says = tables.warnings([*document.notes, *remarks])
+    return tables.page([tables.escape(sentence(document)), table, says])
+
+
 def _parts(document: Document, *, full: bool) -> Iterator[str]:
+    yield tables.escape(sentence(document))
     yield tables.items(head(document))
     yield tables.warnings(document.notes)
     if not document.complete:
@@ -183,48 +207,12 @@ def write(document: Document, path: Path) -> None:
     documents_io.save(document, markdown(document), path)
 
 
-def records(document: Document) -> Iterator[dict[str, Any]]:
-    """One flat record per row, for CSV and JSON lines; the same keys in every record."""
-    environment = document.environment
-    shared: dict[str, Any] = {
-        "created": document.created,
-        "complete": document.complete,
-        "device": environment.device.name,
-        "power_mode": environment.device.power_mode,
-        "model": environment.model.name,
-        "precision": environment.model.precision,
-        "kv_cache_dtype": environment.model.kv_cache_dtype,
-        **environment.software,
-    }
-    for scenario in document.scenarios:
-        for row in scenario.rows:
-            record = {**shared, "scenario": scenario.name, "case": row.name, "title": row.title}
-            record |= {"steady_from": row.steady_from, "caches": row.caches and row.caches.mode}
-            for metric in (*METRICS, "total_tps"):
-                summary = row.summary(metric).model_dump()
-                record |= {f"{metric}_{name}": value for name, value in summary.items()}
-            yield record | _ceiling(row).model_dump()
-
-
-def csv_text(document: Document) -> str:
-    """The records as CSV."""
-    rows, buffer = list(records(document)), io.StringIO()
-    writer = csv.DictWriter(buffer, list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
-
-
-def json_lines(document: Document) -> str:
-    """The records as one JSON object per line."""
-    return "".join(json.dumps(record) + "\n" for record in records(document))
-
-
 STYLE = """
 body { margin: 0 auto; padding: 1rem; max-width: 76rem; color: #222; background: #fff;
   font: 16px/1.5 system-ui, sans-serif; }
 table { display: block; overflow-x: auto; border-collapse: collapse; white-space: nowrap; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child { position: sticky; left: 0; background: #fff; }
 blockquote { margin: 0; background: #fff4d6; border-left: 4px solid #c77f00; padding: .1rem .5rem; }
 li, pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 figure { display: inline-block; width: min(100%, 36rem); margin: 0; }
@@ -240,11 +228,18 @@ def html(documents: Sequence[Document]) -> str:
     """
     names = head_names(documents)
     title = f"Benchmark: {', '.join(names)}"
-    comparison = compare(documents).markdown() if len(documents) > 1 else ""
+    comparison = tables.html(f"# {tables.escape(title)}\n")
+    if len(documents) > 1:
+        compared = compare(documents)
+        comparison += tables.html(compared.table())
+        # Folded, since the list fills the screen of a phone.
+        short = f"Not comparable: {', '.join(compared.flags)}" if compared.flags else "Comparable"
+        comparison += f"<details><summary>{escape(short)}</summary>\n"
+        comparison += f"{tables.html(compared.details())}</details>\n"
     figures = "".join(
-        f'<figure id="{name}">{plots.svg(figure)}'
-        f"<figcaption>{escape(plots.CAPTIONS[name])}</figcaption></figure>\n"
-        for name, figure in plots.figures(documents).items()
+        f'<figure id="{name}">{plots.svg(figure)}<figcaption>{escape(caption)}</figcaption>'
+        "</figure>\n"
+        for name, (figure, caption) in plots.figures(documents).items()
     )
     results: list[str] = []
     for name, document in zip(names, documents, strict=True):
@@ -253,6 +248,5 @@ def html(documents: Sequence[Document]) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"{tables.html(tables.page([f'# {tables.escape(title)}', comparison]))}\n"
-        f"{figures}\n{tables.html(tables.page(results))}\n</body>\n</html>\n"
+        f"{comparison}\n{figures}\n{tables.html(tables.page(results))}\n</body>\n</html>\n"
     )

@@ -29,8 +29,7 @@ Open = Callable[[bool], AbstractContextManager[Any]]
 """Builds an engine; the argument says whether its caches are on."""
 
 SCENARIOS: dict[str, tuple[str, bool | None]] = {
-    "report": ("The report's cases", False),
-    "latency": ("Latency at batch 1", False),
+    "report": ("One request at a time", False),
     "text": ("Text only", False),
     "throughput": ("Throughput in fixed batches", False),
     "concurrency": ("Concurrent users", False),
@@ -164,6 +163,7 @@ def alone(bench: Bench, case: Case, *, repeated: bool = False) -> None:
             bench.add(row, bench.request(row, case, image, iteration))
 
         bench.repeat(row, once)
+    row.counts |= {name: rate.mean for name, rate in row.rates.items()}
 
 
 def batches(bench: Bench, size: int) -> None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -23,11 +23,13 @@ from molmo_edge.bench.measure import Bench, RunOptions
 from molmo_edge.cli.common import (
     Commands,
     ConfigOption,
+    JsonOption,
     ModelOption,
     ProfileOption,
     console,
     messages,
     with_options,
+    write,
 )
 
 app = typer.Typer(
@@ -59,21 +61,10 @@ def parse_rates(text: str) -> tuple[float, ...]:
     return values
 
 
-def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
-    """``640x480,1280x960`` as (width, height) pairs in pixels."""
-    if not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}(,[1-9]\d{0,4}x[1-9]\d{0,4})*", text):
-        raise typer.BadParameter("must look like 640x480,1280x960 (width x height)")
-    pairs = [size.split("x") for size in text.split(",")]
-    return tuple((int(width), int(height)) for width, height in pairs)
-
-
 ImageOption = Annotated[list[Path] | None, Option(help="Your image; repeatable.")]
 QuestionOption = Annotated[str | None, Option(help="What to ask about --image.")]
 OutputOption = Annotated[Path, Option(help="Directory, or .json file, of the result.")]
 Results = Annotated[list[Path], Argument(help="Result documents (JSON).")]
-FormatOption = Annotated[
-    Literal["table", "md", "json"], Option("-o", "--format", help="On standard output.")
-]
 OUTPUT = Path("bench-results")
 
 
@@ -138,18 +129,12 @@ def bench(
         list[str] | None,
         Option(help=f"{', '.join(scenarios.SCENARIOS)} or all; repeatable; default: report."),
     ] = None,
-    sizes: Annotated[
-        Any, Option(parser=parse_sizes, help="Sweep image sizes: 640x480,1280x960.")
-    ] = None,
-    sweep_crops: Annotated[
-        Any, Option(parser=parse_integers, help="Sweep max_crops: 1,4,12.")
-    ] = None,
+    quick: Annotated[
+        bool, Option("--quick", help="About 30 seconds: rates of one image, as llama-bench's.")
+    ] = False,
     label: Annotated[str | None, Option(help="Heading of this run in comparisons.")] = None,
     output: OutputOption = OUTPUT,
-    form: Annotated[
-        Literal["table", "md", "csv", "json", "jsonl"],
-        Option("-o", "--format", help="On standard output."),
-    ] = "table",
+    as_json: JsonOption = False,
 ) -> None:
     """Run scenarios and write a JSON document and a Markdown page."""
     if ctx.invoked_subcommand is not None:
@@ -157,15 +142,13 @@ def bench(
     names = scenarios.choose(scenario or ["report"])
     target = engine.target()
     chosen = case_set.own(image, question) if image else case_set.standard()
-    if sizes:
-        chosen = case_set.sweep_sizes(chosen, sizes)
-    if sweep_crops:
-        chosen = case_set.sweep_crops(chosen, sweep_crops)
+    if quick:
+        chosen = chosen[:1]
     path = documents.result_path(output, label or target.name)
     with messages.status("") as status:
         run = Bench(
             cases=chosen,
-            options=RunOptions.choose(target.random_weights, **vars(measure)),
+            options=RunOptions.choose(target.random_weights, quick, **vars(measure)),
             label=label,
             save=lambda document: report.write(document, path),
             progress=status.update,
@@ -173,42 +156,40 @@ def bench(
             start_command=target.start_command(image[0] if image else None),
         )
         document = scenarios.run(run, target.open, names)
-    pages = {"table": report.terminal, "csv": report.csv_text, "jsonl": report.json_lines}
-    output_result(document, pages.get(form, report.markdown)(document), form, path)
+    page = report.quick(document) if quick else report.terminal(document)
+    output_result(document, page, path, as_json)
     if any("interrupted" in note for note in document.notes):
         raise typer.Exit(130)
     if not document.complete:
         raise typer.Exit(1)
 
 
-def output_result(document: documents.Part, page: str, form: str, path: Path) -> None:
-    """Print a result in one form, and where its files are."""
-    print_page(documents.dumps(document) if form == "json" else page, form)
-    messages.print(f"written: {path} and {path.with_suffix('.md').name}", soft_wrap=True)
-
-
-def print_page(text: str, form: str) -> None:
-    """Print Markdown as a terminal shows it, any other form as it is."""
-    if form == "table":
-        tables.show(text, console)
+def output_result(document: documents.Part, page: str, path: Path, as_json: bool) -> None:
+    """Print a result, and where its files are."""
+    if as_json:
+        write(documents.dumps(document))
     else:
-        typer.echo(text, nl=False)
+        tables.show(page, console)
+    messages.print(f"written: {path} and {path.with_suffix('.md').name}", soft_wrap=True)
 
 
 @app.command(name="compare")
 def compare_results(
     results: Results,
-    form: Annotated[Literal["table", "md"], Option("-o", "--format")] = "table",
     strict: Annotated[
-        bool, Option(help="Exit status 1 if the results are not comparable.")
+        bool, Option("--strict", help="Exit status 1 if the results are not comparable.")
     ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Put results side by side and say what makes them not comparable."""
     from molmo_edge.bench.compare import compare
 
-    comparison = compare([documents.load(path) for path in results])
-    print_page(comparison.markdown(), form)
-    if strict and comparison.flags:
+    made = compare([documents.load(path) for path in results])
+    if as_json:
+        write(json.dumps(asdict(made), indent=1, ensure_ascii=False) + "\n")
+    else:
+        tables.show(tables.page([made.table(), made.details()]), console)
+    if strict and made.flags:
         raise typer.Exit(1)
 
 
@@ -216,27 +197,11 @@ def compare_results(
 def report_results(
     results: Results,
     output: Annotated[Path, Option(help="The HTML page.")] = Path("bench-report.html"),
-    png: Annotated[Path | None, Option(help="Directory for the plots as PNG.")] = None,
 ) -> None:
     """Make one self-contained HTML page, with plots (extra `plot`)."""
-    from molmo_edge.bench import plots
-
     loaded = [documents.load(path) for path in results]
     documents.write(report.html(loaded), output)
     typer.echo(f"written: {output}")
-    if png is not None:
-        for name, figure in plots.figures(loaded).items():
-            plots.png(figure, png / f"{name}.png")
-            typer.echo(f"written: {png / name}.png")
-
-
-@app.command()
-def schema(
-    drift: Annotated[bool, Option("--drift", help="Of drift results instead.")] = False,
-) -> None:
-    """Print the JSON Schema of a result document."""
-    kind = drifts.DriftDocument if drift else documents.Document
-    typer.echo(json.dumps(kind.model_json_schema(), indent=1))
 
 
 @app.command(name="drift")
@@ -256,7 +221,7 @@ def drift_command(
     ] = 0.95,
     max_kl: Annotated[float, Option(min=0, help="Maximum mean KL in nats.")] = 0.05,
     output: OutputOption = OUTPUT,
-    form: FormatOption = "table",
+    as_json: JsonOption = False,
 ) -> None:
     """Same prompts under several configurations; exit status 1 if one drifts too far."""
     target = Target.choose(model, config, {})
@@ -272,6 +237,6 @@ def drift_command(
         progress=lambda text: messages.print(f"answering with {text}", markup=False),
         save=lambda result: documents.save(result, drifts.markdown(result), path),
     )
-    output_result(document, drifts.markdown(document), form, path)
+    output_result(document, drifts.markdown(document), path, as_json)
     if not all(one.passed for one in document.drifts):
         raise typer.Exit(1)

@@ -71,6 +71,9 @@ def plan(
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt, image included.")] = 1210,
     output_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 190,
     batch: Annotated[int | None, typer.Option(help="Concurrent requests.")] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(min=0.001, help="Memory's GB/s, such as a measured one.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """What fits a device, in which precision, and the upper bound of its speed."""
@@ -86,6 +89,7 @@ def plan(
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
         batch=batch,
+        bandwidth_bytes_s=None if bandwidth is None else bandwidth * 1e9,
     )
     output(made.as_dict(), *_plan_lines(made), as_json=as_json)
 

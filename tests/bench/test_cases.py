@@ -38,13 +38,6 @@ def test_own_images_get_distinct_names_and_bad_ones_are_named(tmp_path: Path) ->
         cases.own(paths)
 
 
-def test_a_sweep_has_every_case_with_every_number_of_crops() -> None:
-    swept = cases.sweep_crops(cases.standard()[:2], [1, 4])
-    assert [(one.name, one.max_crops) for one in swept] == [
-        (f"{name}-crops{n}", n) for name in ("boardwalk", "panels") for n in (1, 4)
-    ]
-
-
 @pytest.mark.parametrize(
     ("answer", "right"),
     [

@@ -45,15 +45,18 @@ def test_ratios_refer_to_the_first_result_and_no_two_have_one_heading() -> None:
 
 def test_other_conditions_make_results_not_comparable() -> None:
     one, two = measured("a"), measured("b", cached=16)
-    assert compare([one]).flags == ["power mode is unknown in a"]
+    other = measured("c")
+    other.environment.device.name = "another"
+    assert compare([one, measured("b")]).flags == {}
+    assert list(compare([one, other]).flags) == ["power mode"]
     for result in (one, two):
         result.environment.device.power_mode = "MAXN"
-    assert compare([one, one.model_copy(update={"label": "c"})]).flags == []
+    assert compare([one, one.model_copy(update={"label": "c"})]).flags == {}
     two.environment.device.power_mode = "120W"
     two.environment.model.kv_cache_dtype = "auto"
     two.environment.software["vllm"] = "0.31.0"
     two.environment.model.precision = None
-    flags = "\n".join(compare([one, two]).flags)
+    flags = compare([one, two]).details()
     assert "power mode differs (a: MAXN; b: 120W)" in flags
     assert "KV cache differs" in flags and "vLLM differs" in flags
     assert "precision is unknown in b" in flags
@@ -64,7 +67,7 @@ def test_incomplete_and_slowing_results_are_flagged() -> None:
     slow = measured("slow")
     slow.complete = False
     slow.scenarios[0].rows[0].warmup = document.Warmup(start=2, slowed=True)
-    slow.scenarios[0].rows[1].warmup = None
-    flags = "\n".join(compare([slow]).flags)
-    assert "slow is incomplete" in flags
+    slow.scenarios[0].rows[1].warmup = document.Warmup(start=None, slowed=False)
+    flags = compare([slow]).details()
+    assert "not comparable: incomplete: slow" in flags
     assert "slow: One slowed down" in flags and "slow: Two never became steady" in flags

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import re
 import sys
 
 import pytest
 
 from molmo_edge.bench import plots, report
-from molmo_edge.bench.document import Answer, Ceiling, Document, Scenario
+from molmo_edge.bench.document import Answer, Ceiling, Document, Scenario, Warmup
 from molmo_edge.bench.measure import RunOptions
 from molmo_edge.errors import MissingDependencyError
 from tests.bench.double import DoubleVLM, measure
@@ -57,14 +54,6 @@ def test_incomplete_and_empty_results_make_a_page() -> None:
     assert "## R" in text and "This result is incomplete." in text and "interrupted" in text
 
 
-def test_csv_and_json_lines_hold_every_row(full: Document) -> None:
-    count = sum(len(scenario.rows) for scenario in full.scenarios)
-    records = list(csv.DictReader(io.StringIO(report.csv_text(full))))
-    assert len(records) == count and records[0]["case"] == "one"
-    lines = report.json_lines(full).splitlines()
-    assert len(lines) == count and json.loads(lines[0])["bandwidth_share"] == 0.75
-
-
 def test_the_html_page_is_self_contained_and_escaped_with_every_plot(full: Document) -> None:
     pytest.importorskip("matplotlib")
     full.scenarios[0].rows[0].answer = Answer(text="<script>alert(1)</script> & <b>")
@@ -74,6 +63,40 @@ def test_the_html_page_is_self_contained_and_escaped_with_every_plot(full: Docum
     for name in plots.PLOTS:
         assert f'<figure id="{name}"><svg' in page
     assert plots.figures(historic()[1:]) == {}
+    # On a phone: the first column stays, and one line says what is not comparable.
+    assert "td:first-child { position: sticky; left: 0;" in page
+    assert "<summary>Not comparable: power mode, vLLM, " in page
+
+
+def test_charts_say_what_is_drawn_of_which_weights_and_what_is_not_steady(full: Document) -> None:
+    pytest.importorskip("matplotlib")
+    trained = full.model_copy(deep=True, update={"label": "trained"})
+    trained.environment.model.random_weights = False
+    row = trained.scenarios[0].rows[0]
+    row.warmup = Warmup(start=None, slowed=False)
+    for documents, mark in (
+        ([full], "\nrandom weights"),
+        ([trained, full], "\nrandom weights: a test"),
+        ([trained], None),
+    ):
+        drawn = plots.figures(documents)
+        titles = [figure.axes[0].get_title() for figure, _ in drawn.values()]
+        assert all(title.endswith(mark) if mark else "random" not in title for title in titles)
+    [axes] = drawn["speed"][0].axes
+    assert "One, never became steady" in axes.get_legend_handles_labels()[1]
+    assert "One: never became steady" in report.markdown(trained)
+    assert "Hollow" in drawn["speed"][1] and "Prefill includes" in drawn["waterfall"][1]
+    even = measure(DoubleVLM())
+    assert plots.figures([even])["speed"][1] == "Each point is a request, sent alone."
+
+
+def test_a_sentence_says_what_was_measured(full: Document) -> None:
+    said = report.sentence(full)
+    assert re.match(r"\d+ requests to double \(random weights: .* on a test, answers of at", said)
+    assert said.endswith("20 tokens: One request at a time; Throughput in fixed batches; "
+                         "Concurrent users; A camera's newest frame.")  # fmt: skip
+    for page in (report.terminal(full), report.markdown(full), report.quick(full)):
+        assert said.replace("|", "\\|") in page
 
 
 def test_without_matplotlib_the_extra_is_named(
