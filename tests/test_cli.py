@@ -373,7 +373,9 @@ def test_the_commands_about_the_machine_answer(run: Run) -> None:
     profiles = run("profiles", "--json").json
     assert profiles["chosen"] in [one["name"] for one in profiles["profiles"]]
     assert "thor" in run("profiles").out
-    assert run("plan", "--device", "thor", "--json").json["rows"]
+    rows = run("plan", "--device", "thor", "--json").json["rows"]
+    half = run("plan", "--device", "thor", "--bandwidth", "136.5", "--json").json["rows"]
+    assert half[0]["decode_tps"] == pytest.approx(rows[0]["decode_tps"] / 2)
     assert "tok/s" in run("plan", "--model", "allenai/Molmo-7B-D-0924", "--device", "thor").out
     diagnosis = run("doctor", "--json")
     assert diagnosis.status == (0 if diagnosis.json["healthy"] else 1)
