@@ -1,0 +1,235 @@
+"""Write the figures of the pages from the recorded results and from `molmo-edge plan`.
+
+    python benchmarks/figures.py            # rewrite the pages
+    python benchmarks/figures.py --check    # exit status 1 if a page differs
+
+A page has each block of figures between `<!-- figures: NAME -->` and `<!-- end of figures -->`;
+NAME is a function of this module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import harness
+
+from molmo_edge.bench.tables import number, percent
+from molmo_edge.devices.detect import known_device
+from molmo_edge.devices.plan import Plan, plan
+from molmo_edge.devices.shapes import TOKENS_PER_FRAME, model_shape
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+RESULTS = ROOT / "benchmarks" / "results"
+BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+
+H200 = ("2026-11-27-h200-molmo2", "2026-11-27-h200")
+VERIFY, OVERHEAD = "2026-11-27-verify-cpu", "2026-11-27-overhead-cpu"
+PREPROCESS = "2026-11-27-preprocess-cpu"
+STOCK = "stock vLLM, "
+FAMILIES = {"molmo2": "Molmo 2", "molmo": "Molmo 1"}
+
+
+def result(name: str) -> dict[str, Any]:
+    """A recorded document."""
+    document: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return document
+
+
+def machine(document: Mapping[str, Any]) -> str:
+    """What a document was measured on."""
+    return f"{document['device']['name']}, vLLM {document['software']['vllm']}"
+
+
+def link(name: str) -> str:
+    """Where the pages say that a figure comes from."""
+    return f"`benchmarks/results/{name}.json`"
+
+
+# The README's.
+
+
+def answers() -> str:
+    """Differences from the reference implementations, by what is rounded."""
+    rows: dict[str, dict[str, list[dict[str, Any]]]] = {}
+
+    def add(name: str, family: str, cases: list[dict[str, Any]]) -> None:
+        rows.setdefault(name, {}).setdefault(family, []).extend(cases)
+
+    cpu = result(VERIFY)
+    for report in (report for reports in cpu["layouts"].values() for report in reports):
+        name = f"{STOCK if report['stock'] else ''}float32, {machine(cpu)}"
+        add(name, report["family"], report["cases"])
+    for document in map(result, H200):
+        for case in document["stages"]["verify"].values():
+            if "ours" not in case["values"]:
+                continue  # it did not finish
+            options = case["options"]
+            what = [{"float32": "float32", "bfloat16": "BF16"}[options["dtype"]]]
+            kv_cache = options.get("kv_cache_dtype", "auto")
+            what += [f"KV cache {kv_cache}"] if kv_cache != "auto" else []
+            what += ["FP8 weights"] if options["engine_args"].get("precision") == "fp8" else []
+            name, family = f"{', '.join(what)}, {machine(document)}", options.get("family", "molmo")
+            add(name, family, case["values"]["ours"]["cases"])
+            if "stock" in case["values"]:
+                add(STOCK + name, family, case["values"]["stock"]["cases"])
+    # What is exact first, stock vLLM last.
+    names = sorted(rows, key=lambda name: (STOCK in name, "float32" not in name, name))
+    lines = [[name, *(_drift(rows[name].get(family, [])) for family in FAMILIES)] for name in names]
+    sources = ",\n".join(map(link, (VERIFY, *H200)))
+    return (
+        f"{harness.table(['largest difference of log-probability', *FAMILIES.values()], lines)}\n"
+        "Equal is every token of each case of `molmo-edge verify`. Where numbers are rounded, the\n"
+        "reference's tokens are forced and their log-probabilities compared. Random weights; from\n"
+        f"{sources}."
+    )
+
+
+def _drift(cases: Sequence[Mapping[str, Any]]) -> str:
+    if not cases:
+        return harness.DASH
+    wrong = sum(not case["ok"] for case in cases)
+    worst = max(case["max_dlogprob"] for case in cases)
+    if wrong:
+        return f"wrong in {wrong} of {len(cases)} cases"
+    return f"equal, {worst:.1e}" if worst < 1e-4 else f"{worst:.3f}"
+
+
+def speed() -> str:
+    """Decode speed and time to first token on the H200."""
+    document, lines = result(H200[0]), []
+    copy = document["stages"]["decode"]["copy"]["values"]["bandwidth_bytes_s"]
+    for case in document["stages"]["decode"].values():
+        engine = case.get("options", {}).get("engine")
+        if engine is None:
+            continue
+        for name, row in case["values"].items():
+            if name in ("environment", "13 crops", "9 crops") or row["error"]:
+                continue
+            step = (row["ceiling"] or {}).get("bytes_per_token")
+            tps, ttft = row["decode_tps"]["median"], row["ttft_s"]["median"]
+            kind = (engine["precision"], engine["kv_cache_dtype"], name.replace("-", " "))
+            share = percent(tps * step / copy if step else None)
+            model = engine["model"].rpartition("/")[2]
+            lines.append([model, *kind, number(tps, 0), share, number(ttft, 0, 1000)])
+    heads = ["shape", "weights", "KV cache", "input", "tok/s", "of a copy's bandwidth", "TTFT ms"]
+    ours = document["stages"]["overhead"]["7b"]["values"]["result"]["decode_tps"]
+    return (
+        f"{machine(document)}, batch 1, random weights, medians of {row['decode_tps']['n']}; from\n"
+        f"{link(H200[0])}:\n\n{harness.table(heads, sorted(lines))}\n"
+        f"`EdgeVLM` decodes {harness.interval_text(ours)} of bare vLLM there, which is\n"
+        f"{harness.interval_text(ours['floor'])} of itself."
+    )
+
+
+def _plan(model: str, device: str) -> Plan:
+    return plan(model_shape(f"allenai/{model}"), known_device(device))
+
+
+def ceilings() -> str:
+    """The table of `molmo-edge plan`."""
+    models, devices = ("Molmo2-4B", "Molmo-7B-D-0924"), {"thor": "Thor", "rtx5080": "RTX 5080"}
+    plans = {f"{m}, {name}": _plan(m, device) for m in models for device, name in devices.items()}
+    forms = {
+        "bf16": "BF16",
+        "fp8": 'precision="fp8"',
+        "w4a16": "W4A16, quantised",
+        "nvfp4": "NVFP4, quantised",
+    }
+    cells: dict[str, list[str]] = {title: [] for title in forms.values()}
+    for made in plans.values():
+        for row in made.rows:
+            if row.precision in forms:
+                known = number(row.decode_tps, 1 if (row.decode_tps or 0) < 100 else 0)
+                cells[forms[row.precision]].append(known if row.fits else "does not fit")
+    made = plans["Molmo2-4B, Thor"]
+    rates = " and ".join(
+        f"{(_plan('Molmo2-4B', device).bandwidth_bytes_s or 0) / 1e9:.0f} GB/s on {name}"
+        for device, name in devices.items()
+    )
+    table = harness.table(["tok/s, at most", *plans], [[k, *v] for k, v in cells.items()])
+    return (
+        f"{made.prompt_tokens:,} prompt and {made.output_tokens:,} answer tokens; each token reads "
+        f"blocks and LM head once, at\n{rates}:\n\n{table}"
+    )
+
+
+def visuals() -> str:
+    """Sizes of images and video of Molmo 2."""
+    thor, rtx = (_plan("Molmo2-4B", device).visuals for device in ("thor", "rtx5080"))
+    assert thor is not None and rtx is not None
+    images = " and ".join(
+        f"{size.replace('x', '×')} pixels has {tokens:,}"
+        for size, tokens in thor.image_tokens.items()
+    )
+    limits = " and ".join(
+        f"{one.max_model_len:,} tokens on {name} ({one.frames} frames: "
+        f"{math.ceil(one.seconds)} s of video)"
+        for name, one in (("Thor", thor), ("an RTX 5080", rtx))
+    )
+    return (
+        f"In Molmo 2 an image of {images} tokens, and a video at most {TOKENS_PER_FRAME} for\neach "
+        f"frame, two frames per second. Molmo2-4B in FP8 takes requests of\n{limits}."
+    )
+
+
+# Those of the benchmarks' own page.
+
+
+def overhead() -> str:
+    """EdgeVLM against bare vLLM."""
+    lines = []
+    gpu = result(H200[0])
+    cpu = result(OVERHEAD)
+    for document, measured in (
+        (cpu, cpu["result"]),
+        (gpu, gpu["stages"]["overhead"]["7b"]["values"]["result"]),
+    ):
+        speeds, cost = measured["decode_tps"], measured["cost_us"]
+        texts = [harness.interval_text(one) for one in (speeds, speeds["floor"])]
+        costs = [harness.interval_text(one, 0) for one in (cost, cost["floor"])]
+        lines.append([machine(document), *texts, *costs])
+    heads = ["", "decode of bare vLLM's", "floor", "µs per token", "floor"]
+    return f"{harness.table(heads, lines)}\nThe cost in µs is below the noise of both: not decided."
+
+
+def preprocess() -> str:
+    """Preprocessing against plain paths."""
+    document, lines = result(PREPROCESS), []
+    for one in document["results"]:
+        for name, measured in one["implementations"].items():
+            if name != "molmo_edge":
+                ours = one["implementations"]["molmo_edge"]["ms"]
+                times = harness.interval_text(measured["times_ours"], 1)
+                lines.append([one["case"], harness.interval_text(ours, 0), name, times])
+    return f"{machine(document)}:\n\n" + harness.table(["", "ours, ms", "other", "× ours"], lines)
+
+
+def render(page: str) -> str:
+    """The page with its blocks written anew."""
+    return BLOCK.sub(lambda m: f"{m[1]}{globals()[m[2]]().rstrip()}\n{m[3]}", page)
+
+
+def main() -> int:
+    """Rewrite or check the pages."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    check, different = parser.parse_args().check, False
+    for path in PAGES:
+        old = path.read_text(encoding="utf-8")
+        new = render(old)
+        different |= old != new
+        if old != new and not check:
+            path.write_text(new, encoding="utf-8")
+    return int(check and different)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
