@@ -20,7 +20,6 @@ import numpy as np
 
 from molmo_edge import EdgeVLM
 from molmo_edge.engine.fake import FakeEngine
-from molmo_edge.points import parse_points
 
 PERIOD_S = 1 / 50
 
@@ -50,10 +49,10 @@ class Robot:
 
     async def look(self, vlm: EdgeVLM) -> None:
         """Follow the object that the model points at."""
-        async for seen in vlm.awatch(camera, "Point to the mug", max_crops=1, max_tokens=40):
+        async for seen in vlm.awatch(camera, point="mug", max_crops=1, max_tokens=40):
             self.answers += 1
-            if seen.result is not None and (points := parse_points(seen.result.text).points):
-                self.target = points[0].x - 0.5
+            if seen.points is not None and seen.points.points:
+                self.target = seen.points.points[0].x - 0.5
 
 
 def camera() -> Iterator[np.ndarray]:

@@ -42,7 +42,7 @@ class Point:
         id: the number the model gave the point or tracked object, None if it gave none.
         image_index: which image of the request, from 0; None where the form does not say.
         t: seconds into the video, None for images.
-        frame: the nearest of the sampled frames, from 0; None for images.
+        frame: the nearest of the sampled frames, from 0; None for images, and after the video.
 
     Raises:
         InputError: a coordinate is not between 0 and 1.
@@ -144,7 +144,8 @@ class PointResult:
         """Return the points as those of `images`, or of a clip that the answer is about.
 
         What the form calls a frame is an image's number or a time; of a single image it says
-        nothing. Points in images that there are not count as malformed.
+        nothing. Points in images that there are not count as malformed; at times after the video
+        they have no frame.
         """
         points = []
         for point in self.points:
@@ -180,13 +181,14 @@ class PointResult:
             if not 0 <= index < len(self.images):
                 raise InputError("There is no such image to draw on: call draw(image).")
             image = self.images[index]
-        several = len(self.images) > 1
         canvas = load(image)
-        _draw(canvas, {
-            number: point
-            for number, point in enumerate(self.points, 1)
-            if not several or index in (point.image_index, point.frame)
-        })  # fmt: skip
+
+        def shown(point: Point) -> bool:
+            if point.t is not None and self.images:
+                return point.frame == index
+            return len(self.images) < 2 or point.image_index == index
+
+        _draw(canvas, {n: point for n, point in enumerate(self.points, 1) if shown(point)})
         return canvas
 
 
@@ -313,7 +315,8 @@ class TrackResult:
         marks: list[dict[int, Point]] = [{} for _ in clip.frames]
         for id, track in self.tracks.items():
             for t, x, y in track:
-                marks[_nearest(clip.times, t)][id] = Point(x, y)
+                if (frame := _nearest(clip.times, t)) is not None:
+                    marks[frame][id] = Point(x, y)
 
         def frames() -> Iterator[npt.NDArray[np.uint8]]:
             for pixels, points in zip(clip.frames, marks, strict=True):
@@ -325,7 +328,11 @@ class TrackResult:
         write_video(path, frames(), (len(clip.times) - 1) / seconds if seconds > 0 else 1.0)
 
 
-def _nearest(times: Sequence[float], t: float) -> int:
+def _nearest(times: Sequence[float], t: float) -> int | None:
+    """The frame nearest to `t`; None well after the last, where there is no image."""
+    spacing = (times[-1] - times[0]) / max(len(times) - 1, 1)
+    if t > times[-1] + max(spacing, 1.0):
+        return None
     return int(np.abs(np.subtract(times, t)).argmin())
 
 

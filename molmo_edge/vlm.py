@@ -13,7 +13,6 @@ import time
 import weakref
 from collections.abc import (
     AsyncGenerator,
-    Awaitable,
     Callable,
     Generator,
     Iterable,
@@ -459,8 +458,10 @@ class EdgeVLM:
     def watch(
         self,
         source: Source,
-        question: str = CAPTION_PROMPTS["short"],
+        question: str | None = None,
         *,
+        point: str | None = None,
+        count: str | None = None,
         drop: Literal["oldest", "none"] = "oldest",
         max_fps: float | None = None,
         frame_timeout: float | None = 10.0,
@@ -472,6 +473,9 @@ class EdgeVLM:
 
         Args:
             source: see `molmo_edge.watch.Camera`.
+            question: by default for a short caption.
+            point, count: a label in place of the question; `Seen.points` and `Seen.count` have the
+                answer, and `Seen.draw` shows it.
             drop: ``"oldest"``: a frame that arrives while another is answered replaces the one that
                 waits; ``"none"``: the source is read only as fast as frames are answered.
             max_fps: maximum number of frames per second, in questions and in a window.
@@ -491,22 +495,19 @@ class EdgeVLM:
         Raises:
             ConfigError: at once, for a wrong argument, or a window if the model has no video.
             CameraError, MissingDependencyError: while iterating.
-            As `query`, while iterating, about the question, the options or the engine.
+            As `query`: at once about the options and labels, while iterating about the rest.
         """
         camera = Camera(source, drop, max_fps, frame_timeout, on_stall, window)
-        self._check_window(window)
-
-        def answer(frame: Seen) -> Result:
-            image = frame.image if frame.video is None else None
-            return self.query(image, question, video=frame.video, **options)
-
-        return run(camera, answer)
+        request = self._frame_request(question, point, count, window, options)
+        return run(camera, lambda frame: self._answer(request(frame)))
 
     def awatch(
         self,
         source: Source,
-        question: str = CAPTION_PROMPTS["short"],
+        question: str | None = None,
         *,
+        point: str | None = None,
+        count: str | None = None,
         drop: Literal["oldest", "none"] = "oldest",
         max_fps: float | None = None,
         frame_timeout: float | None = 10.0,
@@ -520,13 +521,8 @@ class EdgeVLM:
         ``contextlib.aclosing`` where that matters.
         """
         camera = Camera(source, drop, max_fps, frame_timeout, on_stall, window)
-        self._check_window(window)
-
-        def answer(frame: Seen) -> Awaitable[Result]:
-            image = frame.image if frame.video is None else None
-            return self.aquery(image, question, video=frame.video, **options)
-
-        return arun(camera, answer)
+        request = self._frame_request(question, point, count, window, options)
+        return arun(camera, lambda frame: self._aanswer(request(frame)))
 
     # The engine.
 
@@ -747,12 +743,34 @@ class EdgeVLM:
             environment=engine.info.environment,
         )
 
-    def _check_window(self, window: int | None) -> None:
-        if window is None:
-            return
-        self._require("video")
-        if window > (limit := self._video_limits.max_frames):
-            raise ConfigError(f"window must be at most {limit}, the engine's max_frames.")
+    def _frame_request(
+        self,
+        question: str | None,
+        point: str | None,
+        count: str | None,
+        window: int | None,
+        options: Options,
+    ) -> Callable[[Seen], Request[Any]]:
+        """Check what `watch` is to ask; return what makes a frame's request."""
+        make: Callable[..., Request[Any]] = Request
+        text = CAPTION_PROMPTS["short"] if question is None else question
+        if [question, point, count].count(None) < 2:
+            raise ConfigError("Give only one of question, point and count.")
+        if point is not None:
+            make, text = Request.point, point
+        elif count is not None:
+            make, text = Request.count, count
+        self._check(make(None, text, **options))
+        if window is not None:
+            self._require("video")
+            if window > (limit := self._video_limits.max_frames):
+                raise ConfigError(f"window must be at most {limit}, the engine's max_frames.")
+
+        def request(frame: Seen) -> Request[Any]:
+            image = frame.image if frame.video is None else None
+            return make(image, text, video=frame.video, **options)
+
+        return request
 
     def _require(self, verb: str) -> None:
         if self.family is not None and verb not in self.family.verbs:

@@ -6,11 +6,15 @@ consumer. Between the two are only queues written in C, so Ctrl-C leaves nothing
 
 from __future__ import annotations
 
+import array
 import asyncio
 import contextlib
+import io
 import logging
 import math
 import queue
+import re
+import stat
 import threading
 import time
 from collections import deque
@@ -39,23 +43,38 @@ from molmo_edge.errors import (
     RequestError,
     VideoError,
 )
-from molmo_edge.images import SUFFIXES, ImageLike, image_files
+from molmo_edge.images import (
+    SUFFIXES,
+    ImageLike,
+    file_mode,
+    image_files,
+    printable,
+    private_copy,
+)
+from molmo_edge.points import CountResult, PointResult
 from molmo_edge.results import Result
 from molmo_edge.settings import plain
-from molmo_edge.video import Video
+from molmo_edge.video import Frame, Video
 
 logger = logging.getLogger("molmo_edge")
 
 Source: TypeAlias = int | str | Path | Iterable[ImageLike] | Callable[[], Iterable[ImageLike]]
-_Frames: TypeAlias = Callable[[], Generator[ImageLike, None, None]]
+Answer: TypeAlias = Result | PointResult | CountResult
+_Frames: TypeAlias = Callable[[], Generator[ImageLike | None, None, None]]  # None: unreadable
 
 # Failures that belong to one frame; the next one may be answered.
 _FRAME_ERRORS = (ImageError, VideoError, RequestError, QueueFull)
 # Longest wait for a thread in the middle of a read, which cannot be interrupted.
 _JOIN_S = 5.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 5.0
-# One image or its bytes; iterating over it would give rows or numbers.
-_NO_FRAMES = (str, bytes, bytearray, memoryview, Mapping, np.ndarray)
+_MAX_WINDOW = 10_000
+# Failed reads of a camera in a row that end it, and the seconds between them.
+_MAX_FAILURES, _FAILURE_PAUSE_S = 30, 0.02
+# One image or its bytes; iterating over it would give rows, lines or numbers.
+_NO_FRAMES = (
+    str, bytes, bytearray, memoryview, array.array, io.IOBase, Mapping, np.ndarray,
+)  # fmt: skip
+_CAMERA_URL = re.compile(r"\s*(rtsps?|https?)://", re.IGNORECASE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +88,11 @@ class Seen:
         captured_at: the same in seconds since 1970.
         answered_s: when the answer was complete, monotonic.
         dropped: frames that were replaced by newer ones since the frame before.
+        skipped: frames that could not be read since the source was last opened.
         reconnects: how often the source was opened again so far.
         result: the answer; None when there is an `error`.
+        points: what the answer points at, if `point` or `count` was asked for.
+        count: the number of what was counted.
         error: why this frame has no answer: its deadline passed, the image cannot be used, …
         video: with `window`, the frame and those before it: what the answer is about.
     """
@@ -81,15 +103,45 @@ class Seen:
     captured_at: float
     answered_s: float = 0.0
     dropped: int = 0
+    skipped: int = 0
     reconnects: int = 0
     result: Result | None = None
+    points: PointResult | None = None
+    count: CountResult | None = None
     error: MolmoEdgeError | None = None
     video: Video | None = None
 
     @property
     def latency_s(self) -> float:
-        """Seconds from the frame to its answer."""
+        """Seconds from the frame's capture to its answer, waiting included."""
         return self.answered_s - self.captured_s
+
+    def answered(self, answer: Answer | None, error: MolmoEdgeError | None) -> Seen:
+        """The frame with its answer."""
+        count = answer if isinstance(answer, CountResult) else None
+        points = count.points if count else answer if isinstance(answer, PointResult) else None
+        result = points.result if points else answer if isinstance(answer, Result) else None
+        return replace(
+            self,
+            answered_s=time.monotonic(),
+            result=result,
+            points=points,
+            count=count,
+            error=error,
+        )
+
+    def draw(self, order: Literal["RGB", "BGR"] = "RGB") -> Frame:
+        """Return the frame with its points as a new H x W x 3 uint8 array, upright.
+
+        Args:
+            order: of the channels; ``"BGR"`` for ``cv2.imshow`` and other OpenCV code.
+
+        Raises:
+            ImageError: the frame cannot be used.
+        """
+        points = self.points or PointResult("")
+        pixels = np.array(points.draw(self.image, index=max(len(points.images) - 1, 0)))
+        return np.ascontiguousarray(pixels[..., ::-1]) if order == "BGR" else pixels
 
 
 class Camera:
@@ -102,6 +154,8 @@ class Camera:
         source: one of
 
             - an integer, or a string of digits: an OpenCV device by index;
+            - the RTSP or HTTP URL of your own camera, which OpenCV opens: what it sends is
+              decoded without the limits on images and videos;
             - a string with ``!`` in it: a GStreamer pipeline that ends in ``appsink``, for an
               OpenCV with GStreamer (the wheels on PyPI have none, a Jetson's own build has);
             - the path of a device such as ``/dev/video0``, or of a video file, played at its own
@@ -109,7 +163,10 @@ class Camera:
             - a directory: its images in the order of their names. It has no clock, so none of
               them is dropped. The same holds for a list or tuple of images;
             - an iterator of images (arrays are RGB, as everywhere), or a function that returns
-              one, which can be called again to reconnect.
+              one, which can be called again to reconnect. Each image is copied before the next is
+              asked for, of a path its file; None is a frame that could not be read.
+
+            A camera may fail to read some frames; 30 in a row are an error.
 
     Raises:
         ConfigError: `source` is none of these, or another argument is wrong.
@@ -130,11 +187,11 @@ class Camera:
             raise ConfigError("on_stall must be 'raise' or 'reconnect'.")
         max_fps, frame_timeout, window = map(plain, (max_fps, frame_timeout, window))
         for name, value in (("max_fps", max_fps), ("frame_timeout", frame_timeout)):
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (number and 0 < value < math.inf):
-                raise ConfigError(f"{name} must be a positive number, or None.")
-        if window is not None and (type(window) is not int or window < 2):
-            raise ConfigError("window must be an integer of at least 2, or None.")
+            number = isinstance(value, int | float)
+            if value is not None and not (number and type(value) is not bool and 0 < value < 1e9):
+                raise ConfigError(f"{name} must be a positive number below 1e9, or None.")
+        if window is not None and not (type(window) is int and 2 <= window <= _MAX_WINDOW):
+            raise ConfigError(f"window must be an integer from 2 to {_MAX_WINDOW}, or None.")
         self._open_frames, clocked = _frames_of(source)
         self._reconnect = on_stall == "reconnect"
         if self._reconnect and isinstance(source, Iterator):
@@ -204,30 +261,28 @@ class Camera:
         return reader
 
 
-def run(camera: Camera, answer: Callable[[Seen], Result]) -> Generator[Seen, None, None]:
+def run(camera: Camera, answer: Callable[[Seen], Answer]) -> Generator[Seen, None, None]:
     """Answer frame by frame; see `EdgeVLM.watch`."""
     with contextlib.closing(camera):
         while (frame := camera.next_frame()) is not None:
-            result, error = None, None
             try:
-                result = answer(frame)
+                seen = frame.answered(answer(frame), None)
             except _FRAME_ERRORS as exc:
-                error = exc
-            yield replace(frame, answered_s=time.monotonic(), result=result, error=error)
+                seen = frame.answered(None, exc)
+            yield seen
 
 
 async def arun(
-    camera: Camera, answer: Callable[[Seen], Awaitable[Result]]
+    camera: Camera, answer: Callable[[Seen], Awaitable[Answer]]
 ) -> AsyncGenerator[Seen, None]:
     """Do the same as `run` for asyncio; see `EdgeVLM.awatch`."""
     try:
         while (frame := await asyncio.to_thread(camera.next_frame)) is not None:
-            result, error = None, None
             try:
-                result = await answer(frame)
+                seen = frame.answered(await answer(frame), None)
             except _FRAME_ERRORS as exc:
-                error = exc
-            yield replace(frame, answered_s=time.monotonic(), result=result, error=error)
+                seen = frame.answered(None, exc)
+            yield seen
     finally:
         await asyncio.to_thread(camera.close)
 
@@ -254,7 +309,7 @@ class _Reader:
         self._stopped = False
         self._finished = False
         self._failure: MolmoEdgeError | None = None
-        self.count = 0
+        self.count = self._skipped = 0
         self.thread = threading.Thread(target=self._run, name="molmo-edge-camera", daemon=True)
 
     def next_frame(self, timeout_s: float) -> Seen | None:
@@ -289,13 +344,15 @@ class _Reader:
         try:
             with contextlib.closing(self._open_frames()) as frames:
                 for image in frames:
-                    if not self._stopped:
+                    if image is None:
+                        self._skipped += 1
+                    elif not self._stopped:
                         self._add(image)
                     if self._stopped:
                         break
         except MolmoEdgeError as exc:
             self._failure = exc
-        except Exception as exc:
+        except BaseException as exc:  # SystemExit and CancelledError end only this thread
             self._failure = CameraError(
                 f"The source failed: {type(exc).__name__}. The chained error says why."
             )
@@ -307,7 +364,8 @@ class _Reader:
         now = time.monotonic()
         if not self._keep_all:
             self._since = now
-        frame = Seen(image, self.count, now, time.time(), video=self._video(now, image))
+        video = self._video(now, image)
+        frame = Seen(image, self.count, now, time.time(), skipped=self._skipped, video=video)
         self._waiting.append(frame)
         self.count += 1
         self._notify()
@@ -320,7 +378,8 @@ class _Reader:
             return None
         if len(self._recent) > 1 and self._recent[-1][0] - self._recent[-2][0] < self._period_s:
             self._recent.pop()
-        self._recent.append((now, image))
+        # A copy: the consumer may draw on the frame it gets.
+        self._recent.append((now, private_copy(image)))
         times, images = zip(*self._recent, strict=True)
         return Video(images, timestamps=[t - times[0] for t in times])
 
@@ -337,56 +396,71 @@ def _wait(news: queue.SimpleQueue[None], seconds: float) -> None:
 def _frames_of(source: Source) -> tuple[_Frames, bool]:
     """Return how to open a source, and whether it has a clock: its frames come by themselves."""
     source = plain(source)
-    if isinstance(source, str) and source.strip().isdecimal():
+    if isinstance(source, str) and re.fullmatch(r"\s*\d{1,9}\s*", source):
         source = int(source)
-    if isinstance(source, int) and not isinstance(source, bool) and source >= 0:
-        return lambda: _read_opencv(source), True
+    if type(source) is int and 0 <= source < 1e9:
+        return lambda: _read_opencv(source, f"camera {source}"), True
+    if isinstance(source, str) and _CAMERA_URL.match(source):
+        # Not named: the URL may have a password in it.
+        return lambda: _read_opencv(source.strip(), "the camera's URL"), True
     if isinstance(source, str) and "!" in source:
-        return lambda: _read_opencv(source, pipeline=True), True
+        return lambda: _read_opencv(source, "the GStreamer pipeline", "CAP_GSTREAMER"), True
     if isinstance(source, str) and "://" in source:
         raise ConfigError(
-            "A source is not a URL: nothing is fetched. Give a GStreamer pipeline, such as "
-            "'rtspsrc location=… ! … ! appsink', or an iterator of images."
+            "Only rtsp, rtsps, http and https URLs of cameras are opened. Give a GStreamer "
+            "pipeline, or an iterator of images."
         )
     if isinstance(source, str | Path) and str(source).strip():
         path = Path(source)
-        if path.is_dir():
+        if stat.S_ISDIR(file_mode(path)):
             return lambda: _read_directory(path), False
-        if path.suffix.lower() in SUFFIXES and path.is_file():
+        if path.suffix.lower() in SUFFIXES and stat.S_ISREG(file_mode(path)):
             return lambda: _iterate([path]), False
-        return lambda: _read_opencv(str(path)), True
+        return lambda: _read_path(path), True
+    if isinstance(source, list | tuple):
+        return lambda: _iterate(source), False
     if isinstance(source, Iterable) and not isinstance(source, _NO_FRAMES):
-        return lambda: _iterate(source), not isinstance(source, list | tuple)
+        return lambda: _iterate(source), True
     if callable(source):
         return lambda: _iterate(source()), True
     shown = source if isinstance(source, int) else f"a value of type {type(source).__name__}"
     raise ConfigError(
-        "A source is a camera's index, a device, video file, directory or GStreamer pipeline by "
-        f"name, or an iterator of images; not {shown}."
+        "A source is a camera's index or URL, a device, video file, directory or GStreamer "
+        f"pipeline by name, or an iterator of images; not {shown}."
     )
 
 
 def _read_directory(directory: Path) -> Generator[ImageLike, None, None]:
     images = image_files(directory)
     if not images:
-        raise CameraError("The directory holds no image (JPEG, PNG, WebP or BMP).")
+        raise CameraError(
+            f"The directory {printable(directory)} holds no image (JPEG, PNG, WebP or BMP)."
+        )
     yield from images
 
 
-def _iterate(images: Iterable[ImageLike]) -> Generator[ImageLike, None, None]:
+def _iterate(images: Iterable[ImageLike | None]) -> Generator[ImageLike | None, None, None]:
     frames = iter(images)
+    refills = frames is images  # camera code often fills one buffer again and again
     try:
         for frame in frames:
-            # Camera code often fills one buffer again and again.
-            yield frame.copy() if isinstance(frame, np.ndarray) else frame
+            yield private_copy(frame) if refills and frame is not None else frame
     finally:
         close = getattr(frames, "close", None)
         if close is not None:
             close()
 
 
-def _read_opencv(name: int | str, *, pipeline: bool = False) -> Generator[ImageLike, None, None]:
-    """Yield RGB frames of what ``cv2.VideoCapture`` opens by index, path or pipeline."""
+def _read_path(path: Path) -> Generator[ImageLike | None, None, None]:
+    if not file_mode(path):
+        raise CameraError(f"There is no device, file or directory {printable(path)}.")
+    return _read_opencv(str(path), printable(path), is_file=stat.S_ISREG(file_mode(path)))
+
+
+def _read_opencv(
+    target: int | str, shown: str, backend: str = "CAP_ANY", *, is_file: bool = False
+) -> Generator[ImageLike | None, None, None]:
+    """Yield RGB frames of what ``cv2.VideoCapture`` opens, None for those it fails to read."""
     try:
         import cv2
     except ImportError as exc:
@@ -394,14 +468,7 @@ def _read_opencv(name: int | str, *, pipeline: bool = False) -> Generator[ImageL
             'Cameras and video files need OpenCV: pip install "molmo-edge[camera]". An iterator of '
             "images needs nothing."
         ) from exc
-    shown, is_file = f"camera {name}", False
-    if pipeline:
-        shown = "the GStreamer pipeline"
-    elif isinstance(name, str):
-        shown, is_file = f"'{name}'", Path(name).is_file()
-        if not Path(name).exists():
-            raise CameraError(f"There is no device, file or directory {shown}.")
-    capture: Any = cv2.VideoCapture(name, cv2.CAP_GSTREAMER if pipeline else cv2.CAP_ANY)
+    capture: Any = cv2.VideoCapture(target, getattr(cv2, backend))
     try:
         if not capture.isOpened():
             raise CameraError(
@@ -411,13 +478,20 @@ def _read_opencv(name: int | str, *, pipeline: bool = False) -> Generator[ImageL
         fps = capture.get(cv2.CAP_PROP_FPS) if is_file else 0.0
         due = time.monotonic()
         codes = {1: cv2.COLOR_GRAY2RGB, 3: cv2.COLOR_BGR2RGB, 4: cv2.COLOR_BGRA2RGB}
-        while (read := capture.read())[0]:
-            frame = read[1]
+        failures, empty = 0, True
+        while failures < _MAX_FAILURES:
+            success, frame = capture.read()
+            if not success or frame is None or not frame.size:
+                failures += 1
+                yield None
+                time.sleep(0 if is_file else _FAILURE_PAUSE_S)
+                continue
+            failures, empty = 0, False
             yield cv2.cvtColor(frame, codes[1 if frame.ndim == 2 else frame.shape[2]])
             if 0 < fps < 1000:
                 due = max(due + 1 / fps, time.monotonic())
                 time.sleep(max(0.0, due - time.monotonic()))
-        if not is_file:
+        if empty or not is_file:
             raise CameraError(f"OpenCV reads no more frames from {shown}.")
     finally:
         capture.release()

@@ -262,13 +262,11 @@ def test_count_prints_a_number_and_how_it_is_known(run: Run, image: Path) -> Non
 def test_a_drawing_that_cannot_be_written_is_an_error(
     run: Run, image: Path, built: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    for name in ("marked.txt", "missing/marked.png"):
+    (tmp_path / "directory.png").mkdir()
+    for name in ("marked.txt", "missing/marked.png", "directory.png", "x" * 300 + ".png"):
         ended = run("point", image, "mug", "--draw", name)
         assert ended.status == 2 and "--draw" in ended.err
     assert built == []
-    (tmp_path / "directory.png").mkdir()
-    ended = run("point", image, "mug", "--draw", tmp_path / "directory.png")
-    assert ended.status == 2 and "directory.png' cannot be written" in ended.err
 
 
 def test_chat_answers_each_line_of_a_pipe(run: Run, image: Path, fake: FakeFactory) -> None:
@@ -314,8 +312,10 @@ def test_watch_answers_each_image_of_a_directory(
         ["plan", "--model", "allenai/Molmo-7B-D-0924", "--device", "abacus"],
         ["doctor", "--profile", "abacus"],
         ["config", "show", "--config", "missing.toml"],
-        ["watch", "rtsp://x"],
+        ["watch", "file:///x"],
         ["watch", "missing.mp4"],
+        ["watch", "x" * 300],
+        ["ask", "What?", "--video", "x" * 300],
         ["watch", "0", "--max-fps=0"],
     ],
 )
@@ -327,7 +327,7 @@ def test_our_errors_are_exit_status_2_and_a_line_without_a_traceback(
     assert "Error: " in ended.err.splitlines()[0]
     assert "Traceback" not in ended.err
     assert len(ended.err.splitlines()) <= 2
-    assert built == [] or arguments[0] == "watch"
+    assert built == []
 
 
 def test_a_failed_start_is_reported_with_its_cause_and_ctrl_c_is_130(

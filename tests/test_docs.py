@@ -52,7 +52,8 @@ class FakeVLM(EdgeVLM):
         super().__init__(model, **{"engine": FakeEngine.factory(answer), **settings})
 
     def watch(self, source: Any, *args: Any, **options: Any) -> Any:
-        frames = iter([PHOTO, PHOTO]) if isinstance(source, int) else source
+        camera = isinstance(source, int | str)
+        frames = (lambda: iter([PHOTO, PHOTO])) if camera else source
         return super().watch(frames, *args, **options)
 
 

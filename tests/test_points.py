@@ -19,7 +19,7 @@ from PIL import Image, ImageChops
 from molmo_edge.errors import ImageError, InputError
 from molmo_edge.images import load
 from molmo_edge.points import Point, PointResult, TrackPoint, TrackResult, parse_points
-from molmo_edge.video import Clip
+from molmo_edge.video import Clip, VideoLimits, load_video
 from tests.image_files import encode, exif, stored
 
 DATA = Path(__file__).parent / "data"
@@ -277,6 +277,19 @@ def test_draw_takes_one_of_several_images_and_keeps_the_numbers() -> None:
     for index in (-1, 2):
         with pytest.raises(InputError, match="no such image"):
             result.draw(index=index)
+
+
+@pytest.mark.parametrize("frames", [1, 9])
+def test_a_point_after_the_end_of_the_video_is_not_drawn(frames: int, tmp_path: Path) -> None:
+    clip = Clip((FRAME,) * frames, CLIP.times[:frames], (64, 48), 2.0)
+    result = parse_points('<tracks coords="0.0 1 200 200;999 1 700 700">x</tracks>')
+    placed = result.placed((), clip)
+    assert [one.frame for one in placed.points] == [0, None]
+    assert [is_marked(placed.draw(index=0), one) for one in placed.points] == [True, False]
+    assert same(placed.draw(index=-1 % frames), load(FRAME)) == (frames > 1)
+    TrackResult.of(placed, clip).draw(tmp_path / "drawn.mp4")
+    last = load_video(tmp_path / "drawn.mp4", VideoLimits()).frames[-1]
+    assert (last.max() > 150) == (frames == 1)
 
 
 def test_draw_uses_the_image_the_result_knows_and_says_what_is_wrong_with_one() -> None:

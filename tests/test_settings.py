@@ -266,9 +266,7 @@ def test_a_dotenv_that_is_no_text_file() -> None:
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-8-sig"])
-def test_files_in_other_encodings_are_read(
-    encoding: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_files_in_other_encodings_are_read(encoding: str, caplog: pytest.LogCaptureFixture) -> None:
     Path(".env").write_bytes("MOLMO_EDGE_MODEL=Müll\nNAME=é\n".encode(encoding))
     assert resolve({}).settings.model == "Müll"
     assert ("not UTF-8" in caplog.text) is (encoding != "utf-8-sig")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
 import contextlib
+import io
 import itertools
 import signal
 import sys
@@ -25,11 +27,14 @@ from molmo_edge.errors import (
     ConfigError,
     ImageError,
     MissingDependencyError,
+    PromptError,
     RequestTimeout,
     SamplingError,
     VideoError,
 )
-from molmo_edge.watch import Seen
+from molmo_edge.images import load
+from molmo_edge.watch import Camera, Seen
+from tests.image_files import encode
 
 cv2 = pytest.importorskip("cv2")
 
@@ -171,15 +176,108 @@ def test_frames_of_a_window_are_as_far_apart_as_max_fps_says(vlm: EdgeVLM) -> No
     assert all(gap >= 1 / 20 for gap in np.diff(last.video.timestamps)[:-1])
 
 
-def test_a_buffer_that_is_filled_again_does_not_change_a_frame(vlm: EdgeVLM) -> None:
-    def frames() -> Iterator[np.ndarray]:
-        buffer = image()
-        for i in range(3):
-            buffer[:] = i
-            yield buffer
+def refilled(kind: str, directory: Path) -> Iterator[Any]:
+    """Frames of values 0 to 2, all in the memory, or file, of the first."""
+    array, grey = image(), np.zeros((8, 12), np.uint8)
+    file, path = io.BytesIO(), directory / "latest.bmp"
+    data = bytearray(encode(Image.fromarray(array), "BMP"))
+    sources = {
+        "array": array,
+        "bytearray": data,
+        "memoryview": memoryview(data),
+        "file": file,
+        "lazy": None,
+        "path": path,
+        "painted": Image.fromarray(array),
+        "over a buffer": Image.frombuffer("L", (12, 8), grey, "raw", "L", 0, 1),
+    }
+    for i in range(3):
+        array[:] = grey[:] = i
+        sources["painted"].paste((i, i, i), (0, 0, 12, 8))
+        data[:] = encode(Image.fromarray(array), "BMP")
+        path.write_bytes(data)
+        file.seek(0)
+        file.write(data)
+        file.seek(0)
+        yield Image.open(file) if kind == "lazy" else sources[kind]
 
-    seen = list(vlm.watch(frames(), drop="none"))
-    assert [value(one) for one in seen] == [0, 1, 2]
+
+@pytest.mark.parametrize(
+    "kind",
+    ["array", "bytearray", "memoryview", "file", "lazy", "path", "painted", "over a buffer"],
+)
+def test_a_buffer_that_is_filled_again_does_not_change_a_frame(kind: str, tmp_path: Path) -> None:
+    def answer(turns: Any) -> str:
+        frames = turns[0].video.frames if turns[0].video else turns[0].images
+        return str([int(np.asarray(frame)[0, 0, 0]) for frame in frames])
+
+    with EdgeVLM(engine=FakeEngine.factory(answer)) as vlm:
+        for window, answers in ((None, "[0] [1] [2]"), (2, "[0] [0, 1] [1, 2]")):
+            source = list(vlm.watch(refilled(kind, tmp_path), drop="none", window=window))
+            assert " ".join(str(one.result) for one in source) == answers
+            assert [load(one.image).getpixel((0, 0)) for one in source] == [
+                (i,) * 3 for i in range(3)
+            ]
+
+
+def test_drawing_on_a_frame_does_not_change_later_windows(vlm: EdgeVLM) -> None:
+    for one in vlm.watch(iter([image(1), image(1)]), drop="none", window=2):
+        assert values(one)[0] == 1
+        np.asarray(one.image)[:] = 9
+
+
+POINT = '<point x="25.0" y="50.0" alt="mug">mug</point>'
+
+
+def test_watch_points_counts_and_draws() -> None:
+    answers = {"Point to mug": POINT, "How many mug are there?": f"{POINT} shows a total of 1."}
+    with EdgeVLM(engine=FakeEngine.factory(answers)) as vlm:
+        frames = [np.full((60, 80, 3), (200, 0, 0), np.uint8), b"broken"]
+        seen, broken = vlm.watch(frames, point=" Mug")
+        assert seen.points is not None and seen.count is None and seen.result is not None
+        assert [one.px((80, 60)) for one in seen.points.points] == [(20, 30)]
+        drawn, bgr = seen.draw(), seen.draw("BGR")
+        assert tuple(drawn[0, 0]) == (200, 0, 0) and tuple(bgr[0, 0]) == (0, 0, 200)
+        assert np.array_equal(drawn[..., ::-1], bgr) and bgr.flags.c_contiguous
+        assert tuple(drawn[30, 20]) != (200, 0, 0)
+        assert broken.points is None and isinstance(broken.error, ImageError)
+        # With a window the points are those of the newest frame.
+        answers["Point to mug"] = '<points coords="0.0 1 250 500;0.9 2 750 500">mug</points>'
+        first, last = vlm.watch(frames[:1] * 2, point="mug", window=2, max_fps=20)
+        assert [is_painted(one.draw()) for one in (first, last)] == [[True, True], [False, True]]
+
+        async def count() -> list[Seen]:
+            return [one async for one in vlm.awatch(frames[:1], count="mug")]
+
+        [counted] = asyncio.run(count())
+        assert counted.count is not None and counted.count.number == 1
+        assert counted.points is counted.count.points
+        for wrong, error in (
+            ({"point": "a", "count": "b"}, ConfigError),
+            ({"question": "q", "point": "a"}, ConfigError),
+            ({"point": ""}, PromptError),
+            ({"count": "<"}, PromptError),
+        ):
+            with pytest.raises(error):
+                vlm.watch(frames, **wrong)
+
+
+def is_painted(frame: np.ndarray) -> list[bool]:
+    return [tuple(frame[30, column]) != (200, 0, 0) for column in (20, 60)]
+
+
+def test_latency_counts_the_wait_for_earlier_frames() -> None:
+    with contextlib.closing(Camera([image(1), image(2)])) as camera:
+        first = camera.next_frame()
+        assert first is not None and camera._reader is not None
+        while not camera._reader._waiting:
+            time.sleep(0.001)
+        answered = first.answered(None, None)
+        second = camera.next_frame()
+        assert second is not None and second.captured_s <= answered.answered_s
+        second = second.answered(None, None)
+        assert second.latency_s == second.answered_s - second.captured_s
+        assert second.answered_s >= answered.answered_s
 
 
 def test_max_fps_is_not_exceeded(vlm: EdgeVLM) -> None:
@@ -217,6 +315,17 @@ def test_a_camera_that_stalls_is_opened_again_when_asked(vlm: EdgeVLM) -> None:
         camera.end()
     seen.close()
     assert cameras[1].closed == 1
+
+
+@pytest.mark.parametrize("end", [SystemExit, asyncio.CancelledError, MemoryError])
+def test_a_source_that_dies_of_anything_is_an_error(vlm: EdgeVLM, end: Any) -> None:
+    def dying() -> Iterator[np.ndarray]:
+        yield image()
+        raise end
+
+    with pytest.raises(CameraError, match=end.__name__) as caught:
+        list(vlm.watch(dying, drop="none", frame_timeout=None))
+    assert isinstance(caught.value.__cause__, end)
 
 
 def test_a_camera_that_disappears_is_an_error_or_opened_again(vlm: EdgeVLM) -> None:
@@ -279,7 +388,13 @@ def test_what_would_fail_for_every_frame_ends_the_watch(vlm: EdgeVLM) -> None:
         ({"source": -1}, "-1"),
         ({"source": True}, "index"),
         ({"source": image()}, "ndarray"),
-        ({"source": "rtsp://camera/1"}, "URL"),
+        ({"source": "file:///etc/passwd"}, "URL"),
+        ({"source": io.BytesIO()}, "BytesIO"),
+        ({"source": array.array("B", b"x")}, "array"),
+        ({"source": 10**30}, "index"),
+        ({"frame_timeout": 10**400}, "frame_timeout"),
+        ({"max_fps": True}, "max_fps"),
+        ({"window": 10**30}, "window"),
         ({"source": iter([]), "on_stall": "reconnect"}, "opened again"),
     ],
 )
@@ -293,11 +408,14 @@ def test_nonsense_is_refused_before_anything_is_opened(
 def test_sources_that_are_not_there_are_reported(
     vlm: EdgeVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(CameraError, match="no image"):
+    with pytest.raises(CameraError, match=f"{tmp_path.name}' holds no image"):
         next(vlm.watch(tmp_path))
     (tmp_path / "notes.mp4").write_text("no video")
     for source, match in (
-        (tmp_path / "missing.mp4", "no device, file or directory"),
+        (tmp_path / "missing\u00a0\u3000.mp4", "file or directory '.*missing\u00a0\u3000.mp4'"),
+        ("x" * 300, "no device, file or directory '…x{200}'"),
+        ("9" * 5000, "no device, file or directory"),
+        (lambda: 5, "TypeError"),
         (tmp_path / "notes.mp4", "cannot open"),
         ("nothing ! appsink" + " " * 300, "with GStreamer"),
     ):
@@ -312,14 +430,42 @@ def test_opencv_frames_are_converted_to_rgb_and_the_device_is_released(
     vlm: EdgeVLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blue = np.full((4, 6, 3), (200, 0, 0), np.uint8)
-    device = mock.Mock(**{"read.side_effect": [(True, blue), (True, blue), (False, None)]})
-    monkeypatch.setattr(cv2, "VideoCapture", lambda *args: device)
-    seen = vlm.watch("0", drop="none")
-    for _ in range(2):
-        assert tuple(np.asarray(next(seen).image)[0, 0]) == (0, 0, 200)
-    with pytest.raises(CameraError, match="no more frames from camera 0"):
-        next(seen)
-    device.release.assert_called_once_with()
+    good, bad = (True, blue), [(False, None), (True, None), (True, blue[:0])]
+    for source, opened, name in (
+        ("0", 0, "camera 0"),
+        (np.int64(1), 1, "camera 1"),
+        (" RTSP://me:secret!@host/1 ", "RTSP://me:secret!@host/1", "the camera's URL"),
+    ):
+        reads = itertools.chain([*bad, good, good, bad[0], good], itertools.repeat(bad[0]))
+        device = mock.Mock(**{"read.side_effect": reads})
+        opener = mock.Mock(return_value=device)
+        monkeypatch.setattr("molmo_edge.watch._FAILURE_PAUSE_S", 0)
+        monkeypatch.setattr(cv2, "VideoCapture", opener)
+        seen = vlm.watch(source, drop="none")
+        for skipped in (3, 3, 4):
+            one = next(seen)
+            assert tuple(np.asarray(one.image)[0, 0]) == (0, 0, 200)
+            assert (one.skipped, one.dropped) == (skipped, 0)
+        with pytest.raises(CameraError, match=f"no more frames from {name}"):
+            next(seen)
+        opener.assert_called_once_with(opened, cv2.CAP_ANY)
+        device.release.assert_called_once_with()
+    seen = vlm.watch(iter([None, image(1), None, None, image(2)]), drop="none")
+    assert [(value(one), one.index, one.skipped) for one in seen] == [(1, 0, 1), (2, 1, 3)]
+
+
+def test_a_broken_frame_does_not_end_a_video_file(vlm: EdgeVLM, tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 500.0, (64, 48))
+    noise = np.random.default_rng(0).integers(0, 256, (12, 48, 64, 3), np.uint8)
+    for frame in noise:
+        writer.write(frame)
+    writer.release()
+    data = path.read_bytes()
+    third, sixth = len(data) // 3, len(data) // 6
+    path.write_bytes(data[:third] + bytes(sixth) + data[third + sixth :])
+    seen = list(vlm.watch(path, drop="none"))
+    assert len(seen) > 8 and seen[0].skipped == 0 < seen[-1].skipped
 
 
 def test_a_video_file_is_played_at_its_own_speed_and_ends(vlm: EdgeVLM, tmp_path: Path) -> None:

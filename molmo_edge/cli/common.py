@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from molmo_edge.errors import ImageError, MolmoEdgeError, VideoError
-from molmo_edge.images import ImageLimits, load
+from molmo_edge.images import ImageLimits, file_mode, load, printable
 from molmo_edge.models.hub import NOTICE, STUBS
 from molmo_edge.settings import resolve
 
@@ -113,8 +114,8 @@ class MediaOptions:
 
 def check_video(path: Path) -> None:
     """Raise VideoError for a video file that is not there."""
-    if not path.is_file():
-        raise VideoError(f"there is no video file '{path}'")
+    if not stat.S_ISREG(file_mode(path)):
+        raise VideoError(f"there is no video file {printable(path)}")
 
 
 @dataclasses.dataclass(frozen=True)

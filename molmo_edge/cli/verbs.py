@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import os
+import stat
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ from molmo_edge.cli.common import (
 )
 from molmo_edge.errors import ConfigError, InputError, RequestError
 from molmo_edge.files import replacing
-from molmo_edge.images import SUFFIXES
+from molmo_edge.images import SUFFIXES, file_mode
 from molmo_edge.points import CountResult, Point, PointResult, TrackResult
 from molmo_edge.stream import Stream
 from molmo_edge.watch import Camera
@@ -313,9 +314,14 @@ def track(
 
 def _check_draw(path: Path | None, suffixes: Sequence[str]) -> None:
     """Raise ConfigError for a name that cannot be written, before the engine starts."""
-    if path is not None and not (path.suffix.lower() in suffixes and path.parent.is_dir()):
+    if path is not None and not (
+        path.suffix.lower() in suffixes
+        and len(path.name.encode()) <= 255
+        and stat.S_ISDIR(file_mode(path.parent))
+        and not stat.S_ISDIR(file_mode(path))
+    ):
         raise ConfigError(
-            f"--draw: give a name in an existing directory that ends in one of "
+            f"--draw: give the name of a file in an existing directory that ends in one of "
             f"{', '.join(suffixes)}."
         )
 
@@ -391,7 +397,9 @@ def _write_drawings(answers: Sequence[PointResult], path: Path, video: bool) -> 
 def watch(
     source: Annotated[
         str,
-        typer.Argument(help="Camera index, device, video file, directory or GStreamer pipeline."),
+        typer.Argument(
+            help="Camera index or URL, device, video file, directory or GStreamer pipeline."
+        ),
     ],
     engine: EngineOptions,
     sampling: SamplingOptions,
@@ -426,10 +434,12 @@ def watch(
         "on_stall": on_stall,
         "window": window,
     }
-    # Before the engine starts, so that a wrong source or option is reported at once.
-    Camera(source, **options)
     # OpenCV writes its own lines about cameras that are not there.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
+    # Before the engine starts, so that a wrong source or option is reported at once.
+    with contextlib.closing(Camera(source, **options)) as camera:
+        if on_stall == "raise":
+            camera.next_frame()
     with engine.open() as vlm:
         if not as_json:
             warn_stub(vlm)
