@@ -165,7 +165,7 @@ def verify(emit: harness.Emit, options: Mapping[str, Any]) -> None:
             {
                 "ok": report.ok,
                 "bound": report.bound,
-                "max_dlogprob": max(case.max_dlogprob for case in report.cases),
+                "max_dlogprob": max((case.max_dlogprob or 0.0) for case in report.cases),
                 "cases": [vars(case) for case in report.cases],
             },
         )

@@ -1,4 +1,4 @@
-"""Read a checkpoint's metadata: config.json, the shard index and safetensors headers.
+"""Read and check a checkpoint's metadata: config.json, the shard index and safetensors headers.
 
 No weight is read and torch is not imported. This module knows no model.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,16 @@ from molmo_edge.errors import ModelError
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Dtypes of weights that are not quantised."""
+
+_LFS_POINTER = b"version https://git-lfs"
+_TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
+# How a quantised layer's values are stored, and beside each what vLLM cannot do without; any of
+# several names.
+_PACKED: Mapping[str, tuple[str, ...]] = {
+    "weight": ("weight_scale", "weight_scale_inv", "weight.absmax", "SCB"),
+    "weight_packed": ("weight_scale",),
+    "qweight": ("scales",),
+}
 
 
 @dataclass(frozen=True)
@@ -49,11 +61,12 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ModelError(
             f"'{path}' is missing. A checkpoint directory holds config.json, the tokenizer's files "
-            "and *.safetensors."
+            f"and *.safetensors.{_what_it_is(path.parent)}"
         ) from None
     except OSError as exc:
         raise ModelError(f"'{path}' cannot be read: {exc.strerror}.") from exc
     except (ValueError, RecursionError) as exc:
+        _refuse_pointer(path)
         raise ModelError(
             f"'{path}' is not valid JSON in UTF-8 without a byte order mark ({exc}). Download it "
             "again."
@@ -99,7 +112,105 @@ def weight_files(directory: Path) -> list[Path]:
 def check_weights(directory: Path) -> None:
     """Raise ModelError unless the directory holds every weight file that it should."""
     if not weight_files(directory):
-        raise ModelError(f"'{directory}' holds no *.safetensors weights. Finish the download.")
+        raise ModelError(
+            f"'{directory}' holds no *.safetensors weights."
+            f"{_what_it_is(directory) or ' Finish the download.'}"
+        )
+
+
+def check_tokenizer(directory: Path) -> None:
+    """Raise ModelError unless the directory holds a tokenizer."""
+    for names in _TOKENIZERS:
+        paths = [directory / name for name in names]
+        if all(path.is_file() for path in paths):
+            for path in paths:
+                if path.suffix == ".json":
+                    read_json(path)
+                _refuse_pointer(path)
+            return
+    raise ModelError(
+        f"'{directory}' has no tokenizer (tokenizer.json). Copy it from the original checkpoint, "
+        "or download it again."
+    )
+
+
+def check_tensors(
+    stored: Iterable[Tensor], shapes: Mapping[str, tuple[int, ...]], *, quantised: bool = False
+) -> None:
+    """Raise ModelError unless the tensors are those of ``shapes``, each with all of its parts.
+
+    vLLM starts without them, and computes with whatever its memory holds.
+    """
+    by_name = {tensor.name: tensor for tensor in stored}
+    if adapters := [name for name in by_name if "lora_" in name or ".base_layer." in name]:
+        raise ModelError(
+            f"The checkpoint has LoRA adapters in it, first '{adapters[0]}'. Merge them into the "
+            "weights (PEFT's merge_and_unload), and save the result."
+        )
+    plain = {name: tensor for name, tensor in by_name.items() if tensor.dtype in FLOATS}
+    if not quantised:
+        _refuse("has unknown", by_name.keys() - shapes.keys())
+        # Without its scale an FP8 weight would be read as if it were bfloat16.
+        _refuse("has no quantization_config, but quantised", by_name.keys() - plain.keys())
+    missing = [part for name in shapes if name not in plain for part in _missing(name, by_name)]
+    _refuse("lacks", missing)
+    wrong = [
+        f"{name}' {plain[name].shape} instead of {shape}"
+        for name, shape in shapes.items()
+        if name in plain and plain[name].shape != shape
+    ]
+    _refuse("has wrong shapes in", wrong)
+
+
+def _missing(name: str, stored: Mapping[str, Tensor]) -> list[str]:
+    """What a tensor that is not stored as it is lacks; nothing if it is quantised."""
+    layer = name.removesuffix(".weight")
+    for values, scales in _PACKED.items():
+        packed = stored.get(f"{layer}.{values}")
+        if packed is not None and layer != name:
+            needed = [next((one for one in scales if f"{layer}.{one}" in stored), scales[0])]
+            if values == "weight_packed" and packed.dtype == "U8":  # NVFP4
+                needed.append("weight_global_scale")
+            return [f"{layer}.{one}" for one in needed if f"{layer}.{one}" not in stored]
+    return [name]
+
+
+def _refuse(problem: str, names: Iterable[str]) -> None:
+    if names := sorted(names):
+        first = names[0] if "'" in names[0] else f"{names[0]}'"
+        raise ModelError(
+            f"The checkpoint {problem} {len(names)} tensors, first '{first}. Finish the download; "
+            "a model saved by other code must have the hub's tensor names and fit its config.json."
+        )
+
+
+def _refuse_pointer(path: Path) -> None:
+    with suppress(OSError), path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ModelError(
+                f"'{path}' is a Git LFS pointer, not the file itself. Run `git lfs install` and "
+                "`git lfs pull` in its directory, or download it with `hf download`."
+            )
+
+
+def _what_it_is(directory: Path) -> str:
+    """A sentence on what a directory is that is no checkpoint; empty if nobody knows."""
+    if snapshots := sorted((directory / "snapshots").glob("*/config.json")):
+        return f" This is a Hugging Face cache; give '{snapshots[-1].parent}'."
+    if any(directory.glob("models--*")):
+        return " This is the root of a Hugging Face cache; give a hub name, or a snapshot in it."
+    if (directory / "adapter_config.json").is_file():
+        return (
+            " These are LoRA adapters: merge them into their base model (PEFT's merge_and_unload), "
+            "and save the result."
+        )
+    for pattern, kind in (("*.gguf", "GGUF"), ("*.bin", "PyTorch"), ("*.pt", "PyTorch")):
+        if any(directory.glob(pattern)):
+            return (
+                f" It holds {kind} weights, which are not read: download the model's safetensors "
+                "files, or save it with save_pretrained(safe_serialization=True)."
+            )
+    return ""
 
 
 def tensors(directory: Path) -> list[Tensor]:
@@ -126,6 +237,7 @@ def _read_header(path: Path) -> list[Tensor]:
             parts = [(name, file.get_slice(name)) for name in sorted(file.keys())]
             return [Tensor(name, path, p.get_dtype(), tuple(p.get_shape())) for name, p in parts]
     except (OSError, SafetensorError) as exc:
+        _refuse_pointer(path)
         raise ModelError(
             f"'{path}' is not a complete safetensors file ({exc}). Download it again."
         ) from exc

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_BYTES = {"F32": 4, "BF16": 2, "I32": 4, "F8_E4M3": 1, "I64": 8}
+_BYTES = {"F32": 4, "BF16": 2, "I32": 4, "F8_E4M3": 1, "U8": 1, "I64": 8}
 
 
 def write_sparse(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:

@@ -8,8 +8,20 @@ from typing import Any
 
 import pytest
 
-from molmo_edge.checkpoint_files import INDEX, check_weights, read_config, tensors, weight_files
+from molmo_edge.checkpoint_files import (
+    INDEX,
+    check_tokenizer,
+    check_weights,
+    read_config,
+    tensors,
+    weight_files,
+)
+from molmo_edge.devices.shapes import inventory
+from molmo_edge.devices.tensors import KNOWN
 from molmo_edge.errors import ModelError
+from molmo_edge.models.molmo import synthetic as molmo
+from molmo_edge.models.molmo2 import synthetic as molmo2
+from molmo_edge.models.registry import family_of
 from tests.sparse_checkpoint import write_sparse
 
 
@@ -88,3 +100,190 @@ def test_a_tensor_in_two_files_and_a_directory_without_weights(tmp_path: Path) -
         write_sparse(tmp_path / name, {"lm_head.weight": ("BF16", (2, 2))})
     with pytest.raises(ModelError, match=r"'lm_head\.weight' is stored in both 'a\.saf"):
         tensors(tmp_path)
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "7b-d": molmo.hub_config(),
+    "7b-o": molmo.hub_config("7b-o"),
+    "molmo2": molmo2.hub_config(),
+    "gemma3": dict(KNOWN["google/gemma-3-4b-it"]),
+}
+BLOCK = "model.transformer.blocks.1."
+VISION = "model.vision_backbone."
+HEAD = "model.transformer.ff_out"
+QUANTISED = {"quantization_config": {"quant_method": "compressed-tensors"}}
+Stored = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def check(directory: Path, config: dict[str, Any], stored: Stored, load: str = "auto") -> None:
+    """Check a directory of these tensors as every start of an engine does."""
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "tokenizer.json").write_text("{}")
+    write_sparse(directory / "model.safetensors", stored)
+    family_of(config).check(config, directory, load)
+
+
+def complete(config: dict[str, Any]) -> Stored:
+    return {name: ("BF16", shape) for name, shape in inventory(config).items()}
+
+
+def quantised(scheme: str) -> Stored:
+    """A 7B-D as compressed-tensors stores it."""
+    stored = complete(CONFIGS["7b-d"])
+    for name, (_, shape) in list(stored.items()):
+        if ".blocks." in name and len(shape) == 2:
+            layer, (rows, cols) = name.removesuffix("weight"), stored.pop(name)[1]
+            if scheme == "fp8":
+                stored[layer + "weight"] = ("F8_E4M3", (rows, cols))
+            else:
+                stored[layer + "weight_packed"] = ("I32", (rows, cols // 8))
+            stored[layer + "weight_scale"] = ("BF16", (rows, 1))
+            if scheme == "nvfp4":
+                stored[layer + "weight_packed"] = ("U8", (rows, cols // 2))
+                stored[layer + "weight_global_scale"] = ("F32", (1,))
+    return stored
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_complete_checkpoints_of_every_family_are_accepted(tmp_path: Path, name: str) -> None:
+    config = CONFIGS[name]
+    check(tmp_path, config, complete(config))
+    for scheme in ("fp8", "w4a16", "nvfp4") if name == "7b-d" else ():
+        check(tmp_path, config | QUANTISED, quantised(scheme))
+    if name == "gemma3":  # as transformers 4 and 5 name them
+        for tower in ("model.vision_tower.", "vision_tower.vision_model."):
+            stored = {
+                f"model.language_model.{n}".replace("model.language_model.vision_tower.", tower): t
+                for n, t in complete(config).items()
+            }
+            check(tmp_path, config, stored | {"lm_head.weight": ("BF16", (262208, 2560))})
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("7b-d", HEAD + ".weight"),
+        ("7b-d", BLOCK + "att_proj.bias"),
+        ("7b-o", BLOCK + "k_norm.weight"),
+        ("7b-d", VISION + "image_projector.w3.weight"),
+        ("7b-d", VISION + "image_vit.transformer.resblocks.22.attention.wv.weight"),
+        ("molmo2", "lm_head.weight"),
+        ("molmo2", BLOCK + "mlp.ff_proj.weight"),
+        ("molmo2", VISION + "image_pooling_2d.wo.bias"),
+        ("gemma3", "vision_tower.encoder.layers.3.mlp.fc1.bias"),
+    ],
+)
+def test_a_missing_and_a_misshapen_tensor_are_named(tmp_path: Path, name: str, tensor: str) -> None:
+    stored = complete(CONFIGS[name])
+    shape = stored[tensor][1]
+    with pytest.raises(ModelError, match=rf"wrong shapes in 1 tensors, first '{tensor}' \(7,\) in"):
+        check(tmp_path, CONFIGS[name], stored | {tensor: ("BF16", (7,))})
+    with pytest.raises(ModelError, match=r"unknown 1 tensors, first .extra\.weight"):
+        check(tmp_path, CONFIGS[name], stored | {"extra.weight": ("BF16", shape)})
+    del stored[tensor]
+    with pytest.raises(ModelError, match=f"lacks 1 tensors, first '{tensor}'"):
+        check(tmp_path, CONFIGS[name], stored)
+    check(tmp_path, CONFIGS[name], stored, "dummy")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "missing", "extra", "message"),
+    [
+        (
+            "fp8",
+            BLOCK + "ff_out.weight_scale",
+            {},
+            f"lacks 1 tensors, first '{BLOCK}ff_out.weight_",
+        ),
+        ("w4a16", BLOCK + "ff_out.weight_packed", {}, f"lacks 1 .* '{BLOCK}ff_out.weight'"),
+        ("nvfp4", BLOCK + "ff_out.weight_global_scale", {}, "lacks 1 .* 'model.*global_scale'"),
+        ("fp8", HEAD + ".weight", {HEAD + ".weight": ("F8_E4M3", (512, 256))}, "no quantised LM h"),
+        ("fp8", None, {BLOCK + "att_proj.lora_A.weight": ("BF16", (8, 256))}, "merge_and_unload"),
+    ],
+)
+def test_a_quantised_checkpoint_has_every_scale_and_a_plain_head(
+    tmp_path: Path, scheme: str, missing: str | None, extra: Stored, message: str
+) -> None:
+    stored = {name: one for name, one in quantised(scheme).items() if name != missing}
+    with pytest.raises(ModelError, match=message):
+        check(tmp_path, CONFIGS["7b-d"] | QUANTISED, stored | extra)
+
+
+def test_values_of_eight_bits_need_a_quantization_config(tmp_path: Path) -> None:
+    stored = complete(CONFIGS["7b-d"])
+    stored[BLOCK + "ff_out.weight"] = ("F8_E4M3", stored[BLOCK + "ff_out.weight"][1])
+    with pytest.raises(ModelError, match="no quantization_config, but quantised 1 tensors"):
+        check(tmp_path, CONFIGS["7b-d"], stored)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"snapshots/0a/config.json": "{}"}, "Hugging Face cache; give '.*snapshots/0a'"),
+        ({"models--allenai--x/refs/main": "0a"}, "root of a Hugging Face cache"),
+        ({"adapter_config.json": "{}", "adapter_model.safetensors": ""}, "LoRA adapters: merge"),
+        ({"model-q4.gguf": ""}, "holds GGUF weights"),
+        ({"config.json": "{}", "pytorch_model.bin": ""}, "holds PyTorch weights"),
+        ({"config.json": "{}", "model.safetensors": POINTER}, "Git LFS pointer.*git lfs pull"),
+    ],
+)
+def test_directories_that_are_something_else_are_named_with_the_way_out(
+    tmp_path: Path, files: dict[str, str], message: str
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ModelError, match=message):
+        read_config(tmp_path)
+        check_weights(tmp_path)
+        tensors(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, r"no tokenizer \(tokenizer\.json\)"),
+        ({"vocab.json": "{}"}, "no tokenizer"),
+        ({"tokenizer.json": POINTER}, "Git LFS pointer"),
+        ({"tokenizer.model": POINTER}, "Git LFS pointer"),
+        ({"tokenizer.json": '{"cut": '}, "not valid JSON"),
+    ],
+)
+def test_a_checkpoint_without_a_tokenizer(
+    tmp_path: Path, files: dict[str, str], message: str
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ModelError, match=message):
+        check_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "molmo", "text_config": {}}, "transformers' own Molmo"),
+        (molmo2.hub_config(vision_config={}), "transformers' own Molmo 2"),
+        (molmo2.hub_config(image_patch_id=640), "image_patch_id among the 640 tokens"),
+        (molmo2.hub_config(image_col_id=-1), "image_col_id among"),
+        (molmo2.hub_config(image_end_token_id=None), "image_end_token_id among"),
+    ],
+)
+def test_configurations_that_would_be_computed_wrongly(
+    tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        family_of(config).check(config, tmp_path, "auto")
+
+
+@pytest.mark.parametrize("crops", [4, 0, "12", None])
+def test_max_crops_is_the_checkpoints_own(tmp_path: Path, crops: object) -> None:
+    config = CONFIGS["7b-d"]
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"max_crops": crops}))
+    if crops == 4:
+        assert family_of(config).default_crops(tmp_path) == 4
+    else:
+        with pytest.raises(ModelError, match="max_crops must be 1 to"):
+            check(tmp_path, config, complete(config))

@@ -99,7 +99,7 @@ def _table(report: Report) -> Table:
             case.name,
             "equal" if case.prompt_equal else "differ",
             tokens,
-            f"{case.max_dlogprob:.1e}",
+            "-" if case.max_dlogprob is None else f"{case.max_dlogprob:.1e}",
             "[green]right[/green]" if case.ok else "[red]off[/red]",
         )
     return table

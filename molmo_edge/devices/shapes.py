@@ -7,13 +7,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from molmo_edge.checkpoint_files import FLOATS, Tensor, read_config, tensors
-from molmo_edge.devices.tensors import KNOWN, gemma3_tensors, molmo2_tensor_shapes, tensor_shapes
+from molmo_edge.devices.tensors import (
+    KNOWN,
+    Shapes,
+    gemma3_tensor_shapes,
+    molmo2_tensor_shapes,
+    tensor_shapes,
+)
 from molmo_edge.errors import ModelError, did_you_mean
 from molmo_edge.settings import PRECISIONS as REQUESTS
 
@@ -202,25 +209,42 @@ def model_shape(model: str | Path) -> ModelShape:
     )
 
 
-def _shape(name: str, config: Mapping[str, Any], files: list[Tensor]) -> ModelShape:
-    family = config.get("model_type")
-    if family not in ("molmo", "molmo2", "gemma3"):
+def inventory(config: Mapping[str, Any]) -> Shapes:
+    """Name → shape of the tensors of an unquantised checkpoint with this `config.json`.
+
+    Raises:
+        ModelError: a size is missing or wrong, or the model type is not known.
+    """
+    known = {
+        "molmo": tensor_shapes,
+        "molmo2": molmo2_tensor_shapes,
+        "gemma3": gemma3_tensor_shapes,
+    }
+    if (family := config.get("model_type")) not in known:
         raise ModelError(
             f"config.json has model_type {family!r}; planning knows molmo, molmo2 and gemma3"
         )
+    with _sizes_read():
+        return known[family](config)
+
+
+@contextmanager
+def _sizes_read() -> Iterator[None]:
     try:
-        stored = stored_precision(config)
-        if family == "gemma3":
-            attention = _gemma3(config["text_config"])
-            counts = _counts(gemma3_tensors(config))
-        else:
-            molmo2 = family == "molmo2"
-            attention = _molmo2(config) if molmo2 else _molmo(config)
-            shapes = molmo2_tensor_shapes(config) if molmo2 else tensor_shapes(config)
-            counts = _counts((part_of(name), size) for name, size in shapes.items())
+        yield
     except (AttributeError, LookupError, TypeError, ZeroDivisionError, ValueError) as exc:
         missing = f": {exc.args[0]}" if isinstance(exc, KeyError) else ""
         raise ModelError(f"config.json lacks a size or has a wrong one{missing}") from exc
+
+
+def _shape(name: str, config: Mapping[str, Any], files: list[Tensor]) -> ModelShape:
+    counts = _counts((part_of(name), size) for name, size in inventory(config).items())
+    with _sizes_read():
+        stored = stored_precision(config)
+        if config["model_type"] == "gemma3":
+            attention = _gemma3(config["text_config"])
+        else:
+            attention = (_molmo2 if config["model_type"] == "molmo2" else _molmo)(config)
     if files and stored is None:
         counts = _counts((part_of(tensor.name), tensor.shape) for tensor in files)
     elif files:  # packed matrices hide their shapes, so only the bytes are the files'

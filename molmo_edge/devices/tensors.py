@@ -1,8 +1,8 @@
-"""Tensor inventories of Molmo 1 and 2, with names, and of Gemma 3; sizes of published models."""
+"""Tensor inventories of Molmo 1 and 2 and Gemma 3; sizes of published models."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,34 +127,56 @@ def _vision(tower: Tower, features: int, mlp: int, hidden: int) -> Shapes:
     }
 
 
-def gemma3_tensors(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Part and shape of each tensor of a Gemma 3; its LM head is the embedding."""
-    text = config["text_config"]
+def gemma3_tensor_shapes(config: Mapping[str, Any]) -> Shapes:
+    """Return name → shape of a Gemma 3, by `gemma3_name`; its LM head is the embedding."""
+    text, vision = config["text_config"], config["vision_config"]
     width, mlp = int(text["hidden_size"]), int(text["intermediate_size"])
     # The 4B's file leaves out what is transformers' default.
     size = int(text.get("head_dim", 256))
     q = int(text.get("num_attention_heads", 8)) * size
     kv = int(text.get("num_key_value_heads", 4)) * size
-    yield "embedding", (int(text.get("vocab_size", 262208)), width)
-    for _ in range(int(text["num_hidden_layers"])):
-        attention = ((q, width), (kv, width), (kv, width), (width, q), (size,), (size,))
-        feed_forward = ((mlp, width), (mlp, width), (width, mlp))
-        norms = ((width,),) * 4
-        yield from (("blocks", shape) for shape in attention + feed_forward + norms)
-    yield "blocks", (width,)
-    yield from (("tower", shape) for shape in _siglip_shapes(config["vision_config"], width))
-
-
-def _siglip_shapes(vision: Mapping[str, Any], hidden: int) -> Iterator[tuple[int, ...]]:
-    """The vision tower of Gemma 3, and the projection to the language model's ``hidden``."""
-    width, mlp = int(vision["hidden_size"]), int(vision["intermediate_size"])
+    block: Shapes = {
+        **{f"self_attn.{name}_norm.weight": (size,) for name in "qk"},
+        **{f"self_attn.{name}_proj.weight": (kv, width) for name in "kv"},
+        "self_attn.q_proj.weight": (q, width),
+        "self_attn.o_proj.weight": (width, q),
+        **{f"mlp.{name}_proj.weight": (mlp, width) for name in ("gate", "up")},
+        "mlp.down_proj.weight": (width, mlp),
+        "input_layernorm.weight": (width,),
+        "post_attention_layernorm.weight": (width,),
+        "pre_feedforward_layernorm.weight": (width,),
+        "post_feedforward_layernorm.weight": (width,),
+    }
+    vit, vit_mlp = int(vision["hidden_size"]), int(vision["intermediate_size"])
     patch = int(vision["patch_size"])
-    yield from ((width, 3, patch, patch), (width,))
-    yield (int(vision["image_size"]) // patch) ** 2, width
-    for _ in range(int(vision["num_hidden_layers"])):
-        for weight in (*[(width, width)] * 4, (mlp, width), (width, mlp), (width,), (width,)):
-            yield from (weight, weight[:1])  # each has a bias
-    yield from ((width,), (width,), (width, hidden), (width,))
+    vit_block: Shapes = {
+        **{f"self_attn.{name}_proj": (vit, vit) for name in ("q", "k", "v", "out")},
+        "mlp.fc1": (vit_mlp, vit),
+        "mlp.fc2": (vit, vit_mlp),
+        "layer_norm1": (vit,),
+        "layer_norm2": (vit,),
+    }
+    tower, projector = "vision_tower.", "multi_modal_projector."
+    return {
+        "embed_tokens.weight": (int(text.get("vocab_size", 262208)), width),
+        **_repeat("layers.", int(text["num_hidden_layers"]), block),
+        "norm.weight": (width,),
+        **_biased({tower + "embeddings.patch_embedding": (vit, 3, patch, patch)}),
+        tower + "embeddings.position_embedding.weight": (
+            (int(vision["image_size"]) // patch) ** 2,
+            vit,
+        ),
+        **_repeat(tower + "encoder.layers.", int(vision["num_hidden_layers"]), _biased(vit_block)),
+        **_biased({tower + "post_layernorm": (vit,)}),
+        projector + "mm_input_projection_weight": (vit, width),
+        projector + "mm_soft_emb_norm.weight": (vit,),
+    }
+
+
+def gemma3_name(name: str) -> str:
+    """A tensor's name without the levels that differ between versions of transformers."""
+    levels = ("model", "language_model", "vision_model")
+    return ".".join(part for part in name.split(".") if part not in levels)
 
 
 def _repeat(prefix: str, count: int, block: Shapes) -> Shapes:

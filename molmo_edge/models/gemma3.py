@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from molmo_edge.checkpoint_files import check_weights
 from molmo_edge.errors import ImageError, ModelError, SamplingError
 from molmo_edge.interface import ImageAttention, Rendered, Renderer, Resize, Turn
+from molmo_edge.models.checkpoint import check_files
 from molmo_edge.requests import check_length, check_turns, refuse_special
 
 # Added tokens that users may write: line breaks, spaces, HTML tags. All others are control tokens.
@@ -38,8 +38,7 @@ class Gemma3:
     def check(self, config: Mapping[str, Any], folder: Path, load_format: str) -> None:
         if not all(isinstance(config.get(p), Mapping) for p in ("text_config", "vision_config")):
             raise ModelError("config.json of Gemma 3 must have text_config and vision_config.")
-        if load_format != "dummy":
-            check_weights(folder)
+        check_files(config, folder, load_format)
 
     def default_crops(self, folder: Path) -> int:
         return 1

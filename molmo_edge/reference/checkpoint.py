@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from molmo_edge.checkpoint_files import check_weights, read_config, weight_files
+from molmo_edge.checkpoint_files import (
+    check_tensors,
+    check_weights,
+    read_config,
+    tensors,
+    weight_files,
+)
 from molmo_edge.devices.tensors import POOL, VIT, VIT_BLOCKS, Shapes, Tower, tensor_shapes
-from molmo_edge.errors import ModelError
 from molmo_edge.models.molmo.config import DEFAULTS, check_layout
 
 
@@ -43,32 +47,22 @@ def read_checkpoint(directory: Path) -> tuple[TextConfig, dict[str, torch.Tensor
     """
     stated = read_config(directory)
     config = text_config(stated)
-    weights = read_weights(directory)
-    tower = tower_of({name: tensor.shape for name, tensor in weights.items()})
-    check_shapes(weights, tensor_shapes(stated, tower))
-    return config, weights
+    tower = tower_of({tensor.name: tensor.shape for tensor in tensors(directory)})
+    return config, read_weights(directory, tensor_shapes(stated, tower))
 
 
-def read_weights(directory: Path) -> dict[str, torch.Tensor]:
-    """Return float32 tensors by their names in the files. Raises ModelError.
+def read_weights(directory: Path, shapes: Shapes) -> dict[str, torch.Tensor]:
+    """Return float32 tensors by their names in the files, which must be those of ``shapes``.
 
-    float32 tensors stay mapped to their file: do not rewrite it while they are in use.
+    float32 tensors stay mapped to their file: do not rewrite it while they are in use. Raises
+    ModelError.
     """
     check_weights(directory)
+    check_tensors(tensors(directory), shapes)
     weights: dict[str, torch.Tensor] = {}
     for file in weight_files(directory):
-        try:
-            weights |= {name: tensor.float() for name, tensor in load_file(file).items()}
-        except (OSError, SafetensorError) as exc:
-            raise ModelError(f"'{file}' is not a safetensors file. Download it again.") from exc
+        weights |= {name: tensor.float() for name, tensor in load_file(file).items()}
     return weights
-
-
-def check_shapes(weights: Mapping[str, torch.Tensor], shapes: Shapes) -> None:
-    """Raise ModelError unless the tensors are exactly those of ``shapes``."""
-    _refuse("lacks", shapes.keys() - weights.keys())
-    _refuse("has unknown", weights.keys() - shapes.keys())
-    _refuse("has wrong shapes in", [name for name in shapes if weights[name].shape != shapes[name]])
 
 
 def text_config(config: Mapping[str, Any]) -> TextConfig:
@@ -94,16 +88,9 @@ def count_blocks(names: Iterable[str], prefix: str) -> int:
 
 
 def tower_of(shapes: Mapping[str, Sequence[int]]) -> Tower:
-    """Sizes of the vision tower, read from its own tensors. Raises ModelError without them."""
+    """Sizes of the vision tower, read from its own tensors; the released ones' where they lack."""
     names = VIT + "class_embedding", VIT_BLOCKS + "0.feed_forward.w1.weight", POOL + "wo.weight"
-    _refuse("lacks", [name for name in names if name not in shapes])
+    if any(not shapes.get(name) for name in names):
+        return Tower()
     width, mlp, pooled = (shapes[name][0] for name in names)
     return Tower(width, mlp, count_blocks(shapes, VIT_BLOCKS), pooled)
-
-
-def _refuse(problem: str, names: Iterable[str]) -> None:
-    if names := sorted(names):
-        raise ModelError(
-            f"The checkpoint {problem} {len(names)} tensors, first '{names[0]}'. Expected is a "
-            "dense, unquantised Molmo with the hub's tensor names that matches its config.json."
-        )

@@ -29,7 +29,7 @@ from molmo_edge.models.molmo2.config import (
     ImageIds,
     check_layout,
 )
-from molmo_edge.reference.checkpoint import TextConfig, check_shapes, read_weights
+from molmo_edge.reference.checkpoint import TextConfig, read_weights
 from molmo_edge.reference.common import ReferenceModel, TokenIds
 from molmo_edge.reference.molmo2_inputs import Molmo2Inputs
 
@@ -87,9 +87,7 @@ class ReferenceMolmo2(ReferenceModel[Molmo2Inputs]):
         config["vit_config"] = {**VIT_DEFAULTS, **config["vit_config"]}
         config["adapter_config"] = {**ADAPTER_DEFAULTS, **config["adapter_config"]}
         config["text_config"] = {**TEXT_DEFAULTS, **config["text_config"]}
-        weights = read_weights(directory)
-        check_shapes(weights, molmo2_tensor_shapes(config))
-        return cls(config, weights)
+        return cls(config, read_weights(directory, molmo2_tensor_shapes(config)))
 
     # Images to features
 

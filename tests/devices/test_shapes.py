@@ -142,7 +142,7 @@ def test_unknown_model_names_the_nearest() -> None:
     ("config", "message"),
     [
         ({"model_type": "llama"}, "model_type 'llama'; planning knows molmo, molmo2 and gemma3"),
-        ({"model_type": "molmo"}, "lacks a size or has a wrong one: num_attention_heads"),
+        ({"model_type": "molmo"}, "lacks a size or has a wrong one: hidden_size"),
         ({"model_type": "gemma3", "text_config": 3, "vision_config": {}}, "lacks a size"),
         (CONFIG | {"num_attention_heads": 0}, "lacks a size or has a wrong one"),
         (CONFIG | {"quantization_config": {"quant_method": "compressed-tensors",

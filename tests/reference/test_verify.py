@@ -40,7 +40,7 @@ def test_the_engine_equals_the_reference_and_stock_vllm_does_not(
     )
     assert ours.ok and not stock.ok
     assert (ours.family, stock.family) == (family, family)
-    assert max(case.max_dlogprob for case in ours.cases) <= 1e-4
+    assert max(case.max_dlogprob or 0.0 for case in ours.cases) <= 1e-4
     assert {"vllm", "torch", "transformers"} <= set(ours.environment)
     verdicts = {case.name: case.ok for case in stock.cases}
     assert not any(verdicts[name] for name in names if name != "text only")
@@ -58,6 +58,7 @@ def test_the_engine_equals_the_reference_and_stock_vllm_does_not(
         ({"token_ids": [5, 9, 9], "forced": [-0.1, -0.2, -0.4]}, False, 0.2, True, 1),
         ({"token_ids": [5, 9, 9], "forced": [-0.1, -0.2, -0.4]}, False, 0.05, False, 1),
         ({"forced": [math.nan] * 3}, False, 0.2, False, None),
+        ({"forced": [-0.1, math.nan, -0.3]}, False, 0.2, False, None),
     ],
 )
 def test_an_answer_is_right_when_equal_or_within_the_drift(
@@ -65,6 +66,11 @@ def test_an_answer_is_right_when_equal_or_within_the_drift(
 ) -> None:
     case = compare("x", WANT, replace(WANT, **change), exact, bound)
     assert (case.ok, case.first_different) == (ok, first_different)
+
+
+def test_where_nothing_was_compared_there_is_no_difference() -> None:
+    case = compare("x", WANT, replace(WANT, token_ids=[9, 6, 7]), True, 1e-4)
+    assert (case.max_dlogprob, case.ok) == (None, False)
 
 
 def test_a_report_is_right_only_when_every_case_is() -> None:

@@ -51,6 +51,11 @@ def check_layout(config: Mapping[str, Any]) -> None:
     """Raise ModelError for a `config.json` that the corrected model would compute wrongly."""
     if (model_type := config.get("model_type")) != "molmo":
         raise ModelError(f"Model type '{model_type}' is not Molmo 1. {SUPPORTED}")
+    if "text_config" in config:
+        raise ModelError(
+            "config.json has the field names of transformers' own Molmo (text_config), and the "
+            f"tensors are named accordingly. Use AllenAI's checkpoint. {SUPPORTED}"
+        )
     wrong = [
         f"{key}={config[key]!r} (must be {DEFAULTS[key]!r})"
         for key in _FIXED

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from molmo_edge.checkpoint_files import check_weights, read_json
-from molmo_edge.errors import ImageError
+from molmo_edge.checkpoint_files import read_json
+from molmo_edge.errors import ImageError, ModelError
 from molmo_edge.interface import ImageAttention, Rendered, Renderer, Resize, Turn
+from molmo_edge.models.checkpoint import check_files
 from molmo_edge.models.hashing import ImageHasher
 from molmo_edge.models.molmo.config import check_layout
 from molmo_edge.models.molmo.prompts import ONE_IMAGE, ImageTokenIds, PromptEncoder
-from molmo_edge.models.molmo.tiling import DEFAULT_MAX_CROPS, tiling_for
+from molmo_edge.models.molmo.tiling import DEFAULT_MAX_CROPS, MOST_CROPS, tiling_for
 from molmo_edge.requests import check_length
 
 if TYPE_CHECKING:
@@ -42,13 +43,16 @@ class Molmo:
 
     def check(self, config: Mapping[str, Any], folder: Path, load_format: str) -> None:
         check_layout(config)
-        if load_format != "dummy":
-            check_weights(folder)
+        self.default_crops(folder)
+        check_files(config, folder, load_format)
 
     def default_crops(self, folder: Path) -> int:
         path = folder / "preprocessor_config.json"
         stated = read_json(path) if path.is_file() else {}
-        return int(stated.get("max_crops", DEFAULT_MAX_CROPS))
+        crops = stated.get("max_crops", DEFAULT_MAX_CROPS)
+        if crops not in range(1, MOST_CROPS + 1):
+            raise ModelError(f"preprocessor_config.json: max_crops must be 1 to {MOST_CROPS}.")
+        return int(crops)
 
     def frame_sampling(self, folder: Path) -> None:
         return None

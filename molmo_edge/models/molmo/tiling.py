@@ -25,6 +25,7 @@ STRIDE_PATCHES = CROP_PATCHES - 2 * MARGIN_PATCHES  # 16, from one crop to the n
 STRIDE_PX = STRIDE_PATCHES * PATCH_PX  # 224
 OVERLAP_PX = CROP_PX - STRIDE_PX  # 112
 DEFAULT_MAX_CROPS = 12
+MOST_CROPS = 1024  # a checkpoint may name; of an image of a hundred megapixels
 
 
 class View(NamedTuple):

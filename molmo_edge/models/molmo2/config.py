@@ -88,7 +88,7 @@ _IDS = (
 # A checkpoint may not say otherwise: the models here compute only this.
 _FIXED: Mapping[str, Mapping[str, Any]] = {
     "adapter_config": {"pooling_attention_mask": True, "hidden_act": "silu"},
-    "text_config": {"hidden_act": "silu"},
+    "text_config": {"hidden_act": "silu", "qkv_bias": False, "use_qk_norm": True},
 }
 # Of an image of a hundred megapixels, each pixel seen as it is.
 _MOST_CROPS = 1024
@@ -128,8 +128,14 @@ def check_layout(config: Mapping[str, Any]) -> None:
     parts = ("vit_config", "adapter_config", "text_config")
     if missing := [p for p in parts if not isinstance(config.get(p), Mapping)]:
         raise ModelError(f"config.json lacks {', '.join(missing)}. {SUPPORTED}")
-    if missing := [name for name in _IDS if not isinstance(config.get(name), int)]:
-        raise ModelError(f"config.json lacks {', '.join(missing)}. {SUPPORTED}")
+    text = {**TEXT_DEFAULTS, **config["text_config"]}
+    sizes = text["vocab_size"], text["additional_vocab_size"]
+    rows = sum(size for size in sizes if isinstance(size, int))
+    if wrong := [name for name in _IDS if config.get(name) not in range(rows)]:
+        raise ModelError(
+            f"config.json has no {', '.join(wrong)} among the {rows} tokens of its text_config. "
+            f"{SUPPORTED}"
+        )
     wrong = [
         f"{part}.{key}={config[part][key]!r} (must be {value!r})"
         for part, fixed in _FIXED.items()

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from molmo_edge.checkpoint_files import check_weights
 from molmo_edge.errors import ConfigError, PromptTooLongError
 from molmo_edge.interface import ImageAttention, Rendered, Renderer, Resize, Turn
+from molmo_edge.models.checkpoint import check_files
 from molmo_edge.models.hashing import ImageHasher
 from molmo_edge.models.molmo2.config import ARCHITECTURE, ImageIds, Processing, check_layout
 from molmo_edge.models.molmo2.prompts import PromptEncoder, frame_tokens, image_tokens
@@ -35,8 +35,7 @@ class Molmo2:
     def check(self, config: Mapping[str, Any], folder: Path, load_format: str) -> None:
         check_layout(config)
         Processing.read(folder)
-        if load_format != "dummy":
-            check_weights(folder)
+        check_files(config, folder, load_format)
 
     def default_crops(self, folder: Path) -> int:
         return Processing.read(folder).max_crops

@@ -1,0 +1,44 @@
+"""Check that a checkpoint directory holds all that an engine needs, before one is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from molmo_edge.checkpoint_files import (
+    FLOATS,
+    check_tensors,
+    check_tokenizer,
+    check_weights,
+    tensors,
+)
+from molmo_edge.devices.shapes import inventory, part_of, stored_precision
+from molmo_edge.devices.tensors import gemma3_name
+from molmo_edge.errors import ModelError
+
+
+def check_files(config: Mapping[str, Any], directory: Path, load_format: str) -> None:
+    """Raise ModelError unless tokenizer and tensors are there, as `config` describes them.
+
+    Of weights in a format of vLLM's own (``"sharded_state"``) the names are not checked.
+    """
+    if load_format != "dummy":
+        check_weights(directory)
+    check_tokenizer(directory)
+    if load_format == "dummy" or "sharded" in load_format:
+        return
+    stored = tensors(directory)
+    for tensor in stored:
+        if tensor.dtype not in FLOATS and part_of(tensor.name) in ("embedding", "head"):
+            raise ModelError(
+                f"'{tensor.name}' is quantised, and vLLM's model of this family has no quantised "
+                "LM head or embedding. Quantise the original again with lm_head among the ignored "
+                "layers, or with `molmo-edge quantize`."
+            )
+    if config["model_type"] == "gemma3":
+        # Some files repeat the embedding as the head that it is.
+        named = [replace(tensor, name=gemma3_name(tensor.name)) for tensor in stored]
+        stored = [tensor for tensor in named if tensor.name != "lm_head.weight"]
+    check_tensors(stored, inventory(config), quantised=stored_precision(config) is not None)
