@@ -50,6 +50,7 @@ class Rendered:
         prompt_tokens, image_tokens: counts, None when the engine does not know them.
         token_ids: the prompt's tokens, None when the engine does not know them.
         answer_prefix: removed from the start of the answer, such as Molmo's space.
+        answer: tokens that follow the prompt as if they had been generated; not counted above.
     """
 
     prompt: Any
@@ -57,6 +58,7 @@ class Rendered:
     image_tokens: int | None = None
     token_ids: Sequence[int] | None = None
     answer_prefix: str = ""
+    answer: Sequence[int] = ()
 
 
 class Update(NamedTuple):
@@ -103,8 +105,7 @@ class Renderer(Protocol):
     def render(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> Rendered:
         """Convert turns to engine input. Raises InputError for unusable input.
 
-        Options: ``max_crops`` (None: the engine's) and ``answer``, token ids that follow the
-            prompt as if they had been generated.
+        Options: ``max_crops`` (None: the engine's).
         """
         ...
 

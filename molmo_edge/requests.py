@@ -215,8 +215,8 @@ class CheckedOptions(Sampling):
                 f"({exc.error_count()} errors); the chained error says why."
             )
             raise GenerationError(message, partial=text) from exc
-        except ValueError as exc:
-            raise GenerationError(_CUT if truncated else _STOPPED, partial=text) from exc
+        except (ValueError, RecursionError) as exc:
+            raise GenerationError(_CUT if truncated else _UNREADABLE, partial=text) from exc
         if truncated and type(value) in (int, float):  # any part of a number reads as a number
             raise GenerationError(_CUT, partial=text)
         return replace(result, parsed=value)
@@ -226,7 +226,10 @@ _CUT = (
     "The answer was cut off before its JSON was complete; raise max_tokens, or bound the schema's "
     "strings and lists (maxLength, maxItems, enum)."
 )
-_STOPPED = "The answer is not complete JSON; a stop string may have ended it."
+_UNREADABLE = (
+    "The answer cannot be read as JSON: a stop string ended it, or it is nested too deeply or has "
+    "too long a number. The chained error says which."
+)
 
 
 def check_options(options: Mapping[str, Any], max_crops_limit: int | None) -> CheckedOptions:
@@ -275,7 +278,9 @@ def _read_schema(given: object) -> tuple[dict[str, Any], type[BaseModel] | None]
         # A copy: the caller may change theirs while the request waits.
         return json.loads(json.dumps(dict(given), allow_nan=False)), model
     except (TypeError, ValueError, RecursionError) as exc:
-        raise SamplingError("json_schema contains values that are not JSON.") from exc
+        raise SamplingError(
+            "json_schema contains values that are not JSON, or is nested too deeply."
+        ) from exc
 
 
 def check_token_ids(ids: Sequence[int]) -> list[int]:

@@ -345,6 +345,7 @@ def describe(error: ErrorDetails) -> str:
     """Say what is wrong with a value, by pydantic's error about it."""
     value = error["input"]
     problem = re.sub("^(Value error,|Input|String) ", "", error["msg"])
-    simple = isinstance(value, str | int | float)
+    # Python does not print integers of thousands of digits.
+    simple = isinstance(value, str | float) or (isinstance(value, int) and abs(value) < 10**60)
     given = f"{value!r:.60}" if simple else f"a value of type {type(value).__name__}"
     return f"{problem.strip()}; got {given}"

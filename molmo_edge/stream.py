@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import weakref
 from collections.abc import Awaitable, Callable, Collection, Generator
 from typing import Any, Self
@@ -151,6 +152,7 @@ class AStream:
 
     def __init__(self, open_stream: Callable[[], Awaitable[Stream]]) -> None:
         self._open_stream = open_stream
+        self._opening = asyncio.Lock()  # several tasks may share the stream
         self._stream: Stream | None = None
 
     def __await__(self) -> Generator[Any, Any, Stream]:
@@ -163,6 +165,7 @@ class AStream:
         return await anext(await self._opened())
 
     async def _opened(self) -> Stream:
-        if self._stream is None:
-            self._stream = await self._open_stream()
+        async with self._opening:
+            if self._stream is None:
+                self._stream = await self._open_stream()
         return self._stream

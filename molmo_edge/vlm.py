@@ -48,7 +48,7 @@ from molmo_edge.errors import (
     PromptError,
 )
 from molmo_edge.images import ImageLike, ImageLimits
-from molmo_edge.interface import PROMPTS, Engine, ModelFamily, Turn
+from molmo_edge.interface import PROMPTS, Engine, ModelFamily, Rendered, Turn
 from molmo_edge.models.hub import locate
 from molmo_edge.models.registry import family_of
 from molmo_edge.points import CountResult, PointResult, TrackResult
@@ -60,6 +60,7 @@ from molmo_edge.requests import (
     Options,
     Request,
     VideoOptions,
+    check_length,
     check_options,
     check_token_ids,
     numbered,
@@ -249,25 +250,36 @@ class EdgeVLM:
             candidates: for each token of the answer, further token ids to score in its place.
 
         Raises:
-            PromptError: the answer is empty or not token ids, or candidates do not match it.
+            PromptError: the answer is empty, too long or not token ids, or candidates do not
+                match it.
             As `query`; the first failure ends all.
         """
         ids = check_token_ids(answer)
-        others = [check_token_ids(one) for one in candidates or [[] for _ in ids]]
+        given = [[] for _ in ids] if candidates is None else candidates
+        others = [check_token_ids(one) for one in given] if isinstance(given, Sequence) else []
         if not ids or len(others) != len(ids):
             raise PromptError(
                 "Give at least one token to score, and candidates for each token or none at all."
             )
         if not isinstance(text, str) and (image is not None or video is not None):
             raise PromptError("A conversation has its images and video in its messages.")
-        asked = Request(image, text, video=video) if isinstance(text, str) else Request.chat(text)
+        asked = (
+            Request(image, text, video=video, max_tokens=1)
+            if isinstance(text, str)
+            else Request.chat(text, max_tokens=1)
+        )
+        options, loop = self._check(asked), self._loop
         turns = self._read(asked)
+        rendered = self._render(loop, turns, options)
+        if rendered.prompt_tokens is not None:
+            longest = rendered.prompt_tokens + len(ids) - 1
+            check_length(longest, loop.engine.info.max_model_len)
         streams: list[Stream] = []
         with ExitStack() as stack:
             for i, token in enumerate(ids):
                 scored = tuple(dict.fromkeys([token, *others[i]]))
-                options = CheckedOptions(max_tokens=1, logprob_token_ids=scored)
-                stream = self._submit(turns, options, answer=ids[:i], wait=True)
+                one = options.model_copy(update={"logprob_token_ids": scored})
+                stream = self._submit(loop, replace(rendered, answer=ids[:i]), one, wait=True)
                 streams.append(stack.enter_context(stream))
                 streams[0].result()  # the others share its prefix
             results = [stream.result() for stream in streams]
@@ -681,9 +693,10 @@ class EdgeVLM:
 
     def _open(self, request: Request[A], *, wait: bool = False) -> _Opened[A]:
         """Prepare a request in this thread and submit it; `wait` for room in a full queue."""
-        checked = self._check(request)
+        checked, loop = self._check(request), self._loop
         turns = self._read(request)
-        return _Opened(self._submit(turns, checked, wait=wait), request.reader(turns))
+        rendered = self._render(loop, turns, checked)
+        return _Opened(self._submit(loop, rendered, checked, wait=wait), request.reader(turns))
 
     async def _aopen(self, request: Request[A], *, wait: bool = False) -> _Opened[A]:
         """`_open` for asyncio; the request is prepared in another thread."""
@@ -691,11 +704,13 @@ class EdgeVLM:
 
         def prepare() -> tuple[PendingRequest, Callable[[Result], A]]:
             turns = self._read(request)
-            return self._render(loop, turns, checked), request.reader(turns)
+            rendered = self._render(loop, turns, checked)
+            return self._pending(loop, rendered, checked), request.reader(turns)
 
         try:
             async with asyncio.timeout(checked.timeout):
-                pending, read = await asyncio.to_thread(prepare)
+                with mapped("render"):  # there may be no thread left
+                    pending, read = await asyncio.to_thread(prepare)
         except TimeoutError:
             raise timed_out() from None
         stream = Stream(loop, pending, checked)
@@ -703,15 +718,9 @@ class EdgeVLM:
         return _Opened(stream, read)
 
     def _submit(
-        self,
-        turns: Sequence[Turn],
-        options: CheckedOptions,
-        *,
-        answer: Sequence[int] = (),
-        wait: bool = False,
+        self, loop: EngineLoop, rendered: Rendered, options: CheckedOptions, *, wait: bool = False
     ) -> Stream:
-        loop = self._loop
-        request = self._render(loop, turns, options, answer)
+        request = self._pending(loop, rendered, options)
         # Before it is submitted, so that Ctrl-C in between leaves nothing in the engine.
         stream = Stream(loop, request, options)
         try:
@@ -721,18 +730,16 @@ class EdgeVLM:
             raise
         return stream
 
-    def _render(
-        self,
-        loop: EngineLoop,
-        turns: Sequence[Turn],
-        options: CheckedOptions,
-        answer: Sequence[int] = (),
-    ) -> PendingRequest:
+    def _render(self, loop: EngineLoop, turns: Sequence[Turn], options: CheckedOptions) -> Rendered:
         engine = loop.engine
         with mapped("render"):
             if options.json_schema is not None:
                 engine.check_schema(options.json_schema)
-            rendered = engine.render(turns, {"max_crops": options.max_crops, "answer": answer})
+            return engine.render(turns, {"max_crops": options.max_crops})
+
+    def _pending(
+        self, loop: EngineLoop, rendered: Rendered, options: CheckedOptions
+    ) -> PendingRequest:
         return PendingRequest(
             f"request-{next(self._ids)}",
             rendered,
@@ -740,7 +747,7 @@ class EdgeVLM:
             started=options.started,
             preprocess_s=time.monotonic() - options.started,
             deadline=options.deadline,
-            environment=engine.info.environment,
+            environment=loop.engine.info.environment,
         )
 
     def _frame_request(

@@ -66,8 +66,8 @@ def warm(
     max_rounds: int,
 ) -> WarmupReport:
     """See `EdgeVLM.warmup`; `family` is None for an engine that is not vLLM's."""
-    if tokens < 2 or max_rounds < 2:
-        raise ConfigError("warmup: tokens and max_rounds must be at least 2.")
+    if any(type(count) is not int or count < 2 for count in (tokens, max_rounds)):
+        raise ConfigError("warmup: tokens and max_rounds must be integers of at least 2.")
     began = time.perf_counter()
     steps = tuple(
         _run(batch, name, requests) for name, requests in _kinds(settings, family, tokens)

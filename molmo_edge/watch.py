@@ -257,7 +257,10 @@ class Camera:
         if self._closed:  # meanwhile, in another thread
             reader.stop()
         else:
-            reader.thread.start()  # once `close` knows it, for Ctrl-C in here
+            try:
+                reader.thread.start()  # once `close` knows it, for Ctrl-C in here
+            except RuntimeError as exc:
+                raise CameraError("The system has no thread left to read the source.") from exc
         return reader
 
 

@@ -46,15 +46,15 @@ def test_messages_of_another_structure_are_refused_by_number(message: Any) -> No
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("temperature", [-0.1, math.nan, math.inf, True, "0"]),
-        ("top_p", [0, 1.5, math.nan]),
-        ("max_tokens", [0, -3, 2.0, True]),
+        ("temperature", [-0.1, math.nan, math.inf, True, "0", 1e300, 10**400, 10**5000]),
+        ("top_p", [0, 1.5, math.nan, 10**5000]),
+        ("max_tokens", [0, -3, 2.0, True, None, 10**5000]),
         ("seed", [1.5, 2**70]),
         ("logprobs", [0, 21, 1.0]),
-        ("stop", [[""], [1], 5]),
+        ("stop", [[""], [1], 5, None, [None], ["\ud800"], 10**5000]),
         ("json_schema", ["{}"]),
         ("ignore_eos", [1]),
-        ("timeout", [0, -1, math.nan, True, "1"]),
+        ("timeout", [0, -1, math.nan, True, "1", 10**400]),
         ("max_crops", [0, 13, True, 2.0]),
     ],
 )

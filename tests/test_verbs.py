@@ -296,6 +296,13 @@ def test_an_incomplete_or_refused_answer_is_an_error_that_keeps_its_text(
     assert caught.value.partial and answer.startswith(caught.value.partial)
 
 
+def test_an_answer_that_is_nested_too_deeply_is_an_error() -> None:
+    deep = "[" * 100_000 + "]" * 100_000
+    with EdgeVLM(engine=FakeEngine.factory(deep)) as vlm, pytest.raises(GenerationError) as caught:
+        vlm.query(None, "x", json_schema={"type": "array"})
+    assert caught.value.partial == deep
+
+
 @pytest.mark.parametrize("json_schema", [{}, "object", int, NoSchema, {"enum": [float("nan")]}])
 def test_a_schema_that_is_none_is_refused_before_the_engine(
     vlm: EdgeVLM, fake: FakeFactory, json_schema: Any

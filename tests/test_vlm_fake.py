@@ -193,7 +193,13 @@ def test_scores_are_of_each_token_after_those_before_it(vlm: EdgeVLM, fake: Fake
         (None, None),
         ([1], [[1], [2]]),
         ([1], [["a"]]),
+        ([1], [[1.5]]),
+        ([1], [None]),
+        ([1], 5),
+        ([1] * 4096, None),
     ]
     for answer, candidates in wrong:
         with pytest.raises(PromptError):
             vlm.score(None, "q", answer, candidates=candidates)
+    # Images are rendered once, and nothing is asked before it is known to fit.
+    assert len(fake.engine.added) == 3 and fake.calls["render"] == 2

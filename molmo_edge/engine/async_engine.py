@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from molmo_edge.engine.vllm_engine import (
     VllmEngine,
+    engine_prompt,
     environment,
     release_memory,
     sampling_params,
@@ -120,9 +121,9 @@ class AsyncEngine(VllmEngine):
     def add(self, request_id: str, rendered: Rendered, sampling: Sampling) -> None:
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        params = sampling_params(sampling)
+        prompt, params = engine_prompt(rendered), sampling_params(sampling)
         try:
-            outputs = self.run(self.llm.add_request(request_id, rendered.prompt, params))
+            outputs = self.run(self.llm.add_request(request_id, prompt, params))
         except (EngineDeadError, EngineError) as exc:
             # The end of the engine, not of one request: the next step raises it.
             self._cause = exc

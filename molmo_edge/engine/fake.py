@@ -154,7 +154,7 @@ class FakeEngine:
         refuse_special([i for i, name in _SPECIAL.items() if name in text], _SPECIAL)
         images = sum(len(turn.images) for turn in turns)
         pieces = self._split.findall(f"{text} Assistant:")
-        ids = [_END_OF_TEXT, *map(_token, pieces), *options.get("answer", ())]
+        ids = [_END_OF_TEXT, *map(_token, pieces)]
         frames = sum(len(turn.video.frames) for turn in turns if turn.video is not None)
         image_tokens = _IMAGE_TOKENS * images + _FRAME_TOKENS * frames
         total = len(ids) + image_tokens
@@ -172,7 +172,7 @@ class FakeEngine:
         self.prompts.append(question)
         self.added.append(request_id)
         pieces = self._split.findall(" " + answer)
-        room = self.info.max_model_len - prompt_tokens
+        room = self.info.max_model_len - prompt_tokens - len(rendered.answer)
         self.running[request_id] = _Request(pieces, sampling, min(sampling.max_tokens, room))
 
     def step(self) -> list[Update]:

@@ -136,7 +136,11 @@ class EngineLoop:
             if self._state is not State.STARTING:
                 raise EngineClosedError(_CLOSED)
             _LIVE.add(self)
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError as exc:
+                _LIVE.discard(self)
+                raise EngineStartError("The system has no thread left for the engine.") from exc
         self._changed.wait(lambda: self._state is not State.STARTING)
         # After whatever the engine's own modules registered, so that at exit it runs first.
         atexit.unregister(_close_all)

@@ -94,7 +94,7 @@ class VllmEngine:
 
     def add(self, request_id: str, rendered: Rendered, sampling: Sampling) -> None:
         try:
-            self.core.add_request(request_id, rendered.prompt, sampling_params(sampling))
+            self.core.add_request(request_id, engine_prompt(rendered), sampling_params(sampling))
         except BaseException:
             # vLLM's detokenizer may know the request already.
             self.core.abort_request([request_id])
@@ -120,6 +120,14 @@ class VllmEngine:
             release_memory()
         finally:
             _ONLY_ENGINE.release()
+
+
+def engine_prompt(rendered: Rendered) -> Any:
+    """Return vLLM's prompt, the tokens of `answer` included."""
+    if not rendered.answer:
+        return rendered.prompt
+    ids = [*rendered.prompt["prompt_token_ids"], *rendered.answer]
+    return {**rendered.prompt, "prompt_token_ids": ids}
 
 
 def sampling_params(sampling: Sampling) -> Any:

@@ -26,10 +26,19 @@ def compiled_kernel(function: Callable[..., None]) -> Callable[..., None] | None
         logger.warning("Without numba, images are resized several times slower (%s).", exc)
         return None
     options: dict[str, Any] = {"nogil": True, "fastmath": {"contract"}}
+    plain: Callable[..., None] = numba.njit(**options)(function)
     try:
-        return numba.njit(cache=True, **options)(function)  # type: ignore[no-any-return]
+        cached: Callable[..., None] = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # no directory for its cache
-        return numba.njit(**options)(function)  # type: ignore[no-any-return]
+        return plain
+
+    def kernel(*args: Any) -> None:
+        try:
+            cached(*args)
+        except Exception:  # its cache is damaged, or the disk full
+            plain(*args)
+
+    return kernel
 
 
 def run_in_threads(

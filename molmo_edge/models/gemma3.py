@@ -106,7 +106,6 @@ class Gemma3Renderer:
                 "Remove some, or build EdgeVLM with "
                 'engine_args={"limit_mm_per_prompt": {"image": …}}.'
             )
-        answer = list(options.get("answer", ()))
         characters = sum(len(turn.text) for turn in turns)
         check_length(characters // self._longest_token, self._max_model_len)
         # The tokenizer and the image processor are not made for several threads.
@@ -118,14 +117,12 @@ class Gemma3Renderer:
             if images := prompt.get("multi_modal_data"):
                 tokens["multi_modal_data"] = images
             # Before the pixels are touched: a prompt that does not fit costs nothing.
-            total = len(tokens["prompt_token_ids"]) + len(answer)
-            total += n_images * self._tokens_per_image
+            total = len(tokens["prompt_token_ids"]) + n_images * self._tokens_per_image
             check_length(total, self._max_model_len, n_images)
             rendered = self._renderer.render_cmpl([tokens])[0]
         places = rendered.get("mm_placeholders", {}).get("image", ())
-        ids = [*rendered["prompt_token_ids"], *answer]
+        ids = rendered["prompt_token_ids"]
         check_length(len(ids), self._max_model_len, n_images)
-        rendered["prompt_token_ids"] = ids
         # The line breaks between two images are one token, which both placeholders count.
         image_positions = {p.offset + i for p in places for i in range(p.length)}
         return Rendered(rendered, len(ids), len(image_positions), ids)

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
+import numpy as np
 import pytest
 
 from molmo_edge import EdgeVLM, Request
@@ -54,6 +55,22 @@ def test_query_stream_and_batch() -> None:
     run(FakeEngine.factory(echo), body, max_queue=5)
 
 
+def test_tasks_that_share_a_stream_share_one_request() -> None:
+    fake = FakeEngine.factory(echo, step_s=0.001)
+
+    async def body(vlm: EdgeVLM) -> None:
+        stream = vlm.astream(None, "q")
+
+        async def read() -> int:
+            return len([delta async for delta in stream])
+
+        assert sum(await asyncio.gather(*(read() for _ in range(5)))) > 5
+        assert (await (await stream).aresult()).text == f"q {WORDS}"
+        assert len(fake.engine.added) == 1
+
+    run(fake, body)
+
+
 def test_the_event_loop_is_never_blocked() -> None:
     """The event loop releases rendering and the engine: blocked, it never would."""
     holds = {"render": threading.Event(), "step": threading.Event()}
@@ -70,7 +87,7 @@ def test_the_event_loop_is_never_blocked() -> None:
     run(fake, body)
 
 
-@pytest.mark.parametrize("kind", ["query", "stream", "batch"])
+@pytest.mark.parametrize("kind", ["query", "stream", "batch", "watch"])
 def test_a_task_cancelled_at_any_await_leaves_nothing(kind: str) -> None:
     """Cancel after 0, 1, 2 … turns of the event loop, from before rendering to the end."""
 
@@ -79,6 +96,9 @@ def test_a_task_cancelled_at_any_await_leaves_nothing(kind: str) -> None:
             await vlm.aquery(None, "q")
         elif kind == "stream":
             async for _ in vlm.astream(None, "q"):
+                pass
+        elif kind == "watch":
+            async for _ in vlm.awatch([np.zeros((8, 8, 3), np.uint8)] * 9, "q"):
                 pass
         else:
             await vlm.abatch([Request(None, "q"), Request(None, "r")])

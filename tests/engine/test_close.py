@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 
 import pytest
@@ -9,7 +10,14 @@ import pytest
 from molmo_edge import EdgeVLM
 from molmo_edge.engine.fake import FakeEngine, Fault
 from molmo_edge.engine.loop import EngineLoop
-from molmo_edge.errors import ConfigError, EngineClosedError, EngineDeadError, EngineStartError
+from molmo_edge.errors import (
+    CameraError,
+    ConfigError,
+    EngineClosedError,
+    EngineDeadError,
+    EngineStartError,
+    GenerationError,
+)
 from tests.engine.support import FOREVER, WORDS, echo, eventually, in_threads, meanwhile, opened
 
 pytestmark = pytest.mark.timeout(60)
@@ -45,6 +53,25 @@ def test_a_start_that_fails_reaches_the_caller_of_the_constructor(
     with pytest.raises(kind) as caught:
         EdgeVLM(engine=FakeEngine.factory(faults=[Fault("build", error)]))
     assert error in (caught.value, caught.value.__cause__)
+
+
+def test_a_thread_that_cannot_be_had_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def ask(vlm: EdgeVLM) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", fail)
+            with pytest.raises(EngineStartError, match="thread"):
+                EdgeVLM(engine=FakeEngine.factory())
+            with pytest.raises(CameraError, match="thread"):
+                next(vlm.watch([b""]))
+            with pytest.raises(GenerationError):
+                await vlm.aquery(None, "q")
+
+    with opened(FakeEngine.factory(echo)) as vlm:
+        asyncio.run(ask(vlm))
+        assert vlm.query(None, "q").text == f"q {WORDS}"
 
 
 def test_closing_from_many_threads_ends_all_requests_and_refuses_new_ones() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from molmo_edge.errors import ConfigError, ImageError
+from molmo_edge.models.compiled import compiled_kernel
 from molmo_edge.models.molmo.image_processor import MolmoImageProcessor, processor_of
 from molmo_edge.models.molmo.prompts import ImageTokenIds
 from molmo_edge.models.molmo.tiling import Tiling, largest_tiling, tiling_for
@@ -95,6 +98,31 @@ def test_without_numba_torch_gives_the_same(size: tuple[int, int]) -> None:
     image = photo(*size)
     plain = MolmoImageProcessor().inputs(image, compiled=False).images
     assert float((patches(image) - plain).abs().max()) <= PIXEL_BOUND
+
+
+def add_one(values: np.ndarray) -> None:
+    for i in range(len(values)):
+        values[i] += 1
+
+
+@pytest.mark.parametrize("fault", ["damaged", "full"])
+def test_a_cache_of_numba_that_fails_costs_time_alone(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setattr("numba.config.CACHE_DIR", str(cache))
+    for _ in range(2):
+        kernel = compiled_kernel.__wrapped__(add_one)
+        if fault == "full":
+            shutil.rmtree(cache)
+            cache.write_text("no directory")
+        values = np.zeros(3)
+        kernel(values)
+        assert values.tolist() == [1, 1, 1]
+        for file in cache.rglob("*.nbi"):
+            file.write_bytes(b"")
+        if fault == "full":
+            cache.unlink()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason='needs the extra "tf"')

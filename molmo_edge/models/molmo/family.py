@@ -116,7 +116,7 @@ class MolmoRenderer:
         """See `Engine.render`."""
         from vllm.inputs.engine import mm_input, tokens_input
 
-        text_ids = [*self._encoder.encode(turns), *options.get("answer", ())]
+        text_ids = self._encoder.encode(turns)
         images = [image for turn in turns for image in turn.images]
         if len(images) > 1:
             raise ImageError(ONE_IMAGE)

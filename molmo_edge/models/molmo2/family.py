@@ -108,7 +108,7 @@ class Molmo2Renderer:
         """See `Engine.render`."""
         from vllm.inputs.engine import tokens_input
 
-        text = [*self._encoder.encode(turns), *options.get("answer", ())]
+        text = self._encoder.encode(turns)
         images = [image for turn in turns for image in turn.images]
         if images:
             return self._with_images(images, text, options.get("max_crops") or self._max_crops)
