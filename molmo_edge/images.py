@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, ImageOps
 
-from molmo_edge.errors import ConfigError, ImageError, InputError
+from molmo_edge.errors import ImageError, InputError
 
 EncodedBytes: TypeAlias = bytes | bytearray | memoryview | array.array | io.BytesIO  # type: ignore[type-arg]
 ImageLike: TypeAlias = EncodedBytes | Path | str | Image.Image | npt.NDArray[np.uint8]
@@ -74,18 +74,10 @@ class ImageLimits:
         max_pixels: width x height. Decoding takes 8 to 20 bytes of memory per pixel at its peak.
             Pillow's own limit, ``PIL.Image.MAX_IMAGE_PIXELS``, applies as well, and no side may
             be longer than 65,535.
-
-    Raises:
-        ConfigError: a cap is not a positive integer.
     """
 
     max_bytes: int = 64 * 2**20
     max_pixels: int = 64_000_000
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if type(value) is not int or value < 1:
-                raise ConfigError(f"ImageLimits.{name} must be a positive integer")
 
 
 DEFAULT_LIMITS: Final = ImageLimits()

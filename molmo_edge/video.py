@@ -25,7 +25,6 @@ import numpy.typing as npt
 
 from molmo_edge import images
 from molmo_edge.errors import (
-    ConfigError,
     ImageError,
     MissingDependencyError,
     MolmoEdgeError,
@@ -85,9 +84,6 @@ class VideoLimits:
         max_frames: sampled frames.
         max_fps: sampled frames per second.
         max_frame_bytes: of all sampled frames as RGB; 4 GiB hold 384 frames of 2560 x 1440 pixels.
-
-    Raises:
-        ConfigError: a cap is not positive, or not an integer where one is expected.
     """
 
     max_bytes: int = 4 * 2**30
@@ -96,14 +92,6 @@ class VideoLimits:
     max_frames: int = 384
     max_fps: float = 2.0
     max_frame_bytes: int = 4 * 2**30
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            kind = (int, float) if name in ("max_duration_s", "max_fps") else (int,)
-            if type(value) not in kind or not (value > 0 and math.isfinite(value)):
-                raise ConfigError(
-                    f"VideoLimits.{name} must be a positive {kind[-1].__name__}, not infinite"
-                )
 
 
 @dataclass(frozen=True)
@@ -114,16 +102,18 @@ class Clip:
         frames: uint8 arrays of shape (height, width, 3), RGB, upright.
         times: seconds from the video's first frame, one per frame, not decreasing. Of a file: the
             requested times, so the last one is the duration. Of ``Video(fps=…)``: index / fps.
-        size: (width, height) of the first frame, to which points in answers refer.
-        fps: mean frame rate of the source; None where it has only one frame.
         skipped: broken frames of the file that were left out.
     """
 
     frames: tuple[Frame, ...]
     times: tuple[float, ...]
-    size: tuple[int, int]
-    fps: float | None
     skipped: int = 0
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the first frame, to which points in answers refer."""
+        height, width = self.frames[0].shape[:2]
+        return width, height
 
 
 def sample_indices(total: int, fps: float, max_frames: int, max_fps: float) -> list[int]:
@@ -191,14 +181,32 @@ def write_video(path: str | Path, frames: Iterable[Frame], fps: float) -> None:
         fps: frames per second.
 
     Raises:
-        VideoError: no frames, one of wrong type or size, or the file cannot be written.
+        VideoError: no frames, or the file cannot be written.
         MissingDependencyError: PyAV is not installed.
     """
-    path = Path(path)
-    if not (math.isfinite(fps) and fps > 0):
-        raise VideoError("fps must be a positive number of frames per second")
-    with _translated("write the video file"), replacing(path) as temporary:
-        _encode(_pyav(), temporary, _even_frames(frames), fps)
+    av = _pyav()
+    h264 = "libx264" in av.codecs_available
+    with (
+        _translated("write the video file"),
+        replacing(Path(path)) as temporary,
+        av.open(str(temporary), "w", format="mp4") as container,
+    ):
+        stream: Any = None
+        for frame in frames:
+            height, width = frame.shape[:2]
+            frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            if stream is None:
+                stream = container.add_stream(
+                    "libx264" if h264 else "mpeg4",
+                    rate=Fraction(fps).limit_denominator(1001),
+                    options={"crf": "18", "preset": "veryfast"} if h264 else {"qmax": "5"},
+                )
+                stream.height, stream.width = frame.shape[:2]
+                stream.pix_fmt = "yuv420p"
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        if stream is None:
+            raise VideoError("the video has no frames")
+        container.mux(stream.encode())
 
 
 def _pyav() -> Any:
@@ -250,13 +258,11 @@ def _from_frames(video: Video, limits: VideoLimits) -> Clip:
                 "pass fewer, or pass fps instead so that they are sampled"
             )
         indices = list(range(total))
-        fps = (total - 1) / (times[-1] - times[0]) if total > 1 else None
     else:
         if not isinstance(fps, (int, float, np.integer, np.floating)) or not 1e-6 < fps < math.inf:
             raise VideoError("Video.fps must be a positive number of frames per second")
-        fps = float(fps)
-        indices = sample_indices(total, fps, limits.max_frames, limits.max_fps)
-        times = [index / fps for index in indices]
+        indices = sample_indices(total, float(fps), limits.max_frames, limits.max_fps)
+        times = [index / float(fps) for index in indices]
     kept: dict[int, Frame] = {}
     wanted = sorted(set(indices))
     cap = images.ImageLimits(max_pixels=limits.max_pixels)
@@ -267,7 +273,7 @@ def _from_frames(video: Video, limits: VideoLimits) -> Clip:
             raise VideoError(f"frame {index} of the video cannot be used: {exc}") from exc
         height, width = kept[index].shape[:2]
         _check_size(width, height, len(wanted), limits)
-    return _clip(kept, indices, times, fps)
+    return Clip(tuple(kept[index] for index in indices), tuple(times))
 
 
 def _check_timestamps(timestamps: Sequence[float], total: int) -> list[float]:
@@ -282,18 +288,6 @@ def _check_timestamps(timestamps: Sequence[float], total: int) -> list[float]:
             "negative and strictly increasing"
         )
     return [float(time) for time in times]
-
-
-def _clip(
-    kept: dict[int, Frame],
-    indices: list[int],
-    times: list[float],
-    fps: float | None,
-    skipped: int = 0,
-) -> Clip:
-    frames = tuple(kept[index] for index in indices)
-    height, width = frames[0].shape[:2]
-    return Clip(frames, tuple(times), (width, height), fps, skipped)
 
 
 # Files
@@ -339,38 +333,6 @@ def _check_size(width: int, height: int, frames: int, limits: VideoLimits) -> No
             f"{limits.max_frame_bytes} bytes as RGB, the limit; send a video of lower resolution "
             "or lower the setting max_frames"
         )
-
-
-def _check_length(frames: int, seconds: float, limits: VideoLimits) -> None:
-    if frames > _MAX_FILE_FRAMES or seconds > limits.max_duration_s:
-        raise VideoError(
-            f"the video is longer than {limits.max_duration_s:g} seconds or {_MAX_FILE_FRAMES} "
-            "frames, the limits; send a part of it or raise the setting max_video_s"
-        )
-
-
-def _check_work(frames: int, width: int, height: int) -> None:
-    if frames * width * height > _MAX_DECODED_PIXELS:
-        raise VideoError(
-            f"{frames} frames of {width} x {height} pixels would have to be decoded, which is too "
-            "much; send a part of the video, or one of lower resolution or with more key frames"
-        )
-
-
-def _sample(
-    starts: npt.NDArray[np.float64], end: float, limits: VideoLimits
-) -> tuple[list[float], list[int], float | None]:
-    """Return the times to sample, the index of the frame shown at each, and the mean frame rate.
-
-    `starts` are the seconds at which the frames begin to show, ascending; the last shows to `end`.
-    """
-    duration = max(float(end - starts[0]), 0.0)
-    times = sample_times(duration, limits.max_frames, limits.max_fps)
-    # A microsecond inside the video: the sum may fall on either side of its ends.
-    shown = np.clip(np.asarray(times) + starts[0], starts[0] + 1e-6, end - 1e-6)
-    indices = np.searchsorted(starts[1:], shown, side="right")
-    fps = len(starts) / duration if len(starts) > 1 and duration > 0 else None
-    return times, indices.tolist(), fps
 
 
 def _packets(av: Any, file: BinaryIO, demuxer: str, limits: VideoLimits) -> Generator[Any]:
@@ -426,7 +388,11 @@ def _index(packets: Iterator[Any], limits: VideoLimits) -> _Index:
             guess = round(1 / (stream.average_rate * tick)) if stream.average_rate else 0
         shown.append(position)
         begin, end = min(begin, stamp), max(end, stamp + (packet.duration or guess))
-        _check_length(position + 1, float((end - begin) * tick), limits)
+        if position >= _MAX_FILE_FRAMES or (end - begin) * tick > limits.max_duration_s:
+            raise VideoError(
+                f"the video is longer than {limits.max_duration_s:g} seconds or {_MAX_FILE_FRAMES} "
+                "frames, the limits; send a part of it or raise the setting max_video_s"
+            )
     if not shown:
         raise VideoError("the video has no frames")
     times = np.asarray(ticks, np.int64)
@@ -437,8 +403,13 @@ def _index(packets: Iterator[Any], limits: VideoLimits) -> _Index:
 def _decode(av: Any, file: BinaryIO, demuxer: str, limits: VideoLimits) -> Clip:
     with closing(_packets(av, file, demuxer, limits)) as packets:
         index = _index(packets, limits)
+    # Seconds at which the frames begin to show, ascending; the last shows to `end`.
     starts = index.ticks[index.order] * index.tick.numerator / index.tick.denominator
-    times, indices, fps = _sample(starts, float(index.end * index.tick), limits)
+    end = float(index.end * index.tick)
+    times = sample_times(max(end - float(starts[0]), 0.0), limits.max_frames, limits.max_fps)
+    # A microsecond inside the video: the sum may fall on either side of its ends.
+    moments = np.clip(np.asarray(times) + starts[0], starts[0] + 1e-6, end - 1e-6)
+    indices = np.searchsorted(starts[1:], moments, side="right").tolist()
     targets = sorted(set(indices))
     _check_size(*index.size, len(targets), limits)
     needed = np.zeros(len(index.ticks), bool)
@@ -448,7 +419,12 @@ def _decode(av: Any, file: BinaryIO, demuxer: str, limits: VideoLimits) -> Clip:
         keys = keys[index.ticks[keys] <= index.ticks[position]]
         # One packet more, as an interlaced frame may take two.
         needed[keys[-1] if len(keys) else 0 : position + 2] = True
-    _check_work(int(needed.sum()), *index.size)
+    if needed.sum() * math.prod(index.size) > _MAX_DECODED_PIXELS:
+        raise VideoError(
+            f"{needed.sum()} frames of {index.size[0]} x {index.size[1]} pixels would have to be "
+            "decoded, which is too much; send a part of the video, or one of lower resolution or "
+            "with more key frames"
+        )
 
     kept: dict[int, Frame] = {}
     waiting = deque((target, index.order[target]) for target in targets)
@@ -498,37 +474,4 @@ def _decode(av: Any, file: BinaryIO, demuxer: str, limits: VideoLimits) -> Clip:
         if newest is None:
             raise VideoError("no frame of the video can be decoded")
         keep(newest)
-    return _clip(kept, indices, times, fps, skipped)
-
-
-def _even_frames(frames: Iterable[Frame]) -> Iterator[Frame]:
-    shape = None
-    for frame in frames:
-        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or not frame.size:
-            raise VideoError(
-                "expected uint8 frames of shape (height, width, 3) in RGB order, got "
-                f"{frame.dtype.name} of shape {frame.shape}"
-            )
-        shape = shape or frame.shape
-        if frame.shape != shape:
-            raise VideoError("all frames of a video file must be of one size")
-        yield np.pad(frame, ((0, shape[0] % 2), (0, shape[1] % 2), (0, 0)), mode="edge")
-    if shape is None:
-        raise VideoError("the video has no frames")
-
-
-def _encode(av: Any, path: Path, frames: Iterator[Frame], fps: float) -> None:
-    h264 = "libx264" in av.codecs_available
-    with av.open(str(path), "w") as container:
-        stream: Any = None
-        for frame in frames:
-            if stream is None:
-                stream = container.add_stream(
-                    "libx264" if h264 else "mpeg4",
-                    rate=Fraction(fps).limit_denominator(1001),
-                    options={"crf": "18", "preset": "veryfast"} if h264 else {"qmax": "5"},
-                )
-                stream.height, stream.width = frame.shape[:2]
-                stream.pix_fmt = "yuv420p"
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+    return Clip(tuple(kept[index] for index in indices), tuple(times), skipped)

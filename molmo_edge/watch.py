@@ -443,8 +443,8 @@ def _read_directory(directory: Path) -> Generator[ImageLike, None, None]:
 
 
 def _iterate(images: Iterable[ImageLike | None]) -> Generator[ImageLike | None, None, None]:
+    refills = not isinstance(images, list | tuple)  # cameras often fill one buffer again and again
     frames = iter(images)
-    refills = frames is images  # camera code often fills one buffer again and again
     try:
         for frame in frames:
             yield private_copy(frame) if refills and frame is not None else frame

@@ -59,7 +59,7 @@ def test_track_video_marks_the_object_in_a_video(tmp_path: Path) -> None:
     lines = run("track_video", "the red disc", output, "--fake").splitlines()
     assert lines[1] == "object 1 at 0.5 s: x 0.500, y 0.400" and len(lines) == 3
     clip = load_video(output, VideoLimits())
-    assert clip.size == (640, 360) and clip.fps == pytest.approx(2, abs=0.2)
+    assert clip.size == (640, 360)
     assert clip.frames[1][144, 320, 0] > 200  # the dot
     again = run("track_video", "it", tmp_path / "again.mp4", "--video", output, "--fake")
     assert again.splitlines() == lines

@@ -81,7 +81,7 @@ def test_an_answer_that_is_still_being_written_gives_its_complete_points() -> No
 # Molmo 2's forms, against AllenAI's parser: images of 1000 x 1000 pixels, a video of 2 fps
 
 FRAME = np.zeros((48, 64, 3), np.uint8)
-CLIP = Clip((FRAME,) * 9, tuple(i / 2 for i in range(9)), (64, 48), 2.0)
+CLIP = Clip((FRAME,) * 9, tuple(i / 2 for i in range(9)))
 
 
 @pytest.mark.parametrize("case", GOLDEN["points"], ids=lambda case: case["text"])
@@ -281,7 +281,7 @@ def test_draw_takes_one_of_several_images_and_keeps_the_numbers() -> None:
 
 @pytest.mark.parametrize("frames", [1, 9])
 def test_a_point_after_the_end_of_the_video_is_not_drawn(frames: int, tmp_path: Path) -> None:
-    clip = Clip((FRAME,) * frames, CLIP.times[:frames], (64, 48), 2.0)
+    clip = Clip((FRAME,) * frames, CLIP.times[:frames])
     result = parse_points('<tracks coords="0.0 1 200 200;999 1 700 700">x</tracks>')
     placed = result.placed((), clip)
     assert [one.frame for one in placed.points] == [0, None]

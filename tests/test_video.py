@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from molmo_edge import Video
-from molmo_edge.errors import ConfigError, MissingDependencyError, VideoError
+from molmo_edge.errors import MissingDependencyError, VideoError
 from molmo_edge.video import (
     Clip,
     Frame,
@@ -116,7 +116,7 @@ def test_a_file_gives_the_frames_shown_at_the_sampled_times(name: str, tmp_path:
         assert clip.times == pytest.approx([i / 2 for i in range(11)])
         assert numbers(clip) == [*range(0, 150, 15), 149]
         assert clip.size == (64, 48) and clip.frames[0].shape == (48, 64, 3)
-        assert clip.fps == pytest.approx(30) and clip.skipped == 0
+        assert clip.skipped == 0
 
 
 def test_a_long_file_is_sampled_evenly_over_its_whole_duration() -> None:
@@ -226,12 +226,6 @@ def test_the_work_of_decoding_is_limited(monkeypatch: pytest.MonkeyPatch) -> Non
         load_video(video_file(), LIMITS)
 
 
-@pytest.mark.parametrize("bad", [{"max_frames": 0}, {"max_bytes": 1.5}, {"max_fps": math.inf}])
-def test_limits_that_make_no_sense_are_refused(bad: Any) -> None:
-    with pytest.raises(ConfigError, match="positive"):
-        VideoLimits(**bad)
-
-
 @pytest.mark.parametrize("url", ["https://host/a.mp4", "rtsp://host/a", "file:///etc/a.mp4", ""])
 def test_nothing_is_fetched(url: str) -> None:
     with pytest.raises(VideoError, match="fetches nothing"):
@@ -291,13 +285,13 @@ def test_frames_with_a_rate_are_sampled_by_index() -> None:
     for frames in (array, list(array)):
         clip = load_video(Video(frames, fps=30), LIMITS)
         assert numbers(clip) == [0, 15, 30, 45, 60, 75, 89]
-        assert clip.times == pytest.approx([0, 0.5, 1, 1.5, 2, 2.5, 89 / 30]) and clip.fps == 30
+        assert clip.times == pytest.approx([0, 0.5, 1, 1.5, 2, 2.5, 89 / 30])
 
 
 def test_frames_with_timestamps_are_used_as_they_are() -> None:
     frames = [numbered(0), encode(corners(), "PNG"), corners()]
     clip = load_video(Video(frames, timestamps=(0.25, 1, 4.25)), LIMITS)
-    assert clip.times == (0.25, 1.0, 4.25) and clip.fps == 0.5 and clip.size == (64, 48)
+    assert clip.times == (0.25, 1.0, 4.25) and clip.size == (64, 48)
     assert [frame.shape for frame in clip.frames] == [(48, 64, 3), (32, 48, 3), (32, 48, 3)]
 
 
@@ -343,7 +337,7 @@ def test_a_written_video_reads_back(tmp_path: Path) -> None:
     assert numbers(clip) == [0, 5, 10, 15, 19]
 
 
-@pytest.mark.parametrize("frames", [[], [ONE[0], ONE[0, :2]], [ONE[0].astype(float)]])
+@pytest.mark.parametrize("frames", [[], [ONE[0].astype(float)]])
 def test_a_failed_write_leaves_the_directory_as_it_was(
     frames: Iterable[Frame], tmp_path: Path
 ) -> None:
