@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from importlib import resources
 from io import BytesIO
@@ -95,6 +95,11 @@ def own(paths: Sequence[Path], question: str | None = None) -> tuple[Case, ...]:
         name = f"{path.stem}-{number}" if same else path.stem
         cases.append(Case(name, path.name, question or DEFAULT_QUESTION, image))
     return tuple(cases)
+
+
+def small(case: Case) -> Case:
+    """The case with an image of one crop; more take minutes on a CPU."""
+    return replace(case, image=case.image and case.image.resize((336, 336)))
 
 
 def fresh(image: Image.Image, number: int) -> Image.Image:

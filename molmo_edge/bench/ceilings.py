@@ -29,7 +29,7 @@ def of(
     if telemetry.energy_j is not None and tokens:
         ceiling.joules_per_token = telemetry.energy_j / tokens
     # Of concurrent users it is not known how many requests a step serves.
-    batch = None if row.conditions.keys() & {"users", "rate"} else row.conditions.get("batch", 1)
+    batch = None if "users" in row.conditions else row.conditions.get("batch", 1)
     # A decode step sees, on average, the prompt and half the answer.
     context = [
         s.prompt_tokens + s.output_tokens / 2

@@ -57,8 +57,6 @@ class RunOptions:
         iterations, max_iterations: of a row; beyond the minimum, until its interval is narrow.
         time_limit_s: of each scenario. Its rows have equal parts of it, and end with them.
         batches, users: sizes of batches, and numbers of concurrent users.
-        rates: requests per second that arrive at random; empty: half and four fifths of the best
-            rate that the users reached.
         fps: of the camera, frames per second.
         starts: cold starts with disk caches present.
         frames: numbers of frames of the videos.
@@ -72,7 +70,6 @@ class RunOptions:
     temperature: float = 0.0
     batches: tuple[int, ...] = (1, 2, 4, 8)
     users: tuple[int, ...] = (1, 2, 4, 8)
-    rates: tuple[float, ...] = ()
     fps: float = 10.0
     starts: int = 2
     frames: tuple[int, ...] = (8,)
@@ -89,7 +86,7 @@ class RunOptions:
         if random_weights:
             defaults |= {"max_tokens": 128, "time_limit_s": 210.0, "ignore_eos": True}
         if quick:
-            defaults |= {"max_tokens": 128, "time_limit_s": 25.0, "ignore_eos": True}
+            defaults |= {"max_tokens": 128, "time_limit_s": 20.0, "ignore_eos": True}
             defaults |= {"iterations": 5, "max_iterations": 10}
         return cls(**(defaults | known))
 

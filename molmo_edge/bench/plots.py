@@ -118,28 +118,6 @@ def concurrency(documents: Sequence[Document], axes: Axes) -> str:
     return "Output tokens of all requests together, and the median decode speed of each request."
 
 
-def roofline(documents: Sequence[Document], axes: Axes) -> str:
-    """Decode speed against bytes per token, under each device's memory-bandwidth bound."""
-    axes.set(title="Decode and memory bandwidth", xlabel="GB read per token", ylabel="tok/s")
-    axes.set(xscale="log", yscale="log")
-    for head, document, colour in zip(head_names(documents), documents, COLOURS, strict=False):
-        bandwidth = document.environment.device.memory_bandwidth_bytes_s
-        rows = [row for row, _, _ in _rows([document], *ALONE)]
-        rows = [row for row in rows if row.ceiling and row.ceiling.bytes_per_token]
-        if rows and bandwidth:
-            sizes = [row.ceiling.bytes_per_token / 1e9 for row in rows]  # type: ignore
-            bound = [min(sizes) / 2, max(sizes) * 2]
-            limits = [bandwidth / 1e9 / size for size in bound]
-            axes.plot(bound, limits, color=colour, label=f"{head}: bound")
-            speeds = [row.summary("output_tps").mean for row in rows]
-            axes.plot(sizes, speeds, "o", color=colour, label=f"{head}: measured")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("{x:g}")
-    axes.tick_params(which="both", labelsize=8)
-    return "The line is published memory bandwidth over bytes per token: no decode is above it."
-
-
 def devices(documents: Sequence[Document], axes: Axes) -> str:
     """Request speed of each result over all its cases, as in the 2025 report."""
     axes.set(title="Request speed, mean and deviation", xlabel="tok/s")
@@ -160,7 +138,6 @@ PLOTS: dict[str, Callable[[Sequence[Document], Axes], str]] = {
     "latencies": latencies,
     "waterfall": waterfall,
     "concurrency": concurrency,
-    "roofline": roofline,
     "devices": devices,
 }
 

@@ -38,7 +38,7 @@ def _steady(row: Row) -> str:
 
 def _since_due(row: Row) -> str:
     walls = [sample.wall_s for sample in row.succeeded if sample.wall_s is not None]
-    if not walls or not row.conditions.keys() & {"fps", "rate", "disk_caches"}:
+    if not walls or not row.conditions.keys() & {"fps", "disk_caches"}:
         return UNKNOWN
     return number(median(walls), 2)
 
@@ -75,7 +75,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 }
 """The steady state's where there is one; latencies are medians, speeds means with interval.
 
-"since due" is from when a frame existed, a request was due, or a process was started.
+"since due" is from when a frame existed, or a process was started.
 """
 PAGE_ONLY = ("preproc ms", "ttft p99", "itl ms", "itl p99")
 """Columns that a terminal has no room for."""

@@ -8,9 +8,8 @@ starts need none. An engine that dies ends its scenario and those that were to f
 from __future__ import annotations
 
 import contextlib
-import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
@@ -18,7 +17,7 @@ from typing import Any
 
 from molmo_edge.bench import coldstart, environment
 from molmo_edge.bench.cases import Case, drawn_video, text_only
-from molmo_edge.bench.document import Document, Row, Sample, Scenario, Startup, Wave
+from molmo_edge.bench.document import Document, Sample, Scenario, Startup, Wave
 from molmo_edge.bench.measure import Bench, message, sample_of
 from molmo_edge.errors import BenchmarkError, MolmoEdgeError, QueueFull, RequestError
 from molmo_edge.requests import Request
@@ -49,11 +48,7 @@ def rows_of(name: str, bench: Bench) -> list[Callable[[], None]]:
         case "throughput":
             return [partial(batches, bench, size) for size in bench.options.batches]
         case "concurrency":
-            rates = [partial(open_loop, bench, rate) for rate in bench.options.rates]
-            return [
-                *(partial(closed_loop, bench, users) for users in bench.options.users),
-                *(rates or (partial(below_best, bench, fraction) for fraction in (0.5, 0.8))),
-            ]
+            return [partial(concurrent, bench, users) for users in bench.options.users]
         case "camera":
             return [partial(newest_frame, bench, image_cases(bench)[0])]
         case "video":
@@ -197,84 +192,43 @@ def _batch_sample(result: Any, iteration: int) -> Sample:
     return sample_of(result, iteration)
 
 
-def closed_loop(bench: Bench, users: int) -> None:
-    """Each user sends the next request once the answer is complete, up to ``iterations`` times."""
+def concurrent(bench: Bench, users: int) -> None:
+    """Each user sends the next request once the answer is complete, up to ``iterations`` times.
+
+    The row's time limit stops all after a request each, as do a failure and Ctrl-C.
+    """
     title = f"{users} user{'s' if users > 1 else ''}"
+    stop, lock = threading.Event(), threading.Lock()
     with bench.row(bench.cases[0], title=title, users=users) as row:
 
-        def work(user: int, stop: threading.Event) -> Iterator[Sample]:
+        def work(user: int) -> None:
             for iteration in range(bench.options.iterations):
                 if stop.is_set():
                     return
                 case = bench.cases[(iteration + user) % len(bench.cases)]
-                yield bench.request(row, case, bench.fresh(case), iteration)
+                sample = bench.request(row, case, bench.fresh(case), iteration)
+                with lock:
+                    bench.add(row, sample)
+                if bench.clock() - bench.row_began >= bench.row_limit_s:
+                    row.stopped = "time"
+                    stop.set()
 
-        _concurrently(bench, row, users, work)
-
-
-def below_best(bench: Bench, fraction: float) -> None:
-    """Arrivals at a fraction of the best rate that the closed loops reached."""
-    rows = bench.document.scenarios[-1].rows
-    best = max(row.counts.get("requests_per_s") or 0.0 for row in rows)
-    if best > 0:
-        open_loop(bench, best * fraction)
-
-
-def open_loop(bench: Bench, rate: float) -> None:
-    """Requests arrive at random (Poisson) whether or not earlier ones are answered.
-
-    ``wall_s`` counts from when a request was due, not from when a thread could send it.
-    """
-    rng, due = random.Random(0), 0.0
-    arrivals = [due := due + rng.expovariate(rate) for _ in range(max(bench.options.iterations, 8))]
-    with bench.row(bench.cases[0], title=f"{rate:.3g} req/s, random", rate=rate) as row:
-
-        def work(number: int, stop: threading.Event) -> Iterator[Sample]:
-            case = bench.cases[number % len(bench.cases)]
-            image = bench.fresh(case)
-            arrival = bench.row_began + arrivals[number]
-            while (delay := arrival - bench.clock()) > 0:
-                if stop.is_set():
-                    return
-                bench.sleep(min(delay, 0.1))  # short, so that Ctrl-C need not wait for arrivals
-            sample = bench.request(row, case, image, number)
-            sample.wall_s = bench.clock() - arrival
-            yield sample
-
-        _concurrently(bench, row, len(arrivals), work)
-
-
-def _concurrently(
-    bench: Bench, row: Row, count: int, work: Callable[[int, threading.Event], Iterator[Sample]]
-) -> None:
-    """Run ``work`` in ``count`` threads; the row's time limit stops all after a request each, as do
-    a failure and Ctrl-C."""
-    stop, lock = threading.Event(), threading.Lock()
-
-    def job(number: int) -> None:
-        for sample in work(number, stop):
-            with lock:
-                bench.add(row, sample)
-            if bench.clock() - bench.row_began >= bench.row_limit_s:
-                row.stopped = "time"
+        with ThreadPoolExecutor(min(users, MAX_THREADS), "bench-user") as pool:
+            futures = [pool.submit(work, user) for user in range(users)]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
                 stop.set()
-
-    with ThreadPoolExecutor(min(count, MAX_THREADS), "bench-user") as pool:
-        futures = [pool.submit(job, number) for number in range(count)]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    wall_s = bench.clock() - bench.row_began
-    row.samples.sort(key=lambda sample: sample.iteration)
-    row.counts |= {
-        "requests_per_s": len(row.succeeded) / wall_s,
-        "total_tps": sum(sample.output_tokens or 0 for sample in row.succeeded) / wall_s,
-    }
-    row.stopped = row.stopped or "fixed"
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        wall_s = bench.clock() - bench.row_began
+        row.samples.sort(key=lambda sample: sample.iteration)
+        row.counts |= {
+            "requests_per_s": len(row.succeeded) / wall_s,
+            "total_tps": sum(sample.output_tokens or 0 for sample in row.succeeded) / wall_s,
+        }
+        row.stopped = row.stopped or "fixed"
 
 
 def newest_frame(bench: Bench, case: Case) -> None:

@@ -50,17 +50,6 @@ def parse_integers(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(",")))
 
 
-def parse_rates(text: str) -> tuple[float, ...]:
-    """``0.5,2`` as numbers above 0."""
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        values = (0.0,)
-    if not all(0 < value < 1e6 for value in values):
-        raise typer.BadParameter("must be numbers above 0 separated by commas, like 0.5,2")
-    return values
-
-
 ImageOption = Annotated[list[Path] | None, Option(help="Your image; repeatable.")]
 QuestionOption = Annotated[str | None, Option(help="What to ask about --image.")]
 OutputOption = Annotated[Path, Option(help="Directory, or .json file, of the result.")]
@@ -109,9 +98,6 @@ class MeasureOptions:
     ] = None
     batches: Annotated[Any, Option(parser=parse_integers, help="Sizes of throughput.")] = "1,2,4,8"
     users: Annotated[Any, Option(parser=parse_integers, help="Users of concurrency.")] = "1,2,4,8"
-    rates: Annotated[
-        Any, Option(parser=parse_rates, help="Requests per second that arrive at random.")
-    ] = None
     fps: Annotated[float, Option(min=0.001, help="Frames per second of camera.")] = 10.0
     frames: Annotated[Any, Option(parser=parse_integers, help="Frames of each video.")] = "8"
     starts: Annotated[int, Option(min=1, help="Cold starts with disk caches present.")] = 2
@@ -130,7 +116,7 @@ def bench(
         Option(help=f"{', '.join(scenarios.SCENARIOS)} or all; repeatable; default: report."),
     ] = None,
     quick: Annotated[
-        bool, Option("--quick", help="About 30 seconds: rates of one image, as llama-bench's.")
+        bool, Option("--quick", help="30 seconds after the start: rates of a small image.")
     ] = False,
     label: Annotated[str | None, Option(help="Heading of this run in comparisons.")] = None,
     output: OutputOption = OUTPUT,
@@ -143,7 +129,7 @@ def bench(
     target = engine.target()
     chosen = case_set.own(image, question) if image else case_set.standard()
     if quick:
-        chosen = chosen[:1]
+        chosen = (case_set.small(chosen[0]),)
     path = documents.result_path(output, label or target.name)
     with messages.status("") as status:
         run = Bench(

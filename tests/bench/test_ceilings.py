@@ -43,7 +43,7 @@ def test_fourteen_tokens_per_second_are_most_of_thors_bandwidth() -> None:
     # 14.2 GB of blocks and head in BF16 and 37 MB of cache: 14 tok/s move 200 of 273 GB/s.
     assert ceiling().bandwidth_share == pytest.approx(0.73, abs=0.02)
     assert ceiling("fps").bandwidth_share == ceiling().bandwidth_share
-    assert ceiling("users").bandwidth_share is ceiling("rate").bandwidth_share is None
+    assert ceiling("users").bandwidth_share is None
 
 
 def test_power_is_of_the_row_and_unknown_without_a_sensor() -> None:

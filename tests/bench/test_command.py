@@ -97,7 +97,6 @@ def test_json_of_the_users_own_image_goes_to_standard_output_alone(
         (["--iterations", "0"], "'--iterations'"),
         (["--scenario", "speed"], "BenchmarkError: unknown scenario"),
         (["--image", "gone.png"], "BenchmarkError: cannot use the image gone.png"),
-        (["--rates", "-1"], "'--rates'"),
         *((["--batches", text], "'--batches'") for text in ("a", "0", "1.5", "1,,2")),
         (["--output", "/proc/none"], "BenchmarkError: cannot write"),
     ],
