@@ -155,30 +155,21 @@ def mean_distance(
     )
 
 
-def variants(target: Target, choices: Mapping[str, str | None]) -> dict[str, Target]:
+def variants(target: Target) -> dict[str, Target]:
     """Label → target of the reference, first, and the others.
 
-    ``choices`` are options of ``EdgeVLM`` to comma-separated values; exactly one has several.
-
     Raises:
-        BenchmarkError: none or more than one option has several values.
+        BenchmarkError: none or more than one option has several values, separated by commas.
     """
-    lists = {
-        name: [part.strip() for part in text.split(",")]
-        for name, text in choices.items()
-        if text is not None
-    }
-    several = [name for name, values in lists.items() if len(values) > 1]
+    several = [name for name, value in target.options.items() if "," in str(value)]
     if len(several) != 1:
         raise BenchmarkError(
             "drift needs exactly one option with several values, the reference first, such as "
             "--kv-cache-dtype auto,fp8"
         )
-    options = {**target.options, **{name: values[0] for name, values in lists.items()}}
-    return {
-        f"{several[0]}={value}": replace(target, options={**options, several[0]: value})
-        for value in lists[several[0]]
-    }
+    [name] = several
+    values = [value.strip() for value in target.options[name].split(",")]
+    return {f"{name}={v}": replace(target, options={**target.options, name: v}) for v in values}
 
 
 def run(

@@ -191,14 +191,9 @@ def report_results(
 
 
 @app.command(name="drift")
+@with_options
 def drift_command(
-    model: ModelOption = None,
-    config: ConfigOption = None,
-    kv_cache_dtype: Annotated[
-        str | None, Option(help="Reference first: auto,fp8,fp8_per_token_head.")
-    ] = None,
-    precision: Annotated[str | None, Option(help="Reference first: bf16,fp8.")] = None,
-    dtype: Annotated[str | None, Option(help="Reference first: float32,bfloat16.")] = None,
+    engine: TargetOptions,
     image: ImageOption = None,
     question: QuestionOption = None,
     max_tokens: Annotated[int, Option(min=1, help="Tokens of each reference answer.")] = 64,
@@ -209,10 +204,12 @@ def drift_command(
     output: OutputOption = OUTPUT,
     as_json: JsonOption = False,
 ) -> None:
-    """Same prompts under several configurations; exit status 1 if one drifts too far."""
-    target = Target.choose(model, config, {})
-    choices = {"kv_cache_dtype": kv_cache_dtype, "precision": precision, "dtype": dtype}
-    chosen = drifts.variants(target, choices)
+    """Same prompts under several configurations; exit status 1 if one drifts too far.
+
+    One option has several values, the reference first: --kv-cache-dtype auto,fp8.
+    """
+    target = engine.target()
+    chosen = drifts.variants(target)
     path = documents.result_path(output, f"drift-{target.name}")
     document = drifts.run(
         chosen,

@@ -70,14 +70,14 @@ def test_points_are_compared_in_pixels_and_answers_by_their_first_difference() -
 
 
 def test_exactly_one_option_varies_and_its_first_value_is_the_reference() -> None:
-    choices = {"kv_cache_dtype": "auto, fp8", "precision": "bf16", "dtype": None}
-    variants = drift.variants(Target("m"), choices)
+    target = Target("m", None, {"kv_cache_dtype": "auto, fp8", "precision": "bf16"})
+    variants = drift.variants(target)
     assert list(variants) == ["kv_cache_dtype=auto", "kv_cache_dtype=fp8"]
     options = variants["kv_cache_dtype=fp8"].options
     assert options == {"precision": "bf16", "kv_cache_dtype": "fp8"}
     for wrong in ({}, {"dtype": "float32"}, {"dtype": "a,b", "precision": "c,d"}):
         with pytest.raises(BenchmarkError, match="exactly one option"):
-            drift.variants(Target("m"), wrong)
+            drift.variants(Target("m", None, wrong))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_the_verdict_follows_the_bounds(shift: float, max_kl: float, passed: boo
     engines = {"auto": Scoring(), "fp8": Scoring(shift=shift)}
     saved: list[drift.DriftDocument] = []
     result = drift.run(
-        drift.variants(Target("m"), {"kv_cache_dtype": "auto,fp8"}),
+        drift.variants(Target("m", None, {"kv_cache_dtype": "auto,fp8"})),
         [CASE],
         max_kl=max_kl,
         open_engine=lambda target: engines[target.options["kv_cache_dtype"]],
