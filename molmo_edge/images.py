@@ -32,6 +32,7 @@ import numpy.typing as npt
 from PIL import Image, ImageFile, ImageOps
 
 from molmo_edge.errors import ImageError, InputError
+from molmo_edge.files import expand_home
 
 EncodedBytes: TypeAlias = bytes | bytearray | memoryview | array.array | io.BytesIO  # type: ignore[type-arg]
 ImageLike: TypeAlias = EncodedBytes | Path | str | Image.Image | npt.NDArray[np.uint8]
@@ -288,13 +289,14 @@ def _refuse_base64(start: str) -> None:
 
 def _read_file(path: str | Path, limits: ImageLimits) -> bytes:
     with _translated("read the image file"):
-        info = Path(path).stat()
+        path = expand_home(path)
+        info = path.stat()
         if not stat.S_ISREG(info.st_mode):
             raise ImageError(
                 "the path names a directory, pipe or device; an image is a regular file"
             )
         _check_bytes(info.st_size, limits)
-        with Path(path).open("rb") as file:
+        with path.open("rb") as file:
             return file.read(info.st_size)
 
 

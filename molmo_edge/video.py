@@ -30,7 +30,7 @@ from molmo_edge.errors import (
     MolmoEdgeError,
     VideoError,
 )
-from molmo_edge.files import replacing
+from molmo_edge.files import expand_home, replacing
 from molmo_edge.images import EncodedBytes, ImageLike
 
 Frame: TypeAlias = npt.NDArray[np.uint8]
@@ -188,7 +188,7 @@ def write_video(path: str | Path, frames: Iterable[Frame], fps: float) -> None:
     h264 = "libx264" in av.codecs_available
     with (
         _translated("write the video file"),
-        replacing(Path(path)) as temporary,
+        replacing(expand_home(path)) as temporary,
         av.open(str(temporary), "w", format="mp4") as container,
     ):
         stream: Any = None
@@ -306,9 +306,10 @@ def _open(source: object) -> BinaryIO:
             "a str must be the path of a video file or a base64 data: URL, no other URL and not "
             "empty: molmo_edge fetches nothing; download the video and pass its path"
         )
-    if not stat.S_ISREG(Path(source).stat().st_mode):
+    path = expand_home(source)
+    if not stat.S_ISREG(path.stat().st_mode):
         raise VideoError("the path names a directory, pipe or device; a video is a regular file")
-    return Path(source).open("rb")
+    return path.open("rb")
 
 
 def _container(head: bytes) -> str:

@@ -25,19 +25,19 @@ from pathlib import Path
 from typing import Any, Generic, Literal, Self, TypeAlias, TypeVar, Unpack, overload
 
 from molmo_edge.checkpoint_files import read_config
-from molmo_edge.devices.caches import default_cache_dir
 from molmo_edge.devices.detect import DeviceInfo
 from molmo_edge.devices.plan import Plan, plan
-from molmo_edge.devices.profiles import find_profile
 from molmo_edge.devices.shapes import ModelShape
 from molmo_edge.engine.build import build, quiet, set_environment
 from molmo_edge.engine.loop import EngineLoop, State
 from molmo_edge.engine.pending import PendingRequest, timed_out
 from molmo_edge.engine.vllm_args import (
+    cache_root,
     engine_device,
     engine_environment,
     plan_build,
     require_vllm,
+    resolve_for,
 )
 from molmo_edge.engine.vllm_errors import mapped
 from molmo_edge.errors import (
@@ -68,7 +68,7 @@ from molmo_edge.requests import (
     read_turns,
 )
 from molmo_edge.results import Result, Score
-from molmo_edge.settings import EdgeSettings, Resolved, resolve
+from molmo_edge.settings import EdgeSettings, Resolved
 from molmo_edge.stream import AStream, Stream, wait_any
 from molmo_edge.video import Clip, VideoLike, VideoLimits, load_video
 from molmo_edge.warmup import WarmupReport, warm
@@ -114,14 +114,14 @@ class EdgeVLM:
     ) -> None:
         began = time.perf_counter()
         self.device: DeviceInfo = engine_device()
-        resolved = resolve(
+        resolved, self._profile = resolve_for(
+            self.device,
             {
                 "model": None if model is None else str(model),
                 "engine": None if callable(engine) else engine,
                 **settings,
             },
-            config=config,
-            profile_settings=self._load_profile,
+            config,
         )
         self.settings: EdgeSettings = resolved.settings
         self.family: ModelFamily | None = None
@@ -788,17 +788,12 @@ class EdgeVLM:
 
     # The engine's start.
 
-    def _load_profile(self, name: str) -> tuple[str, dict[str, Any]]:
-        self._profile = find_profile(name, self.device)
-        return self._profile.name, self._profile.as_settings()
-
     def _vllm_factory(self, resolved: Resolved, began: float) -> Callable[[], Engine]:
         require_vllm()
         quiet()
         settings = self.settings
         set_environment(engine_environment(settings, self.device))
-        root = settings.cache_dir or default_cache_dir()
-        directory = locate(settings.model, root, settings.load_format)
+        directory = locate(settings.model, cache_root(settings), settings.load_format)
         config = read_config(directory)
         self.family = family_of(config)
         self.family.check(config, directory, settings.load_format)

@@ -43,6 +43,7 @@ from molmo_edge.errors import (
     RequestError,
     VideoError,
 )
+from molmo_edge.files import expand_home
 from molmo_edge.images import (
     SUFFIXES,
     ImageLike,
@@ -414,7 +415,7 @@ def _frames_of(source: Source) -> tuple[_Frames, bool]:
             "pipeline, or an iterator of images."
         )
     if isinstance(source, str | Path) and str(source).strip():
-        path = Path(source)
+        path = expand_home(source)
         if stat.S_ISDIR(file_mode(path)):
             return lambda: _read_directory(path), False
         if path.suffix.lower() in SUFFIXES and stat.S_ISREG(file_mode(path)):

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,10 @@ from PIL import Image
 
 import molmo_edge
 from molmo_edge import EdgeVLM
-from molmo_edge.cli import common
+from molmo_edge.cli import common, verbs
 from molmo_edge.cli.app import main
 from molmo_edge.engine.fake import FakeEngine, FakeFactory
-from molmo_edge.models.hub import NOTICE
+from molmo_edge.models.hub import NOTICE, STUBS
 from molmo_edge.models.molmo2.synthetic import TEXT
 from molmo_edge.video import VideoLimits, load_video, write_video
 
@@ -89,7 +90,9 @@ def run(
         with pytest.raises(SystemExit) as ended:
             main([str(one) for one in arguments])
         captured = capsys.readouterr()
-        return Ended(int(ended.value.code or 0), captured.out, captured.err)
+        # What is going on is printed on standard error, which is no terminal.
+        err = "".join(line for line in captured.err.splitlines(True) if not line.endswith("…\n"))
+        return Ended(int(ended.value.code or 0), captured.out, err)
 
     return call
 
@@ -120,6 +123,19 @@ def test_ask_reads_an_image_from_standard_input(run: Run, image: Path) -> None:
     empty = run("ask", "-", "What is it?", stdin=b"")
     assert (empty.status, empty.out) == (2, "")
     assert "standard input has no image" in empty.err
+
+
+def test_a_tilde_is_the_home_directory(
+    run: Run, image: Path, video: Path, golden_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(image.parent))
+    assert run("ask", "~/photo.png", "What is it?").out == "A cup.\n"
+    assert run("ask", "What is it?", "--video=~/clip.mp4").out == "A cup.\n"
+    assert run("point", "~/photo.png", "mug").status == 0
+    assert len(run("watch", "~/photo.png", "What is it?").out.splitlines()) == 1
+    (image.parent / "molmo").symlink_to(golden_checkpoint("qwen3"))
+    plan = run("plan", "--model=~/molmo", "--device", "thor", "--json")
+    assert plan.json["notes"] and "computed from" not in str(plan.json["notes"])
 
 
 def test_several_images_or_a_video_stand_in_options(run: Run, image: Path, video: Path) -> None:
@@ -286,6 +302,36 @@ def test_chat_goes_on_after_a_line_that_cannot_be_answered(run: Run) -> None:
         assert part in ended.err
 
 
+def test_ctrl_c_during_an_answer_stops_the_answer_not_the_session(
+    run: Run, monkeypatch: pytest.MonkeyPatch, fake: FakeFactory
+) -> None:
+    lines = iter(["Else?", "What is it?"])
+    write = verbs.write
+
+    def interrupted(text: str) -> None:
+        if text.startswith("Something"):
+            raise KeyboardInterrupt
+        write(text)
+
+    monkeypatch.setattr(verbs, "write", interrupted)
+    monkeypatch.setattr(verbs, "_lines", lambda: lines)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    ended = run("chat")
+    assert (ended.status, ended.out, ended.err) == (0, "\nA cup.\n", "stopped\n")
+    assert fake.engine.prompts == ["Else?", "What is it?"]
+
+
+@pytest.mark.parametrize("command", ["profiles", "--help", "config show --json"])
+@pytest.mark.parametrize("target", ["> /dev/full", ">&-"])
+def test_output_that_cannot_be_written_is_exit_status_2_and_one_line(
+    command: str, target: str
+) -> None:
+    shell = f"exec {sys.executable} -m molmo_edge {command} {target}"
+    ended = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("OSError: ") and len(ended.stderr.splitlines()) == 1
+
+
 def test_watch_answers_each_image_of_a_directory(
     run: Run, tmp_path: Path, photo: np.ndarray
 ) -> None:
@@ -310,7 +356,12 @@ def test_watch_answers_each_image_of_a_directory(
         ["ask", "https://example.com/a.png", "What?"],
         ["plan", "--model", "no/such/model"],
         ["plan", "--model", "allenai/Molmo-7B-D-0924", "--device", "abacus"],
-        ["doctor", "--profile", "abacus"],
+        ["plan", "--profile", "abacus"],
+        ["plan", "--profile", "thor"],
+        ["plan", "--config", "missing.toml"],
+        ["fetch", "no such/model"],
+        ["quantize", "no/such/model", "out", "--scheme", "fp8"],
+        ["verify", "--model", "no/such/model"],
         ["config", "show", "--config", "missing.toml"],
         ["watch", "file:///x"],
         ["watch", "missing.mp4"],
@@ -360,7 +411,7 @@ def test_wrong_usage_is_exit_status_2(run: Run, arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     "command",
     ["ask", "caption", "chat", "point", "count", "track", "watch", "verify", "doctor", "plan",
-     "profiles", "config show", "warmup", "quantize"],
+     "profiles", "config show", "warmup", "fetch", "quantize"],
 )  # fmt: skip
 def test_every_command_helps_with_examples(run: Run, command: str) -> None:
     ended = run(*command.split(), "--help")
@@ -369,14 +420,22 @@ def test_every_command_helps_with_examples(run: Run, command: str) -> None:
         assert part in ended.out
 
 
-def test_the_commands_about_the_machine_answer(run: Run) -> None:
+def test_the_commands_about_the_machine_answer(
+    run: Run, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     profiles = run("profiles", "--json").json
     assert profiles["chosen"] in [one["name"] for one in profiles["profiles"]]
     assert "thor" in run("profiles").out
-    rows = run("plan", "--device", "thor", "--json").json["rows"]
-    half = run("plan", "--device", "thor", "--bandwidth", "136.5", "--json").json["rows"]
+    plan = ("plan", "--device", "thor", "--model", "allenai/Molmo2-4B", "--json")
+    rows = run(*plan).json["rows"]
+    half = run(*plan, "--bandwidth", "136.5").json["rows"]
     assert half[0]["decode_tps"] == pytest.approx(rows[0]["decode_tps"] / 2)
     assert "tok/s" in run("plan", "--model", "allenai/Molmo-7B-D-0924", "--device", "thor").out
+    monkeypatch.setenv("MOLMO_EDGE_CACHE_DIR", str(cache_dir))
+    monkeypatch.setenv("MOLMO_EDGE_KV_CACHE_DTYPE", "auto")
+    stub = run("plan", "--device", "thor", "--json").json
+    assert (stub["rows"] != [], stub["kv_cache_dtype"]) == (True, "bfloat16")
+    assert run("fetch", "stub").out.strip() == str(cache_dir / STUBS["stub"])
     diagnosis = run("doctor", "--json")
     assert diagnosis.status == (0 if diagnosis.json["healthy"] else 1)
     assert "Profile" in run("doctor").out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sys
 from collections.abc import Mapping
@@ -14,7 +13,8 @@ from typing import Any
 
 from molmo_edge.bench.document import Device, Environment, Model
 from molmo_edge.engine import vllm_args
-from molmo_edge.models.hub import STUB, STUBS
+from molmo_edge.models.hub import STUBS
+from molmo_edge.settings import resolve
 
 CACHES_OFF: dict[str, Any] = {"enable_prefix_caching": False, "mm_processor_cache_gb": 0.0}
 CACHES_ON: dict[str, Any] = {"enable_prefix_caching": True, "mm_processor_cache_gb": 1.0}
@@ -35,10 +35,12 @@ class Target:
 
     @classmethod
     def choose(cls, model: str | None, config: Path | None, options: Mapping[str, Any]) -> Target:
-        """The user's choice; the stub where neither option, file nor environment name a model."""
-        if model is None and config is None and not os.environ.get("MOLMO_EDGE_MODEL"):
-            model = STUB
-        return cls(model, config, {k: v for k, v in options.items() if v is not None})
+        """The user's choice, with the model that the settings name where no option does."""
+        given = {k: v for k, v in options.items() if v is not None}
+        settings = resolve({**given, "model": model}, config=config).settings
+        if settings.load_format != "auto":
+            given["load_format"] = settings.load_format
+        return cls(settings.model, config, given)
 
     @property
     def name(self) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 from typer import Argument, Option
 
 from molmo_edge.bench import cases as case_set
@@ -28,7 +29,9 @@ from molmo_edge.cli.common import (
     ProfileOption,
     console,
     messages,
+    show,
     with_options,
+    working,
     write,
 )
 
@@ -131,13 +134,13 @@ def bench(
     if quick:
         chosen = (case_set.small(chosen[0]),)
     path = documents.result_path(output, label or target.name)
-    with messages.status("") as status:
+    with working("Starting …") as update:
         run = Bench(
             cases=chosen,
             options=RunOptions.choose(target.random_weights, quick, **vars(measure)),
             label=label,
             save=lambda document: report.write(document, path),
-            progress=status.update,
+            progress=update,
             sensors=True,
             start_command=target.start_command(image[0] if image else None),
         )
@@ -152,11 +155,15 @@ def bench(
 
 def output_result(document: documents.Part, page: str, path: Path, as_json: bool) -> None:
     """Print a result, and where its files are."""
-    if as_json:
-        write(documents.dumps(document))
-    else:
-        tables.show(page, console)
+    write(documents.dumps(document)) if as_json else print_page(page)
     messages.print(f"written: {path} and {path.with_suffix('.md').name}", soft_wrap=True)
+
+
+def print_page(page: str) -> None:
+    """Print Markdown as a terminal shows it."""
+    with console.capture() as shown:
+        tables.show(page, console)
+    write(shown.get())
 
 
 @app.command(name="compare")
@@ -174,7 +181,7 @@ def compare_results(
     if as_json:
         write(json.dumps(asdict(made), indent=1, ensure_ascii=False) + "\n")
     else:
-        tables.show(tables.page([made.table(), made.details()]), console)
+        print_page(tables.page([made.table(), made.details()]))
     if strict and made.flags:
         raise typer.Exit(1)
 
@@ -187,7 +194,7 @@ def report_results(
     """Make one self-contained HTML page, with plots (extra `plot`)."""
     loaded = [documents.load(path) for path in results]
     documents.write(report.html(loaded), output)
-    typer.echo(f"written: {output}")
+    show(Text(f"written: {output}"))
 
 
 @app.command(name="drift")

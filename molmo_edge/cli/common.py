@@ -6,8 +6,10 @@ import dataclasses
 import functools
 import inspect
 import json
+import os
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from molmo_edge.errors import ImageError, MolmoEdgeError, VideoError
+from molmo_edge.files import expand_home
 from molmo_edge.images import ImageLimits, file_mode, load, printable
 from molmo_edge.models.hub import NOTICE, STUBS
 from molmo_edge.settings import resolve
@@ -59,7 +62,7 @@ class EngineOptions:
         """The engine for one command."""
         from molmo_edge import EdgeVLM
 
-        with messages.status("Starting the engine …"):
+        with working("Starting the engine …"):
             vlm = EdgeVLM(self.model, config=self.config, max_crops=self.max_crops)
         with vlm as engine:
             yield engine
@@ -114,7 +117,7 @@ class MediaOptions:
 
 def check_video(path: Path) -> None:
     """Raise VideoError for a video file that is not there."""
-    if not stat.S_ISREG(file_mode(path)):
+    if not stat.S_ISREG(file_mode(expand_home(path))):
         raise VideoError(f"there is no video file {printable(path)}")
 
 
@@ -132,17 +135,67 @@ class SamplingOptions:
 
 
 class Commands(TyperGroup):
-    """Turns errors of molmo_edge into one line on standard error and exit status 2."""
+    """Turns errors of molmo_edge and of output into one line and exit status 2."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse the arguments and run the command."""
+        try:
+            if sys.stdout is None:
+                raise OSError("standard output is closed")
+            return super().main(*args, **kwargs)
+        except OSError as exc:  # of the help, too
+            _give_up_output(exc)
+            sys.exit(2)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)
+        except OSError as exc:  # here, as a broken pipe would be exit status 1
+            _give_up_output(exc)
+            raise typer.Exit(2) from exc
         except MolmoEdgeError as exc:
             warn(f"{type(exc).__name__}: {exc}", "red")
             if (cause := exc.__cause__) is not None:
                 warn(f"caused by {type(cause).__name__}: {cause}".strip().splitlines()[0], "dim")
             raise typer.Exit(2) from exc
+
+
+def _give_up_output(exc: OSError) -> None:
+    warn(f"{type(exc).__name__}: {exc}", "red")
+    # What could not be written would fail again when Python ends.
+    sys.stdout = Path(os.devnull).open("w")
+
+
+@contextmanager
+def working(text: str) -> Iterator[Callable[[str], object]]:
+    """Show what is going on, on standard error; yields a function that changes the text.
+
+    Where that is no terminal, a line is printed at the start and at most every ten seconds.
+    """
+    if messages.is_terminal:
+        with messages.status(text) as status:
+            yield status.update
+        return
+    printed = time.monotonic()
+
+    def update(text: str) -> None:
+        nonlocal printed
+        if time.monotonic() - printed >= 10.0:
+            printed = time.monotonic()
+            warn(text, "dim")
+
+    warn(text, "dim")
+    yield update
+
+
+def locate_model(model: str) -> Path:
+    """Directory of a checkpoint by directory or hub name, which is downloaded, or of a stub."""
+    from molmo_edge.engine.vllm_args import cache_root
+    from molmo_edge.models.hub import locate
+
+    with working(f"Looking for {model} …"):
+        return locate(model, cache_root(resolve({}).settings))
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -199,7 +252,14 @@ def output(
     if vlm is not None:
         warn_stub(vlm)
     for one in shown:
+        show(one)
+
+
+def show(one: RenderableType) -> None:
+    """Print for a terminal, through `write`: rich ends the process when a pipe is broken."""
+    with console.capture() as text:
         console.print(one, soft_wrap=isinstance(one, Text))
+    write(text.get())
 
 
 def output_line(data: Mapping[str, Any], vlm: EdgeVLM) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE
@@ -21,12 +21,8 @@ from molmo_edge.cli.common import (
     examples,
     output,
 )
-from molmo_edge.devices.profiles import (
-    find_profile,
-    load_profile,
-    profile_names,
-    select_profile,
-)
+from molmo_edge.devices.profiles import load_profile, profile_names, select_profile
+from molmo_edge.errors import ModelError
 
 if TYPE_CHECKING:
     from molmo_edge.devices.plan import Plan, VisualPlan
@@ -37,12 +33,19 @@ app.add_typer(config_app, name="config")
 _STYLES = {"problem": "red", "warn": "yellow"}
 
 
-@app.command(epilog=examples("molmo-edge doctor", "molmo-edge doctor --profile thor --json"))
-def doctor(profile: ProfileOption = None, as_json: JsonOption = False) -> None:
-    """Check this machine and installation. Exit status 1 when something will not work."""
-    from molmo_edge.devices.doctor import diagnose
+@app.command(
+    epilog=examples("molmo-edge doctor", "molmo-edge doctor --config configs/thor.toml --json")
+)
+def doctor(
+    model: ModelOption = None,
+    config: ConfigOption = None,
+    profile: ProfileOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check machine, installation, settings and model. Exit status 1: something will not work."""
+    from molmo_edge.engine.doctor import diagnose
 
-    diagnosis = diagnose(profile=None if profile is None else load_profile(profile))
+    diagnosis = diagnose(config=config, model=model, profile=profile)
     lines = []
     for one in diagnosis.findings:
         text = f"{one.level:<7} {one.what}: {one.detail}"
@@ -60,9 +63,8 @@ def doctor(profile: ProfileOption = None, as_json: JsonOption = False) -> None:
     )
 )
 def plan(
-    model: Annotated[
-        str, typer.Option(help="Checkpoint directory, or a hub name that is known.")
-    ] = "allenai/Molmo-7B-D-0924",
+    model: ModelOption = None,
+    config: ConfigOption = None,
     device: Annotated[
         str | None, typer.Option(help="thor, rtx5080, …; by default this machine.")
     ] = None,
@@ -78,14 +80,33 @@ def plan(
 ) -> None:
     """What fits a device, in which precision, and the upper bound of its speed."""
     from molmo_edge.devices import plan as planning
-    from molmo_edge.devices.detect import detect, known_device
+    from molmo_edge.devices.detect import known_device
     from molmo_edge.devices.shapes import model_shape
+    from molmo_edge.devices.tensors import KNOWN
+    from molmo_edge.engine.vllm_args import (
+        cache_root,
+        check_profile,
+        engine_device,
+        resolve_for,
+    )
+    from molmo_edge.models.hub import STUBS, locate, locate_cached
 
+    about = engine_device() if device is None else known_device(device)
+    given = {"model": model, "profile": profile, "kv_cache_dtype": kv_cache_dtype}
+    resolved, chosen = resolve_for(about, given, config)
+    check_profile(chosen, about)
+    settings = resolved.settings
+    if "precision" not in resolved.by_user:
+        settings = settings.model_copy(update={"precision": "auto"})
+    root, name = cache_root(settings), settings.model
+    directory = locate(name, root) if name in STUBS else locate_cached(name, root)
+    if directory is None and name not in KNOWN:
+        raise ModelError(f"'{name}' is not on this machine: molmo-edge fetch {name}")
     made = planning.plan(
-        model_shape(model),
-        detect() if device is None else known_device(device),
-        profile=None if profile is None else load_profile(profile),
-        kv_cache_dtype=kv_cache_dtype,
+        model_shape(directory or name),
+        about,
+        profile=chosen,
+        settings={name: value for name, value in vars(settings).items() if value is not None},
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
         batch=batch,
@@ -147,9 +168,9 @@ def _number(value: float | None, scale: float = 1, form: str = ",.0f") -> str:
 @app.command(epilog=examples("molmo-edge profiles", "molmo-edge profiles --json"))
 def profiles(as_json: JsonOption = False) -> None:
     """The device profiles, and the one that fits this machine."""
-    from molmo_edge.devices.detect import detect
+    from molmo_edge.engine.vllm_args import engine_device
 
-    chosen, reason = select_profile(detect())
+    chosen, reason = select_profile(engine_device())
     table = Table("profile", "for", "fits")
     rows = []
     for profile in map(load_profile, profile_names()):
@@ -173,16 +194,9 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Print every setting, its value and the source it comes from."""
-    from molmo_edge.devices.detect import detect
-    from molmo_edge.settings import resolve
+    from molmo_edge.engine.vllm_args import engine_device, resolve_for
 
-    def profile_settings(name: str) -> tuple[str, dict[str, Any]]:
-        chosen = find_profile(name, detect())
-        return chosen.name, chosen.as_settings()
-
-    resolved = resolve(
-        {"model": model, "profile": profile}, config=config, profile_settings=profile_settings
-    )
+    resolved, _ = resolve_for(engine_device(), {"model": model, "profile": profile}, config)
     table = Table("setting", "value", "from", title=f"Settings (profile {resolved.profile_name})")
     rows = {}
     for name, value, label in resolved.rows():

@@ -1,4 +1,4 @@
-"""`quantize`: a checkpoint with fewer bytes per token."""
+"""`fetch` and `quantize`: checkpoints on this machine, and ones with fewer bytes per token."""
 
 from __future__ import annotations
 
@@ -7,22 +7,35 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from molmo_edge.cli.common import JsonOption, examples, messages, output
+from molmo_edge.cli.common import JsonOption, examples, locate_model, output, working
 
 app = typer.Typer()
 
 
 @app.command(
     epilog=examples(
-        "molmo-edge quantize path/to/Molmo-7B-D-0924 Molmo-7B-D-w4a16 --scheme w4a16",
+        "molmo-edge fetch allenai/Molmo2-4B", "molmo-edge fetch allenai/Molmo2-4B --json"
+    )
+)
+def fetch(
+    model: Annotated[str, typer.Argument(help="Hub name, or stub or stub-2.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Download a checkpoint, without its code, if it is not there yet; prints its directory."""
+    directory = locate_model(model)
+    output({"model": model, "directory": directory}, Text(str(directory)), as_json=as_json)
+
+
+@app.command(
+    epilog=examples(
+        "molmo-edge quantize allenai/Molmo2-4B Molmo2-4B-w4a16 --scheme w4a16",
         "molmo-edge quantize path/to/Molmo-7B-D-0924 out --scheme w4a16 --calibrate images/",
     )
 )
 def quantize(
-    model: Annotated[Path, typer.Argument(help="Checkpoint directory, not quantised yet.")],
+    model: Annotated[str, typer.Argument(help="Directory or hub name, not quantised yet.")],
     out: Annotated[Path, typer.Argument(help="Output directory; must not exist.")],
     scheme: Annotated[str, typer.Option(help="fp8, w4a16 or nvfp4.")],
     calibrate: Annotated[
@@ -34,17 +47,14 @@ def quantize(
     """Write a quantised copy of a checkpoint that vLLM loads directly. Needs no GPU."""
     from molmo_edge.quantize import quantize as run
 
-    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=messages, transient=True) as bar:
-        task = bar.add_task("reading headers …", total=None)
+    source = locate_model(model)
+    with working("reading headers …") as update:
         result = run(
-            model,
+            source,
             out,
             scheme,
             calibrate=calibrate,
-            progress=lambda done, total, name: bar.update(
-                task, completed=done, total=total, description=name
-            ),
+            progress=lambda done, total, name: update(f"{done / total:4.0%} {name}"),
         )
     worst, error = max(result.relative_errors.items(), key=lambda item: item[1])
     summary = (

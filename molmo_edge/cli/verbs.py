@@ -27,13 +27,13 @@ from molmo_edge.cli.common import (
     check_video,
     examples,
     image_and,
-    messages,
     output,
     output_line,
     result_dict,
     warn,
     warn_stub,
     with_options,
+    working,
     write,
 )
 from molmo_edge.errors import ConfigError, InputError, RequestError
@@ -108,7 +108,7 @@ def caption(
             _warn_truncated(result.finish_reason == "length")
 
 
-_HELP = "/image PATH starts over with an image, /new without one, Ctrl-D ends."
+_HELP = "/image PATH starts over with an image, /new without; Ctrl-C stops an answer, Ctrl-D ends."
 
 
 @app.command(
@@ -127,7 +127,8 @@ def chat(
 ) -> None:
     """Talk with the model, line by line; from a pipe, each line is one question.
 
-    /image PATH starts over with an image, /new starts over without one, Ctrl-D ends.
+    /image PATH starts over with an image, /new starts over without one, Ctrl-D ends. Ctrl-C stops
+    an answer.
     Exit status 2 when lines came from a pipe and one could not be answered.
     """
     loaded = None if image is None else engine.load_image(image)
@@ -156,6 +157,10 @@ def chat(
                         _print_stream(stream)
                     answer = {"role": "assistant", "content": stream.result().text}
                     history += [question, answer]
+            except KeyboardInterrupt:
+                if not sys.stdin.isatty():
+                    raise
+                warn("stopped", "dim")
             except (InputError, RequestError) as exc:
                 failed = True
                 warn(f"{type(exc).__name__}: {exc}", "red")
@@ -177,11 +182,12 @@ def _lines() -> Iterator[str]:
 
 
 def _print_stream(stream: Stream) -> None:
-    try:
-        for delta in stream:
-            write(delta)
-    finally:
-        write("\n")
+    with stream:
+        try:
+            for delta in stream:
+                write(delta)
+        finally:
+            write("\n")
     _warn_truncated(stream.result().finish_reason == "length")
 
 
@@ -480,7 +486,7 @@ def warmup(
 ) -> None:
     """Run every kind of request once; fills the compile caches that later starts read."""
     with engine.open() as vlm:
-        with messages.status("Warming up …"):
+        with working("Warming up …"):
             report = vlm.warmup(tokens=tokens, max_rounds=rounds)
         table = Table("request", "concurrent", "seconds", "ttft")
         for step in report.steps:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -12,11 +11,12 @@ from rich.text import Text
 
 from molmo_edge.cli.common import (
     JsonOption,
-    console,
     environment_line,
     examples,
-    messages,
+    locate_model,
     output,
+    show,
+    working,
 )
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ app = typer.Typer()
 )
 def verify(
     model: Annotated[
-        Path | None,
-        typer.Option(help="Checkpoint directory; by default a small one with random weights."),
+        str | None,
+        typer.Option(help="Directory, hub name or stub; by default a small one, random weights."),
     ] = None,
     family: Annotated[
         Family | None, typer.Option(help="Of the small one: Molmo 1 (default) or Molmo 2.")
@@ -64,9 +64,10 @@ def verify(
     from molmo_edge.reference.verify import verify as run
 
     reports: list[Report] = []
-    with messages.status("Running the float32 reference implementation, then the engine …"):
+    directory = None if model is None else locate_model(model)
+    with working("Running the float32 reference implementation, then the engine …"):
         for report in run(
-            model,
+            directory,
             family=family,
             layout=layout,
             dtype=dtype,
@@ -76,7 +77,7 @@ def verify(
         ):
             reports.append(report)
             if not as_json:
-                console.print(_table(report))
+                show(_table(report))
     data = [{**dataclasses.asdict(report), "ok": report.ok} for report in reports]
     output(data, Text(environment_line(reports[0].environment), "dim"), as_json=as_json)
     if not reports[0].ok:

@@ -85,6 +85,7 @@ def plan(
     device: DeviceInfo,
     *,
     profile: Profile | None = None,
+    settings: Mapping[str, Any] | None = None,
     kv_cache_dtype: str | None = None,
     prompt_tokens: int = 1210,
     output_tokens: int = 190,
@@ -97,9 +98,10 @@ def plan(
         shape: from ``model_shape``.
         device: from ``detect`` or ``known_device``.
         profile: the device's own if ``None``.
-        kv_cache_dtype: the profile's if ``None``; "auto" is BF16.
+        settings: of the engine by name; the profile's if ``None``.
+        kv_cache_dtype: that of the settings if ``None``; "auto" is BF16.
         prompt_tokens, output_tokens: of a request; by default one image and its description.
-        batch: concurrent requests, the profile's ``max_num_seqs`` if ``None``.
+        batch: concurrent requests, ``max_num_seqs`` if ``None``.
         bandwidth_bytes_s: replaces the published bandwidth, for instance with a measured one.
 
     Raises:
@@ -110,7 +112,7 @@ def plan(
         profile = fitting
     else:
         reason = f"{profile.name}, as requested"
-    settings = profile.settings
+    settings = profile.settings if settings is None else settings
     kv_dtype = kv_cache_dtype or str(settings.get("kv_cache_dtype", "auto"))
     kv_dtype = "bfloat16" if kv_dtype == "auto" else kv_dtype
     if kv_dtype not in KV_DTYPES:
@@ -120,11 +122,12 @@ def plan(
         raise ConfigError("prompt_tokens, output_tokens and batch must be 1 or more")
     utilization = settings.get("gpu_memory_utilization")
     usable = usable_bytes(device, utilization)
+    wanted = "auto" if settings is profile.settings else str(settings["precision"])
     limit = min(int(settings.get("max_model_len", shape.max_model_len)), shape.max_model_len)
     chosen: str | None
     try:
         choice = choose_precision(
-            "auto",
+            wanted,
             device,
             shape.bytes_by_precision(),
             profile=profile,

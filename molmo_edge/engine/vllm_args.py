@@ -25,13 +25,13 @@ from molmo_edge.devices.precision import (
     kv_cache_warning,
     usable_bytes,
 )
-from molmo_edge.devices.profiles import Profile, profile_warning
+from molmo_edge.devices.profiles import Profile, find_profile, profile_warning
 from molmo_edge.devices.shapes import SHORTEST, ModelShape, frames_within, model_shape
 from molmo_edge.devices.specs import GIB
 from molmo_edge.errors import ConfigError, MissingDependencyError
 from molmo_edge.interface import ModelFamily
 from molmo_edge.models.hub import STUBS
-from molmo_edge.settings import EdgeSettings, Resolved
+from molmo_edge.settings import EdgeSettings, Resolved, resolve
 
 logger = logging.getLogger("molmo_edge")
 
@@ -72,6 +72,24 @@ class BuildPlan:
     shape: ModelShape
 
 
+def resolve_for(
+    device: DeviceInfo, arguments: Mapping[str, Any], config: Path | str | None = None
+) -> tuple[Resolved, Profile]:
+    """Settings from all sources, with the profile that fits the device. Raises ConfigError."""
+
+    def profile_settings(name: str) -> tuple[str, Mapping[str, Any]]:
+        profile = find_profile(name, device)
+        return profile.name, profile.as_settings()
+
+    resolved = resolve(arguments, config=config, profile_settings=profile_settings)
+    return resolved, find_profile(str(resolved.profile_name), device)
+
+
+def cache_root(settings: EdgeSettings) -> Path:
+    """Return the directory of every cache. Raises ConfigError if there is no home directory."""
+    return settings.cache_dir or default_cache_dir()
+
+
 def plan_build(
     resolved: Resolved, device: DeviceInfo, family: ModelFamily, folder: Path, profile: Profile
 ) -> BuildPlan:
@@ -80,7 +98,7 @@ def plan_build(
     What the profile sets gives way to what the device and the checkpoint can do; what the user set
     raises ConfigError where it cannot work or does not fit the memory.
     """
-    _check_profile(profile, device)
+    check_profile(profile, device)
     for name, value in _FIXED.items():
         if resolved.settings.engine_args.get(name, value) != value:
             raise ConfigError(
@@ -212,7 +230,7 @@ def engine_environment(settings: EdgeSettings, device: DeviceInfo) -> dict[str, 
     return {
         **exact,
         **(_CUDA_VARIABLES if device.kind == "cuda" else {}),
-        **cache_environment(settings.cache_dir or default_cache_dir(), device, versions()),
+        **cache_environment(cache_root(settings), device, versions()),
         # Nothing leaves the machine.
         "VLLM_NO_USAGE_STATS": "1",
     }
@@ -222,7 +240,8 @@ def _lacks_avx512(device: DeviceInfo) -> bool:
     return "avx2" in device.cpu_isa and "avx512f" not in device.cpu_isa
 
 
-def _check_profile(profile: Profile, device: DeviceInfo) -> None:
+def check_profile(profile: Profile, device: DeviceInfo) -> None:
+    """Raise ConfigError for a profile that cannot work here; warn of one for another device."""
     warning = profile_warning(profile, device)
     if warning and profile.match["kind"] == "cuda" and device.kind == "cpu":
         raise ConfigError(f"{warning}. Use profile auto; molmo-edge doctor shows what it finds.")

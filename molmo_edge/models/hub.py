@@ -36,17 +36,41 @@ def locate(model: str, cache_dir: Path, load_format: str = "auto") -> Path:
     """
     if model in STUBS:
         return _write_once(cache_dir / STUBS[model], model)
+    if not _is_hub_name(model):
+        return expand_home(model).absolute()
+    if load_format == "dummy" and _known_type(model) in ("molmo", "molmo2"):
+        return _write_once(cache_dir / _SHAPES_DIRECTORY / model.rsplit("/", 1)[-1], model)
+    return _download(model)
+
+
+def locate_cached(model: str, cache_dir: Path) -> Path | None:
+    """Return the directory of `model`, or None where `locate` would write or download it.
+
+    Raises:
+        ModelError: no such directory.
+    """
+    if model in STUBS:
+        directory = cache_dir / STUBS[model]
+        return directory if (directory / "config.json").is_file() else None
+    if not _is_hub_name(model):
+        return expand_home(model).absolute()
+    try:
+        return _download(model, local_files_only=True)
+    except (MissingDependencyError, ModelError):
+        return None
+
+
+def _is_hub_name(model: str) -> bool:
+    """Whether it is a hub name, not a directory. Raises ModelError if it is neither."""
     directory = expand_home(model)
     if directory.is_dir():
-        return directory.absolute()
+        return False
     if not _HUB_NAME.fullmatch(model) or directory.exists():
         raise ModelError(
             f"'{model}' is not a directory. Give a checkpoint directory, a hub name such as "
             "allenai/Molmo2-4B, or 'stub' or 'stub-2' for a built-in one."
         )
-    if load_format == "dummy" and _known_type(model) in ("molmo", "molmo2"):
-        return _write_once(cache_dir / _SHAPES_DIRECTORY / model.rsplit("/", 1)[-1], model)
-    return _download(model)
+    return True
 
 
 def _write_once(directory: Path, model: str) -> Path:
@@ -80,7 +104,7 @@ def _known_type(model: str) -> str | None:
     return KNOWN.get(model, {}).get("model_type")
 
 
-def _download(name: str) -> Path:
+def _download(name: str, local_files_only: bool = False) -> Path:
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -90,7 +114,10 @@ def _download(name: str) -> Path:
             '"molmo-edge[cpu]".'
         ) from exc
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_DATA_FILES)))
+        patterns = list(_DATA_FILES)
+        return Path(
+            snapshot_download(name, allow_patterns=patterns, local_files_only=local_files_only)
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as exc:
         raise ModelError(
             f"'{name}' is neither a local directory nor reachable on the hub "

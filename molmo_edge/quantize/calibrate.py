@@ -167,7 +167,7 @@ def calibrate(
     tensors: Sequence[Tensor],
     form: Format,
     prompts: Sequence[Prompt],
-    progress: Callable[[int, int, str], None],
+    progress: Callable[[int, int, str], object],
 ) -> Calibration:
     """Choose every layer's scales from its inputs; `progress` counts blocks."""
     model: _Streamed

@@ -45,7 +45,7 @@ _SPARE_BYTES = 64 << 20  # for everything but weights
 # Everything of the original but weights and code is copied.
 _DATA_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 
-Progress = Callable[[int, int, str], None]
+Progress = Callable[[int, int, str], object]
 
 
 @dataclass(frozen=True)

@@ -73,10 +73,15 @@ def test_a_model_from_the_environment_or_a_file_beats_the_stub(
 ) -> None:
     monkeypatch.delenv("MOLMO_EDGE_MODEL", raising=False)
     assert Target.choose(None, None, {}).random_weights
+    Path(".env").write_text("MOLMO_EDGE_MODEL=m\nMOLMO_EDGE_LOAD_FORMAT=dummy\n")
+    assert Target.choose(None, None, {}).model == "m"
+    assert Target.choose("n", None, {}).random_weights
+    Path(".env").unlink()
     assert Target("m", None, {"load_format": "dummy"}).random_weights
-    assert Target.choose(None, Path("thor.toml"), {}).model is None
+    Path("thor.toml").write_text('model = "of-the-file"')
+    assert Target.choose(None, Path("thor.toml"), {}).model == "of-the-file"
     monkeypatch.setenv("MOLMO_EDGE_MODEL", "/models/molmo")
-    assert Target.choose(None, None, {}).model is None
+    assert Target.choose(None, None, {}).model == "/models/molmo"
 
 
 def test_json_of_the_users_own_image_goes_to_standard_output_alone(

@@ -113,7 +113,8 @@ def test_missing_and_garbled_files_never_stop_detection(tmp_path: Path) -> None:
 
 def test_this_machine_is_described_without_torch_or_vllm() -> None:
     code = (
-        "import sys; from molmo_edge.devices import detect, doctor, plan, telemetry;"
+        "import sys; from molmo_edge.devices import detect, plan, telemetry;"
+        "from molmo_edge.engine import doctor;"
         "d = detect.detect(); assert d.kind in ('cuda', 'cpu') and d.memory_total_bytes > 0;"
         "assert doctor.diagnose().findings;"
         "print([m for m in ('torch', 'vllm', 'rich') if m in sys.modules])"

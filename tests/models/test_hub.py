@@ -9,13 +9,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from huggingface_hub import constants
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 from molmo_edge.checkpoint_files import read_config
 from molmo_edge.devices.shapes import model_shape
 from molmo_edge.errors import ModelError
-from molmo_edge.models.hub import STUB, STUB2, locate
+from molmo_edge.models.hub import STUB, STUB2, locate, locate_cached
 from molmo_edge.models.molmo import synthetic
 from molmo_edge.models.molmo.config import check_layout
 from molmo_edge.models.molmo2 import synthetic as synthetic2
@@ -86,6 +87,23 @@ def test_a_cache_that_cannot_be_written_is_a_model_error(tmp_path: Path, model: 
     blocked.write_text("")
     with pytest.raises(ModelError, match="cache_dir"):
         locate(model, blocked, "dummy")
+
+
+def test_a_cached_model_is_located_without_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert locate_cached(MOLMOS[0], tmp_path) is None
+    assert locate_cached(STUB, tmp_path) is None
+    repository = tmp_path / "hub" / f"models--{MOLMOS[0].replace('/', '--')}"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    assert locate_cached(MOLMOS[0], tmp_path) == snapshot
+    with pytest.raises(ModelError, match="not a directory"):
+        locate_cached("no such model", tmp_path)
 
 
 def test_a_full_disk_is_a_model_error_and_leaves_nothing(

