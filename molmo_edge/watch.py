@@ -122,14 +122,8 @@ class Seen:
         count = answer if isinstance(answer, CountResult) else None
         points = count.points if count else answer if isinstance(answer, PointResult) else None
         result = points.result if points else answer if isinstance(answer, Result) else None
-        return replace(
-            self,
-            answered_s=time.monotonic(),
-            result=result,
-            points=points,
-            count=count,
-            error=error,
-        )
+        now = time.monotonic()
+        return replace(self, answered_s=now, result=result, points=points, count=count, error=error)
 
     def draw(self, order: Literal["RGB", "BGR"] = "RGB") -> Frame:
         """Return the frame with its points as a new H x W x 3 uint8 array, upright.

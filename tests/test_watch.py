@@ -211,13 +211,19 @@ def test_a_buffer_that_is_filled_again_does_not_change_a_frame(kind: str, tmp_pa
         frames = turns[0].video.frames if turns[0].video else turns[0].images
         return str([int(np.asarray(frame)[0, 0, 0]) for frame in frames])
 
+    class Iterable:
+        def __iter__(self) -> Iterator[Any]:
+            return refilled(kind, tmp_path)
+
     with EdgeVLM(engine=FakeEngine.factory(answer)) as vlm:
-        for window, answers in ((None, "[0] [1] [2]"), (2, "[0] [0, 1] [1, 2]")):
-            source = list(vlm.watch(refilled(kind, tmp_path), drop="none", window=window))
-            assert " ".join(str(one.result) for one in source) == answers
-            assert [load(one.image).getpixel((0, 0)) for one in source] == [
-                (i,) * 3 for i in range(3)
-            ]
+        for source, window, answers in (
+            (Iterable().__iter__, None, "[0] [1] [2]"),
+            (Iterable(), None, "[0] [1] [2]"),
+            (iter(Iterable()), 2, "[0] [0, 1] [1, 2]"),
+        ):
+            seen = list(vlm.watch(source, drop="none", window=window))
+            assert " ".join(str(one.result) for one in seen) == answers
+            assert [load(one.image).getpixel((0, 0))[0] for one in seen] == [0, 1, 2]
 
 
 def test_drawing_on_a_frame_does_not_change_later_windows(vlm: EdgeVLM) -> None:
