@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, BinaryIO, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +48,7 @@ SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP")
 URL: Final = re.compile(r"\s*([a-z][a-z0-9+.-]*://|data:)", re.IGNORECASE)
 _DATA_URL: Final = re.compile(r"\s*data:[^,]{0,200};base64,", re.IGNORECASE)
-_BASE64: Final = ("/9j/", "iVBORw0KGgo", "UklGR", "data:")  # JPEG, PNG, WebP
+_BASE64: Final = ("/9j/", "iVBORw0KGgo", "UklGR")  # JPEG, PNG, WebP
 # The largest side of a JPEG file; resize filters and buffers grow with a side.
 MAX_SIDE_PX: Final = 65_535
 
@@ -116,50 +116,56 @@ def load(image: ImageLike, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     if isinstance(image, Image.Image):
         _check_pil(image, limits)
         return _upright_rgb(image)
-    with _translated("read the data: URL"):
-        data = encoded_bytes(image)
-    if data is not None:
-        _check_bytes(data.nbytes, limits)
-        return _upright_rgb(_open(bytes(data), limits))
-    if isinstance(image, np.ndarray):
+    if isinstance(image, np.ndarray) and _encoded_bytes(image) is None:
         return _from_array(image, limits)
-    if not isinstance(image, (str, Path)):
-        raise ImageError(
-            f"an image cannot be of type {type(image).__name__}; pass the bytes of a file, a path, "
-            "a PIL image or a uint8 array of shape (height, width, 3)"
-        )
     if isinstance(image, str) and len(image) > 100:
         _refuse_base64(image[:16])
-    if isinstance(image, str) and (not image or URL.match(image)):
-        raise ImageError(
-            "a str must be the path of an image file or a base64 data: URL, no other URL and not "
-            "empty: molmo_edge fetches nothing; download the image and pass its bytes"
-        )
     with named(image):
-        return _upright_rgb(_open(_read_file(image, limits), limits))
+        return _upright_rgb(_open(_read(image, limits), limits))
 
 
-def encoded_bytes(source: object) -> memoryview | None:
-    """Return a view of the bytes of an encoded file, None if `source` is something else.
+def open_file(source: object, kind: str, decoded: str, error: type[InputError]) -> BinaryIO:
+    """Open the bytes of an encoded file in any form that `load` takes, or a path's regular file.
 
-    Raises ValueError for a ``data:`` URL that is not valid base64.
+    Args:
+        kind, decoded: for messages: "a video", and what may be passed in place of a file.
+        error: raised for what is neither. OSError and ValueError are raised as well.
     """
+    if (data := _encoded_bytes(source)) is not None:
+        return io.BytesIO(data)
+    if not isinstance(source, (str, Path)):
+        raise error(
+            f"{kind} cannot be of type {type(source).__name__}; pass a path, the bytes of a file "
+            f"or {decoded}"
+        )
+    if isinstance(source, str) and (not source or URL.match(source)):
+        raise error(
+            "a str must be a path or a base64 data: URL, no other URL and not empty: molmo_edge "
+            "fetches nothing; download the file and pass its path"
+        )
+    path = expand_home(source)
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise error(f"the path names a directory, pipe or device; {kind} is a regular file")
+    return path.open("rb")
+
+
+def _encoded_bytes(source: object) -> bytes | None:
+    """Return the bytes of an encoded file, None if `source` is something else."""
     if isinstance(source, str):
         if (start := _DATA_URL.match(source)) is None:
             return None
-        text = urllib.parse.unquote_to_bytes(source[start.end() :])
-        return memoryview(binascii.a2b_base64(text))
+        return binascii.a2b_base64(urllib.parse.unquote_to_bytes(source[start.end() :]))
     if isinstance(source, np.ndarray) and not (
         source.dtype == np.uint8 and source.ndim < 3 and source.size == max(source.shape, default=0)
     ):
         return None
+    if isinstance(source, io.BytesIO):
+        return source.getvalue()
     try:
-        if isinstance(source, io.BytesIO):
-            return memoryview(source.getvalue())
         view = memoryview(source)  # type: ignore[arg-type]
     except TypeError:
         return None
-    return view if view.itemsize == 1 else None
+    return None if view.itemsize > 1 else source if isinstance(source, bytes) else bytes(view)
 
 
 def private_copy(image: ImageLike) -> ImageLike:
@@ -172,10 +178,7 @@ def private_copy(image: ImageLike) -> ImageLike:
     with suppress(*_FOREIGN_ERRORS):  # ImageError is a ValueError
         if isinstance(image, Image.Image):
             return _copy_pil(image)
-        if isinstance(image, (str, Path)) and not _DATA_URL.match(str(image)):
-            return _read_file(image, DEFAULT_LIMITS)
-        if (data := encoded_bytes(image)) is not None:
-            return bytes(data)
+        return _read(image, DEFAULT_LIMITS)
     return image
 
 
@@ -287,17 +290,16 @@ def _refuse_base64(start: str) -> None:
         )
 
 
-def _read_file(path: str | Path, limits: ImageLimits) -> bytes:
-    with _translated("read the image file"):
-        path = expand_home(path)
-        info = path.stat()
-        if not stat.S_ISREG(info.st_mode):
-            raise ImageError(
-                "the path names a directory, pipe or device; an image is a regular file"
-            )
-        _check_bytes(info.st_size, limits)
-        with path.open("rb") as file:
-            return file.read(info.st_size)
+def _read(image: ImageLike, limits: ImageLimits) -> bytes:
+    decoded = "a PIL image or a uint8 array of shape (height, width, 3)"
+    with (
+        _translated("read the image file"),
+        open_file(image, "an image", decoded, ImageError) as file,
+    ):
+        size = file.seek(0, io.SEEK_END)
+        _check_bytes(size, limits)
+        file.seek(0)
+        return file.read(size)
 
 
 def _open(data: bytes, limits: ImageLimits) -> Image.Image:

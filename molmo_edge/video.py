@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import math
-import stat
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -159,7 +158,12 @@ def load_video(source: VideoLike, limits: VideoLimits) -> Clip:
     """
     if isinstance(source, Video):
         return _from_frames(source, limits)
-    with images.named(source), _translated("read the video file"), _open(source) as file:
+    decoded = "molmo_edge.Video(frames, fps=…)"
+    with (
+        images.named(source),
+        _translated("read the video file"),
+        images.open_file(source, "a video", decoded, VideoError) as file,
+    ):
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
         container = _container(file.read(1024))
@@ -291,25 +295,6 @@ def _check_timestamps(timestamps: Sequence[float], total: int) -> list[float]:
 
 
 # Files
-
-
-def _open(source: object) -> BinaryIO:
-    if (data := images.encoded_bytes(source)) is not None:
-        return io.BytesIO(data)
-    if not isinstance(source, (str, Path)):
-        raise VideoError(
-            f"a video cannot be of type {type(source).__name__}; pass a path, the bytes of a file "
-            "or molmo_edge.Video(frames, fps=…)"
-        )
-    if isinstance(source, str) and (not source or images.URL.match(source)):
-        raise VideoError(
-            "a str must be the path of a video file or a base64 data: URL, no other URL and not "
-            "empty: molmo_edge fetches nothing; download the video and pass its path"
-        )
-    path = expand_home(source)
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise VideoError("the path names a directory, pipe or device; a video is a regular file")
-    return path.open("rb")
 
 
 def _container(head: bytes) -> str:

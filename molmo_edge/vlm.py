@@ -79,6 +79,34 @@ T = TypeVar("T")
 Labels: TypeAlias = list[str] | tuple[str, ...]
 
 
+class WatchOptions(Options, total=False):
+    """Options of `EdgeVLM.watch`, beside those of each request.
+
+    point, count: a label in place of the question; `Seen.points` and `Seen.count` have the
+        answer, and `Seen.draw` shows it.
+    drop: ``"oldest"``: a frame that arrives while another is answered replaces the one that
+        waits; ``"none"``: the source is read only as fast as frames are answered.
+    max_fps: maximum number of frames per second, in questions and in a window.
+    frame_timeout: seconds without a new frame after which the source has stalled; None
+        waits forever.
+    on_stall: ``"raise"`` CameraError, or ``"reconnect"``: open the source again, with
+        growing pauses, until it delivers.
+    window: ask about a video instead: the newest frame and up to ``window - 1`` before it,
+        answered or not, at their capture times. At least 2; for what happens rather than
+        what is there. Models learned from 2 frames per second: ``max_fps=2``.
+
+    A frame that misses its `timeout` is yielded with `error`.
+    """
+
+    point: str | None
+    count: str | None
+    drop: Literal["oldest", "none"]
+    max_fps: float | None
+    frame_timeout: float | None
+    on_stall: Literal["raise", "reconnect"]
+    window: int | None
+
+
 class EdgeVLM:
     """A vision-language model in this process.
 
@@ -468,37 +496,14 @@ class EdgeVLM:
         return await self._aanswer(Request.track(video, label, **options))
 
     def watch(
-        self,
-        source: Source,
-        question: str | None = None,
-        *,
-        point: str | None = None,
-        count: str | None = None,
-        drop: Literal["oldest", "none"] = "oldest",
-        max_fps: float | None = None,
-        frame_timeout: float | None = 10.0,
-        on_stall: Literal["raise", "reconnect"] = "raise",
-        window: int | None = None,
-        **options: Unpack[Options],
+        self, source: Source, question: str | None = None, **options: Unpack[WatchOptions]
     ) -> Generator[Seen, None, None]:
         """Ask the same question about a camera's newest frame, again and again.
 
         Args:
             source: see `molmo_edge.watch.Camera`.
             question: by default for a short caption.
-            point, count: a label in place of the question; `Seen.points` and `Seen.count` have the
-                answer, and `Seen.draw` shows it.
-            drop: ``"oldest"``: a frame that arrives while another is answered replaces the one that
-                waits; ``"none"``: the source is read only as fast as frames are answered.
-            max_fps: maximum number of frames per second, in questions and in a window.
-            frame_timeout: seconds without a new frame after which the source has stalled; None
-                waits forever.
-            on_stall: ``"raise"`` CameraError, or ``"reconnect"``: open the source again, with
-                growing pauses, until it delivers.
-            window: ask about a video instead: the newest frame and up to ``window - 1`` before it,
-                answered or not, at their capture times. At least 2; for what happens rather than
-                what is there. Models learned from 2 frames per second: ``max_fps=2``.
-            options: see `Options`; a frame that misses its `timeout` is yielded with `error`.
+            options: see `WatchOptions`.
 
         Returns:
             An iterator of `Seen`, ending where the source ends. Closing or dropping it closes the
@@ -509,31 +514,18 @@ class EdgeVLM:
             CameraError, MissingDependencyError: while iterating.
             As `query`: at once about the options and labels, while iterating about the rest.
         """
-        camera = Camera(source, drop, max_fps, frame_timeout, on_stall, window)
-        request = self._frame_request(question, point, count, window, options)
+        camera, request = self._watching(source, question, dict(options))
         return run(camera, lambda frame: self._answer(request(frame)))
 
     def awatch(
-        self,
-        source: Source,
-        question: str | None = None,
-        *,
-        point: str | None = None,
-        count: str | None = None,
-        drop: Literal["oldest", "none"] = "oldest",
-        max_fps: float | None = None,
-        frame_timeout: float | None = 10.0,
-        on_stall: Literal["raise", "reconnect"] = "raise",
-        window: int | None = None,
-        **options: Unpack[Options],
+        self, source: Source, question: str | None = None, **options: Unpack[WatchOptions]
     ) -> AsyncGenerator[Seen, None]:
         """`watch` for asyncio: ``async for`` over it; the event loop is never blocked.
 
         Leaving the loop early leaves the source open until the iterator is closed: use
         ``contextlib.aclosing`` where that matters.
         """
-        camera = Camera(source, drop, max_fps, frame_timeout, on_stall, window)
-        request = self._frame_request(question, point, count, window, options)
+        camera, request = self._watching(source, question, dict(options))
         return arun(camera, lambda frame: self._aanswer(request(frame)))
 
     # The engine.
@@ -750,25 +742,24 @@ class EdgeVLM:
             environment=loop.engine.info.environment,
         )
 
-    def _frame_request(
-        self,
-        question: str | None,
-        point: str | None,
-        count: str | None,
-        window: int | None,
-        options: Options,
-    ) -> Callable[[Seen], Request[Any]]:
-        """Check what `watch` is to ask; return what makes a frame's request."""
-        make: Callable[..., Request[Any]] = Request
-        text = CAPTION_PROMPTS["short"] if question is None else question
+    def _watching(
+        self, source: Source, question: str | None, options: dict[str, Any]
+    ) -> tuple[Camera, Callable[[Seen], Request[Any]]]:
+        """Check the arguments of `watch`; return the camera, and what makes a frame's request."""
+        own = ("drop", "max_fps", "frame_timeout", "on_stall", "window")
+        given = {name: options.pop(name) for name in own if name in options}
+        camera = Camera(source, **given)
+        point, count = options.pop("point", None), options.pop("count", None)
         if [question, point, count].count(None) < 2:
             raise ConfigError("Give only one of question, point and count.")
+        make: Callable[..., Request[Any]] = Request
+        text = CAPTION_PROMPTS["short"] if question is None else question
         if point is not None:
             make, text = Request.point, point
         elif count is not None:
             make, text = Request.count, count
         self._check(make(None, text, **options))
-        if window is not None:
+        if (window := given.get("window")) is not None:
             self._require("video")
             if window > (limit := self._video_limits.max_frames):
                 raise ConfigError(f"window must be at most {limit}, the engine's max_frames.")
@@ -777,7 +768,7 @@ class EdgeVLM:
             image = frame.image if frame.video is None else None
             return make(image, text, video=frame.video, **options)
 
-        return request
+        return camera, request
 
     def _require(self, verb: str) -> None:
         if self.family is not None and verb not in self.family.verbs:

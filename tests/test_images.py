@@ -22,7 +22,6 @@ from molmo_edge.images import (
     MAX_JPEG_SCANS,
     MAX_SIDE_PX,
     ImageLimits,
-    image_files,
     load,
     private_copy,
 )
@@ -84,31 +83,20 @@ def test_encoded_bytes_load_in_any_unambiguous_form() -> None:
         with pytest.raises(ImageError, match="max_image_bytes"):
             load(form, ImageLimits(max_bytes=len(PNG) - 1))
     text = base64.b64encode(PNG).decode()
-    for wrong in (text, text.encode(), f"data:image/png;base64,{text}".encode()):
+    for wrong in (text, text.encode()):
         with pytest.raises(ImageError, match="b64decode"):
             load(wrong)
-    with pytest.raises(ImageError, match="data: URL"):
+    with pytest.raises(ImageError, match="could not read"):
         load("data:image/png;base64,A")
 
 
-@pytest.mark.parametrize("name", ["rgb.png", "alpha.bmp", "alpha_all_zero.bmp", "exif_6.jpg"])
-def test_a_private_copy_is_the_image_as_it_was(name: str, tmp_path: Path) -> None:
-    data = ACCEPTED[name] if name in ACCEPTED else PNG
-    path, buffer, file = tmp_path / name, bytearray(data), io.BytesIO(data)
-    path.write_bytes(data)
-    decoded = opened(data)
-    decoded.load()
-    for image in (path, str(path), buffer, file, Image.open(file), decoded):
-        copy = private_copy(image)
-        path.write_bytes(b"")
-        buffer[:] = bytes(len(buffer))
-        file.getbuffer()[:] = bytes(len(data))
-        if image is decoded:
-            decoded.paste(0, (0, 0, *decoded.size))
-        assert load(copy) == load(data)
-        path.write_bytes(data)
-        buffer[:] = file.getbuffer()[:] = data
-    for wrong in (None, tmp_path / "missing", 3):
+def test_a_private_copy_is_the_image_as_it_was() -> None:
+    for name in ("alpha_all_zero.bmp", "exif_6.jpg", "animated.png"):
+        image = opened(ACCEPTED[name])
+        lazy, _, decoded = private_copy(image), image.load(), private_copy(image)
+        image.paste(0, (0, 0, *image.size))
+        assert load(lazy) == load(decoded) == load(ACCEPTED[name])
+    for wrong in (None, "missing", 3):
         assert private_copy(wrong) is wrong  # type: ignore[arg-type]
 
 
@@ -204,14 +192,6 @@ def test_pipes_devices_and_directories_are_refused_without_blocking(tmp_path: Pa
     for path in (pipe, link, tmp_path, Path("/dev/zero"), Path("/dev/null")):
         with pytest.raises(ImageError, match="regular file"):
             load(path)
-
-
-def test_images_of_a_directory_are_its_visible_files(tmp_path: Path) -> None:
-    for name in ("b.PNG", "a\u3000.jpg", "._b.PNG", ".hidden.png", "notes.txt"):
-        (tmp_path / name).write_bytes(PNG)
-    (tmp_path / "directory.png").mkdir()
-    assert [path.name for path in image_files(tmp_path)] == ["a\u3000.jpg", "b.PNG"]
-    assert load(tmp_path / "a\u3000.jpg") == load(PNG)
 
 
 def test_the_byte_cap_is_checked_before_reading(tmp_path: Path, little_memory: None) -> None:

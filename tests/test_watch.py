@@ -127,7 +127,9 @@ def test_nothing_is_dropped_from_lists_directories_or_when_asked_not_to(
     assert [value(one) for one in vlm.watch(iter(images), drop="none")] == list(range(9))
     for i in (2, 0, 1):
         Image.fromarray(image(i)).save(tmp_path / f"{i}.png")
-    (tmp_path / "notes.txt").write_text("no image")
+    for name in ("notes.txt", "._0.png", ".hidden.png"):
+        (tmp_path / name).write_text("no image")
+    (tmp_path / "directory.png").mkdir()
     seen = list(vlm.watch(tmp_path))
     assert [Path(str(one.image)).name for one in seen] == ["0.png", "1.png", "2.png"]
     assert all(one.result is not None for one in seen)
