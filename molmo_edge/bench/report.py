@@ -129,8 +129,8 @@ def sentence(document: Document) -> str:
     kinds = "; ".join(scenario.title for scenario in document.scenarios)
     limit = document.settings.get("max_tokens")
     return (
-        f"{count or 'Unrecorded'} requests to {model.name or 'an unknown model'}{weights} on "
-        f"{document.environment.device.name or 'an unknown device'}, answers of at most {limit} "
+        f"{count or 'Unknown number of'} requests to {model.name or 'an unknown model'}{weights} "
+        f"on {document.environment.device.name or 'an unknown device'}, answers of at most {limit} "
         f"tokens: {kinds}."
     )
 
