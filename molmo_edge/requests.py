@@ -62,11 +62,12 @@ ONE_VIDEO = "A conversation can have images, or one video, but not both."
 class Options(TypedDict, total=False):
     """Options of one request; `Sampling` describes those not listed here.
 
-    json_schema: a JSON Schema, or a pydantic model class, that the answer must follow;
-        `Result.parsed` is then its value. An answer that is cut off before it is complete is a
-        GenerationError, which keeps the text in `.partial`.
-    max_crops: high-resolution crops of the image, at least 1; fewer answer sooner.
-    timeout: seconds for the whole request: queueing, prefill and decode.
+    Attributes:
+        json_schema: a JSON Schema, or a pydantic model class, that the answer must follow;
+            `Result.parsed` is then its value. An answer that is cut off before it is complete is a
+            GenerationError, which keeps the text in `.partial`.
+        max_crops: high-resolution crops of the image, at least 1; fewer answer sooner.
+        timeout: seconds for the whole request: queueing, prefill and decode.
     """
 
     max_tokens: int

@@ -81,8 +81,9 @@ class EdgeSettings(BaseModel):
             are small built-in ones.
         profile: name of a device profile; ``auto`` detects the device.
         precision: of the language model's dense weights; ``auto`` follows the profile.
-        dtype: of activations and unquantised weights; ``auto`` is bfloat16, or float32 on a
-            processor without bfloat16 instructions.
+        dtype: of activations and unquantised weights; ``auto`` is bfloat16, whatever the checkpoint
+            states, or float32 on a processor without bfloat16 instructions where the weights, in
+            float32, take at most half of the memory.
         kv_cache_dtype: of the KV cache, by vLLM's name.
         max_model_len: tokens of prompt (image included) and answer together, at least 64; a
             profile's is lowered to the checkpoint's own and to what fits the memory.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -125,6 +126,15 @@ def check(program: str, words: list[str]) -> None:
             assert f'"{option}"' in source
     else:
         assert program in OTHERS, f"unknown program {program}"
+
+
+def test_the_generated_pages_are_current() -> None:
+    reference = runpy.run_path(str(ROOT / "scripts" / "reference.py"))
+    for name, page in reference["PAGES"].items():
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == page(), (
+            f"docs/{name}: run python scripts/reference.py"
+        )
+    assert "| `dtype` | `auto` |" in (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
 
 
 def parse(command: Any, words: list[str]) -> None:
