@@ -127,9 +127,8 @@ def load(image: ImageLike, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
 def open_file(source: object, kind: str, decoded: str, error: type[InputError]) -> BinaryIO:
     """Open the bytes of an encoded file in any form that `load` takes, or a path's regular file.
 
-    Args:
-        kind, decoded: for messages: "a video", and what may be passed in place of a file.
-        error: raised for what is neither. OSError and ValueError are raised as well.
+    For messages: `kind` of file, and what may be passed `decoded`. Raises `error`, OSError and
+    ValueError.
     """
     if (data := _encoded_bytes(source)) is not None:
         return io.BytesIO(data)

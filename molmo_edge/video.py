@@ -62,11 +62,13 @@ class Video:
             ``images.load`` takes; sizes may differ.
         timestamps: seconds, one per frame, strictly increasing, not negative. Every frame is used.
         fps: frames per second; the frames are sampled (`sample_indices`).
+        skip_broken: leave out images that cannot be used, but not the last.
     """
 
     frames: Sequence[ImageLike] | Frame
     timestamps: Sequence[float] | None = None
     fps: float | None = None
+    skip_broken: bool = False
 
 
 VideoLike: TypeAlias = str | Path | EncodedBytes | npt.NDArray[np.uint8] | Video
@@ -101,7 +103,7 @@ class Clip:
         frames: uint8 arrays of shape (height, width, 3), RGB, upright.
         times: seconds from the video's first frame, one per frame, not decreasing. Of a file: the
             requested times, so the last one is the duration. Of ``Video(fps=…)``: index / fps.
-        skipped: broken frames of the file that were left out.
+        skipped: broken frames that were left out.
     """
 
     frames: tuple[Frame, ...]
@@ -274,10 +276,14 @@ def _from_frames(video: Video, limits: VideoLimits) -> Clip:
         try:
             kept[index] = np.asarray(images.load(frames[index], cap))
         except ImageError as exc:
+            if video.skip_broken and index != wanted[-1]:
+                continue
             raise VideoError(f"frame {index} of the video cannot be used: {exc}") from exc
         height, width = kept[index].shape[:2]
         _check_size(width, height, len(wanted), limits)
-    return Clip(tuple(kept[index] for index in indices), tuple(times))
+    usable = [n for n, index in enumerate(indices) if index in kept]
+    used = tuple(kept[indices[n]] for n in usable)
+    return Clip(used, tuple(times[n] for n in usable), len(wanted) - len(kept))
 
 
 def _check_timestamps(timestamps: Sequence[float], total: int) -> list[float]:

@@ -33,6 +33,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from molmo_edge import images
 from molmo_edge.errors import (
     CameraError,
     ConfigError,
@@ -44,14 +45,7 @@ from molmo_edge.errors import (
     VideoError,
 )
 from molmo_edge.files import expand_home
-from molmo_edge.images import (
-    SUFFIXES,
-    ImageLike,
-    file_mode,
-    image_files,
-    printable,
-    private_copy,
-)
+from molmo_edge.images import SUFFIXES, ImageLike, file_mode, printable, private_copy
 from molmo_edge.points import CountResult, PointResult
 from molmo_edge.results import Result
 from molmo_edge.settings import plain
@@ -126,13 +120,9 @@ class Seen:
         return replace(self, answered_s=now, result=result, points=points, count=count, error=error)
 
     def draw(self, order: Literal["RGB", "BGR"] = "RGB") -> Frame:
-        """Return the frame with its points as a new H x W x 3 uint8 array, upright.
+        """Return the upright frame with its points as a new H x W x 3 uint8 array.
 
-        Args:
-            order: of the channels; ``"BGR"`` for ``cv2.imshow`` and other OpenCV code.
-
-        Raises:
-            ImageError: the frame cannot be used.
+        ``"BGR"`` is OpenCV's order of channels. Raises ImageError.
         """
         points = self.points or PointResult("")
         pixels = np.array(points.draw(self.image, index=max(len(points.images) - 1, 0)))
@@ -378,8 +368,8 @@ class _Reader:
             self._recent.pop()
         # A copy: the consumer may draw on the frame it gets.
         self._recent.append((now, private_copy(image)))
-        times, images = zip(*self._recent, strict=True)
-        return Video(images, timestamps=[t - times[0] for t in times])
+        times, frames = zip(*self._recent, strict=True)
+        return Video(frames, timestamps=[t - times[0] for t in times], skip_broken=True)
 
     def _notify(self) -> None:
         if self._news.empty():
@@ -429,17 +419,17 @@ def _frames_of(source: Source) -> tuple[_Frames, bool]:
 
 
 def _read_directory(directory: Path) -> Generator[ImageLike, None, None]:
-    images = image_files(directory)
-    if not images:
+    files = images.image_files(directory)
+    if not files:
         raise CameraError(
             f"The directory {printable(directory)} holds no image (JPEG, PNG, WebP or BMP)."
         )
-    yield from images
+    yield from files
 
 
-def _iterate(images: Iterable[ImageLike | None]) -> Generator[ImageLike | None, None, None]:
-    refills = not isinstance(images, list | tuple)  # cameras often fill one buffer again and again
-    frames = iter(images)
+def _iterate(source: Iterable[ImageLike | None]) -> Generator[ImageLike | None, None, None]:
+    refills = not isinstance(source, list | tuple)  # cameras often fill one buffer again and again
+    frames = iter(source)
     try:
         for frame in frames:
             yield private_copy(frame) if refills and frame is not None else frame

@@ -9,7 +9,7 @@ import pytest
 
 from molmo_edge.errors import PromptError, SamplingError
 from molmo_edge.images import DEFAULT_LIMITS
-from molmo_edge.requests import check_options, read_turns
+from molmo_edge.requests import check_options, check_turns, read_turns
 
 
 def refuse(video: object) -> Any:
@@ -41,6 +41,13 @@ def refuse(video: object) -> Any:
 def test_messages_of_another_structure_are_refused_by_number(message: Any) -> None:
     with pytest.raises(PromptError, match="Message 2"):
         read_turns([{"role": "user", "content": "x"}, message], DEFAULT_LIMITS, refuse)
+
+
+def test_a_past_answer_may_be_empty() -> None:
+    roles = ("user", "assistant", "user")
+    texts = ("x", "", "y")
+    messages = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
+    check_turns(read_turns(messages, DEFAULT_LIMITS, refuse))
 
 
 @pytest.mark.parametrize(

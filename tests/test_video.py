@@ -293,6 +293,9 @@ def test_frames_with_timestamps_are_used_as_they_are() -> None:
     clip = load_video(Video(frames, timestamps=(0.25, 1, 4.25)), LIMITS)
     assert clip.times == (0.25, 1.0, 4.25) and clip.size == (64, 48)
     assert [frame.shape for frame in clip.frames] == [(48, 64, 3), (32, 48, 3), (32, 48, 3)]
+    broken = Video([b"", *frames], timestamps=range(4), skip_broken=True)
+    clip = load_video(broken, LIMITS)
+    assert (clip.times, len(clip.frames), clip.skipped) == ((1.0, 2.0, 3.0), 3, 1)
 
 
 ONE = np.zeros((1, 4, 6, 3), np.uint8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from molmo_edge.models.compiled import compiled_kernel
 from molmo_edge.models.molmo.image_processor import MolmoImageProcessor, processor_of
 from molmo_edge.models.molmo.prompts import ImageTokenIds
 from molmo_edge.models.molmo.tiling import Tiling, largest_tiling, tiling_for
+from molmo_edge.models.molmo2.image_processor import image_patches
+from molmo_edge.models.molmo2.tiling import Geometry
 from molmo_edge.reference.molmo_inputs import preprocess, select_tiling
 
 IDS = ImageTokenIds(start=1, end=2, patch=3, col=4)
@@ -189,3 +192,20 @@ def test_concurrent_calls_are_independent_and_leave_no_thread() -> None:
     with ThreadPoolExecutor(6) as pool:
         for i, result in enumerate(pool.map(patches, images * 3)):
             assert torch.equal(result, alone[i % 6])
+
+
+def test_nothing_that_grows_with_a_side_outlives_an_image() -> None:
+    molmo, geometry = MolmoImageProcessor(max_crops=1), Geometry()
+
+    def process(height: int) -> None:
+        pixels = np.zeros((height, 2, 3), np.uint8)
+        molmo.inputs(pixels)
+        image_patches(pixels, geometry.tiling(height, 2, 1))
+
+    process(100)  # compiles
+    tracemalloc.start()
+    for height in range(65_532, 65_535):
+        process(height)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 2**19
