@@ -411,10 +411,10 @@ def _frames_of(source: Source) -> tuple[_Frames, bool]:
         return lambda: _iterate(source), True
     if callable(source):
         return lambda: _iterate(source()), True
-    shown = source if isinstance(source, int) else f"a value of type {type(source).__name__}"
     raise ConfigError(
-        "A source is a camera's index or URL, a device, video file, directory or GStreamer "
-        f"pipeline by name, or an iterator of images; not {shown}."
+        "A source is a camera's index (0 or more) or URL, a device, video file, directory or "
+        "GStreamer pipeline by name, or an iterator of images; not this value of type "
+        f"{type(source).__name__}."
     )
 
 

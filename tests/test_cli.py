@@ -347,6 +347,13 @@ def test_watch_answers_each_image_of_a_directory(
     command = ("watch", frames, "What is it?", "--frames", 2, "--window", 2)
     lines = run(*command).out.splitlines()
     assert len(lines) == 2 and lines[0].endswith(": A cup.")
+    for option, label, shown in (
+        ("--point", "mug", "1 mug: x 0.615, y 0.404, pixel 73, 36"),
+        ("--count", "mugs", "1 (by its points)"),
+    ):
+        command = ("watch", frames, option, label, "--frames", 1)
+        assert run(*command).out.endswith(f": {shown}\n")
+        assert run(*command, "--json").json["points"]["points"][0]["px"] == [73, 36]
 
 
 @pytest.mark.parametrize(

@@ -271,8 +271,7 @@ def count(
     with engine.open() as vlm:
         counted: CountResult = vlm.count(label=label, **about, **sampling.given())
         data = {**counted.as_dict(), "points": _with_pixels(counted.points)}
-        number = "unknown" if counted.number is None else str(counted.number)
-        output(data, Text(f"{number} ({_HOW[counted.how]})"), as_json=as_json, vlm=vlm)
+        output(data, Text(_number(counted)), as_json=as_json, vlm=vlm)
         if counted.consistent is False:
             stated, pointed = counted.points.stated_count, counted.points.count
             warn(f"The text states {stated}, but has {pointed} points.")
@@ -363,6 +362,10 @@ def _point_lines(answers: Sequence[PointResult]) -> Iterator[str]:
             yield _why_none(answer)
 
 
+def _number(counted: CountResult) -> str:
+    return f"{'unknown' if counted.number is None else counted.number} ({_HOW[counted.how]})"
+
+
 def _why_none(answer: PointResult | TrackResult) -> str:
     return f"{answer.label}: {'none found' if answer.none_found else 'the answer has no point'}"
 
@@ -395,6 +398,7 @@ def _write_drawings(answers: Sequence[PointResult], path: Path, video: bool) -> 
     epilog=examples(
         'molmo-edge watch 0 "Is somebody at the door?" --max-fps 1 --max-crops 1',
         'molmo-edge watch images/ "What is in the image?" --json',
+        'molmo-edge watch rtsp://camera.local/1 --point "red mug" --on-stall reconnect',
         'molmo-edge watch 0 "What is the person doing?" --window 8 --max-fps 2',
         'molmo-edge watch "v4l2src ! videoconvert ! appsink" "What moves?" --on-stall reconnect',
     )
@@ -409,9 +413,11 @@ def watch(
     ],
     engine: EngineOptions,
     sampling: SamplingOptions,
-    question: Annotated[str, typer.Argument(help="Question about each frame.")] = (
-        "Describe this image in one sentence."
-    ),
+    question: Annotated[
+        str | None, typer.Argument(help="Question about each frame; by default a short caption.")
+    ] = None,
+    point: Annotated[str | None, typer.Option(help="Point to this in place of a question.")] = None,
+    count: Annotated[str | None, typer.Option(help="Count these in place of a question.")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Stop after this many frames.")] = None,
     max_fps: Annotated[float | None, typer.Option(help="Maximum frames per second.")] = None,
     drop: Annotated[
@@ -449,6 +455,7 @@ def watch(
     with engine.open() as vlm:
         if not as_json:
             warn_stub(vlm)
+        options |= {"point": point, "count": count}
         answers = vlm.watch(source, question, **options, **sampling.given())
         with contextlib.closing(answers):
             for seen in itertools.islice(answers, frames):
@@ -461,13 +468,20 @@ def watch(
                         "captured_at": seen.captured_at,
                         "latency_s": seen.latency_s,
                         "dropped": seen.dropped,
+                        "skipped": seen.skipped,
                         "reconnects": seen.reconnects,
                         "error": error,
                         "text": None,
+                        "points": seen.points and _with_pixels(seen.points),
+                        "number": seen.count and seen.count.number,
                     }
                     output_line(data | (result_dict(seen.result) if seen.result else {}), vlm)
                 elif seen.result is None:
                     warn(f"{head}: {error}")
+                elif seen.count is not None:
+                    write(f"{head}: {_number(seen.count)}\n")
+                elif seen.points is not None:
+                    write(f"{head}: {'; '.join(_point_lines([seen.points]))}\n")
                 else:
                     write(f"{head}: {seen.result.text}\n")
 
