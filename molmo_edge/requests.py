@@ -85,7 +85,8 @@ class Options(TypedDict, total=False):
 class VideoOptions(Options, total=False):
     """Options of a request that may be about a video.
 
-    video: path, bytes or `Video`, in place of images.
+    Attributes:
+        video: path, bytes or `Video`, in place of images.
     """
 
     video: VideoLike | None

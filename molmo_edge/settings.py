@@ -92,7 +92,7 @@ class EdgeSettings(BaseModel):
             the checkpoint's own.
         max_frames: frames of a video that the model sees, 1 to 1024; by default the checkpoint's
             own.
-        resize: ``torch`` (float32, within 4.4e-4 of the reference) or ``tensorflow`` (the
+        resize: ``torch`` (float32, the reference's pixels to rounding) or ``tensorflow`` (the
             reference's own, extra ``tf``).
         load_format: vLLM's name of the checkpoint's format; ``dummy`` gives random weights.
         seed: of the engine, 0 to 2**32 - 1.
