@@ -85,13 +85,13 @@ class WatchOptions(Options, total=False):
     Attributes:
         point, count: a label in place of the question; `Seen.points` and `Seen.count` have the
             answer, and `Seen.draw` shows it.
-        drop: ``"oldest"``: a frame that arrives while another is answered replaces the one that
-            waits; ``"none"``: the source is read only as fast as frames are answered.
+        drop: ``"oldest"``, the default: a frame that arrives while another is answered replaces
+            the one that waits; ``"none"``: the source is read only as fast as frames are answered.
         max_fps: maximum number of frames per second, in questions and in a window.
-        frame_timeout: seconds without a new frame after which the source has stalled; None
-            waits forever.
-        on_stall: ``"raise"`` CameraError, or ``"reconnect"``: open the source again, with
-            growing pauses, until it delivers.
+        frame_timeout: seconds without a new frame after which the source has stalled, 10 by
+            default; None waits forever.
+        on_stall: ``"raise"`` CameraError, the default, or ``"reconnect"``: open the source again,
+            with growing pauses, until it delivers.
         window: ask about a video instead: the newest frame and up to ``window - 1`` before it,
             answered or not, at their capture times. At least 2; for what happens rather than
             what is there. Models learned from 2 frames per second: ``max_fps=2``.
