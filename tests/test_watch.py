@@ -338,18 +338,16 @@ def test_a_source_that_dies_of_anything_is_an_error(vlm: EdgeVLM, end: Any) -> N
 
 def test_a_camera_that_disappears_is_an_error_or_opened_again(vlm: EdgeVLM) -> None:
     tries = itertools.count()
-    errors: list[BaseException] = [SystemExit(), asyncio.CancelledError(), OSError("unplugged")]
 
     def flaky() -> Iterator[np.ndarray]:
-        yield image(number := next(tries))
-        raise errors[min(number, 2)]
+        yield image(next(tries))
+        raise OSError("unplugged")
 
-    for error in errors:
-        with pytest.raises(CameraError, match=type(error).__name__) as caught:
-            list(vlm.watch(flaky, drop="none", frame_timeout=None))
-        assert caught.value.__cause__ is error
+    with pytest.raises(CameraError, match="OSError") as caught:
+        list(vlm.watch(flaky, drop="none"))
+    assert isinstance(caught.value.__cause__, OSError)
     again = vlm.watch(flaky, on_stall="reconnect", drop="none")
-    assert [value(next(again)) for _ in range(2)] == [3, 4]
+    assert [value(next(again)) for _ in range(2)] == [1, 2]
     again.close()
 
 
