@@ -107,7 +107,7 @@ class EdgeSettings(BaseModel):
         engine: ``thread`` runs in this process; ``process`` in a child process, for applications
             whose own Python code is busy (the main script must be importable).
         max_queue: requests that may wait before new ones are refused.
-        stall_s: seconds after which a single engine step is reported as a stall.
+        stall_s: seconds without a token for any request that are reported as a stall.
         cache_dir: root of every cache on disk; ``~`` is the home directory.
         max_image_bytes: largest encoded image, in bytes.
         max_image_pixels: largest decoded image or frame of a video, in pixels.

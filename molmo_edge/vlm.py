@@ -43,6 +43,7 @@ from molmo_edge.engine.vllm_errors import mapped
 from molmo_edge.errors import (
     ConfigError,
     EngineClosedError,
+    EngineError,
     ImageError,
     MolmoEdgeError,
     PromptError,
@@ -164,7 +165,9 @@ class EdgeVLM:
             self.settings.max_video_s,
             self.settings.max_frames or VideoLimits.max_frames,
         )
-        self._factory = engine if callable(engine) else self._vllm_factory(resolved, began)
+        self._factory: Callable[[Callable[[], bool]], Engine] = (
+            (lambda _: engine()) if callable(engine) else self._vllm_factory(resolved, began)
+        )
         self._ids = itertools.count()
         self._closed = False
         self._restarting = threading.Lock()
@@ -583,14 +586,23 @@ class EdgeVLM:
         return warm(self.batch, self.settings, self.family, tokens, max_rounds)
 
     def reset_caches(self) -> None:
-        """Empty prefix, image and encoder caches, between steps."""
-        self.in_engine_thread(lambda engine: engine.reset_caches())
+        """Empty prefix, image and encoder caches, between steps. Raises EngineError."""
+        try:
+            self.in_engine_thread(lambda engine: engine.reset_caches())
+        except MolmoEdgeError:
+            raise
+        except Exception as exc:
+            raise EngineError(
+                f"Emptying the caches failed: {type(exc).__name__}. The chained error says why."
+            ) from exc
 
     def in_engine_thread(self, function: Callable[[Any], T]) -> T:
         """Run `function(engine)` between steps in the thread that owns the engine.
 
         For what this class does not offer: ``engine.llm`` is the `vllm.LLM`, or with
         ``engine="process"`` the `AsyncLLM`, whose coroutines ``engine.run`` awaits.
+
+        Raises what the function raises, but EngineError for an exception class of vLLM's own.
         """
         return self._loop.call(function)
 
@@ -780,7 +792,9 @@ class EdgeVLM:
 
     # The engine's start.
 
-    def _vllm_factory(self, resolved: Resolved, began: float) -> Callable[[], Engine]:
+    def _vllm_factory(
+        self, resolved: Resolved, began: float
+    ) -> Callable[[Callable[[], bool]], Engine]:
         require_vllm()
         quiet()
         settings = self.settings
@@ -801,11 +815,16 @@ class EdgeVLM:
             )
         # A restart finds all of this done.
         config_s = iter([time.perf_counter() - began])
-        return lambda: build(build_plan, next(config_s, 0.0))
+        return lambda abandoned: build(build_plan, next(config_s, 0.0), abandoned)
 
     def _start(self) -> None:
+        build_engine, settings = self._factory, self.settings
+
+        def factory() -> Engine:
+            return build_engine(lambda: loop.state is not State.STARTING)
+
         loop = self._loop = EngineLoop(
-            self._factory, max_queue=self.settings.max_queue, stall_s=self.settings.stall_s
+            factory, max_queue=settings.max_queue, stall_s=settings.stall_s
         )
         if self._closed:  # by another thread, which did not see this loop
             loop.close()

@@ -12,7 +12,9 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Coroutine, Mapping, Sequence
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from molmo_edge.engine.vllm_engine import (
@@ -23,7 +25,7 @@ from molmo_edge.engine.vllm_engine import (
     sampling_params,
     to_update,
 )
-from molmo_edge.errors import ConfigError, EngineError
+from molmo_edge.errors import ConfigError, EngineClosedError, EngineError
 from molmo_edge.interface import Rendered, Update
 from molmo_edge.sampling import Sampling
 
@@ -32,8 +34,9 @@ T = TypeVar("T")
 # Tells the child its parent and the model family. Not MOLMO_EDGE_…, the prefix of settings.
 _CHILD = "_MOLMO_EDGE_ENGINE_OF"
 _PR_SET_PDEATHSIG = 1
-# The child is killed if it needs longer to end.
-_CLOSE_S = 15.0
+# Seconds for the child to end, then it is killed; to answer a call; and between two looks at
+# whether the engine is to be closed.
+_CLOSE_S, _ANSWER_S, _LOOK_S = 15.0, 120.0, 0.5
 
 
 def require_main_guard() -> None:
@@ -45,8 +48,8 @@ def require_main_guard() -> None:
         )
 
 
-def start(args: Mapping[str, Any], family: str) -> AsyncEngine:
-    """Build `AsyncLLM` on an event loop of the calling thread."""
+def start(args: Mapping[str, Any], family: str, abandoned: Callable[[], bool]) -> AsyncEngine:
+    """Build `AsyncLLM` on an event loop of the calling thread; once `abandoned()`, give up."""
     values = {
         # A forked child of a process with threads may find their locks held for ever.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
@@ -54,11 +57,33 @@ def start(args: Mapping[str, Any], family: str) -> AsyncEngine:
     }
     runner = asyncio.Runner()
     try:
-        with environment(values):
+        with environment(values), killing_children_once(abandoned):
             return AsyncEngine(runner.run(_start(args)), runner)
     except BaseException:
         runner.close()
+        if abandoned():
+            raise EngineClosedError("The engine was closed while it started.") from None
         raise
+
+
+@contextmanager
+def killing_children_once(abandoned: Callable[[], bool]) -> Iterator[None]:
+    """Kill what vLLM starts in the block once `abandoned()`, as nothing interrupts its start."""
+    before, ended = multiprocessing.active_children(), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(_LOOK_S):
+            for child in multiprocessing.active_children() if abandoned() else ():
+                if child not in before and child.name.startswith("EngineCore"):
+                    child.kill()
+
+    watcher = threading.Thread(target=watch, name="molmo-edge-start", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
 
 
 async def _start(args: Mapping[str, Any]) -> Any:
@@ -114,9 +139,12 @@ class AsyncEngine(VllmEngine):
         # Set when there are updates, or a cause.
         self._wake = asyncio.Event()
 
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the engine's loop. Raises EngineError if the child dies meanwhile."""
-        return self._loop.run_until_complete(self._unless_dead(coroutine))
+    def run(self, coroutine: Coroutine[Any, Any, T], timeout_s: float = _ANSWER_S) -> T:
+        """Run a coroutine on the engine's loop.
+
+        Raises EngineError if the child dies meanwhile or does not answer in time.
+        """
+        return self._loop.run_until_complete(self._answered(coroutine, timeout_s))
 
     def add(self, request_id: str, rendered: Rendered, sampling: Sampling) -> None:
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -135,7 +163,10 @@ class AsyncEngine(VllmEngine):
 
     def step(self) -> list[Update]:
         if not self._updates and self._cause is None:
+            # No longer, for a child that hangs: the loop has cancels, deadlines and closes to see.
+            look = self._loop.call_later(_LOOK_S, self._wake.set)
             self._loop.run_until_complete(self._wake.wait())
+            look.cancel()
         self._wake.clear()
         updates, self._updates = self._updates, []
         if self._cause is not None and not updates:
@@ -181,14 +212,21 @@ class AsyncEngine(VllmEngine):
         finally:
             self._readers.pop(request_id, None)
 
-    async def _unless_dead(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Await a call to the child, whose answer never comes if it dies."""
+    async def _answered(self, coroutine: Coroutine[Any, Any, T], timeout_s: float) -> T:
+        """Await a call to the child, whose answer never comes if it dies or hangs."""
         call = asyncio.ensure_future(coroutine)
-        await asyncio.wait({call, self.llm.output_handler}, return_when=asyncio.FIRST_COMPLETED)
-        if not call.done():
-            call.cancel()
-            raise EngineError("The engine's process ended during the call.")
-        return call.result()
+        tasks = {call, self.llm.output_handler}
+        await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if call.done():
+            return call.result()
+        call.cancel()
+        dead = self.llm.output_handler.done()
+        self._cause = EngineError(
+            "The engine's process ended during the call."
+            if dead
+            else f"The engine's process did not answer a call within {timeout_s:g} s."
+        )
+        raise self._cause
 
 
 async def _shut_down(llm: Any) -> None:

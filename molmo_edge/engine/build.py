@@ -10,7 +10,7 @@ import inspect
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,12 @@ logger = logging.getLogger("molmo_edge")
 _ours: dict[str, str] = {}
 
 
-def build(plan: BuildPlan, config_s: float = 0.0) -> Engine:
+def build(plan: BuildPlan, config_s: float, abandoned: Callable[[], bool]) -> Engine:
     """Start the engine in the calling thread, which must be the one that steps it.
 
     Args:
         config_s: seconds the caller spent on settings, device and checkpoint.
+        abandoned: whether nobody waits any longer; ends the start of a child process.
 
     Raises:
         ConfigError, ModelError, MissingDependencyError, EngineStartError: with vLLM's own exception
@@ -47,13 +48,19 @@ def build(plan: BuildPlan, config_s: float = 0.0) -> Engine:
         plan.family.prepare()
         _check_names(plan.settings.engine_args)
         # In a frame of its own: a module that keeps an ImportError keeps this one for good.
-        return _start(plan, config_s, began, imported)
+        return _start(plan, config_s, abandoned, began, imported)
 
 
-def _start(plan: BuildPlan, config_s: float, began: float, imported: float) -> Engine:
+def _start(
+    plan: BuildPlan,
+    config_s: float,
+    abandoned: Callable[[], bool],
+    began: float,
+    imported: float,
+) -> Engine:
     settings, family = plan.settings, plan.family
     engine = (
-        async_engine.start(plan.llm_args, family.name)
+        async_engine.start(plan.llm_args, family.name, abandoned)
         if settings.engine == "process"
         else vllm_engine.start(plan.llm_args)
     )

@@ -42,7 +42,7 @@ _NOT_READY = "The engine is not ready yet."
 class State(StrEnum):
     """STARTING → READY → CLOSING → CLOSED; DEAD after a failed start or step.
 
-    READY shows as STALLED while one step lasts longer than `stall_s`.
+    READY shows as STALLED while requests wait for longer than `stall_s` for any of them to go on.
     """
 
     STARTING = "starting"
@@ -59,7 +59,7 @@ class EngineLoop:
     Args:
         factory: builds the engine; called once, in the loop's thread.
         max_queue: maximum number of requests in flight, running or waiting.
-        stall_s: a step longer than this many seconds is a stall.
+        stall_s: requests without a token for this many seconds are a stall.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class EngineLoop:
         self._engine: Engine | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._active: dict[str, PendingRequest] = {}  # the engine thread's alone
-        self._step_began: float | None = None
+        self._quiet_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="molmo-edge-engine", daemon=True)
 
     # Any thread.
@@ -88,8 +88,8 @@ class EngineLoop:
     @property
     def state(self) -> State:
         """State of the engine now."""
-        began = self._step_began
-        stalled = began is not None and time.monotonic() - began > self._stall_s
+        since = self._quiet_since
+        stalled = since is not None and time.monotonic() - since > self._stall_s
         return State.STALLED if stalled and self._state is State.READY else self._state
 
     @property
@@ -216,7 +216,12 @@ class EngineLoop:
             self._inbox.put(run)
         self._changed.wait(lambda: bool(results or errors))
         if errors:
-            raise errors.pop()
+            error = errors.pop()
+            if type(error).__module__.startswith("vllm."):
+                raise EngineError(
+                    f"vLLM failed the call: {type(error).__name__}. The chained error says why."
+                ) from error
+            raise error
         return results.pop()
 
     def close(self, timeout: float | None = None, *, drain: bool = False) -> bool:
@@ -236,8 +241,9 @@ class EngineLoop:
     def _check_owner(self) -> None:
         if not self._is_owner():
             raise EngineForkedError(
-                "This engine belongs to the parent process. Build one in the child, or start "
-                'children with multiprocessing\'s "spawn" method.'
+                "This engine belongs to the parent process. Start children with "
+                'multiprocessing\'s "spawn" method, or build one in the child with '
+                'engine="process".'
             )
 
     def _leave(self, *, drain: bool) -> None:
@@ -301,6 +307,7 @@ class EngineLoop:
         """Run commands between steps, and steps while there are requests, until closing."""
         while True:
             if not self._active and self._state is not State.CLOSING:
+                self._quiet_since = None
                 self._inbox.get()()  # `close` puts a command after setting the state
             self._run_commands()
             if self._state is State.CLOSING and not (self._drain and self._active):
@@ -315,9 +322,10 @@ class EngineLoop:
 
     def _step(self) -> None:
         assert self._engine is not None
-        self._step_began = time.monotonic()
+        self._quiet_since = self._quiet_since or time.monotonic()
         updates = self._engine.step()
-        self._step_began = None
+        if updates:
+            self._quiet_since = None
         now = time.monotonic()
         for update in updates:
             request = self._active.get(update.request_id)

@@ -23,6 +23,15 @@ _ONLY_ENGINE = threading.Lock()
 _ENVIRONMENT = threading.Lock()
 
 
+def _new_lock() -> None:
+    """A child forked during a start would wait for ever for its parent's lock."""
+    global _ENVIRONMENT
+    _ENVIRONMENT = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_new_lock)
+
+
 def start(args: Mapping[str, Any]) -> VllmEngine:
     """Build `vllm.LLM` in the calling thread. Raises ConfigError while there is another one."""
     if not _ONLY_ENGINE.acquire(blocking=False):

@@ -130,6 +130,7 @@ def test_an_interrupted_constructor_leaves_no_engine(interrupted: Interrupted) -
 _FORKED = """
     import asyncio, os, sys
     from molmo_edge import EdgeVLM, Request
+    from molmo_edge.engine import vllm_engine
     from molmo_edge.engine.fake import FakeEngine
     from molmo_edge.errors import EngineForkedError
 
@@ -159,11 +160,13 @@ _FORKED = """
         assert vlm.close()
         with EdgeVLM(engine=FakeEngine.factory("mine")) as own:
             assert own.query(None, "q").text == "mine"
+        assert vllm_engine._ENVIRONMENT.acquire(timeout=1)
 
-    pid = os.fork()
-    if pid == 0:
-        child()
-        sys.exit(7)
+    with vllm_engine._ENVIRONMENT:  # as another engine's start may hold it
+        pid = os.fork()
+        if pid == 0:
+            child()
+            sys.exit(7)
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 7, status
     assert vlm.query(None, "q").text == "one two three"

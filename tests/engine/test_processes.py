@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -14,9 +18,17 @@ import pytest
 
 from molmo_edge import EdgeVLM
 from molmo_edge.devices.detect import detect
+from molmo_edge.engine.async_engine import AsyncEngine, killing_children_once
 from molmo_edge.engine.loop import State
-from molmo_edge.errors import ConfigError, EngineDeadError
+from molmo_edge.errors import (
+    ConfigError,
+    EngineClosedError,
+    EngineDeadError,
+    EngineError,
+)
+from molmo_edge.interface import EngineInfo, Rendered
 from tests.conftest import STUB
+from tests.engine.support import eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -38,6 +50,79 @@ def test_ctrl_c_at_the_terminal_does_not_end_the_child(process_vlm: EdgeVLM) -> 
         child.send_signal(signal.SIGINT)
     assert stream.result().metrics.output_tokens == 200
     assert process_vlm.query(None, "x", max_tokens=4).metrics.output_tokens == 4
+
+
+class Hanging:
+    """What `AsyncEngine` uses of an `AsyncLLM`, whose process never answers."""
+
+    def __init__(self) -> None:
+        self.engine_core = SimpleNamespace(resources=SimpleNamespace(ctx=self))
+        self.calls: list[str] = []
+
+    async def build(self) -> Hanging:
+        self.output_handler = asyncio.ensure_future(self.get())
+        return self
+
+    async def get(self) -> Any:
+        await asyncio.sleep(3600)
+
+    get_nowait = reset_prefix_cache = lambda self: None
+
+    async def add_request(self, *_: object) -> Hanging:
+        return self
+
+    async def abort(self, request_ids: list[str]) -> None:
+        self.calls.append("abort")
+
+    def shutdown(self, timeout: float) -> None:
+        self.calls.append("shutdown")
+
+    def destroy(self, linger: int) -> None:
+        self.calls.append("destroy")
+
+
+def test_a_child_that_hangs_holds_up_neither_cancels_nor_closing() -> None:
+    from vllm import SamplingParams  # noqa: F401  # takes longer than a request waits
+
+    llm = Hanging()
+
+    def build() -> AsyncEngine:
+        runner = asyncio.Runner()
+        engine = AsyncEngine(runner.run(llm.build()), runner)
+        engine.info = EngineInfo(2048)
+        engine.renderer = SimpleNamespace(render=lambda turns, options: Rendered(None))  # type: ignore[assignment]
+        return engine
+
+    with EdgeVLM(engine=build, stall_s=1) as vlm:
+        stream = vlm.stream(None, "x")
+        eventually(lambda: vlm.state == "stalled")
+        stream.cancel()
+        eventually(lambda: llm.calls == ["abort"])
+        stream = vlm.stream(None, "y")
+        with pytest.raises(EngineError, match=r"within 0\.1 s"):
+            vlm.in_engine_thread(lambda engine: engine.run(llm.get(), timeout_s=0.1))
+        with pytest.raises(EngineDeadError):
+            stream.result()
+        vlm.restart()
+        stream = vlm.stream(None, "x")
+    with pytest.raises(EngineClosedError):
+        stream.result()
+    assert llm.calls == ["abort", "shutdown", "destroy", "shutdown", "destroy"]
+
+
+def test_a_start_that_nobody_waits_for_is_killed() -> None:
+    context = multiprocessing.get_context("spawn")
+    names = ["EngineCore", "of the user", "EngineCore"]
+    processes = [context.Process(target=time.sleep, args=(60,), name=name) for name in names]
+    processes[0].start()  # of another engine
+    with killing_children_once(lambda: True):
+        for process in processes[1:]:
+            process.start()
+        processes[2].join()
+    assert [process.is_alive() for process in processes] == [True, True, False]
+    for process in processes:
+        process.kill()
+        process.join()
 
 
 def test_the_death_of_the_child_reaches_every_waiter_and_leaves_nothing(

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.timeout(60)
 
 
 def test_calls_run_in_the_engines_thread_which_cannot_wait_for_answers() -> None:
-    fake = FakeEngine.factory()
+    fake = FakeEngine.factory(faults=[Fault("reset_caches", OSError(), 1)])
     with opened(fake) as vlm:
         assert vlm.in_engine_thread(lambda engine: engine is fake.engine)
         again = vlm.in_engine_thread(lambda _: vlm.in_engine_thread(lambda engine: engine.closed))
@@ -29,8 +29,13 @@ def test_calls_run_in_the_engines_thread_which_cannot_wait_for_answers() -> None
         for call in (lambda: vlm.query(None, "q"), vlm.restart):
             with pytest.raises(EngineError, match="own thread"):
                 vlm.in_engine_thread(lambda engine, call=call: call())
+        own = type("EngineDeadError", (Exception,), {"__module__": "vllm.v1.engine.exceptions"})
+        with pytest.raises(EngineError, match="vLLM failed"):
+            vlm.in_engine_thread(lambda engine: exec("raise own", {"own": own}))
+        with pytest.raises(EngineError, match="caches failed: OSError"):
+            vlm.reset_caches()
         vlm.reset_caches()
-        assert fake.calls["reset_caches"] == 1 and vlm.state == "ready"
+        assert fake.calls["reset_caches"] == 2 and vlm.state == "ready"
 
 
 def test_a_call_that_waits_for_an_engine_that_dies_is_woken() -> None:
