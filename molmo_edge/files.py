@@ -27,6 +27,13 @@ def expand_home(path: Path | str) -> Path:
         raise ConfigError(f"'{path}' begins with an unknown home directory.") from None
 
 
+def file_mode(path: Path) -> int:
+    """What a path is, for the functions of `stat`; 0 for nothing, or a name that cannot be."""
+    with suppress(OSError, ValueError):
+        return path.stat().st_mode
+    return 0
+
+
 def write_file(path: Path, content: str | bytes) -> None:
     """Write a regular file, in a directory that is created when missing. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -204,13 +204,6 @@ def image_files(directory: Path) -> list[Path]:
     )
 
 
-def file_mode(path: Path) -> int:
-    """What a path is, for the functions of `stat`; 0 for nothing, or a name that cannot be."""
-    with suppress(OSError, ValueError):
-        return path.stat().st_mode
-    return 0
-
-
 def printable(path: str | Path) -> str:
     """A path as error messages name it: in quotes, its end if it is long."""
     text = "".join("?" if unicodedata.category(c)[0] == "C" else c for c in str(path))

@@ -33,7 +33,6 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from molmo_edge import images
 from molmo_edge.errors import (
     CameraError,
     ConfigError,
@@ -44,8 +43,8 @@ from molmo_edge.errors import (
     RequestError,
     VideoError,
 )
-from molmo_edge.files import expand_home
-from molmo_edge.images import SUFFIXES, ImageLike, file_mode, printable, private_copy
+from molmo_edge.files import expand_home, file_mode
+from molmo_edge.images import SUFFIXES, ImageLike, image_files, printable, private_copy
 from molmo_edge.points import CountResult, PointResult
 from molmo_edge.results import Result
 from molmo_edge.settings import plain
@@ -419,7 +418,7 @@ def _frames_of(source: Source) -> tuple[_Frames, bool]:
 
 
 def _read_directory(directory: Path) -> Generator[ImageLike, None, None]:
-    files = images.image_files(directory)
+    files = image_files(directory)
     if not files:
         raise CameraError(
             f"The directory {printable(directory)} holds no image (JPEG, PNG, WebP or BMP)."

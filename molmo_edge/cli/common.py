@@ -21,8 +21,8 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from molmo_edge.errors import ImageError, MolmoEdgeError, VideoError
-from molmo_edge.files import expand_home
-from molmo_edge.images import ImageLimits, file_mode, load, printable
+from molmo_edge.files import expand_home, file_mode
+from molmo_edge.images import ImageLimits, load, printable
 from molmo_edge.models.hub import NOTICE, STUBS
 from molmo_edge.settings import resolve
 

@@ -37,8 +37,8 @@ from molmo_edge.cli.common import (
     write,
 )
 from molmo_edge.errors import ConfigError, InputError, RequestError
-from molmo_edge.files import replacing
-from molmo_edge.images import SUFFIXES, file_mode
+from molmo_edge.files import file_mode, replacing
+from molmo_edge.images import SUFFIXES
 from molmo_edge.points import CountResult, Point, PointResult, TrackResult
 from molmo_edge.stream import Stream
 from molmo_edge.watch import Camera

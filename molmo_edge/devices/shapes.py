@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from molmo_edge.devices.tensors import (
     tensor_shapes,
 )
 from molmo_edge.errors import ModelError, did_you_mean
+from molmo_edge.files import file_mode
 from molmo_edge.settings import PRECISIONS as REQUESTS
 
 PRECISIONS = tuple(name for name in REQUESTS if name != "auto")
@@ -199,7 +201,7 @@ def model_shape(model: str | Path) -> ModelShape:
         ModelError: neither a directory nor known, a broken file, or a layout not supported.
     """
     directory, name = Path(model), str(model)
-    if directory.is_dir():
+    if stat.S_ISDIR(file_mode(directory)):
         return _shape(directory.name, read_config(directory), tensors(directory))
     if name in KNOWN:
         return _shape(name, KNOWN[name], [])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import stat
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from molmo_edge.devices.tensors import KNOWN
 from molmo_edge.errors import MissingDependencyError, ModelError
-from molmo_edge.files import expand_home, replacing
+from molmo_edge.files import expand_home, file_mode, replacing
 
 STUB, STUB2 = "stub", "stub-2"
 # The directory of each; its last number changes with the content of the files.
@@ -62,10 +63,10 @@ def locate_cached(model: str, cache_dir: Path) -> Path | None:
 
 def _is_hub_name(model: str) -> bool:
     """Whether it is a hub name, not a directory. Raises ModelError if it is neither."""
-    directory = expand_home(model)
-    if directory.is_dir():
+    mode = file_mode(expand_home(model))
+    if stat.S_ISDIR(mode):
         return False
-    if not _HUB_NAME.fullmatch(model) or directory.exists():
+    if not _HUB_NAME.fullmatch(model) or mode:
         raise ModelError(
             f"'{model}' is not a directory. Give a checkpoint directory, a hub name such as "
             "allenai/Molmo2-4B, or 'stub' or 'stub-2' for a built-in one."

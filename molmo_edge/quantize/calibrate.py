@@ -13,6 +13,7 @@ arXiv 2306.00978). Inputs come from the reference implementation, in float32 on 
 
 from __future__ import annotations
 
+import stat
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from safetensors import safe_open
 from molmo_edge.checkpoint_files import Tensor, read_config
 from molmo_edge.devices.tensors import BLOCKS, TEXT, VISION
 from molmo_edge.errors import ImageError, QuantizeError
+from molmo_edge.files import file_mode
 from molmo_edge.images import SUFFIXES, image_files, load
 from molmo_edge.models.molmo.hf import load_tokenizer
 from molmo_edge.models.molmo.prompts import ImageTokenIds
@@ -125,7 +127,7 @@ def read_prompts(checkpoint: Path, directory: Path) -> list[Prompt]:
         QuantizeError: no images, or one that is not readable.
         ModelError: no tokenizer, or one that lacks the image tokens.
     """
-    files = image_files(directory) if directory.is_dir() else []
+    files = image_files(directory) if stat.S_ISDIR(file_mode(directory)) else []
     if not files:
         raise QuantizeError(
             f"'{directory}' is not a directory with images ({', '.join(SUFFIXES)}). Give one with "

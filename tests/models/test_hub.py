@@ -104,6 +104,8 @@ def test_a_cached_model_is_located_without_the_hub(
     assert locate_cached(MOLMOS[0], tmp_path) == snapshot
     with pytest.raises(ModelError, match="not a directory"):
         locate_cached("no such model", tmp_path)
+    with pytest.raises(ModelError, match="not a directory"):
+        locate_cached("x" * 300, tmp_path)
 
 
 def test_a_full_disk_is_a_model_error_and_leaves_nothing(
