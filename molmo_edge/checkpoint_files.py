@@ -92,7 +92,8 @@ def weight_files(directory: Path) -> list[Path]:
     """
     index = directory / INDEX
     if not index.is_file():
-        return sorted(directory.glob("*.safetensors"))
+        # Not the hidden files that macOS writes beside others.
+        return sorted(directory.glob("[!.]*.safetensors"))
     weight_map = read_json(index).get("weight_map")
     files = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not files or not all(isinstance(name, str) for name in files):

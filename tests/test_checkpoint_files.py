@@ -93,6 +93,7 @@ def test_broken_index(tmp_path: Path, index: Any, message: str) -> None:
 
 
 def test_a_tensor_in_two_files_and_a_directory_without_weights(tmp_path: Path) -> None:
+    (tmp_path / "._a.safetensors").write_text("of macOS")
     assert tensors(tmp_path) == []
     with pytest.raises(ModelError, match=r"holds no \*\.safetensors"):
         check_weights(tmp_path)

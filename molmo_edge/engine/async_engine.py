@@ -23,7 +23,6 @@ from molmo_edge.engine.vllm_engine import (
     environment,
     release_memory,
     sampling_params,
-    to_update,
 )
 from molmo_edge.errors import ConfigError, EngineClosedError, EngineError
 from molmo_edge.interface import Rendered, Update
@@ -204,7 +203,7 @@ class AsyncEngine(VllmEngine):
             while not finished:
                 output = outputs.get_nowait() or await outputs.get()
                 finished = output.finished
-                self._updates.append(to_update(output))
+                self._updates.append(self.to_update(output))
                 self._wake.set()
         except Exception as exc:  # vLLM hands every reader the end of the engine
             self._cause = exc

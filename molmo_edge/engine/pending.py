@@ -21,6 +21,12 @@ from molmo_edge.interface import Rendered, Update
 from molmo_edge.results import Metrics, Result
 from molmo_edge.sampling import Sampling
 
+_NAN = (
+    "The model computed NaN. A number format overflows, or a kernel is broken on this device: try "
+    "dtype bfloat16 or float32, precision bf16, kv_cache_dtype auto or another attention_backend. "
+    "`molmo-edge verify` tries a combination without the weights; if all fail, download them again."
+)
+
 # A Ctrl-C that comes just before a thread blocks is noticed only when the thread wakes.
 _INTERRUPT_S = 0.5
 
@@ -152,6 +158,9 @@ class PendingRequest:
         """Add what a step produced at `now`; nothing when the request has ended before."""
         with self._lock:
             if self.done:
+                return
+            if any(map(math.isnan, update.logprobs or ())):
+                self.fail(GenerationError(_NAN))
                 return
             text = update.text
             if text and self._answer_prefix:

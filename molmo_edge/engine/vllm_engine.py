@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import os
 import sys
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 
 from molmo_edge.errors import ConfigError, EngineClosedError, SamplingError
 from molmo_edge.interface import EngineInfo, Rendered, Renderer, Turn, Update
+from molmo_edge.models.nan import nan_token
 from molmo_edge.models.vllm_workarounds import llvmlite_hidden
 from molmo_edge.sampling import Sampling
 
@@ -67,6 +69,7 @@ class VllmEngine:
     def __init__(self, llm: Any, core: Any) -> None:
         self.llm = llm
         self.core = core
+        self._nan_token = nan_token(core.model_config.hf_config)
 
     def render(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> Rendered:
         renderer = self.renderer
@@ -110,7 +113,7 @@ class VllmEngine:
             raise
 
     def step(self) -> list[Update]:
-        return [to_update(output) for output in self.core.step()]
+        return [self.to_update(output) for output in self.core.step()]
 
     def abort(self, request_ids: Sequence[str]) -> None:
         self.core.abort_request(list(request_ids))
@@ -119,6 +122,27 @@ class VllmEngine:
         self.core.reset_prefix_cache()
         self.core.reset_mm_cache()
         self.core.reset_encoder_cache()
+
+    def to_update(self, output: Any) -> Update:
+        """Convert vLLM's RequestOutput of one request, with deltas; NaN is a log-probability."""
+        (completion,) = output.outputs
+        logprobs = top_logprobs = None
+        if self._nan_token in completion.token_ids:
+            logprobs = [math.nan]
+        elif completion.logprobs is not None:
+            entries = list(zip(completion.token_ids, completion.logprobs, strict=True))
+            logprobs = [entry[token].logprob for token, entry in entries]
+            # vLLM puts the chosen token first, then the most likely ones.
+            top_logprobs = [{t: one.logprob for t, one in entry.items()} for _, entry in entries]
+        return Update(
+            output.request_id,
+            completion.text,
+            completion.token_ids,
+            logprobs,
+            top_logprobs,
+            completion.finish_reason,
+            output.num_cached_tokens,
+        )
 
     def close(self) -> None:
         core, self.core, self.llm, self.renderer = self.core, None, None, None
@@ -156,26 +180,6 @@ def sampling_params(sampling: Sampling) -> Any:
         ignore_eos=sampling.ignore_eos,
         structured_outputs=None if schema is None else StructuredOutputsParams(json=dict(schema)),
         output_kind=RequestOutputKind.DELTA,
-    )
-
-
-def to_update(output: Any) -> Update:
-    """Convert vLLM's RequestOutput of one request, with deltas, to an Update."""
-    (completion,) = output.outputs
-    logprobs = top_logprobs = None
-    if completion.logprobs is not None:
-        entries = list(zip(completion.token_ids, completion.logprobs, strict=True))
-        logprobs = [entry[token].logprob for token, entry in entries]
-        # vLLM puts the chosen token first, then the most likely ones.
-        top_logprobs = [{t: one.logprob for t, one in entry.items()} for _, entry in entries]
-    return Update(
-        output.request_id,
-        completion.text,
-        completion.token_ids,
-        logprobs,
-        top_logprobs,
-        completion.finish_reason,
-        output.num_cached_tokens,
     )
 
 

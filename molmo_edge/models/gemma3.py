@@ -59,12 +59,18 @@ class Gemma3:
         from vllm import ModelRegistry
 
         from molmo_edge.models.attention import register as register_attention
+        from molmo_edge.models.nan import checked_logits
         from molmo_edge.models.vllm_workarounds import gemma3_without_torchvision
 
         with gemma3_without_torchvision():
-            from vllm.model_executor.models.gemma3_mm import Gemma3ForConditionalGeneration as Model
+            from vllm.model_executor.models.gemma3_mm import Gemma3ForConditionalGeneration as Stock
+
+        class Model(Stock):  # type: ignore[misc]
+            def compute_logits(self, hidden_states: Any) -> Any:
+                return checked_logits(super().compute_logits(hidden_states), self.config)
+
         # The class itself: for a name, vLLM starts one more process to inspect it.
-        ModelRegistry.register_model(Model.__name__, Model)
+        ModelRegistry.register_model(Stock.__name__, Model)
         register_attention()
 
     def renderer(self, engine: Any, max_crops: int, resize: Resize) -> Renderer:

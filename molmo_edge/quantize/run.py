@@ -23,7 +23,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from molmo_edge._version import __version__
-from molmo_edge.checkpoint_files import FLOATS, INDEX, Tensor, check_weights, read_config
+from molmo_edge.checkpoint_files import (
+    INDEX,
+    Tensor,
+    check_tensors,
+    check_weights,
+    read_config,
+)
 from molmo_edge.checkpoint_files import tensors as read_headers
 from molmo_edge.devices.tensors import molmo2_tensor_shapes, tensor_shapes
 from molmo_edge.errors import QuantizeError
@@ -97,9 +103,9 @@ def quantize(
 
     Raises:
         QuantizeError: unknown scheme, output exists, not enough disk space, a checkpoint that is
-            quantised already, lacks tensors, or contains NaN or infinity; no images in
-            `calibrate`, an unreadable one, or a scheme that gains nothing from calibration.
-        ModelError: no readable Molmo checkpoint.
+            quantised already or contains NaN or infinity; no images in `calibrate`, an unreadable
+            one, or a scheme that gains nothing from calibration.
+        ModelError: no readable Molmo checkpoint, or one that lacks tensors.
     """
     began = time.monotonic()
     if scheme not in FORMATS:
@@ -146,33 +152,19 @@ def read_tensors(directory: Path, config: Mapping[str, Any], form: Format) -> li
             f"'{directory}' is quantised already (its config.json has a quantization_config). Give "
             "the original checkpoint."
         )
-    stored = {tensor.name: tensor for tensor in read_headers(directory)}
+    stored = read_headers(directory)
     if molmo2:
         shapes = molmo2_tensor_shapes(config)
     else:
-        tower = tower_of({name: tensor.shape for name, tensor in stored.items()})
-        shapes = tensor_shapes(config, tower)
+        shapes = tensor_shapes(config, tower_of({one.name: one.shape for one in stored}))
+    check_tensors(stored, shapes)
     for name, shape in shapes.items():
-        if name not in stored:
-            raise QuantizeError(
-                f"The checkpoint lacks '{name}'. Finish the download, or give another one."
-            )
-        if stored[name].shape != shape:
-            raise QuantizeError(
-                f"'{name}' has shape {stored[name].shape}, but config.json asks for {shape}."
-            )
         if form.group and _QUANTIZED.fullmatch(name) and shape[1] % form.group:
             raise QuantizeError(
                 f"'{name}' has {shape[1]} columns, not a multiple of the {form.group} that share a "
                 "scale. Use --scheme fp8."
             )
-    for tensor in stored.values():
-        if tensor.dtype not in FLOATS:
-            raise QuantizeError(
-                f"'{tensor.name}' is stored as {tensor.dtype}; the checkpoint is quantised "
-                "already, or not an original. Expected are float32, float16 or bfloat16."
-            )
-    return list(stored.values())
+    return stored
 
 
 def check_disk(directory: Path, tensors: Sequence[Tensor], form: Format) -> None:

@@ -12,6 +12,7 @@ import jsonschema
 import numpy as np
 import psutil
 import pytest
+import torch
 from pydantic import BaseModel, Field
 
 from molmo_edge import EdgeVLM, Request
@@ -209,6 +210,50 @@ def test_a_request_sets_its_own_crops_and_its_thread_keeps_no_thread_pool(
 def test_a_misspelt_engine_argument_is_refused_with_the_right_name(cache_dir: Path) -> None:
     with pytest.raises(ConfigError, match="max_num_batched_tokens"):
         EdgeVLM(cache_dir=cache_dir, engine_args={"max_num_batched_token": 9})
+
+
+def _with_vision_weights(vlm: EdgeVLM, value: float) -> float:
+    """Set a bias of the projection of image features, and return what it was; empty all caches."""
+
+    def change(model: Any) -> float:
+        for module in model.modules():
+            if isinstance(cache := getattr(module, "kv_cache", None), torch.Tensor):
+                cache.zero_()  # what is masked out is multiplied by 0, and NaN stays NaN
+        bias = model.vision_backbone.image_pooling_2d.o_proj.bias.data
+        before = float(bias[0])
+        bias[0] = value
+        return before
+
+    def in_engine(engine: Any) -> float:
+        engine.reset_caches()
+        [before] = engine.llm.apply_model(change)
+        return float(before)
+
+    return vlm.in_engine_thread(in_engine)
+
+
+def test_nan_is_an_error_of_the_requests_it_reaches_alone(
+    stub_vlm: EdgeVLM, photo: np.ndarray
+) -> None:
+    """Not "!!!!", no point, or a JSON object that the grammar made of nothing."""
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
+    before = _with_vision_weights(stub_vlm, float("nan"))
+    try:
+        healthy = stub_vlm.stream(None, "x")
+        for verb in (
+            lambda: stub_vlm.query(photo, "x"),
+            lambda: stub_vlm.query(photo, "x", temperature=1.0, top_p=0.5, seed=1, logprobs=2),
+            lambda: stub_vlm.query(photo, "x", json_schema=schema),
+            lambda: stub_vlm.point(photo, "cup"),
+            lambda: stub_vlm.score(photo, "x", [5, 6]),
+            lambda: stub_vlm.warmup(tokens=2, max_rounds=2),
+        ):
+            with pytest.raises(GenerationError, match=r"computed NaN.*dtype bfloat16"):
+                verb()
+        assert healthy.result().text == TEXT
+    finally:
+        _with_vision_weights(stub_vlm, before)
+    assert stub_vlm.query(photo, "x").text == TEXT
 
 
 # Structured answers.

@@ -141,10 +141,10 @@ LAYER = "model.transformer.blocks.1.ff_out.weight"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(LAYER), r"lacks 'model\.transformer\.blocks\.1\.ff_out"),
+        (lambda t: t.pop(LAYER), r"lacks 1 tensors, first 'model\.transformer\.blocks\.1\.ff_out"),
         (lambda t: t.pop("model.vision_backbone.pad_embed"), "pad_embed"),
-        (lambda t: t.update({LAYER: t[LAYER][:, :256].clone()}), "config.json asks for"),
-        (lambda t: t.update({LAYER: t[LAYER].to(torch.int8)}), "stored as I8"),
+        (lambda t: t.update({LAYER: t[LAYER][:, :256].clone()}), "wrong shapes in 1"),
+        (lambda t: t.update({LAYER: t[LAYER].to(torch.int8)}), "quantised 1 tensors"),
         (lambda t: t[LAYER].fill_(float("nan")), "contains NaN or infinity"),
     ],
 )
@@ -156,6 +156,6 @@ def test_a_damaged_checkpoint_is_refused_naming_the_tensor(
     tensors = tensors_of(directory)
     change(tensors)
     save_file(tensors, directory / "model.safetensors")
-    with pytest.raises(QuantizeError, match=message):
+    with pytest.raises((ModelError, QuantizeError), match=message):
         quantize(directory, tmp_path / "out", "w4a16")
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]

@@ -9,6 +9,8 @@ What stock vLLM computes differently from AllenAI's reference, and what corrects
 3. a prompt that is already token ids is decoded, re-encoded and given a second BOS
    (`_postprocess_prompt`);
 4. `max_crops` reaches the pixels but not the token count (`MolmoInfo`).
+
+NaN is marked (`models/nan.py`).
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from vllm.multimodal.processing import (
 from molmo_edge.models.molmo.image_processor import MolmoImageProcessor, processor_of
 from molmo_edge.models.molmo.prompts import ImageTokenIds
 from molmo_edge.models.molmo.tiling import largest_tiling, tiling_for
+from molmo_edge.models.nan import checked_logits, ignore_bitmask_warning
 from molmo_edge.models.processor_options import processor_options
 from molmo_edge.models.prompts import bos_id
 from molmo_edge.models.vllm_workarounds import adapt_processor
@@ -149,6 +152,7 @@ class MolmoForCausalLM(stock.MolmoForCausalLM):  # type: ignore[misc]
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        ignore_bitmask_warning()
         pooling = self.vision_backbone.image_pooling_2d
         self.set_submodule(
             "vision_backbone.image_pooling_2d.attn",
@@ -160,3 +164,6 @@ class MolmoForCausalLM(stock.MolmoForCausalLM):  # type: ignore[misc]
         patch = torch.tensor([self.img_patch_id], device=features[0].device)
         embedding = self.model.embed_tokens(patch)
         return [feature + embedding for feature in features]
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return checked_logits(super().compute_logits(hidden_states), self.config)

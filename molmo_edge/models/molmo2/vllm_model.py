@@ -19,7 +19,6 @@ What stock vLLM computes differently from AllenAI's reference, and what corrects
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -28,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CacheConfig, VllmConfig
@@ -75,6 +73,7 @@ from molmo_edge.models.molmo2.inputs import (
 )
 from molmo_edge.models.molmo2.prompts import frame_tokens, image_tokens
 from molmo_edge.models.molmo2.tiling import Tiling
+from molmo_edge.models.nan import checked_logits, ignore_bitmask_warning
 from molmo_edge.models.processor_options import FROM_VLLM, processor_options
 from molmo_edge.models.prompts import bos_id
 from molmo_edge.models.tiling import candidates
@@ -283,7 +282,7 @@ class SelfAttention(nn.Module):  # type: ignore[misc]
             self.head_dim,
             heads,
             kv_heads,
-            bias=config.qkv_bias,
+            bias=False,
             quant_config=quant_config,
             prefix=f"{prefix}.qkv_proj",
         )
@@ -294,12 +293,10 @@ class SelfAttention(nn.Module):  # type: ignore[misc]
             quant_config=quant_config,
             prefix=f"{prefix}.o_proj",
         )
-        self.q_norm = self.k_norm = None
         self.norm_by_head = config.qk_norm_type == "qwen3"
-        if config.use_qk_norm:
-            q, k = (self.head_dim,) * 2 if self.norm_by_head else self.sizes[:2]
-            self.q_norm = RMSNorm(q, eps=config.layer_norm_eps)
-            self.k_norm = RMSNorm(k, eps=config.layer_norm_eps)
+        q_size, k_size = (self.head_dim,) * 2 if self.norm_by_head else self.sizes[:2]
+        self.q_norm = RMSNorm(q_size, eps=config.layer_norm_eps)
+        self.k_norm = RMSNorm(k_size, eps=config.layer_norm_eps)
         rope = config.rope_parameters
         if config.rope_scaling_layers is not None and layer not in config.rope_scaling_layers:
             rope = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
@@ -319,8 +316,7 @@ class SelfAttention(nn.Module):  # type: ignore[misc]
     def forward(self, positions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         qkv, _ = self.qkv_proj(hidden)
         q, k, v = qkv.split(self.sizes, dim=-1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self._normed(self.q_norm, q), self._normed(self.k_norm, k)
+        q, k = self._normed(self.q_norm, q), self._normed(self.k_norm, k)
         q, k = self.rotary_emb(positions, q, k)
         output, _ = self.o_proj(self.attn(q, k, v))
         return output
@@ -433,8 +429,7 @@ class Molmo2ForConditionalGeneration(stock.Molmo2ForConditionalGeneration):  # t
         nn.Module.__init__(self)
         # Here and not in the plugin: other models keep vLLM's own backends.
         attention.register()
-        # A grammar's mask has no bits for image tokens, whose logits need none.
-        warnings.filterwarnings("ignore", "The bitmask covers only", UserWarning)
+        ignore_bitmask_warning()
         self.config = config = vllm_config.model_config.hf_config
         self.multimodal_config = vllm_config.model_config.multimodal_config
         text = config.text_config
@@ -470,13 +465,7 @@ class Molmo2ForConditionalGeneration(stock.Molmo2ForConditionalGeneration):  # t
             )
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Logits of all tokens that a prompt may hold; image tokens are never generated.
-
-        Without theirs, prompt_logprobs and penalties of vLLM would read beyond the last.
-        """
-        logits = super().compute_logits(hidden_states)
-        extra = self.config.text_config.additional_vocab_size
-        return F.pad(logits, (0, extra), value=-torch.inf)
+        return checked_logits(super().compute_logits(hidden_states), self.config)
 
     def embed_multimodal(self, **kwargs: Any) -> list[torch.Tensor]:
         """Embeddings of the image tokens of each item: their own plus, for patches, a feature."""
