@@ -115,7 +115,7 @@ def check_weights(directory: Path) -> None:
     if not weight_files(directory):
         raise ModelError(
             f"'{directory}' holds no *.safetensors weights."
-            f"{_what_it_is(directory) or ' Finish the download.'}"
+            f"{_what_it_is(directory) or ' Finish the download; other formats are not read.'}"
         )
 
 
@@ -196,8 +196,12 @@ def _refuse_pointer(path: Path) -> None:
 
 def _what_it_is(directory: Path) -> str:
     """A sentence on what a directory is that is no checkpoint; empty if nobody knows."""
-    if snapshots := sorted((directory / "snapshots").glob("*/config.json")):
-        return f" This is a Hugging Face cache; give '{snapshots[-1].parent}'."
+    inner = [
+        file.parent for at in ("snapshots/*", "*") for file in directory.glob(f"{at}/config.json")
+    ]
+    if inner:  # of a Hugging Face cache, or of the user's own
+        newest = max(inner, key=lambda one: one.stat().st_mtime)
+        return f" The checkpoint is in a directory below: give '{newest}'."
     if any(directory.glob("models--*")):
         return " This is the root of a Hugging Face cache; give a hub name, or a snapshot in it."
     if (directory / "adapter_config.json").is_file():

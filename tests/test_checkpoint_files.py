@@ -223,7 +223,8 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"snapshots/0a/config.json": "{}"}, "Hugging Face cache; give '.*snapshots/0a'"),
+        ({"snapshots/0a/config.json": "{}"}, "below: give '.*snapshots/0a'"),
+        ({"molmo/config.json": "{}"}, "below: give '.*molmo'"),
         ({"models--allenai--x/refs/main": "0a"}, "root of a Hugging Face cache"),
         ({"adapter_config.json": "{}", "adapter_model.safetensors": ""}, "LoRA adapters: merge"),
         ({"model-q4.gguf": ""}, "holds GGUF weights"),
