@@ -125,9 +125,7 @@ def check_tokenizer(directory: Path) -> None:
         paths = [directory / name for name in names]
         if all(path.is_file() for path in paths):
             for path in paths:
-                if path.suffix == ".json":
-                    read_json(path)
-                _refuse_pointer(path)
+                (read_json if path.suffix == ".json" else _refuse_pointer)(path)
             return
     raise ModelError(
         f"'{directory}' has no tokenizer (tokenizer.json). Copy it from the original checkpoint, "
@@ -196,12 +194,11 @@ def _refuse_pointer(path: Path) -> None:
 
 def _what_it_is(directory: Path) -> str:
     """A sentence on what a directory is that is no checkpoint; empty if nobody knows."""
-    inner = [
-        file.parent for at in ("snapshots/*", "*") for file in directory.glob(f"{at}/config.json")
-    ]
-    if inner:  # of a Hugging Face cache, or of the user's own
-        newest = max(inner, key=lambda one: one.stat().st_mtime)
-        return f" The checkpoint is in a directory below: give '{newest}'."
+    # A Hugging Face cache's snapshots, or directories of the user's own.
+    inner = [*directory.glob("snapshots/*/config.json"), *directory.glob("*/config.json")]
+    if inner:
+        newest = max(inner, key=lambda file: file.parent.stat().st_mtime)
+        return f" The checkpoint is in a directory below: give '{newest.parent}'."
     if any(directory.glob("models--*")):
         return " This is the root of a Hugging Face cache; give a hub name, or a snapshot in it."
     if (directory / "adapter_config.json").is_file():
@@ -209,13 +206,13 @@ def _what_it_is(directory: Path) -> str:
             " These are LoRA adapters: merge them into their base model (PEFT's merge_and_unload), "
             "and save the result."
         )
-    for pattern, kind in (("*.gguf", "GGUF"), ("*.bin", "PyTorch"), ("*.pt", "PyTorch")):
-        if any(directory.glob(pattern)):
-            return (
-                f" It holds {kind} weights, which are not read: download the model's safetensors "
-                "files, or save it with save_pretrained(safe_serialization=True)."
-            )
-    return ""
+    others = {file.suffix for file in directory.glob("*.*")} & {".gguf", ".bin", ".pt"}
+    if not others:
+        return ""
+    return (
+        f" Its {', '.join(sorted(others))} files are not read: download the model's *.safetensors, "
+        "or save it with save_pretrained(safe_serialization=True)."
+    )
 
 
 def tensors(directory: Path) -> list[Tensor]:

@@ -142,13 +142,14 @@ def gemma3_tensor_shapes(config: Mapping[str, Any]) -> Shapes:
         "self_attn.o_proj.weight": (width, q),
         **{f"mlp.{name}_proj.weight": (mlp, width) for name in ("gate", "up")},
         "mlp.down_proj.weight": (width, mlp),
-        "input_layernorm.weight": (width,),
-        "post_attention_layernorm.weight": (width,),
-        "pre_feedforward_layernorm.weight": (width,),
-        "post_feedforward_layernorm.weight": (width,),
+        **{
+            f"{name}_layernorm.weight": (width,)
+            for name in ("input", "post_attention", "pre_feedforward", "post_feedforward")
+        },
     }
     vit, vit_mlp = int(vision["hidden_size"]), int(vision["intermediate_size"])
     patch = int(vision["patch_size"])
+    patches = (int(vision["image_size"]) // patch) ** 2
     vit_block: Shapes = {
         **{f"self_attn.{name}_proj": (vit, vit) for name in ("q", "k", "v", "out")},
         "mlp.fc1": (vit_mlp, vit),
@@ -156,20 +157,17 @@ def gemma3_tensor_shapes(config: Mapping[str, Any]) -> Shapes:
         "layer_norm1": (vit,),
         "layer_norm2": (vit,),
     }
-    tower, projector = "vision_tower.", "multi_modal_projector."
+    tower, vit_layers = "vision_tower.", int(vision["num_hidden_layers"])
     return {
         "embed_tokens.weight": (int(text.get("vocab_size", 262208)), width),
         **_repeat("layers.", int(text["num_hidden_layers"]), block),
         "norm.weight": (width,),
         **_biased({tower + "embeddings.patch_embedding": (vit, 3, patch, patch)}),
-        tower + "embeddings.position_embedding.weight": (
-            (int(vision["image_size"]) // patch) ** 2,
-            vit,
-        ),
-        **_repeat(tower + "encoder.layers.", int(vision["num_hidden_layers"]), _biased(vit_block)),
+        tower + "embeddings.position_embedding.weight": (patches, vit),
+        **_repeat(tower + "encoder.layers.", vit_layers, _biased(vit_block)),
         **_biased({tower + "post_layernorm": (vit,)}),
-        projector + "mm_input_projection_weight": (vit, width),
-        projector + "mm_soft_emb_norm.weight": (vit,),
+        "multi_modal_projector.mm_input_projection_weight": (vit, width),
+        "multi_modal_projector.mm_soft_emb_norm.weight": (vit,),
     }
 
 

@@ -63,7 +63,7 @@ def write_gemma3(folder: Path, *, seed: int = 0) -> Path:
     ).save_pretrained(folder)
     config = Gemma3Config(
         text_config={
-            "vocab_size": len(tokenizer) + 8,  # as in the hub's, the last are no tokens
+            "vocab_size": len(tokenizer),
             "hidden_size": 64,
             "intermediate_size": 128,
             "num_hidden_layers": 2,
