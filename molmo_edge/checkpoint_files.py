@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from molmo_edge.errors import ModelError
+from molmo_edge.files import file_mode
 
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -101,7 +103,7 @@ def weight_files(directory: Path) -> list[Path]:
     names = sorted(set(files))
     if any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
         raise ModelError(f"'{index}' names a file that is not a safetensors file beside it.")
-    missing = [name for name in names if not (directory / name).is_file()]
+    missing = [name for name in names if not stat.S_ISREG(file_mode(directory / name))]
     if missing:
         raise ModelError(
             f"'{directory}' lacks {len(missing)} of {len(names)} weight files, first "

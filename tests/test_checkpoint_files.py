@@ -45,6 +45,8 @@ def test_tensors_of_all_shards_with_dtype_shape_and_bytes(tmp_path: Path) -> Non
     [
         (None, "is missing"),
         ("\xff", "not valid JSON"),
+        ("\xef\xbb\xbf{}", "without a byte order mark"),  # which transformers does not read either
+        ("[" * 100_000, "not valid JSON"),
         ("[]", "must hold a JSON object"),
         ('{"architectures": 5}', "must be a list"),
     ],
@@ -82,6 +84,7 @@ def test_broken_headers(tmp_path: Path, content: bytes) -> None:
     [
         ({"weight_map": {"a": "../../x.safetensors"}}, "not a safetensors file beside it"),
         ({"weight_map": {"a": "m-1.safetensors"}}, "lacks 1 of 1 weight files, first 'm-1"),
+        ({"weight_map": {"a": "x" * 300 + ".safetensors"}}, "lacks 1 of 1 weight files"),
         ({"weight_map": {}}, "has no weight_map"),
         ({"weight_map": {"a": 1}}, "has no weight_map"),
     ],

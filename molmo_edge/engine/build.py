@@ -6,6 +6,7 @@ docs/robustness.md lists the environment variables that this sets in the host pr
 from __future__ import annotations
 
 import dataclasses
+import errno
 import inspect
 import logging
 import os
@@ -107,6 +108,8 @@ def set_environment(values: Mapping[str, str]) -> None:
         try:
             if name in CACHE_VARIABLES:
                 Path(value).mkdir(parents=True, exist_ok=True)
+                if not os.access(value, os.W_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, "it belongs to another user")
             os.environ[name] = _ours[name] = value
         except OSError as exc:
             logger.warning(

@@ -52,7 +52,7 @@ def locate_cached(model: str, cache_dir: Path) -> Path | None:
     """
     if model in STUBS:
         directory = cache_dir / STUBS[model]
-        return directory if (directory / "config.json").is_file() else None
+        return directory if file_mode(directory / "config.json") else None
     if not _is_hub_name(model):
         return expand_home(model).absolute()
     try:
@@ -76,7 +76,7 @@ def _is_hub_name(model: str) -> bool:
 
 def _write_once(directory: Path, model: str) -> Path:
     """Return `directory`, filled on first use: a stub (0.6 or 0.8 GB) or a description (4 MB)."""
-    if (directory / "config.json").is_file():
+    if file_mode(directory / "config.json"):
         return directory
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def _write_once(directory: Path, model: str) -> Path:
             else:
                 family.write_description(made, family.published_config(KNOWN[model]))
     except (OSError, SafetensorError) as exc:
-        if (directory / "config.json").is_file():  # another process was first
+        if file_mode(directory / "config.json"):  # another process was first
             return directory
         raise ModelError(
             f"The files of '{model}' cannot be written into '{directory.parent}'. Free 1 GB "

@@ -109,6 +109,11 @@ def write_json(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def write_tokenizer(directory: Path, tokenizer: Any) -> None:
+    """Write ``tokenizer.json``; its own method raises a bare Exception on a full disk."""
+    (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+
+
 def write_weights(
     directory: Path,
     shapes: Mapping[str, tuple[int, ...]],

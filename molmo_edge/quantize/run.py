@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 import shutil
+import stat
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,7 @@ from molmo_edge.checkpoint_files import (
 from molmo_edge.checkpoint_files import tensors as read_headers
 from molmo_edge.devices.tensors import molmo2_tensor_shapes, tensor_shapes
 from molmo_edge.errors import QuantizeError
-from molmo_edge.files import expand_home, replacing
+from molmo_edge.files import expand_home, file_mode, replacing
 from molmo_edge.models.molmo.config import check_layout as check_molmo
 from molmo_edge.models.molmo2.config import check_layout as check_molmo2
 from molmo_edge.quantize.calibrate import Calibration, read_prompts
@@ -112,9 +113,9 @@ def quantize(
         raise QuantizeError(f"Unknown scheme '{scheme}'; expected one of {', '.join(FORMATS)}.")
     form = FORMATS[scheme]
     source, out = expand_home(checkpoint), expand_home(out).absolute()
-    if out.exists() or out.is_symlink():
+    if file_mode(out):
         raise QuantizeError(f"'{out}' exists already. Give another output, or remove it.")
-    if not out.parent.is_dir():
+    if not stat.S_ISDIR(file_mode(out.parent)):
         raise QuantizeError(f"'{out.parent}' is not a directory. Create it first.")
     if calibrate is not None and form.bits != 4:
         raise QuantizeError(

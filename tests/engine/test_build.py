@@ -281,6 +281,10 @@ def test_variables_that_the_user_set_are_left_alone(
     # A directory that cannot be made is left to the library.
     (tmp_path / "file").write_text("")
     build.set_environment({"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file/x")})
+    # So is one of another user.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    build.set_environment({"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "c")})
+    assert "another user" in caplog.text
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
     assert "MOLMO_EDGE_CACHE_DIR" in caplog.text
 

@@ -24,6 +24,7 @@ from molmo_edge.models.synthetic import (
     tokenizer,
     vocabulary,
     write_json,
+    write_tokenizer,
     write_weights,
 )
 
@@ -126,7 +127,7 @@ def write_description(directory: Path, config: Mapping[str, Any]) -> None:
     }
     write_json(directory, files)
     rows = config["embedding_size"]
-    tokenizer(vocab, [END_OF_TEXT], rows, IMAGE_TOKENS).save(str(directory / "tokenizer.json"))
+    write_tokenizer(directory, tokenizer(vocab, [END_OF_TEXT], rows, IMAGE_TOKENS))
 
 
 def write_stub(directory: Path) -> None:

@@ -27,6 +27,7 @@ from molmo_edge.models.synthetic import (
     tokenizer,
     vocabulary,
     write_json,
+    write_tokenizer,
     write_weights,
 )
 
@@ -236,7 +237,7 @@ def write_description(
     }
     write_json(directory, files)
     made = tokenizer(vocab, SPECIAL, text["vocab_size"], [*IMAGE_TOKENS])
-    made.save(str(directory / "tokenizer.json"))
+    write_tokenizer(directory, made)
 
 
 def write_fixed_answer(
