@@ -141,15 +141,21 @@ class Soak:
 
 
 def soak(vlm: EdgeVLM, minutes: float) -> dict[str, Any]:
-    """Run the load; counts, what was unexpected, and resident memory in MiB."""
+    """Run the load; counts, what was unexpected, and samples of what the process holds."""
     process = psutil.Process()
 
-    def rss_mib() -> float:
-        return round(process.memory_info().rss / 2**20, 1)
+    def sample() -> dict[str, float]:
+        return {
+            "seconds": round(time.monotonic() - began, 1),
+            "rss_mib": round(process.memory_info().rss / 2**20, 1),
+            "threads": process.num_threads(),
+            "files": process.num_fds(),
+        }
 
     vlm.query(Image.new("RGB", (64, 64)), TEXT, max_crops=1)
     gc.collect()
-    before, began = rss_mib(), time.monotonic()
+    began = time.monotonic()
+    samples = [sample()]
     load = Soak(vlm, began + minutes * 60)
     workers = [threading.Thread(target=load.run_thread, args=(i,)) for i in range(THREADS)]
     workers.append(threading.Thread(target=lambda: asyncio.run(load.run_tasks())))
@@ -157,8 +163,9 @@ def soak(vlm: EdgeVLM, minutes: float) -> dict[str, Any]:
         worker.start()
     while alive := [worker for worker in workers if worker.is_alive()]:
         alive[0].join(PROGRESS_S)
-        seconds, requests = time.monotonic() - began, load.ends.total()
-        harness.progress(f"{seconds:6.0f} s {rss_mib():7.0f} MiB {requests:7d} requests")
+        samples.append(now := sample())
+        held = f"{now['rss_mib']:7.0f} MiB {now['threads']:4} threads {now['files']:4} files"
+        harness.progress(f"{now['seconds']:6.0f} s {held} {load.ends.total():7d} requests")
     with load.request("the answer after the load"):
         load.check(vlm.query(None, TEXT).text)
     gc.collect()
@@ -167,8 +174,7 @@ def soak(vlm: EdgeVLM, minutes: float) -> dict[str, Any]:
         "ends": dict(sorted(load.ends.items())),
         "unexpected": dict(sorted(load.unexpected.items())),
         "state": str(vlm.state),
-        "rss_before_mib": before,
-        "rss_after_mib": rss_mib(),
+        "samples": [*samples, sample()],
     }
 
 
@@ -191,7 +197,8 @@ def main() -> None:
         environment = dict(vlm.environment)
     rows = [[end, str(count)] for end, count in outcome["ends"].items()]
     rows += [[f"UNEXPECTED {end}", str(count)] for end, count in outcome["unexpected"].items()]
-    rows += [[name, str(outcome[name])] for name in ("rss_before_mib", "rss_after_mib")]
+    first, last = outcome["samples"][0], outcome["samples"][-1]
+    rows += [[name, f"{first[name]} → {last[name]}"] for name in ("rss_mib", "threads", "files")]
     print(harness.table([f"{outcome['requests']} requests ended with", "count"], rows))
     if arguments.output is not None:
         settings = {"minutes": arguments.minutes, "engine": arguments.engine}

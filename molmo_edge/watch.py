@@ -156,6 +156,8 @@ class Camera:
         ConfigError: `source` is none of these, or another argument is wrong.
     """
 
+    _reader: _Reader | None = None
+
     def __init__(
         self,
         source: Source,
@@ -188,7 +190,6 @@ class Camera:
         self._window = window
         self._timeout_s = math.inf if frame_timeout is None else frame_timeout
         self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._reader: _Reader | None = None
         self._due_s = 0.0  # no frame is due before
         self._pause_s = _FIRST_PAUSE_S
         self._first = 0  # number of the reader's first frame across reconnects
@@ -233,6 +234,10 @@ class Camera:
         self._news.put(None)  # wakes `next_frame` in another thread
         if self._reader is not None and self._reader.thread.is_alive():
             self._reader.thread.join(_JOIN_S)
+
+    def __del__(self) -> None:
+        if self._reader is not None:  # Ctrl-C came before `close` could stop it
+            self._reader.stop()
 
     def _start_reader(self) -> _Reader:
         self._reader = reader = _Reader(

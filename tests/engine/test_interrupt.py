@@ -10,10 +10,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 
 from molmo_edge import EdgeVLM, Request
 from molmo_edge.engine.fake import FakeEngine
+from molmo_edge.engine.loop import _LIVE
 from tests.engine.support import (
     FOREVER,
     WORDS,
@@ -64,6 +66,12 @@ def interrupted() -> Iterator[Interrupted]:
     signal.signal(signal.SIGINT, before)
 
 
+def _frames() -> Iterator[np.ndarray]:
+    while True:
+        time.sleep(0.001)
+        yield np.zeros((8, 8, 3), np.uint8)
+
+
 def _calls(vlm: EdgeVLM) -> dict[str, Callable[[], object]]:
     return {
         "query": lambda: vlm.query(None, "q", **FOREVER),
@@ -71,6 +79,8 @@ def _calls(vlm: EdgeVLM) -> dict[str, Callable[[], object]]:
         "batch": lambda: vlm.batch([Request(None, "q", **FOREVER)] * 5),
         "room": lambda: vlm.query(None, "q", timeout=100, **FOREVER),
         "call": lambda: vlm.in_engine_thread(lambda engine: time.sleep(0.5)),
+        "watch": lambda: [*vlm.watch(_frames)],
+        "close": lambda: EdgeVLM(engine=FakeEngine.factory(echo)).close(),
     }
 
 
@@ -99,11 +109,12 @@ def test_interrupts_at_random_moments_leave_no_lock_and_no_request(
     with opened(fake) as vlm:
         calls = _calls(vlm)
         for i in range(60):
-            kind = dice.choice(["query", "stream", "batch"])
+            kind = dice.choice(["query", "stream", "batch", "watch", "close"])
             hits += interrupted(calls[kind], lambda: time.sleep(dice.random() * 0.004))
             assert vlm.query(None, f"n{i}", timeout=60).text == f"n{i} {WORDS}"
         assert_all_ended(vlm, fake)
         assert vlm._loop._changed._waiters == []
+        eventually(lambda: _LIVE == {vlm._loop})
     assert hits > 30
 
 
