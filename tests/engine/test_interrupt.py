@@ -100,6 +100,8 @@ def test_an_interrupted_call_leaves_the_next_one_right(interrupted: Interrupted,
         assert_all_ended(vlm, fake)
 
 
+# Ctrl-C in a standard module may leave a directory to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_interrupts_at_random_moments_leave_no_lock_and_no_request(
     interrupted: Interrupted,
 ) -> None:
