@@ -18,6 +18,9 @@ from molmo_edge import EdgeVLM
 def pytest_configure() -> None:
     # A shell that starts a job in the background has it ignore Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Processes that share the cores: OpenMP threads of one would wait for those of the other.
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.update(OMP_NUM_THREADS="1", VLLM_CPU_OMP_THREADS_BIND="nobind")
 
 
 @pytest.fixture(autouse=True)
