@@ -17,8 +17,10 @@ _PREFIX = ".molmo-edge-"
 
 
 def expand_home(path: Path | str) -> Path:
-    """Replace a leading ``~`` or ``~user``. Raises ConfigError for an unknown home directory."""
+    """Replace a leading ``~`` or ``~user``. Raises ConfigError for what cannot be a path."""
     path = Path(path)
+    if "\0" in str(path):
+        raise ConfigError("A path has no NUL characters.")
     try:
         return path.expanduser()
     except RuntimeError:

@@ -167,9 +167,9 @@ class Camera:
         on_stall: Literal["raise", "reconnect"] = "raise",
         window: int | None = None,
     ) -> None:
-        if drop not in ("oldest", "none"):
+        if not isinstance(drop, str) or drop not in ("oldest", "none"):
             raise ConfigError("drop must be 'oldest' or 'none'.")
-        if on_stall not in ("raise", "reconnect"):
+        if not isinstance(on_stall, str) or on_stall not in ("raise", "reconnect"):
             raise ConfigError("on_stall must be 'raise' or 'reconnect'.")
         max_fps, frame_timeout, window = map(plain, (max_fps, frame_timeout, window))
         for name, value in (("max_fps", max_fps), ("frame_timeout", frame_timeout)):

@@ -92,3 +92,5 @@ def test_a_home_directory_is_put_in_or_its_absence_is_an_error(
     assert expand_home("~lock.jpg") == Path("~lock.jpg") and expand_home("a~/b") == Path("a~/b")
     with pytest.raises(ConfigError, match="home directory"):
         expand_home("~nobody-has-this-name/a.jpg")
+    with pytest.raises(ConfigError, match="NUL"):
+        expand_home("a\0b")

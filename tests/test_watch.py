@@ -389,6 +389,7 @@ def test_what_would_fail_for_every_frame_ends_the_watch(vlm: EdgeVLM) -> None:
     ("options", "match"),
     [
         ({"drop": "newest"}, "drop"),
+        ({"drop": image()}, "drop"),
         ({"on_stall": "ignore"}, "on_stall"),
         ({"max_fps": 0}, "max_fps"),
         ({"frame_timeout": float("nan")}, "frame_timeout"),
@@ -401,7 +402,6 @@ def test_what_would_fail_for_every_frame_ends_the_watch(vlm: EdgeVLM) -> None:
         ({"source": io.BytesIO()}, "BytesIO"),
         ({"source": array.array("B", b"x")}, "array"),
         ({"source": 10**5000}, "index"),
-        ({"frame_timeout": 10**400}, "frame_timeout"),
         ({"max_fps": True}, "max_fps"),
         ({"window": 10**30}, "window"),
         ({"source": iter([]), "on_stall": "reconnect"}, "opened again"),
