@@ -27,7 +27,9 @@ from collections.abc import (
     Iterator,
     Mapping,
 )
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -268,8 +270,11 @@ async def arun(
     camera: Camera, answer: Callable[[Seen], Awaitable[Answer]]
 ) -> AsyncGenerator[Seen, None]:
     """Do the same as `run` for asyncio; see `EdgeVLM.awatch`."""
+    # Cameras that wait in asyncio's own threads would leave none to other requests.
+    waiter = ThreadPoolExecutor(1, "molmo-edge-awatch")
+    wait = partial(asyncio.get_running_loop().run_in_executor, waiter, camera.next_frame)
     try:
-        while (frame := await asyncio.to_thread(camera.next_frame)) is not None:
+        while (frame := await wait()) is not None:
             try:
                 seen = frame.answered(await answer(frame), None)
             except _FRAME_ERRORS as exc:
@@ -277,6 +282,7 @@ async def arun(
             yield seen
     finally:
         await asyncio.to_thread(camera.close)
+        waiter.shutdown(wait=False)
 
 
 class _Reader:

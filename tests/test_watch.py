@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -519,5 +520,20 @@ def test_awatch_answers_while_the_event_loop_goes_on_and_closes_the_source(vlm: 
         with pytest.raises(asyncio.CancelledError):
             await task
         assert left.closed == waiting.closed == 1
+
+    asyncio.run(check())
+
+
+def test_cameras_that_wait_leave_asyncios_threads_to_other_requests(vlm: EdgeVLM) -> None:
+    async def check() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        camera = Source()
+        watching = asyncio.create_task(anext(vlm.awatch(camera, frame_timeout=None)))
+        await asyncio.sleep(0)
+        answer = await asyncio.wait_for(vlm.aquery(None, "q"), 60)
+        assert answer.text and not watching.done()
+        camera.end()
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
 
     asyncio.run(check())
