@@ -102,11 +102,10 @@ class EdgeSettings(BaseModel):
         mm_encoder_attn_backend: vLLM's backend for the vision tower.
         enforce_eager: run without torch.compile and CUDA graphs.
         enable_prefix_caching: reuse the KV cache of equal prompt beginnings.
-        mm_processor_cache_gb: cache of preprocessed images in GiB, 0 for none.
         speculation: ``ngram`` drafts tokens from the prompt.
         engine: ``thread`` runs in this process; ``process`` in a child process, for applications
             whose own Python code is busy (the main script must be importable).
-        max_queue: requests that may wait before new ones are refused.
+        max_queue: requests in flight, running or waiting, before new ones are refused.
         stall_s: seconds without a token for any request that are reported as a stall.
         cache_dir: root of every cache on disk; ``~`` is the home directory.
         max_image_bytes: largest encoded image, in bytes.
@@ -137,7 +136,6 @@ class EdgeSettings(BaseModel):
     mm_encoder_attn_backend: Text | None = None
     enforce_eager: bool | None = None
     enable_prefix_caching: bool = False
-    mm_processor_cache_gb: Annotated[float, Field(ge=0)] = 0.0
     speculation: Literal["off", "ngram"] = "off"
     engine: Literal["thread", "process"] = "thread"
     max_queue: Annotated[int, Field(ge=1)] = 256

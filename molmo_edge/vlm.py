@@ -36,6 +36,7 @@ from molmo_edge.engine.vllm_args import (
     engine_device,
     engine_environment,
     plan_build,
+    planning_settings,
     require_vllm,
     resolve_for,
 )
@@ -154,6 +155,7 @@ class EdgeVLM:
             config,
         )
         self.settings: EdgeSettings = resolved.settings
+        self._planning = planning_settings(resolved)
         self.family: ModelFamily | None = None
         # Sizes of the checkpoint, None for an engine that is not vLLM's.
         self.shape: ModelShape | None = None
@@ -566,9 +568,9 @@ class EdgeVLM:
         """
         if self.shape is None:
             raise ConfigError("plan() needs a checkpoint, and this engine was built without one.")
-        request.setdefault("kv_cache_dtype", self.settings.kv_cache_dtype)
-        request.setdefault("batch", self.settings.max_num_seqs)
-        return plan(self.shape, self.device, profile=self._profile, **request)
+        return plan(
+            self.shape, self.device, profile=self._profile, settings=self._planning, **request
+        )
 
     def warmup(self, *, tokens: int = 32, max_rounds: int = 10) -> WarmupReport:
         """Run the shapes that requests will have, until decode speed is steady.

@@ -321,6 +321,6 @@ def load(path: Path) -> Document:
         first = exc.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "the top"
         raise BenchmarkError(
-            f"{path} is not a benchmark result that this molmo_edge reads: at {where}: "
+            f"{path} is not a result of `molmo-edge bench` that this version reads: at {where}: "
             f"{first['msg']}"
         ) from exc

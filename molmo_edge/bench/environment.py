@@ -16,8 +16,8 @@ from molmo_edge.engine import vllm_args
 from molmo_edge.models.hub import STUBS
 from molmo_edge.settings import resolve
 
-CACHES_OFF: dict[str, Any] = {"enable_prefix_caching": False, "mm_processor_cache_gb": 0.0}
-CACHES_ON: dict[str, Any] = {"enable_prefix_caching": True, "mm_processor_cache_gb": 1.0}
+CACHES_OFF: dict[str, Any] = {"enable_prefix_caching": False}
+CACHES_ON: dict[str, Any] = {"enable_prefix_caching": True}
 """Settings of the two engines. Only fresh images miss the encoder's cache: it has no switch."""
 
 PACKAGES = {"vllm": "vLLM", "torch": "torch", "transformers": "transformers",

@@ -70,11 +70,11 @@ class TargetOptions:
         str | None, Option(help="dummy: random weights of the model's shape.")
     ] = None
     max_crops: Annotated[int | None, Option(help="Crops of an image, engine-wide.")] = None
-    precision: Annotated[str | None, Option()] = None
-    kv_cache_dtype: Annotated[str | None, Option()] = None
-    dtype: Annotated[str | None, Option()] = None
-    max_model_len: Annotated[int | None, Option()] = None
-    max_num_seqs: Annotated[int | None, Option()] = None
+    precision: Annotated[str | None, Option(help="Of the weights: auto, bf16, fp8, …")] = None
+    kv_cache_dtype: Annotated[str | None, Option(help="auto, fp8, …")] = None
+    dtype: Annotated[str | None, Option(help="Of computing: auto, bfloat16, float32, …")] = None
+    max_model_len: Annotated[int | None, Option(help="Tokens of the longest request.")] = None
+    max_num_seqs: Annotated[int | None, Option(help="Requests decoded together.")] = None
     profile: ProfileOption = None
 
     def target(self) -> Target:
@@ -88,7 +88,9 @@ class MeasureOptions:
     """The fields of RunOptions that the command line has, None where the library chooses."""
 
     iterations: Annotated[int | None, Option(min=1, help="Minimum of a row; default: 10.")] = None
-    max_iterations: Annotated[int | None, Option(help="Maximum of a row; default: twice.")] = None
+    max_iterations: Annotated[int | None, Option(help="Maximum of a row; default: twice that.")] = (
+        None
+    )
     time_limit_s: Annotated[
         float | None,
         Option("--time-limit", min=1, help="Seconds of a scenario, shared by its rows."),

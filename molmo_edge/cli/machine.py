@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -87,6 +87,7 @@ def plan(
         cache_root,
         check_profile,
         engine_device,
+        planning_settings,
         resolve_for,
     )
     from molmo_edge.models.hub import STUBS, locate, locate_cached
@@ -96,17 +97,15 @@ def plan(
     resolved, chosen = resolve_for(about, given, config)
     check_profile(chosen, about)
     settings = resolved.settings
-    if "precision" not in resolved.by_user:
-        settings = settings.model_copy(update={"precision": "auto"})
     root, name = cache_root(settings), settings.model
     directory = locate(name, root) if name in STUBS else locate_cached(name, root)
     if directory is None and name not in KNOWN:
         raise ModelError(f"'{name}' is not on this machine: molmo-edge fetch {name}")
     made = planning.plan(
-        model_shape(directory or name),
+        replace(model_shape(directory or name), name=name),
         about,
         profile=chosen,
-        settings={name: value for name, value in vars(settings).items() if value is not None},
+        settings=planning_settings(resolved),
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
         batch=batch,

@@ -110,7 +110,7 @@ def plan(
     fitting, reason = select_profile(device)
     if profile is None:
         profile = fitting
-    else:
+    elif profile.name != fitting.name:
         reason = f"{profile.name}, as requested"
     settings = profile.settings if settings is None else settings
     kv_dtype = kv_cache_dtype or str(settings.get("kv_cache_dtype", "auto"))

@@ -246,7 +246,7 @@ def _code(device: DeviceInfo, capability: tuple[int, int], library: Library) -> 
 def _video(install: Install) -> Finding:
     """What decodes video files, for Molmo 2; frames need no decoder."""
     if (version := install.versions.get("av")) is not None:
-        return Finding("ok", "Video files", f"are decoded by PyAV {version}")
+        return Finding("ok", "Video files", f"PyAV {version} decodes them")
     todo = "pip install 'molmo-edge[video]'"
     return Finding("note", "Video files", "cannot be decoded without PyAV", todo)
 

@@ -85,6 +85,14 @@ def resolve_for(
     return resolved, find_profile(str(resolved.profile_name), device)
 
 
+def planning_settings(resolved: Resolved) -> dict[str, Any]:
+    """Settings for `devices.plan.plan`; a precision that only a profile names is left to it."""
+    settings = resolved.settings
+    if "precision" not in resolved.by_user:
+        settings = settings.model_copy(update={"precision": "auto"})
+    return {name: value for name, value in vars(settings).items() if value is not None}
+
+
 def cache_root(settings: EdgeSettings) -> Path:
     """Return the directory of every cache. Raises ConfigError if there is no home directory."""
     return settings.cache_dir or default_cache_dir()
@@ -161,8 +169,8 @@ def plan_build(
         "load_format": settings.load_format,
         "seed": settings.seed,
         "enable_prefix_caching": settings.enable_prefix_caching,
-        # Images are preprocessed in the caller's thread; vLLM's cache would never be read.
-        "mm_processor_cache_gb": settings.mm_processor_cache_gb,
+        # Images are preprocessed in the caller's thread, in any order; vLLM's cache needs its own.
+        "mm_processor_cache_gb": 0,
         "trust_remote_code": False,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,

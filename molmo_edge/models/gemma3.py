@@ -51,8 +51,6 @@ class Gemma3:
             "limit_mm_per_prompt": {"image": self.max_images},
             # An image's tokens see each other, so no step may end inside one.
             "disable_chunked_mm_input": True,
-            # vLLM's cache needs requests to be added in the order they were rendered in.
-            "mm_processor_cache_gb": 0,
         }
 
     def prepare(self) -> None:

@@ -62,7 +62,7 @@ def test_no_arguments_measure_the_three_cases_on_the_stub(
 
 def test_caches_are_off_unless_the_scenario_is_about_them() -> None:
     target = Target.choose("m", None, {"max_crops": 4, "dtype": None})
-    off = {"enable_prefix_caching": False, "mm_processor_cache_gb": 0.0}
+    off = {"enable_prefix_caching": False}
     assert target.arguments(False) == {"model": "m", "max_crops": 4, **off}
     assert target.arguments(True)["enable_prefix_caching"] is True
     assert target.arguments(None) == {"model": "m", "max_crops": 4}

@@ -135,6 +135,12 @@ def test_scores_are_those_of_generation(real_vlm: EdgeVLM) -> None:
     assert len(score.prompt_token_ids) == result.metrics.prompt_tokens
 
 
+def test_the_plan_is_that_of_the_engines_settings(stub_vlm: EdgeVLM) -> None:
+    plan = stub_vlm.plan()
+    assert {row.max_model_len for row in plan.rows} == {stub_vlm.settings.max_model_len}
+    assert plan.batch == stub_vlm.settings.max_num_seqs
+
+
 @pytest.mark.parametrize("case", ["length", "stop", "top logprobs"])
 def test_answers_are_those_of_bare_vllm(stub_vlm: EdgeVLM, case: str) -> None:
     stop = [" stub"] if case == "stop" else None
