@@ -65,6 +65,7 @@ from molmo_edge.requests import (
     check_length,
     check_options,
     check_token_ids,
+    check_turns,
     numbered,
     read_labels,
     read_turns,
@@ -373,7 +374,9 @@ class EdgeVLM:
         self, requests: Iterable[Request[A]]
     ) -> AsyncGenerator[tuple[int, A | MolmoEdgeError], None]:
         """`iter_batch` for asyncio; to leave the loop early, use ``contextlib.aclosing``."""
+        waiting, most = numbered(requests), 2 * self.settings.max_num_seqs
         preparing = asyncio.Lock()
+        tasks: set[asyncio.Task[tuple[int, A | MolmoEdgeError]]] = set()
 
         async def answer(index: int, request: Request[A]) -> tuple[int, A | MolmoEdgeError]:
             try:
@@ -383,13 +386,19 @@ class EdgeVLM:
             except MolmoEdgeError as exc:
                 return index, exc
 
-        tasks = [asyncio.create_task(answer(*item)) for item in numbered(requests)]
         try:
-            for task in asyncio.as_completed(tasks):
-                yield await task
+            while True:
+                while len(tasks) < most and (item := next(waiting, None)) is not None:
+                    tasks.add(asyncio.create_task(answer(*item)))
+                if not tasks:
+                    return
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    tasks.remove(task)
+                    yield task.result()
         finally:
-            for one in tasks:
-                one.cancel()
+            for task in tasks:
+                task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
     # Tasks with Molmo's own prompts.
@@ -518,7 +527,7 @@ class EdgeVLM:
         Raises:
             ConfigError: at once, for a wrong argument, or a window if the model has no video.
             CameraError, MissingDependencyError: while iterating.
-            As `query`: at once about the options and labels, while iterating about the rest.
+            As `query`: at once about options, question and labels, while iterating about the rest.
         """
         camera, request = self._watching(source, question, dict(options))
         return run(camera, lambda frame: self._answer(request(frame)))
@@ -765,7 +774,7 @@ class EdgeVLM:
         given = {name: options.pop(name) for name in own if name in options}
         camera = Camera(source, **given)
         point, count = options.pop("point", None), options.pop("count", None)
-        if [question, point, count].count(None) < 2:
+        if sum(one is not None for one in (question, point, count)) > 1:
             raise ConfigError("Give only one of question, point and count.")
         make: Callable[..., Request[Any]] = Request
         text = CAPTION_PROMPTS["short"] if question is None else question
@@ -773,7 +782,10 @@ class EdgeVLM:
             make, text = Request.point, point
         elif count is not None:
             make, text = Request.count, count
-        self._check(make(None, text, **options))
+        check_options(options, self._max_crops)  # names first: `Request` takes a video as well
+        self._check(asked := make(None, text, **options))
+        if asked.verb == "query":
+            check_turns(self._read(asked))
         if (window := given.get("window")) is not None:
             self._require("video")
             if window > (limit := self._video_limits.max_frames):

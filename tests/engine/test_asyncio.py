@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
@@ -53,6 +54,20 @@ def test_query_stream_and_batch() -> None:
             assert {(await anext(answers))[0] for _ in range(3)} == {1, 2, 3}
 
     run(FakeEngine.factory(echo), body, max_queue=5)
+
+
+def test_a_batch_is_taken_as_there_is_room_and_ends_when_its_iterable_fails() -> None:
+    async def body(vlm: EdgeVLM) -> None:
+        endless = (Request(None, f"q{next(taken)}") for _ in itertools.repeat(0))
+        async with aclosing(vlm.aiter_batch(endless)) as answers:
+            assert len({(await anext(answers))[0] for _ in range(3)}) == 3
+        assert next(taken) <= 4 + 3
+        failing = (Request(None, "q", **FOREVER) if n < 3 else 1 / 0 for n in itertools.count())
+        with pytest.raises(ZeroDivisionError):
+            await vlm.abatch(failing)  # type: ignore[arg-type]
+
+    taken = itertools.count()
+    run(FakeEngine.factory(echo), body, max_num_seqs=2)
 
 
 def test_tasks_that_share_a_stream_share_one_request() -> None:
