@@ -31,19 +31,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeGuard
 
 import numpy as np
 
 from molmo_edge.errors import (
     CameraError,
     ConfigError,
-    ImageError,
+    InputError,
     MissingDependencyError,
     MolmoEdgeError,
+    PromptError,
+    PromptTooLongError,
     QueueFull,
     RequestError,
-    VideoError,
+    SamplingError,
 )
 from molmo_edge.files import expand_home, file_mode
 from molmo_edge.images import SUFFIXES, ImageLike, image_files, printable, private_copy
@@ -58,8 +60,6 @@ Source: TypeAlias = int | str | Path | Iterable[ImageLike] | Callable[[], Iterab
 Answer: TypeAlias = Result | PointResult | CountResult
 _Frames: TypeAlias = Callable[[], Generator[ImageLike | None, None, None]]  # None: unreadable
 
-# Failures that belong to one frame; the next one may be answered.
-_FRAME_ERRORS = (ImageError, VideoError, RequestError, QueueFull)
 # Longest wait for a thread in the middle of a read, which cannot be interrupted.
 _JOIN_S = 5.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 5.0
@@ -261,8 +261,8 @@ def run(camera: Camera, answer: Callable[[Seen], Answer]) -> Generator[Seen, Non
         while (frame := camera.next_frame()) is not None:
             try:
                 seen = frame.answered(answer(frame), None)
-            except _FRAME_ERRORS as exc:
-                seen = frame.answered(None, exc)
+            except (InputError, RequestError, QueueFull) as exc:
+                seen = _failed(frame, exc)
             yield seen
 
 
@@ -277,12 +277,20 @@ async def arun(
         while (frame := await wait()) is not None:
             try:
                 seen = frame.answered(await answer(frame), None)
-            except _FRAME_ERRORS as exc:
-                seen = frame.answered(None, exc)
+            except (InputError, RequestError, QueueFull) as exc:
+                seen = _failed(frame, exc)
             yield seen
     finally:
         await asyncio.to_thread(camera.close)
         waiter.shutdown(wait=False)
+
+
+def _failed(frame: Seen, error: MolmoEdgeError) -> Seen:
+    """The frame with its error; the question's own, which every frame would have, is raised."""
+    of_frame = isinstance(error, PromptTooLongError)  # fewer crops or frames may fit
+    if isinstance(error, PromptError | SamplingError) and not of_frame:
+        raise error
+    return frame.answered(None, error)
 
 
 class _Reader:
@@ -417,15 +425,26 @@ def _frames_of(source: Source) -> tuple[_Frames, bool]:
         return lambda: _read_path(path), True
     if isinstance(source, list | tuple):
         return lambda: _iterate(source), False
-    if isinstance(source, Iterable) and not isinstance(source, _NO_FRAMES):
+    if _are_frames(source):
         return lambda: _iterate(source), True
     if callable(source):
-        return lambda: _iterate(source()), True
+        return lambda: _iterate(_called(source)), True
     raise ConfigError(
         "A source is a camera's index (0 or more) or URL, a device, video file, directory or "
         "GStreamer pipeline by name, or an iterator of images; not this value of type "
         f"{type(source).__name__}."
     )
+
+
+def _are_frames(value: object) -> TypeGuard[Iterable[ImageLike]]:
+    return isinstance(value, Iterable) and not isinstance(value, _NO_FRAMES)
+
+
+def _called(source: Callable[[], Iterable[ImageLike]]) -> Iterable[ImageLike]:
+    if not _are_frames(frames := source()):
+        kind = type(frames).__name__
+        raise ConfigError(f"A function as source must return an iterator of images, not {kind}.")
+    return frames
 
 
 def _read_directory(directory: Path) -> Generator[ImageLike, None, None]:

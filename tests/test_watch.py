@@ -22,13 +22,15 @@ import pytest
 from PIL import Image
 
 from molmo_edge import EdgeVLM
-from molmo_edge.engine.fake import FakeEngine
+from molmo_edge.engine.fake import FakeEngine, Fault
 from molmo_edge.errors import (
     CameraError,
     ConfigError,
     ImageError,
+    InputError,
     MissingDependencyError,
     PromptError,
+    PromptTooLongError,
     RequestTimeout,
     SamplingError,
     VideoError,
@@ -381,9 +383,36 @@ def test_a_frame_that_cannot_be_answered_does_not_end_the_watch(vlm: EdgeVLM) ->
     assert [type(one.error) for one in clips] == [type(None), VideoError, type(None), type(None)]
 
 
-def test_what_would_fail_for_every_frame_ends_the_watch(vlm: EdgeVLM) -> None:
-    with pytest.raises(SamplingError):
-        next(vlm.watch([image()], max_tokens=0))
+@pytest.mark.parametrize("error", [PromptTooLongError("x"), ValueError("x"), PromptError("x")])
+def test_a_frame_that_cannot_be_rendered_does_not_end_the_watch_but_a_question_does(
+    error: Exception,
+) -> None:
+    with EdgeVLM(engine=FakeEngine.factory("A cup.", faults=[Fault("render", error, 2)])) as vlm:
+        seen = vlm.watch([image()] * 4, "q")
+        if type(error) is PromptError:
+            with pytest.raises(PromptError):
+                list(seen)
+        else:
+            kinds = [type(one.error) for one in seen]
+            wrong = InputError if type(error) is ValueError else PromptTooLongError
+            assert kinds == [type(None), wrong, type(None), type(None)]
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({"max_tokens": 0}, SamplingError),
+        ({"video": b""}, SamplingError),
+        ({"image": image()}, SamplingError),
+        ({"question": " "}, PromptError),
+        ({"question": image()}, PromptError),
+    ],
+)
+def test_what_would_fail_for_every_frame_is_refused_at_once(
+    vlm: EdgeVLM, options: dict[str, Any], kind: type[InputError]
+) -> None:
+    with pytest.raises(kind):
+        vlm.watch(Source(), **options)
 
 
 @pytest.mark.parametrize(
@@ -425,12 +454,14 @@ def test_sources_that_are_not_there_are_reported(
         (tmp_path / "missing\u00a0\u3000.mp4", "file or directory '.*missing\u00a0\u3000.mp4'"),
         ("x" * 300, "no device, file or directory '…x{200}'"),
         ("9" * 5000, "no device, file or directory"),
-        (lambda: 5, "TypeError"),
         (tmp_path / "notes.mp4", "cannot open"),
         ("nothing ! appsink" + " " * 300, "with GStreamer"),
     ):
         with pytest.raises(CameraError, match=match):
             next(vlm.watch(source))
+    for frame in (5, image(), "images/"):
+        with pytest.raises(ConfigError, match=f"images, not {type(frame).__name__}"):
+            next(vlm.watch(lambda frame=frame: frame, on_stall="reconnect"))
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(MissingDependencyError, match=r"molmo-edge\[camera\]"):
         next(vlm.watch(0))
