@@ -52,8 +52,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: `path` is there and no regular file, such as /dev/null; or what writing raises.
     """
-    path = path.resolve()  # a symbolic link stays one
-    if path.exists() and not path.is_file():
+    path = Path(os.path.realpath(path))  # a symbolic link stays one; a loop of them is left
+    if path.is_symlink() or (path.exists() and not path.is_file()):
         raise OSError(errno.EEXIST, "exists and is not a regular file", str(path))
     with scratch(path.parent) as work:
         made = work / path.name

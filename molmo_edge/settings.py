@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import functools
+import io
 import logging
 import re
 import tomllib
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
+from dotenv import dotenv_values
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -28,7 +30,7 @@ from pydantic import (
     ValidationError,
 )
 from pydantic_core import ErrorDetails, from_json, to_jsonable_python
-from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource
+from pydantic_settings import BaseSettings, EnvSettingsSource
 
 from molmo_edge.errors import ConfigError, nearest
 from molmo_edge.files import expand_home
@@ -149,7 +151,7 @@ class EdgeSettings(BaseModel):
 
 
 class _Variables(EdgeSettings, BaseSettings):  # type: ignore[misc]
-    """What pydantic-settings' sources are told to read; never built."""
+    """What pydantic-settings' source is told to read; never built."""
 
 
 class Origin(StrEnum):
@@ -214,8 +216,8 @@ def resolve(
     Raises:
         ConfigError: with one line for each problem, naming its source.
     """
-    environment = _variables(EnvSettingsSource(_Variables))
-    dotenv = _variables(_open_dotenv())
+    environment = _variables(EnvSettingsSource(_Variables).env_vars)
+    dotenv = _variables(_read_dotenv())
     named = [environment.pop("config", None), dotenv.pop("config", None)]
     if config is None:
         config = named[0] or named[1]
@@ -236,12 +238,12 @@ def resolve(
     return _merge(sources, profile_name)
 
 
-def _variables(source: EnvSettingsSource) -> dict[str, str]:
-    """Our variables of a source by setting, without those that count as not given."""
-    prefix = PREFIX.lower()  # pydantic-settings ignores the case of variables
+def _variables(variables: Mapping[str, str | None]) -> dict[str, str]:
+    """Our variables by setting, of names in lower case, without those that count as not given."""
+    prefix = PREFIX.lower()
     given = {
         name.removeprefix(prefix): _unquote((value or "").strip())
-        for name, value in source.env_vars.items()
+        for name, value in variables.items()
         if name.startswith(prefix)
     }
     return {
@@ -257,28 +259,28 @@ def _unquote(value: str) -> str:
     return value[1:-1] if quoted else value
 
 
-def _open_dotenv() -> DotEnvSettingsSource:
+def _read_dotenv() -> dict[str, str | None]:
     path = Path(".env")
     try:
-        encoding = _encoding(path.read_bytes()) if path.is_file() else "utf-8"
-        return DotEnvSettingsSource(_Variables, path, env_file_encoding=encoding)
+        text = _decode(path.read_bytes()) if path.is_file() else ""
     except OSError as exc:
         raise ConfigError(f".env cannot be read: {exc}") from exc
+    read = dotenv_values(stream=io.StringIO(text))
+    return {name.lower(): value for name, value in read.items()}
 
 
 @functools.cache  # one warning for one file
-def _encoding(data: bytes) -> str:
-    """Encoding of a ``.env`` file, which another program may have written."""
+def _decode(data: bytes) -> str:
+    """Text of a ``.env`` file, which another program may have written, or several."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         encoding = "utf-16"
     else:
         try:
-            data.decode()
-            return "utf-8-sig"
+            return data.decode("utf-8-sig")
         except UnicodeDecodeError:
             encoding = "latin-1"
     logger.warning(".env is not UTF-8 and is read as %s.", encoding)
-    return encoding
+    return data.decode(encoding, "replace")
 
 
 def _read_toml(config: Path | str) -> dict[str, Any]:

@@ -217,8 +217,10 @@ def test_a_schema_file_makes_the_answer_json(
     schema = tmp_path / "door.json"
     schema.write_text('{"type": "object"}')
     assert run("ask", image, "?", "--schema", schema, "--json").json["parsed"] == {"open": True}
-    schema.write_text("{")
-    assert "--schema" in run("ask", image, "?", "--schema", schema).err
+    for wrong in ("{", "[" * 100_000):
+        schema.write_text(wrong)
+        ended = run("ask", image, "?", "--schema", schema)
+        assert ended.status == 2 and "--schema" in ended.err
 
 
 def test_the_stub_is_named_beside_its_answers(
@@ -279,7 +281,11 @@ def test_a_drawing_that_cannot_be_written_is_an_error(
     run: Run, image: Path, built: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     (tmp_path / "directory.png").mkdir()
-    for name in ("marked.txt", "missing/marked.png", "directory.png", "x" * 300 + ".png"):
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    for name in (
+        "marked.txt", "missing/marked.png", "directory.png", tmp_path / "loop.png",
+        "x" * 300 + ".png",
+    ):  # fmt: skip
         ended = run("point", image, "mug", "--draw", name)
         assert ended.status == 2 and "--draw" in ended.err
     assert built == []

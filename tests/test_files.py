@@ -34,7 +34,8 @@ def test_after_an_error_the_old_file_is_there_and_nothing_else(tmp_path: Path) -
 def test_only_regular_files_are_replaced_and_links_stay_links(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "directory").mkdir()
-    for wrong in (tmp_path / "pipe", tmp_path / "directory", Path("/dev/null")):
+    (tmp_path / "loop").symlink_to("loop")
+    for wrong in (*map(tmp_path.joinpath, ("pipe", "directory", "loop")), Path("/dev/null")):
         with pytest.raises(OSError, match="not a regular file"):
             write_file(wrong, "x")
     assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)

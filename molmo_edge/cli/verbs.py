@@ -71,7 +71,7 @@ def ask(
     if schema is not None:
         try:
             options["json_schema"] = json.loads(schema.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as exc:
+        except (OSError, ValueError, RecursionError) as exc:
             raise ConfigError(f"--schema: '{schema.name}' is not a readable JSON file.") from exc
     about, [question] = media.load(engine, words)
     with engine.open() as vlm:
@@ -324,6 +324,7 @@ def _check_draw(path: Path | None, suffixes: Sequence[str]) -> None:
         and len(path.name.encode()) <= 255
         and stat.S_ISDIR(file_mode(path.parent))
         and not stat.S_ISDIR(file_mode(path))
+        and not Path(os.path.realpath(path)).is_symlink()  # a loop
     ):
         raise ConfigError(
             f"--draw: give the name of a file in an existing directory that ends in one of "

@@ -344,15 +344,23 @@ def stored_precision(config: Mapping[str, Any]) -> str | None:
     """Precision of a checkpoint's dense weights, ``None`` when it is not quantised.
 
     An unknown method or format is returned by its own name.
+
+    Raises:
+        ModelError: the `quantization_config` is broken.
     """
     text = config.get("text_config")
     nested = text.get("quantization_config") if isinstance(text, Mapping) else None
     quant = config.get("quantization_config", nested)
     if quant is None:
         return None
-    method = str(quant.get("quant_method", "unknown")).lower()
-    form = str(quant.get("format", method))
-    if method == "compressed-tensors" and form == "pack-quantized":
-        group = next(iter(quant["config_groups"].values()))
-        return f"w{group['weights']['num_bits']}a16"
+    try:
+        method = str(quant.get("quant_method", "unknown")).lower()
+        form = str(quant.get("format", method))
+        if method == "compressed-tensors" and form == "pack-quantized":
+            group, *_ = quant["config_groups"].values()
+            return f"w{int(group['weights']['num_bits'])}a16"
+    except (AttributeError, LookupError, TypeError, ValueError) as exc:
+        raise ModelError(
+            "config.json has a broken quantization_config. Download it again."
+        ) from exc
     return _FORMATS.get(form, form)

@@ -15,6 +15,7 @@ from tests.sparse_checkpoint import write_sparse
 
 NAME = "allenai/Molmo-7B-D-0924"
 CONFIG = dict(KNOWN[NAME])
+PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 
 
 def checkpoint(directory: Path, **config: Any) -> Path:
@@ -145,11 +146,17 @@ def test_unknown_model_names_the_nearest() -> None:
         ({"model_type": "molmo"}, "lacks a size or has a wrong one: hidden_size"),
         ({"model_type": "gemma3", "text_config": 3, "vision_config": {}}, "lacks a size"),
         (CONFIG | {"num_attention_heads": 0}, "lacks a size or has a wrong one"),
-        (CONFIG | {"quantization_config": {"quant_method": "compressed-tensors",
-                                           "format": "pack-quantized"}}, "lacks a size"),
+        *((CONFIG | {"quantization_config": quant}, "broken quantization_config") for quant in (
+            [1], "fp8", PACKED, PACKED | {"config_groups": {}},
+            PACKED | {"config_groups": {"group_0": {"weights": None}}},
+            PACKED | {"config_groups": {"group_0": {"weights": {"num_bits": None}}}},
+        )),
     ],
 )  # fmt: skip
 def test_broken_configuration(tmp_path: Path, config: dict[str, Any], message: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=message):
         model_shape(tmp_path)
+    if "quantization_config" in config:  # which every start reads for itself
+        with pytest.raises(ModelError, match=message):
+            stored_precision(config)
