@@ -44,10 +44,13 @@ def interrupted() -> Iterator[Interrupted]:
 
     def run(call: Callable[[], object], wait: Callable[[], object]) -> bool:
         nonlocal armed
+        ended = threading.Event()
 
         def send() -> None:
             wait()
             os.kill(os.getpid(), signal.SIGINT)
+            while not ended.wait(1):  # it came before the call, or Python lost it in a finalizer
+                os.kill(os.getpid(), signal.SIGINT)
 
         with meanwhile(send):
             try:
@@ -56,6 +59,7 @@ def interrupted() -> Iterator[Interrupted]:
                     call()
                 finally:
                     armed = False
+                    ended.set()
             except KeyboardInterrupt:
                 armed = False
                 return True

@@ -56,6 +56,8 @@ class Hanging:
     """What `AsyncEngine` uses of an `AsyncLLM`, whose process never answers."""
 
     def __init__(self) -> None:
+        config = SimpleNamespace(model_type="molmo", embedding_size=8)
+        self.model_config = SimpleNamespace(hf_config=config)
         self.engine_core = SimpleNamespace(resources=SimpleNamespace(ctx=self))
         self.calls: list[str] = []
 
