@@ -23,12 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from molmo_edge import images
-from molmo_edge.errors import (
-    ImageError,
-    MissingDependencyError,
-    MolmoEdgeError,
-    VideoError,
-)
+from molmo_edge.errors import ImageError, MissingDependencyError, VideoError
 from molmo_edge.files import expand_home, replacing
 from molmo_edge.images import EncodedBytes, ImageLike
 
@@ -85,6 +80,7 @@ class VideoLimits:
         max_frames: sampled frames.
         max_fps: sampled frames per second.
         max_frame_bytes: of all sampled frames as RGB; 4 GiB hold 384 frames of 2560 x 1440 pixels.
+        max_image_bytes: of each frame of a `Video` that is an encoded image.
     """
 
     max_bytes: int = 4 * 2**30
@@ -93,6 +89,7 @@ class VideoLimits:
     max_frames: int = 384
     max_fps: float = 2.0
     max_frame_bytes: int = 4 * 2**30
+    max_image_bytes: int = images.ImageLimits.max_bytes
 
 
 @dataclass(frozen=True)
@@ -230,7 +227,7 @@ def _translated(action: str) -> Iterator[None]:
     """Translate third-party errors: PyAV spreads FFmpeg's over a dozen built-in classes."""
     try:
         yield
-    except MolmoEdgeError:
+    except (VideoError, MissingDependencyError):
         raise
     except Exception as exc:
         damaged = "" if isinstance(exc, OSError) else ", which may be damaged or cut short"
@@ -265,13 +262,13 @@ def _from_frames(video: Video, limits: VideoLimits) -> Clip:
             )
         indices = list(range(total))
     else:
-        if not isinstance(fps, (int, float, np.integer, np.floating)) or not 1e-6 < fps < math.inf:
-            raise VideoError("Video.fps must be a positive number of frames per second")
+        if not isinstance(fps, (int, float, np.integer, np.floating)) or not 1e-6 < fps < 1e9:
+            raise VideoError("Video.fps must be a positive number of frames per second below 1e9")
         indices = sample_indices(total, float(fps), limits.max_frames, limits.max_fps)
         times = [index / float(fps) for index in indices]
     kept: dict[int, Frame] = {}
     wanted = sorted(set(indices))
-    cap = images.ImageLimits(max_pixels=limits.max_pixels)
+    cap = images.ImageLimits(limits.max_image_bytes, limits.max_pixels)
     for index in wanted:
         try:
             kept[index] = np.asarray(images.load(frames[index], cap))
@@ -289,7 +286,7 @@ def _from_frames(video: Video, limits: VideoLimits) -> Clip:
 def _check_timestamps(timestamps: Sequence[float], total: int) -> list[float]:
     try:
         times = np.asarray(timestamps, np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         times = np.empty(0)
     increasing = times.shape == (total,) and times[0] >= 0 and (np.diff(times) > 0).all()
     if not (increasing and np.isfinite(times).all()):
