@@ -15,6 +15,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,9 +26,11 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from molmo_edge.errors import InputError
-from molmo_edge.images import ImageLike, load
+from molmo_edge.images import DEFAULT_LIMITS, ImageLike, ImageLimits, load
 from molmo_edge.results import Result
 from molmo_edge.video import Clip, write_video
+
+_NO_LIMITS = ImageLimits(sys.maxsize, sys.maxsize)  # those of the engine held when it answered
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,8 @@ class PointResult:
         """Return a new upright RGB image with a dot, its number and its label at every point.
 
         Args:
-            image: anything a query takes; by default the one of `images` with this `index`.
+            image: anything a query takes, within the default limits of `molmo_edge.images`; by
+                default the one of `images` with this `index`, of any size.
             index: which of several images, or of a video's frames; only its points are drawn.
 
         Numbers are positions in ``points``, from 1; a label stands at the first of its points.
@@ -177,11 +181,12 @@ class PointResult:
             InputError: there is no image.
             ImageError: the image cannot be used.
         """
+        limits = DEFAULT_LIMITS
         if image is None:
             if not 0 <= index < len(self.images):
                 raise InputError("There is no such image to draw on: call draw(image).")
-            image = self.images[index]
-        canvas = load(image)
+            image, limits = self.images[index], _NO_LIMITS
+        canvas = load(image, limits)
 
         def shown(point: Point) -> bool:
             if point.t is not None and self.images:

@@ -123,10 +123,13 @@ class Seen:
     def draw(self, order: Literal["RGB", "BGR"] = "RGB") -> Frame:
         """Return the upright frame with its points as a new H x W x 3 uint8 array.
 
-        ``"BGR"`` is OpenCV's order of channels. Raises ImageError.
+        ``"BGR"`` is OpenCV's order of channels. Raises ImageError; InputError for another order.
         """
-        points = self.points or PointResult("")
-        pixels = np.array(points.draw(self.image, index=max(len(points.images) - 1, 0)))
+        if not isinstance(order, str) or order not in ("RGB", "BGR"):
+            raise InputError("The order must be 'RGB' or 'BGR'.")
+        points = self.points or PointResult("", images=(self.image,))
+        refused = self.image if self.error is not None else None  # perhaps for its size
+        pixels = np.array(points.draw(refused, index=len(points.images) - 1))
         return np.ascontiguousarray(pixels[..., ::-1]) if order == "BGR" else pixels
 
 

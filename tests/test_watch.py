@@ -35,7 +35,7 @@ from molmo_edge.errors import (
     SamplingError,
     VideoError,
 )
-from molmo_edge.images import load
+from molmo_edge.images import ImageLimits, load
 from molmo_edge.watch import Camera, Seen
 from tests.image_files import encode
 
@@ -251,6 +251,8 @@ def test_watch_points_counts_and_draws() -> None:
         assert tuple(drawn[0, 0]) == (200, 0, 0) and tuple(bgr[0, 0]) == (0, 0, 200)
         assert np.array_equal(drawn[..., ::-1], bgr) and bgr.flags.c_contiguous
         assert tuple(drawn[30, 20]) != (200, 0, 0)
+        with pytest.raises(InputError, match="BGR"):
+            seen.draw("bgr")  # type: ignore[arg-type]
         assert broken.points is None and isinstance(broken.error, ImageError)
         # With a window the points are those of the newest frame.
         answers["Point to mug"] = '<points coords="0.0 1 250 500;0.9 2 750 500">mug</points>'
@@ -271,6 +273,21 @@ def test_watch_points_counts_and_draws() -> None:
         ):
             with pytest.raises(error):
                 vlm.watch(frames, **wrong)
+
+
+def test_a_frame_that_was_answered_is_drawn_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("molmo_edge.points.DEFAULT_LIMITS", ImageLimits(10**6, 1000))
+    with EdgeVLM(engine=FakeEngine.factory(POINT), max_image_pixels=4800) as vlm:
+        frames = [np.zeros((60, 80, 3), np.uint8), np.zeros((61, 80, 3), np.uint8)]
+        for asked in ({"point": "mug"}, {"question": "q"}, {"point": "mug", "window": 2}):
+            answered, refused = vlm.watch(frames, **asked)
+            assert answered.draw().shape == (60, 80, 3)
+            with pytest.raises(ImageError, match="max_image_pixels"):
+                refused.draw()
+        answer = vlm.point(frames[0], "mug")
+        assert answer.draw().size == (80, 60)
+        with pytest.raises(ImageError, match="pixels"):
+            answer.draw(frames[0])
 
 
 def is_painted(frame: np.ndarray) -> list[bool]:
