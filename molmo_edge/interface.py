@@ -70,6 +70,7 @@ class Update(NamedTuple):
         logprobs, top_logprobs: aligned with `token_ids`, when requested.
         finish_reason: None while the request is running.
         cached_tokens: prompt tokens found in the prefix cache, when known.
+        stop: the stop string that ended the answer, if one did.
     """
 
     request_id: str
@@ -79,6 +80,7 @@ class Update(NamedTuple):
     top_logprobs: Sequence[Mapping[int, float]] | None = None
     finish_reason: str | None = None
     cached_tokens: int | None = None
+    stop: str | None = None
 
 
 @dataclass(frozen=True)

@@ -106,13 +106,14 @@ class Request(Generic[A_co]):
         self.image = image
         self.text = text
         self.video = options.pop("video", None)
-        self.options = options
+        self.options: Mapping[str, Any] = options
         self.messages: Sequence[Mapping[str, Any] | Turn] = question(image, text, self.video)
 
     @staticmethod
     def chat(messages: Sequence[Mapping[str, Any]], **options: Unpack[Options]) -> Request[Result]:
         """A conversation."""
-        request = Request(None, "", **options)._as("chat")
+        request = Request(None, "")._as("chat")
+        request.options = options  # with `video`, to be refused like any other unknown one
         request.messages = messages
         return request
 
@@ -121,7 +122,9 @@ class Request(Generic[A_co]):
         image: ImageLike, length: Length = "normal", **options: Unpack[Options]
     ) -> Request[Result]:
         """A description of an image."""
-        return Request(image, length, **options)._as("caption")
+        request = Request(image, length)._as("caption")
+        request.options = options
+        return request
 
     @staticmethod
     def point(
@@ -198,8 +201,11 @@ class CheckedOptions(Sampling):
         """When `timeout` passes, on the monotonic clock."""
         return None if self.timeout is None else self.started + self.timeout
 
-    def read(self, result: Result) -> Result:
+    def read(self, result: Result, stop: str | None) -> Result:
         """Return the result with `parsed` set if a JSON Schema was given.
+
+        Args:
+            stop: the stop string that ended the answer, None if none did.
 
         Raises:
             GenerationError: the answer is cut off, or the pydantic model refuses it.
@@ -209,6 +215,9 @@ class CheckedOptions(Sampling):
         text, truncated = result.text, result.finish_reason == "length"
         try:
             value = json.loads(text)
+            # Any part of a number reads as a number.
+            if type(value) in (int, float) and (truncated or (stop and stop[0] in "0123456789.eE")):
+                raise GenerationError(_CUT, partial=text)
             if self.answer_model is not None:
                 value = self.answer_model.model_validate_json(text)
         except ValidationError as exc:
@@ -219,14 +228,12 @@ class CheckedOptions(Sampling):
             raise GenerationError(message, partial=text) from exc
         except (ValueError, RecursionError) as exc:
             raise GenerationError(_CUT if truncated else _UNREADABLE, partial=text) from exc
-        if truncated and type(value) in (int, float):  # any part of a number reads as a number
-            raise GenerationError(_CUT, partial=text)
         return replace(result, parsed=value)
 
 
 _CUT = (
-    "The answer was cut off before its JSON was complete; raise max_tokens, or bound the schema's "
-    "strings and lists (maxLength, maxItems, enum)."
+    "The answer was cut off before its JSON was complete; raise max_tokens, give no stop string "
+    "that is part of it, or bound the schema's strings and lists (maxLength, maxItems, enum)."
 )
 _UNREADABLE = (
     "The answer cannot be read as JSON: a stop string ended it, or it is nested too deeply or has "
@@ -245,6 +252,8 @@ def check_options(options: Mapping[str, Any], max_crops_limit: int | None) -> Ch
             hint = did_you_mean(name, Options.__annotations__)
             if name in EdgeSettings.model_fields:
                 hint = " It is a setting of EdgeVLM, for all requests."
+            if name == "video":
+                hint = " A conversation has its video in its messages; a caption is of an image."
             raise SamplingError(f"Unknown option {name}.{hint}")
     values = {name: plain(value) for name, value in options.items()}
     if values.get("json_schema") is not None:

@@ -107,7 +107,7 @@ class Stream:
 
     def _result(self) -> Result:
         self._end()
-        return self._options.read(self._request.result())
+        return self._options.read(self._request.result(), self._request.stop)
 
     def _end(self) -> None:
         self._finalizer.detach()

@@ -167,6 +167,7 @@ class EdgeVLM:
             self.settings.max_image_pixels,
             self.settings.max_video_s,
             self.settings.max_frames or VideoLimits.max_frames,
+            max_image_bytes=self.settings.max_image_bytes,
         )
         self._factory: Callable[[Callable[[], bool]], Engine] = (
             (lambda _: engine()) if callable(engine) else self._vllm_factory(resolved, began)
@@ -673,6 +674,8 @@ class EdgeVLM:
     def _read(self, request: Request[Any]) -> list[Turn]:
         """Load images and video; the prompt of a task becomes the text."""
         turns = read_turns(request.messages, self._limits, self._load_clip)
+        if request.verb == "caption" and len(turns[0].images) != 1:
+            raise ImageError("A caption describes one image: give one, not none or several.")
         if request.verb in PROMPTS and not turns[0].images and turns[0].video is None:
             raise ImageError("There is nothing to look at: give an image, images or a video.")
         if request.verb not in ("query", "chat"):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from molmo_edge import EdgeVLM, Request, Video
 from molmo_edge.engine.fake import FakeEngine, FakeFactory
-from molmo_edge.errors import ConfigError, ImageError, PromptError, VideoError
+from molmo_edge.errors import ConfigError, ImageError, PromptError, SamplingError, VideoError
 from molmo_edge.interface import Turn
 from molmo_edge.points import TrackPoint
 from tests.image_files import encode
@@ -162,9 +162,30 @@ def test_a_track_has_its_clip_and_room_for_a_long_answer(vlm: EdgeVLM, fake: Fak
     assert none.none_found and none.tracks == {}
 
 
+@pytest.mark.parametrize("video", [VIDEO, None])
+def test_what_takes_no_video_refuses_one(vlm: EdgeVLM, fake: FakeFactory, video: Any) -> None:
+    messages, given = [{"role": "user", "content": "q"}], {"video": video}
+    for call in (
+        lambda: vlm.chat(messages, **given),
+        lambda: vlm.chat_stream(messages, **given),
+        lambda: asyncio.run(vlm.achat(messages, **given)),
+        lambda: vlm.batch([Request.chat(messages, **given)]),
+        lambda: vlm.caption(IMAGE, **given),
+        lambda: asyncio.run(vlm.acaption(IMAGE, **given)),
+    ):
+        with pytest.raises(SamplingError, match="Unknown option video"):
+            call()
+    assert fake.engine.added == []
+
+
 def test_a_setting_limits_the_frames() -> None:
     with EdgeVLM(engine=FakeEngine.factory(answer), max_frames=3) as vlm:
         assert vlm.query(None, "q", video=VIDEO).text == "[0] [(0.0, 1.0, 2.0)]"
+    frames = [encode(Image.effect_noise((90, 90), 99), "PNG")] * 2
+    with EdgeVLM(engine=FakeEngine.factory(answer), max_image_bytes=3000) as vlm:
+        with pytest.raises(VideoError, match=r"frame 0 .* max_image_bytes"):
+            vlm.query(None, "q", video=Video(frames, fps=1.0))
+        assert [type(one.error) for one in vlm.watch(frames, window=2)] == [VideoError] * 2
     with (
         EdgeVLM(engine=FakeEngine.factory(answer), max_image_pixels=100) as vlm,
         pytest.raises(VideoError, match="pixels"),

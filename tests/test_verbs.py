@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 from PIL import Image
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, RootModel, field_validator
 
 from molmo_edge import (
     CountResult,
@@ -227,6 +227,11 @@ def test_captions_have_three_lengths(vlm: EdgeVLM, fake: FakeFactory, photo: np.
     ]
     with pytest.raises(PromptError, match="short, normal, long"):
         vlm.caption(photo, "endless")  # type: ignore[arg-type]
+    for wrong in (None, [], [photo] * 2):
+        with pytest.raises(ImageError, match="one image"):
+            vlm.caption(wrong)  # type: ignore[arg-type]
+        with pytest.raises(ImageError, match="one image"):
+            asyncio.run(vlm.acaption(wrong))  # type: ignore[arg-type]
 
 
 # Structured answers: the fake engine spells the JSON; what vLLM refuses is tested on vLLM.
@@ -284,6 +289,9 @@ def test_a_schema_gives_plain_values_and_is_copied() -> None:
     [
         (GOOD, Door, {"max_tokens": 10}, "max_tokens"),
         ("12345", {"type": "integer"}, {"max_tokens": 3}, "cut off"),
+        ("12345", RootModel[int], {"max_tokens": 3}, "cut off"),
+        ("12345", {"type": "integer"}, {"stop": ["x", "34"]}, "cut off"),
+        ("1.5", {"type": "number"}, {"stop": "."}, "cut off"),
         (GOOD, Door, {"stop": "colour"}, "stop string"),
         (GOOD, Picky, {}, "Picky"),
     ],
@@ -294,6 +302,14 @@ def test_an_incomplete_or_refused_answer_is_an_error_that_keeps_its_text(
     with answering(answer) as vlm, pytest.raises(GenerationError, match=match) as caught:
         vlm.query(None, "x", json_schema=json_schema, **options)
     assert caught.value.partial and answer.startswith(caught.value.partial)
+
+
+def test_a_number_that_a_stop_string_did_not_cut_is_whole() -> None:
+    with answering("12\n34") as vlm:
+        result = vlm.query(None, "x", json_schema={"type": "integer"}, stop=["5", "\n"])
+        assert (result.parsed, result.finish_reason) == (12, "stop")
+    with answering("12") as vlm:
+        assert vlm.query(None, "x", json_schema={"type": "integer"}, stop="3").parsed == 12
 
 
 def test_an_answer_that_is_nested_too_deeply_is_an_error() -> None:

@@ -236,14 +236,14 @@ class _Request:
         self._tokens += 1
         self._text += piece
         reason = "stop" if ended else "length" if self._tokens >= self._max_tokens else None
-        end = len(self._text)
-        if places := [self._text.index(stop) for stop in sampling.stop if stop in self._text]:
-            reason, end = "stop", min(places)
+        end, stopped = len(self._text), None
+        if places := [(self._text.index(one), one) for one in sampling.stop if one in self._text]:
+            reason, (end, stopped) = "stop", min(places)
         elif reason is None and sampling.stop:
             # Hold back text that may be the beginning of a stop string.
             end = max(self._shown, end - max(map(len, sampling.stop)) + 1)
         text, self._shown = self._text[self._shown : end], end
-        update = Update(request_id, text, (token,), finish_reason=reason, cached_tokens=0)
+        update = Update(request_id, text, (token,), None, None, reason, 0, stopped)
         scored = [*sampling.logprob_token_ids, *range(1, sampling.logprobs or 0)]
         if not scored and not sampling.logprobs:
             return update

@@ -101,6 +101,7 @@ class PendingRequest:
 
     Attributes:
         text: what was generated so far.
+        stop: the stop string that ended the answer, if one did.
         done: whether the request has ended, successfully or not.
         deadline: on the monotonic clock, None for none.
         rendered: the engine's input, None once the engine has it or the request has ended.
@@ -123,6 +124,7 @@ class PendingRequest:
         self.sampling = sampling
         self.deadline = deadline
         self.text = ""
+        self.stop: str | None = None
         self.done = False
         self._started = started
         self._submitted = time.monotonic()
@@ -173,7 +175,7 @@ class PendingRequest:
             if update.cached_tokens is not None:
                 self._cached_tokens = update.cached_tokens
             if update.finish_reason in ("stop", "length"):
-                self._finish_reason = update.finish_reason
+                self._finish_reason, self.stop = update.finish_reason, update.stop
                 self.done = True
             elif update.finish_reason is not None:
                 self.fail(GenerationError("The engine aborted the request."))

@@ -142,6 +142,7 @@ class VllmEngine:
             top_logprobs,
             completion.finish_reason,
             output.num_cached_tokens,
+            completion.stop_reason if isinstance(completion.stop_reason, str) else None,
         )
 
     def close(self) -> None:
