@@ -258,13 +258,13 @@ def check_options(options: Mapping[str, Any], max_crops_limit: int | None) -> Ch
     values = {name: plain(value) for name, value in options.items()}
     if values.get("json_schema") is not None:
         values["json_schema"], values["answer_model"] = _read_schema(values["json_schema"])
-        if values.get("ignore_eos"):
-            raise SamplingError("ignore_eos and json_schema exclude each other.")
     try:
         checked = CheckedOptions(**values)
     except ValidationError as exc:
         problems = [f"{error['loc'][0]} {describe(error)}" for error in exc.errors()]
         raise SamplingError("; ".join(problems)) from None
+    if checked.ignore_eos and checked.json_schema is not None:
+        raise SamplingError("ignore_eos and json_schema exclude each other.")
     if max_crops_limit and checked.max_crops and checked.max_crops > max_crops_limit:
         raise SamplingError(f"max_crops must be at most {max_crops_limit}, the engine's own.")
     return checked
@@ -294,9 +294,15 @@ def _read_schema(given: object) -> tuple[dict[str, Any], type[BaseModel] | None]
         ) from exc
 
 
+def listed(value: Any) -> Any:
+    """The (nested) list of an array, of one without dimensions its number; all else as it is."""
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
 def check_token_ids(ids: Sequence[int]) -> list[int]:
     """Return the ids as a list. Raises PromptError for what is no token id."""
-    given = [plain(i) for i in ids] if isinstance(ids, Sequence | np.ndarray) else [None]
+    ids = listed(ids)
+    given = [plain(i) for i in ids] if isinstance(ids, Sequence) else [None]
     numbers = [i for i in given if type(i) is int and i >= 0]
     if len(numbers) != len(given):
         raise PromptError("An answer and its candidates are lists of token ids.")
@@ -348,7 +354,7 @@ def _read_turn(
     if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
         raise PromptError(f"Message {number} must be a mapping with only 'role' and 'content'.")
     role, content = message["role"], message["content"]
-    if role not in ("user", "assistant"):
+    if not isinstance(role, str) or role not in ("user", "assistant"):
         raise PromptError(f"Message {number}: role must be 'user' or 'assistant'.")
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
@@ -357,6 +363,7 @@ def _read_turn(
     texts, images, videos = [], [], []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
+        kind = kind if isinstance(kind, str) else None  # comparing an array gives an array
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
         elif kind == "text":
@@ -397,7 +404,9 @@ def read_labels(given: object) -> list[str]:
     """Labels as in training: lower-cased and stripped. Raises PromptError."""
     labels = [given] if isinstance(given, str) else given
     if not isinstance(labels, list | tuple) or not all(isinstance(one, str) for one in labels):
-        raise PromptError("A label must be a string; several must be a list of strings.")
+        raise PromptError(
+            "A label must be a string; only point() and apoint() take several, a list of strings."
+        )
     labels = [" ".join(one.lower().split()) for one in labels]
     # Format characters (Cf) join letters of Persian, Hindi and emoji; alone they are nothing.
     if not labels or any(set(map(unicodedata.category, one)) <= {"Cf", "Zs"} for one in labels):

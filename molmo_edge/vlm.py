@@ -66,12 +66,13 @@ from molmo_edge.requests import (
     check_options,
     check_token_ids,
     check_turns,
+    listed,
     numbered,
     read_labels,
     read_turns,
 )
 from molmo_edge.results import Result, Score
-from molmo_edge.settings import EdgeSettings, Resolved
+from molmo_edge.settings import EdgeSettings, Resolved, plain
 from molmo_edge.stream import AStream, Stream, wait_any
 from molmo_edge.video import Clip, VideoLike, VideoLimits, load_video
 from molmo_edge.warmup import WarmupReport, warm
@@ -291,7 +292,7 @@ class EdgeVLM:
             As `query`; the first failure ends all.
         """
         ids = check_token_ids(answer)
-        given = [[] for _ in ids] if candidates is None else candidates
+        given = [[] for _ in ids] if candidates is None else listed(candidates)
         others = [check_token_ids(one) for one in given] if isinstance(given, Sequence) else []
         if not ids or len(others) != len(ids):
             raise PromptError(
@@ -498,7 +499,8 @@ class EdgeVLM:
         """`point` for asyncio."""
         if isinstance(label, str):
             return await self._aanswer(Request.point(image, label, **options))
-        requests = await asyncio.to_thread(self._point_requests, image, label, options)
+        with mapped("render"):  # there may be no thread left
+            requests = await asyncio.to_thread(self._point_requests, image, label, options)
         return await self.abatch(requests)
 
     async def acount(
@@ -641,7 +643,13 @@ class EdgeVLM:
 
         Returns:
             Whether the engine is gone. If False, it ends after its current step.
+
+        Raises:
+            ConfigError: `timeout` is no number of seconds; nothing is closed.
         """
+        timeout = plain(timeout)
+        if timeout is not None and not (isinstance(timeout, int | float) and abs(timeout) < 1e9):
+            raise ConfigError("close: timeout must be a number of seconds below 1e9, or None.")
         self._closed = True
         return self._loop.close(timeout, drain=drain)
 
@@ -655,7 +663,8 @@ class EdgeVLM:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await asyncio.to_thread(self.close)
+        if not self.close(timeout=0):
+            await self._loop.async_gone()
 
     # A request's way.
 

@@ -13,7 +13,7 @@ from molmo_edge.errors import ConfigError, PromptTooLongError
 from molmo_edge.interface import ModelFamily
 from molmo_edge.requests import Request
 from molmo_edge.results import Result
-from molmo_edge.settings import EdgeSettings
+from molmo_edge.settings import EdgeSettings, plain
 from molmo_edge.video import Video
 
 AGREEMENT = 0.03
@@ -66,6 +66,7 @@ def warm(
     max_rounds: int,
 ) -> WarmupReport:
     """See `EdgeVLM.warmup`; `family` is None for an engine that is not vLLM's."""
+    tokens, max_rounds = plain(tokens), plain(max_rounds)
     if any(type(count) is not int or count < 2 for count in (tokens, max_rounds)):
         raise ConfigError("warmup: tokens and max_rounds must be integers of at least 2.")
     began = time.perf_counter()

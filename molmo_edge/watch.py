@@ -70,6 +70,7 @@ _MAX_FAILURES, _FAILURE_PAUSE_S = 30, 0.02
 _NO_FRAMES = (
     str, bytes, bytearray, memoryview, array.array, io.IOBase, Mapping, np.ndarray,
 )  # fmt: skip
+_NO_THREAD = "The system has no thread left to read the source."
 _CAMERA_URL = re.compile(r"\s*(rtsps?|https?)://", re.IGNORECASE)
 
 
@@ -231,12 +232,16 @@ class Camera:
             return replace(frame, index=index, dropped=dropped, reconnects=self._reconnects)
         return None
 
-    def close(self) -> None:
-        """Close the source and wait for its thread."""
+    def stop(self) -> None:
+        """Begin to close, and wake `next_frame` in another thread."""
         self._closed = True
         if self._reader is not None:
             self._reader.stop()
-        self._news.put(None)  # wakes `next_frame` in another thread
+        self._news.put(None)
+
+    def close(self) -> None:
+        """Close the source and wait for its thread."""
+        self.stop()
         if self._reader is not None and self._reader.thread.is_alive():
             self._reader.thread.join(_JOIN_S)
 
@@ -254,7 +259,7 @@ class Camera:
             try:
                 reader.thread.start()  # once `close` knows it, for Ctrl-C in here
             except RuntimeError as exc:
-                raise CameraError("The system has no thread left to read the source.") from exc
+                raise CameraError(_NO_THREAD) from exc
         return reader
 
 
@@ -275,16 +280,21 @@ async def arun(
     """Do the same as `run` for asyncio; see `EdgeVLM.awatch`."""
     # Cameras that wait in asyncio's own threads would leave none to other requests.
     waiter = ThreadPoolExecutor(1, "molmo-edge-awatch")
-    wait = partial(asyncio.get_running_loop().run_in_executor, waiter, camera.next_frame)
     try:
-        while (frame := await wait()) is not None:
+        waiter.submit(int)  # starts its only thread
+    except RuntimeError as exc:
+        raise CameraError(_NO_THREAD) from exc
+    in_waiter = partial(asyncio.get_running_loop().run_in_executor, waiter)
+    try:
+        while (frame := await in_waiter(camera.next_frame)) is not None:
             try:
                 seen = frame.answered(await answer(frame), None)
             except (InputError, RequestError, QueueFull) as exc:
                 seen = _failed(frame, exc)
             yield seen
     finally:
-        await asyncio.to_thread(camera.close)
+        camera.stop()  # ends a wait in the thread that then closes
+        await in_waiter(camera.close)
         waiter.shutdown(wait=False)
 
 

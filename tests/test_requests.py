@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from molmo_edge.errors import PromptError, SamplingError
@@ -22,6 +23,7 @@ def refuse(video: object) -> Any:
         "text",
         {"role": "user"},
         {"role": "system", "content": "x"},
+        {"role": np.array(["user", "user"]), "content": "x"},
         *(
             {"role": "user", "content": content}
             for content in (
@@ -29,6 +31,7 @@ def refuse(video: object) -> Any:
                 b"x",
                 [{"type": "text", "text": 5}],
                 [{"type": "video"}],
+                [{"type": np.array(["text", "text"]), "text": "x"}],
                 [{"type": "image", "image": None}],
                 [{"type": "image_url"}],
                 [{"type": "image_url", "image_url": {"url": "https://host/a.png"}}],
@@ -60,7 +63,7 @@ def test_a_past_answer_may_be_empty() -> None:
         ("logprobs", [0, 21, 1.0]),
         ("stop", [[""], [1], 5, None, [None], ["\ud800"], 10**5000]),
         ("json_schema", ["{}"]),
-        ("ignore_eos", [1]),
+        ("ignore_eos", [1, np.ones(2)]),
         ("timeout", [0, -1, math.nan, True, "1", 10**400]),
         ("max_crops", [0, 13, True, 2.0]),
     ],
@@ -68,7 +71,7 @@ def test_a_past_answer_may_be_empty() -> None:
 def test_wrong_options_are_refused_by_name(name: str, values: list[Any]) -> None:
     for value in values:
         with pytest.raises(SamplingError, match=name):
-            check_options({name: value}, 12)
+            check_options({"json_schema": {"type": "object"}, name: value}, 12)
 
 
 def test_options_have_defaults_and_short_forms_and_no_others() -> None:

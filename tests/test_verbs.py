@@ -170,6 +170,8 @@ def test_labels_that_are_not_plain_words_are_refused(
             call(photo, label)
     with pytest.raises(PromptError):
         vlm.point(photo, ["mug", label])
+    with pytest.raises(PromptError, match="only point"):
+        vlm.count(photo, ["mug", "cup"])  # type: ignore[arg-type]
     assert fake.engine.added == []
 
 

@@ -116,7 +116,8 @@ def test_numpy_scalars_are_numbers_in_every_call(vlm: EdgeVLM) -> None:
     assert vlm.query(None, "q", **options).metrics.output_tokens == 2
     [seen] = vlm.watch([IMAGE], "q", max_fps=np.float32(9), frame_timeout=np.int64(9))
     assert seen.result is not None
-    assert vlm.score(None, "q", np.array([1, 2])).token_ids == (1, 2)
+    scored = vlm.score(None, "q", np.array([1, 2]), candidates=np.array([[3], [4]]))
+    assert scored.token_ids == (1, 2) and [set(one) for one in scored.candidates] == [{3}, {4}]
     with pytest.raises(SamplingError, match="max_tokens should be a valid integer"):
         vlm.query(None, "q", max_tokens=np.float32(2))
     with pytest.raises(SamplingError, match=r"max_model_len\. It is a setting"):
@@ -196,6 +197,9 @@ def test_scores_are_of_each_token_after_those_before_it(vlm: EdgeVLM, fake: Fake
         ([1], [[1.5]]),
         ([1], [None]),
         ([1], 5),
+        (np.array(5), None),
+        ([1], np.array(5)),
+        ([1], [np.array(5)]),
         ([1] * 4096, None),
     ]
     for answer, candidates in wrong:

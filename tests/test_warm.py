@@ -38,7 +38,7 @@ class Script:
 def test_every_kind_of_request_runs_once_before_speed_is_measured() -> None:
     fake = FakeEngine.factory()
     with EdgeVLM(engine=fake, max_num_seqs=6) as vlm:
-        report = vlm.warmup(tokens=3, max_rounds=2)
+        report = vlm.warmup(tokens=np.int64(3), max_rounds=2)
         for options in ({"tokens": 1}, {"max_rounds": 1}):
             with pytest.raises(ConfigError, match="at least 2"):
                 vlm.warmup(**options)

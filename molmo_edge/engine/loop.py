@@ -234,6 +234,10 @@ class EngineLoop:
             return False
         return self._changed.wait(lambda: self._gone, timeout)
 
+    async def async_gone(self) -> None:
+        """Wait for the end that `close` began."""
+        await self._changed.async_wait(lambda: self._gone)
+
     def _is_owner(self) -> bool:
         """False in a forked child, where the engine's thread does not exist."""
         return os.getpid() == self._pid

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from typing import Any
 
 import pytest
 
@@ -68,9 +69,25 @@ def test_a_thread_that_cannot_be_had_is_an_error(monkeypatch: pytest.MonkeyPatch
                 next(vlm.watch([b""]))
             with pytest.raises(GenerationError):
                 await vlm.aquery(None, "q")
+            with pytest.raises(GenerationError):
+                await vlm.apoint(b"", ["a", "b"])
+            with pytest.raises(CameraError, match="thread"):
+                await anext(vlm.awatch([b""]))
+            async with other:
+                pass
 
+    other = EdgeVLM(engine=FakeEngine.factory())
     with opened(FakeEngine.factory(echo)) as vlm:
         asyncio.run(ask(vlm))
+        assert other.state == "closed"
+        assert vlm.query(None, "q").text == f"q {WORDS}"
+
+
+@pytest.mark.parametrize("timeout", [10**400, float("nan"), "x"])
+def test_a_timeout_that_is_none_is_refused_and_nothing_is_closed(timeout: Any) -> None:
+    with opened(FakeEngine.factory(echo)) as vlm:
+        with pytest.raises(ConfigError, match="timeout"):
+            vlm.close(timeout)
         assert vlm.query(None, "q").text == f"q {WORDS}"
 
 
