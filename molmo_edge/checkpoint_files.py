@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import stat
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -22,7 +23,12 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 """Dtypes of weights that are not quantised."""
 
 _LFS_POINTER = b"version https://git-lfs"
-_TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
+# Beside config.json, what transformers and vLLM read if it is there.
+_JSON_FILES = (
+    INDEX, "added_tokens.json", "chat_template.json", "generation_config.json",
+    "preprocessor_config.json", "processor_config.json", "special_tokens_map.json",
+    "tokenizer.json", "tokenizer_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
 # How a quantised layer's values are stored, and beside each what vLLM cannot do without; any of
 # several names.
 _PACKED: Mapping[str, tuple[str, ...]] = {
@@ -61,6 +67,10 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes().decode())
     except FileNotFoundError:
+        if path.is_symlink():
+            raise ModelError(
+                f"'{path}' is a symbolic link to a file that is missing. Download it again."
+            ) from None
         raise ModelError(
             f"'{path}' is missing. A checkpoint directory holds config.json, the tokenizer's files "
             f"and *.safetensors.{_what_it_is(path.parent)}"
@@ -121,18 +131,25 @@ def check_weights(directory: Path) -> None:
         )
 
 
-def check_tokenizer(directory: Path) -> None:
-    """Raise ModelError unless the directory holds a tokenizer."""
-    for names in _TOKENIZERS:
-        paths = [directory / name for name in names]
-        if all(path.is_file() for path in paths):
-            for path in paths:
-                (read_json if path.suffix == ".json" else _refuse_pointer)(path)
-            return
-    raise ModelError(
-        f"'{directory}' has no tokenizer (tokenizer.json). Copy it from the original checkpoint, "
-        "or download it again."
-    )
+def check_data_files(directory: Path) -> None:
+    """Raise ModelError unless the JSON files are whole, and a tokenizer is among the files."""
+    # A link to nothing is no absent file.
+    there = [name for name in _JSON_FILES if os.path.lexists(directory / name)]
+    read = {name: read_json(directory / name) for name in there}
+    found, problem = "tokenizer.json" in read, "has no tokenizer (tokenizer.json)"
+    if found:
+        model = read["tokenizer.json"].get("model")
+        found = isinstance(model, dict) and bool(model.get("vocab"))
+        problem = "has a tokenizer.json without a vocabulary"
+    elif (directory / "tokenizer.model").is_file():
+        _refuse_pointer(directory / "tokenizer.model")
+        found = True
+    elif (directory / "merges.txt").is_file() and (directory / "vocab.json").is_file():
+        found = bool(read_json(directory / "vocab.json"))
+    if not found:
+        raise ModelError(
+            f"'{directory}' {problem}. Copy it from the original checkpoint, or download it again."
+        )
 
 
 def check_tensors(

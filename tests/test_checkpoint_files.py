@@ -10,7 +10,7 @@ import pytest
 
 from molmo_edge.checkpoint_files import (
     INDEX,
-    check_tokenizer,
+    check_data_files,
     check_weights,
     read_config,
     tensors,
@@ -116,13 +116,15 @@ BLOCK = "model.transformer.blocks.1."
 VISION = "model.vision_backbone."
 HEAD = "model.transformer.ff_out"
 QUANTISED = {"quantization_config": {"quant_method": "compressed-tensors"}}
+TOKENIZER = '{"model": {"vocab": {"a": 0}}}'
 Stored = dict[str, tuple[str, tuple[int, ...]]]
 
 
 def check(directory: Path, config: dict[str, Any], stored: Stored, load: str = "auto") -> None:
     """Check a directory of these tensors as every start of an engine does."""
     (directory / "config.json").write_text(json.dumps(config))
-    (directory / "tokenizer.json").write_text("{}")
+    (directory / "tokenizer.json").write_text(TOKENIZER)
+    (directory / "notes.json").write_text("[]")  # which no engine reads
     write_sparse(directory / "model.safetensors", stored)
     family_of(config).check(config, directory, load)
 
@@ -252,15 +254,22 @@ def test_directories_that_are_something_else_are_named_with_the_way_out(
         ({"tokenizer.json": POINTER}, "Git LFS pointer"),
         ({"tokenizer.model": POINTER}, "Git LFS pointer"),
         ({"tokenizer.json": '{"cut": '}, "not valid JSON"),
+        ({"tokenizer.json": "{}"}, r"tokenizer\.json without a vocabulary"),
+        ({"tokenizer_config.json": "\ufeff{}"}, "tokenizer_config.json' .*byte order mark"),
+        ({"generation_config.json": "{"}, "generation_config.json' is not valid JSON"),
+        ({"preprocessor_config.json": None}, "preprocessor_config.json' is a symbolic link to a"),
     ],
 )
-def test_a_checkpoint_without_a_tokenizer(
-    tmp_path: Path, files: dict[str, str], message: str
+def test_a_checkpoint_without_a_tokenizer_or_with_a_broken_data_file(
+    tmp_path: Path, files: dict[str, str | None], message: str
 ) -> None:
     for name, content in files.items():
-        (tmp_path / name).write_text(content)
+        if content is None:
+            (tmp_path / name).symlink_to("nothing")
+        else:
+            (tmp_path / name).write_text(content)
     with pytest.raises(ModelError, match=message):
-        check_tokenizer(tmp_path)
+        check_data_files(tmp_path)
 
 
 @pytest.mark.parametrize(

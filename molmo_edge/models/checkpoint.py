@@ -9,8 +9,8 @@ from typing import Any
 
 from molmo_edge.checkpoint_files import (
     FLOATS,
+    check_data_files,
     check_tensors,
-    check_tokenizer,
     check_weights,
     tensors,
 )
@@ -20,13 +20,13 @@ from molmo_edge.errors import ModelError
 
 
 def check_files(config: Mapping[str, Any], directory: Path, load_format: str) -> None:
-    """Raise ModelError unless tokenizer and tensors are there, as `config` describes them.
+    """Raise ModelError unless data files and tensors are there, as `config` describes them.
 
     Of weights in a format of vLLM's own (``"sharded_state"``) the names are not checked.
     """
     if load_format != "dummy":
         check_weights(directory)
-    check_tokenizer(directory)
+    check_data_files(directory)
     if load_format == "dummy" or "sharded" in load_format:
         return
     stored = tensors(directory)
