@@ -77,7 +77,7 @@ def test_every_package_that_is_imported_is_declared(project: dict[str, Any]) -> 
     requirements = sum(project["optional-dependencies"].values(), project["dependencies"])
     names = [Requirement(requirement).name for requirement in requirements]
     known = {PACKAGES.get(name, name.replace("-", "_")) for name in names}
-    known |= {"molmo_edge", "pydantic_core", "typing_extensions"} | sys.stdlib_module_names
+    known |= {"molmo_edge", "pydantic_core"} | sys.stdlib_module_names
     for path in (ROOT / "molmo_edge").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
