@@ -404,9 +404,7 @@ def read_labels(given: object) -> list[str]:
     """Labels as in training: lower-cased and stripped. Raises PromptError."""
     labels = [given] if isinstance(given, str) else given
     if not isinstance(labels, list | tuple) or not all(isinstance(one, str) for one in labels):
-        raise PromptError(
-            "A label must be a string; only point() and apoint() take several, a list of strings."
-        )
+        raise PromptError("A label must be a string; only point() takes a list of strings too.")
     labels = [" ".join(one.lower().split()) for one in labels]
     # Format characters (Cf) join letters of Persian, Hindi and emoji; alone they are nothing.
     if not labels or any(set(map(unicodedata.category, one)) <= {"Cf", "Zs"} for one in labels):

@@ -644,8 +644,7 @@ class EdgeVLM:
         Returns:
             Whether the engine is gone. If False, it ends after its current step.
 
-        Raises:
-            ConfigError: `timeout` is no number of seconds; nothing is closed.
+        Raises ConfigError, and closes nothing, for a `timeout` that is no number of seconds.
         """
         timeout = plain(timeout)
         if timeout is not None and not (isinstance(timeout, int | float) and abs(timeout) < 1e9):

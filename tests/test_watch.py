@@ -410,26 +410,19 @@ def test_a_frame_that_cannot_be_rendered_does_not_end_the_watch_but_a_question_d
             with pytest.raises(PromptError):
                 list(seen)
         else:
-            kinds = [type(one.error) for one in seen]
-            wrong = InputError if type(error) is ValueError else PromptTooLongError
-            assert kinds == [type(None), wrong, type(None), type(None)]
+            assert [isinstance(one.error, InputError) for one in seen] == [
+                False,
+                True,
+                False,
+                False,
+            ]
 
 
-@pytest.mark.parametrize(
-    ("options", "kind"),
-    [
-        ({"max_tokens": 0}, SamplingError),
-        ({"video": b""}, SamplingError),
-        ({"image": image()}, SamplingError),
-        ({"question": " "}, PromptError),
-        ({"question": image()}, PromptError),
-    ],
-)
-def test_what_would_fail_for_every_frame_is_refused_at_once(
-    vlm: EdgeVLM, options: dict[str, Any], kind: type[InputError]
-) -> None:
-    with pytest.raises(kind):
-        vlm.watch(Source(), **options)
+def test_what_would_fail_for_every_frame_is_refused_at_once(vlm: EdgeVLM) -> None:
+    wrong: list[dict[str, Any]] = [{"max_tokens": 0}, {"video": b""}, {"image": image()}]
+    for options in [*wrong, {"question": " "}, {"question": image()}]:
+        with pytest.raises(PromptError if "question" in options else SamplingError):
+            vlm.watch(Source(), **options)
 
 
 @pytest.mark.parametrize(
