@@ -32,9 +32,9 @@ $(STAMP): pyproject.toml scripts/cpu_env.sh
 bench: $(STAMP)
 	$(BIN)/python -m molmo_edge.bench
 
-# Two processes, and in each whole files, whose tests share an engine.
+# Two processes, and in each whole files, whose tests share an engine; slow directories come first.
 test: $(STAMP) $(VENV)/.tensorflow
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The tests compare our resize with TensorFlow's.
 $(VENV)/.tensorflow: $(STAMP)
