@@ -83,7 +83,10 @@ def run_child(
         seconds = time.monotonic() - began
         outcome = values.pop("outcome", None)
         # faulthandler lists hundreds of modules after the stacks.
-        end = log.read_text(errors="replace").partition("\nExtension modules:")[0].strip()[-1500:]
+        end = log.read_text(errors="replace").partition("\nExtension modules:")[0].strip()
+        for place in sorted(filter(None, sys.path), key=len, reverse=True):
+            end = end.replace(f"{place}/", "")  # results name no directory of the machine
+        end = end[-1500:]
         if code is None:
             outcome = {"status": "timeout", "error": f"ended after {limit_s:.0f} s: {end}"}
         elif outcome is None:
