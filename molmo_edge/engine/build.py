@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import gc
 import inspect
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +45,26 @@ def build(plan: BuildPlan, config_s: float, abandoned: Callable[[], bool]) -> En
     if plan.settings.engine == "process":
         async_engine.require_main_guard()
     with mapped("build"):
-        import vllm  # noqa: F401
+        with _collection_paused():
+            import vllm  # noqa: F401
 
-        imported = time.perf_counter()
-        plan.family.prepare()
-        _check_names(plan.settings.engine_args)
+            imported = time.perf_counter()
+            plan.family.prepare()
+            _check_names(plan.settings.engine_args)
         # In a frame of its own: a module that keeps an ImportError keeps this one for good.
         return _start(plan, config_s, abandoned, began, imported)
+
+
+@contextmanager
+def _collection_paused() -> Iterator[None]:
+    """Import without garbage collections, which find nothing and take a fifth of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _start(
