@@ -22,7 +22,7 @@ from molmo_edge import EdgeVLM
 from molmo_edge.cli import common, verbs
 from molmo_edge.cli.app import main
 from molmo_edge.engine.fake import FakeEngine, FakeFactory
-from molmo_edge.models.hub import NOTICE, STUBS
+from molmo_edge.models.hub import DEMO, NOTICES, STUB, STUBS
 from molmo_edge.models.molmo2.synthetic import TEXT
 from molmo_edge.video import VideoLimits, load_video, write_video
 
@@ -223,15 +223,15 @@ def test_a_schema_file_makes_the_answer_json(
         assert ended.status == 2 and "--schema" in ended.err
 
 
-def test_the_stub_is_named_beside_its_answers(
+def test_a_built_in_model_is_named_beside_its_answers(
     run: Run, image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(common, "notice", lambda vlm: NOTICE)
+    monkeypatch.setattr(common, "NOTICES", {"fake": NOTICES[DEMO]})
     for command in (["ask", image, "?"], ["caption", image], ["point", image, "mug"],
                     ["chat"], ["watch", image, "?"]):  # fmt: skip
-        assert run(*command, stdin=b"What?").err == f"{NOTICE}\n"
+        assert run(*command, stdin=b"What?").err == f"{NOTICES[DEMO]}\n"
     ended = run("count", image, "mugs", "--json")
-    assert (ended.json["notice"], ended.err) == (NOTICE, "")
+    assert (ended.json["notice"], ended.err) == (NOTICES[DEMO], "")
 
 
 @pytest.mark.engine
@@ -246,7 +246,7 @@ def test_a_shell_gets_an_answer_of_the_stub(image: Path, cache_dir: Path) -> Non
         env={**os.environ, "MOLMO_EDGE_CACHE_DIR": str(cache_dir), "MOLMO_EDGE_MODEL": "stub"},
     )
     assert (done.returncode, done.stdout) == (0, f"{TEXT}\n")
-    assert NOTICE in " ".join(done.stderr.split())
+    assert NOTICES[STUB] in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
 
 

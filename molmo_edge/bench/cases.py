@@ -43,13 +43,13 @@ def standard() -> tuple[Case, ...]:
     panels = "Explain this figure: what does each of the panels show, and what is to be learned?"
     chart = "What is the value of the solar line in each year, from 2018 to 2024?"
     return (
-        Case("boardwalk", "Boardwalk Photo", DEFAULT_QUESTION, _shipped("boardwalk.jpg")),
-        Case("panels", "Complex Plot", panels, _shipped("panels.png")),
+        Case("boardwalk", "Boardwalk Photo", DEFAULT_QUESTION, shipped("boardwalk.jpg")),
+        Case("panels", "Complex Plot", panels, shipped("panels.png")),
         Case(
             "linechart",
             "Data Interpretation",
             chart,
-            _shipped("linechart.png"),
+            shipped("linechart.png"),
             ("10", "15", "25", "40", "55", "70", "85"),
         ),
     )
@@ -69,7 +69,7 @@ def text_only() -> tuple[Case, ...]:
 
 def drawn_video(frames: int) -> Case:
     """A disc that crosses a photo, as many frames of 640 x 480 pixels at 2 frames per second."""
-    photo = _shipped("boardwalk.jpg").resize((640, 480))
+    photo = shipped("boardwalk.jpg").resize((640, 480))
     drawn = [photo.copy() for _ in range(frames)]
     for number, frame in enumerate(drawn):
         x, y = 40 + 560 * number // max(1, frames - 1), 240
@@ -120,7 +120,8 @@ def count_matches(expected: Sequence[str], answer: str) -> int:
     return sum(block.size for block in pairs.get_matching_blocks())
 
 
-def _shipped(name: str) -> Image.Image:
+def shipped(name: str) -> Image.Image:
+    """An image of the package's."""
     data = resources.files("molmo_edge.bench").joinpath("data", name).read_bytes()
     with Image.open(BytesIO(data)) as image:
         return image.convert("RGB")

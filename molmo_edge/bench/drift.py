@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from molmo_edge.bench import environment, tables
-from molmo_edge.bench.cases import Case, standard
+from molmo_edge.bench.cases import Case, shipped, standard
 from molmo_edge.bench.document import Environment, Part, now
 from molmo_edge.bench.environment import Target
 from molmo_edge.bench.tables import UNKNOWN, number
@@ -80,12 +80,14 @@ class DriftDocument(Part):
 
 
 def prompts() -> tuple[Case, ...]:
-    """The standard cases, and pointing on two of their images."""
-    cases = standard()
+    """The standard cases, pointing on two of their images, and a drawn scene."""
+    cases, scene = standard(), shipped("scene.png")
     return (
         *cases,
         Case("point-trees", "Point: trees", "Point to the trees.", cases[0].image),
         Case("point-dots", "Point: orange dots", "Point to the orange dots.", cases[2].image),
+        Case("point-scene", "Point: red circles", "Point to the red circles.", scene),
+        Case("caption-scene", "Drawn scene", "Describe this image.", scene),
     )
 
 

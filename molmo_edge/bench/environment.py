@@ -13,7 +13,7 @@ from typing import Any
 
 from molmo_edge.bench.document import Device, Environment, Model
 from molmo_edge.engine import vllm_args
-from molmo_edge.models.hub import STUBS
+from molmo_edge.models.hub import STUB, STUBS
 from molmo_edge.settings import resolve
 
 CACHES_OFF: dict[str, Any] = {"enable_prefix_caching": False}
@@ -34,13 +34,20 @@ class Target:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def choose(cls, model: str | None, config: Path | None, options: Mapping[str, Any]) -> Target:
-        """The user's choice, with the model that the settings name where no option does."""
+    def choose(
+        cls,
+        model: str | None,
+        config: Path | None,
+        options: Mapping[str, Any],
+        default: str = STUB,
+    ) -> Target:
+        """The user's choice; without a model of an option or the settings, it is `default`."""
         given = {k: v for k, v in options.items() if v is not None}
-        settings = resolve({**given, "model": model}, config=config).settings
+        resolved = resolve({**given, "model": model}, config=config)
+        settings = resolved.settings
         if settings.load_format != "auto":
             given["load_format"] = settings.load_format
-        return cls(settings.model, config, given)
+        return cls(settings.model if "model" in resolved.by_user else default, config, given)
 
     @property
     def name(self) -> str:

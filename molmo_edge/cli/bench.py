@@ -25,7 +25,6 @@ from molmo_edge.cli.common import (
     Commands,
     ConfigOption,
     JsonOption,
-    ModelOption,
     ProfileOption,
     console,
     messages,
@@ -34,6 +33,7 @@ from molmo_edge.cli.common import (
     working,
     write,
 )
+from molmo_edge.models.hub import STUB
 
 app = typer.Typer(
     name="bench",
@@ -64,7 +64,10 @@ OUTPUT = Path("bench-results")
 class TargetOptions:
     """Which engine is measured."""
 
-    model: ModelOption = None
+    model: Annotated[
+        str | None,
+        Option(help="Directory or hub name; by default from the settings, else stub."),
+    ] = None
     config: ConfigOption = None
     load_format: Annotated[
         str | None, Option(help="dummy: random weights of the model's shape.")
@@ -77,10 +80,10 @@ class TargetOptions:
     max_num_seqs: Annotated[int | None, Option(help="Requests decoded together.")] = None
     profile: ProfileOption = None
 
-    def target(self) -> Target:
-        """The engine, not yet started."""
+    def target(self, default: str = STUB) -> Target:
+        """The engine, not yet started, of the model `default` if none is chosen."""
         options = dict(vars(self))
-        return Target.choose(options.pop("model"), options.pop("config"), options)
+        return Target.choose(options.pop("model"), options.pop("config"), options, default)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from typer.core import TyperGroup
 from molmo_edge.errors import ImageError, MolmoEdgeError, VideoError
 from molmo_edge.files import expand_home, file_mode
 from molmo_edge.images import ImageLimits, load, printable
-from molmo_edge.models.hub import NOTICE, STUBS
+from molmo_edge.models.hub import NOTICES
 from molmo_edge.settings import resolve
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def working(text: str) -> Iterator[Callable[[str], object]]:
 
 
 def locate_model(model: str) -> Path:
-    """Directory of a checkpoint by directory or hub name, which is downloaded, or of a stub."""
+    """Directory of a checkpoint by directory, built-in name, or hub name, which is downloaded."""
     from molmo_edge.engine.vllm_args import cache_root
     from molmo_edge.models.hub import locate
 
@@ -223,14 +223,14 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def notice(vlm: EdgeVLM) -> str | None:
-    """What must accompany every answer of a stub; None for other models."""
-    return NOTICE if vlm.environment.get("model") in STUBS else None
+    """What must accompany every answer of a built-in model; None for other models."""
+    return NOTICES.get(str(vlm.environment.get("model")))
 
 
-def warn_stub(vlm: EdgeVLM) -> None:
-    """Print the notice of the stub, if it is one, on standard error."""
-    if stub := notice(vlm):
-        warn(stub)
+def warn_notice(vlm: EdgeVLM) -> None:
+    """Print the notice of a built-in model on standard error."""
+    if text := notice(vlm):
+        warn(text)
 
 
 def output(
@@ -241,8 +241,8 @@ def output(
 ) -> None:
     """Print a result: `data` as JSON, or what is `shown` in a terminal.
 
-    The notice of a `vlm` that is the stub goes to standard error, or into the JSON object together
-    with the environment.
+    The notice of a built-in model goes to standard error, or into the JSON object together with the
+    environment.
     """
     if as_json:
         if vlm is not None and isinstance(data, Mapping):
@@ -250,7 +250,7 @@ def output(
         write(json.dumps(data, indent=2, default=str, ensure_ascii=False) + "\n")
         return
     if vlm is not None:
-        warn_stub(vlm)
+        warn_notice(vlm)
     for one in shown:
         show(one)
 

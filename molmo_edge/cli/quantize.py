@@ -20,7 +20,7 @@ app = typer.Typer()
     )
 )
 def fetch(
-    model: Annotated[str, typer.Argument(help="Hub name, or stub or stub-2.")],
+    model: Annotated[str, typer.Argument(help="Hub name, or demo, stub or stub-2.")],
     as_json: JsonOption = False,
 ) -> None:
     """Download a checkpoint, without its code, if it is not there yet; prints its directory."""
@@ -35,7 +35,7 @@ def fetch(
     )
 )
 def quantize(
-    model: Annotated[str, typer.Argument(help="Directory or hub name, not quantised yet.")],
+    model: Annotated[str, typer.Argument(help="Directory, hub name or demo, not quantised yet.")],
     out: Annotated[Path, typer.Argument(help="Output directory; must not exist.")],
     scheme: Annotated[str, typer.Option(help="fp8, w4a16 or nvfp4.")],
     calibrate: Annotated[

@@ -31,7 +31,7 @@ from molmo_edge.cli.common import (
     output_line,
     result_dict,
     warn,
-    warn_stub,
+    warn_notice,
     with_options,
     working,
     write,
@@ -79,7 +79,7 @@ def ask(
         if as_json:
             output(result_dict(stream.result()), as_json=True, vlm=vlm)
         else:
-            warn_stub(vlm)
+            warn_notice(vlm)
             _print_stream(stream)
 
 
@@ -135,7 +135,7 @@ def chat(
     history: list[dict[str, Any]] = []
     failed = False
     with engine.open() as vlm:
-        warn_stub(vlm)
+        warn_notice(vlm)
         for line in _lines():
             command, _, name = line.partition(" ")
             try:
@@ -455,7 +455,7 @@ def watch(
             camera.next_frame()
     with engine.open() as vlm:
         if not as_json:
-            warn_stub(vlm)
+            warn_notice(vlm)
         options |= {"point": point, "count": count}
         answers = vlm.watch(source, question, **options, **sampling.given())
         with contextlib.closing(answers):

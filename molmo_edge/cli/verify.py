@@ -39,7 +39,7 @@ app = typer.Typer()
 def verify(
     model: Annotated[
         str | None,
-        typer.Option(help="Directory, hub name or stub; by default a small one, random weights."),
+        typer.Option(help="Directory, hub name or demo; by default a small one, random weights."),
     ] = None,
     family: Annotated[
         Family | None, typer.Option(help="Of the small one: Molmo 1 (default) or Molmo 2.")

@@ -1,4 +1,4 @@
-"""Locate a model: a stub, a local directory, or a download from the hub without its code."""
+"""Locate a model: a built-in one, a local directory, or a download from the hub without code."""
 
 from __future__ import annotations
 
@@ -8,17 +8,29 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from molmo_edge.checkpoint_files import read_config
 from molmo_edge.devices.tensors import KNOWN
 from molmo_edge.errors import MissingDependencyError, ModelError
 from molmo_edge.files import expand_home, file_mode, replacing
+from molmo_edge.models.registry import family_of
 
-STUB, STUB2 = "stub", "stub-2"
-# The directory of each; its last number changes with the content of the files.
+DEMO, STUB, STUB2 = "demo", "stub", "stub-2"
+DEMO_DIRECTORY = Path(__file__).with_name("demo")
+# The directory of each in the cache; its last number changes with the content of the files.
 STUBS = {STUB: "stub-3", STUB2: "stub2-1"}
-NOTICE = (
+_STUB_NOTICE = (
     "This is a built-in stub: real Molmo architecture, random weights. Its answers mean nothing; "
     "give a checkpoint for real ones."
 )
+NOTICES = {
+    DEMO: (
+        "This is the built-in demo: a small Molmo 2 that knows drawn circles, squares, triangles "
+        "and stars only; give a checkpoint for anything else."
+    ),
+    STUB: _STUB_NOTICE,
+    STUB2: _STUB_NOTICE,
+}
+"""What must accompany every answer of a built-in model."""
 _SHAPES_DIRECTORY = "shaped-2"
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -33,8 +45,11 @@ def locate(model: str, cache_dir: Path, load_format: str = "auto") -> Path:
     sizes is written instead, whose tokenizer has the real number of tokens, not the real ones.
 
     Raises:
-        ModelError: no such directory, the hub cannot be reached, or `cache_dir` not be written.
+        ModelError: no such directory, the hub cannot be reached, `cache_dir` cannot be written, or
+            the demo's files are damaged.
     """
+    if model == DEMO:
+        return _check_demo(load_format)
     if model in STUBS:
         return _write_once(cache_dir / STUBS[model], model)
     if not _is_hub_name(model):
@@ -48,8 +63,10 @@ def locate_cached(model: str, cache_dir: Path) -> Path | None:
     """Return the directory of `model`, or None where `locate` would write or download it.
 
     Raises:
-        ModelError: no such directory.
+        ModelError: no such directory, or the demo's files are damaged.
     """
+    if model == DEMO:
+        return _check_demo()
     if model in STUBS:
         directory = cache_dir / STUBS[model]
         return directory if file_mode(directory / "config.json") else None
@@ -61,6 +78,19 @@ def locate_cached(model: str, cache_dir: Path) -> Path | None:
         return None
 
 
+def _check_demo(load_format: str = "auto") -> Path:
+    """Return the directory of the demo's checkpoint, which is part of the package."""
+    try:
+        config = read_config(DEMO_DIRECTORY)
+        family_of(config).check(config, DEMO_DIRECTORY, load_format)
+    except ModelError as exc:
+        raise ModelError(
+            "The demo's checkpoint, which is part of the package, is missing or damaged. Install "
+            "molmo-edge again, or give another model."
+        ) from exc
+    return DEMO_DIRECTORY
+
+
 def _is_hub_name(model: str) -> bool:
     """Whether it is a hub name, not a directory. Raises ModelError if it is neither."""
     mode = file_mode(expand_home(model))
@@ -69,7 +99,7 @@ def _is_hub_name(model: str) -> bool:
     if not _HUB_NAME.fullmatch(model) or mode:
         raise ModelError(
             f"'{model}' is not a directory. Give a checkpoint directory, a hub name such as "
-            "allenai/Molmo2-4B, or 'stub' or 'stub-2' for a built-in one."
+            "allenai/Molmo2-4B, or 'demo', 'stub' or 'stub-2' for a built-in one."
         )
     return True
 

@@ -13,6 +13,7 @@ from molmo_edge.bench import document
 from molmo_edge.bench.environment import Target
 from molmo_edge.cli import bench as cli
 from molmo_edge.errors import EngineStartError
+from molmo_edge.models.hub import DEMO
 from tests.bench.double import DoubleVLM
 from tests.bench.test_document import RESULTS
 
@@ -73,6 +74,7 @@ def test_a_model_from_the_environment_or_a_file_beats_the_stub(
 ) -> None:
     monkeypatch.delenv("MOLMO_EDGE_MODEL", raising=False)
     assert Target.choose(None, None, {}).random_weights
+    assert not Target.choose(None, None, {}, default=DEMO).random_weights
     Path(".env").write_text("MOLMO_EDGE_MODEL=m\nMOLMO_EDGE_LOAD_FORMAT=dummy\n")
     assert Target.choose(None, None, {}).model == "m"
     assert Target.choose("n", None, {}).random_weights

@@ -1,0 +1,43 @@
+"""The demo in the package: found without being copied, and refused where it is damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from molmo_edge.engine.doctor import diagnose
+from molmo_edge.errors import ModelError
+from molmo_edge.models import hub
+from molmo_edge.models.molmo2.synthetic import write_checkpoint
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda directory: directory.rename(directory.with_name("gone")),
+        lambda directory: cut(directory / "model.safetensors"),
+        lambda directory: cut(directory / "tokenizer.json"),
+        lambda directory: (directory / "config.json").write_text('{"model_type": "molmo3"}'),
+        lambda directory: (directory / "model.safetensors").unlink(),
+        lambda directory: (directory / "tokenizer.json").unlink(),
+    ],
+)
+def test_a_damaged_demo_is_a_model_error_that_says_what_to_do(
+    damage: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = write_checkpoint(tmp_path / "demo")
+    monkeypatch.setattr(hub, "DEMO_DIRECTORY", directory)
+    assert hub.locate("demo", tmp_path / "cache") == directory
+    damage(directory)
+    for locate in (hub.locate, hub.locate_cached):
+        with pytest.raises(ModelError, match="Install molmo-edge again"):
+            locate("demo", tmp_path / "cache")
+    [model] = [one for one in diagnose(model="demo").findings if one.what == "Model"]
+    assert model.level == "problem" and "Install molmo-edge again" in model.detail
+    assert not (tmp_path / "cache").exists()
