@@ -2,7 +2,8 @@
 
 A sample's way: ``scenarios`` send requests, ``measure`` records them, ``stats`` separates warm-up
 from steady state, ``document`` keeps the result, ``report`` and ``compare`` show it. ``ceilings``
-adds memory bandwidth and power; ``drift`` compares answers instead of speeds.
+adds memory bandwidth and power; ``drift`` compares answers instead of speeds;
+``accuracy`` asks about drawn ``scenes``.
 
     target = Target.choose("stub", None, {})
     bench = Bench(cases.standard(), RunOptions.choose(target.random_weights))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from statistics import fmean
 from typing import Any, Literal
 
@@ -157,23 +156,6 @@ def mean_distance(
     )
 
 
-def variants(target: Target) -> dict[str, Target]:
-    """Label → target of the reference, first, and the others.
-
-    Raises:
-        BenchmarkError: none or more than one option has several values, separated by commas.
-    """
-    several = [name for name, value in target.options.items() if "," in str(value)]
-    if len(several) != 1:
-        raise BenchmarkError(
-            "drift needs exactly one option with several values, the reference first, such as "
-            "--kv-cache-dtype auto,fp8"
-        )
-    [name] = several
-    values = [value.strip() for value in target.options[name].split(",")]
-    return {f"{name}={v}": replace(target, options={**target.options, name: v}) for v in values}
-
-
 def run(
     chosen: Mapping[str, Target],
     cases: Sequence[Case],
@@ -192,9 +174,15 @@ def run(
     is a request for each of its tokens.
 
     Raises:
+        BenchmarkError: there is only one configuration.
         MolmoEdgeError: an engine could not be started, or a prompt failed.
     """
     reference, *others = chosen
+    if not others:
+        raise BenchmarkError(
+            "drift needs an option with several values, the reference first, such as "
+            "--kv-cache-dtype auto,fp8"
+        )
     progress(f"reference: {reference}")
     with open_engine(chosen[reference]) as vlm:
         known = answer_all(vlm, cases, max_tokens=max_tokens)

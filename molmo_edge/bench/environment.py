@@ -13,7 +13,8 @@ from typing import Any
 
 from molmo_edge.bench.document import Device, Environment, Model
 from molmo_edge.engine import vllm_args
-from molmo_edge.models.hub import STUB, STUBS
+from molmo_edge.errors import BenchmarkError
+from molmo_edge.models.hub import DEMO, STUB, STUBS
 from molmo_edge.settings import resolve
 
 CACHES_OFF: dict[str, Any] = {"enable_prefix_caching": False}
@@ -48,6 +49,33 @@ class Target:
         if settings.load_format != "auto":
             given["load_format"] = settings.load_format
         return cls(settings.model if "model" in resolved.by_user else default, config, given)
+
+    @classmethod
+    def variants(
+        cls, model: str | None, config: Path | None, options: Mapping[str, Any]
+    ) -> dict[str, Target]:
+        """The choices of a user who gave one option several values, by label, in their order.
+
+        Values are separated by commas. Without any, the one choice by its name. Without a model of
+        an option or the settings, it is the demo: answers of random weights say nothing.
+
+        Raises:
+            BenchmarkError: more than one option has several values.
+        """
+        given: dict[str, Any] = {"model": model, **options}
+        several = [name for name, value in given.items() if "," in str(value)]
+        if len(several) > 1:
+            raise BenchmarkError(
+                f"{' and '.join(several)} have several values; give them to one option only"
+            )
+        if not several:
+            target = cls.choose(model, config, options, DEMO)
+            return {target.name: target}
+        chosen = {}
+        for value in map(str.strip, given[several[0]].split(",")):
+            one = {**given, several[0]: int(value) if value.isdecimal() else value}
+            chosen[f"{several[0]}={value}"] = cls.choose(one.pop("model"), config, one, DEMO)
+        return chosen
 
     @property
     def name(self) -> str:

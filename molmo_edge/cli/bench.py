@@ -15,6 +15,7 @@ import typer
 from rich.text import Text
 from typer import Argument, Option
 
+from molmo_edge.bench import accuracy as accuracies
 from molmo_edge.bench import cases as case_set
 from molmo_edge.bench import document as documents
 from molmo_edge.bench import drift as drifts
@@ -33,7 +34,6 @@ from molmo_edge.cli.common import (
     working,
     write,
 )
-from molmo_edge.models.hub import STUB
 
 app = typer.Typer(
     name="bench",
@@ -53,6 +53,11 @@ def parse_integers(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(",")))
 
 
+def integer_or_several(text: str) -> int | str:
+    """``4`` as an integer; all else as it is, which the settings check."""
+    return int(text) if text.isdecimal() else text
+
+
 ImageOption = Annotated[list[Path] | None, Option(help="Your image; repeatable.")]
 QuestionOption = Annotated[str | None, Option(help="What to ask about --image.")]
 OutputOption = Annotated[Path, Option(help="Directory, or .json file, of the result.")]
@@ -66,13 +71,17 @@ class TargetOptions:
 
     model: Annotated[
         str | None,
-        Option(help="Directory or hub name; by default from the settings, else stub."),
+        Option(
+            help="Directory or hub name; by default from the settings, else stub or (answers) demo."
+        ),
     ] = None
     config: ConfigOption = None
     load_format: Annotated[
         str | None, Option(help="dummy: random weights of the model's shape.")
     ] = None
-    max_crops: Annotated[int | None, Option(help="Crops of an image, engine-wide.")] = None
+    max_crops: Annotated[
+        Any, Option(parser=integer_or_several, help="Crops of an image, engine-wide.")
+    ] = None
     precision: Annotated[str | None, Option(help="Of the weights: auto, bf16, fp8, …")] = None
     kv_cache_dtype: Annotated[str | None, Option(help="auto, fp8, …")] = None
     dtype: Annotated[str | None, Option(help="Of computing: auto, bfloat16, float32, …")] = None
@@ -80,10 +89,15 @@ class TargetOptions:
     max_num_seqs: Annotated[int | None, Option(help="Requests decoded together.")] = None
     profile: ProfileOption = None
 
-    def target(self, default: str = STUB) -> Target:
-        """The engine, not yet started, of the model `default` if none is chosen."""
+    def target(self) -> Target:
+        """The engine, not yet started."""
         options = dict(vars(self))
-        return Target.choose(options.pop("model"), options.pop("config"), options, default)
+        return Target.choose(options.pop("model"), options.pop("config"), options)
+
+    def variants(self) -> dict[str, Target]:
+        """Label → engine for each value of the option that has several."""
+        options = dict(vars(self))
+        return Target.variants(options.pop("model"), options.pop("config"), options)
 
 
 @dataclass(frozen=True)
@@ -220,9 +234,8 @@ def drift_command(
 
     One option has several values, the reference first: --kv-cache-dtype auto,fp8.
     """
-    target = engine.target()
-    chosen = drifts.variants(target)
-    path = documents.result_path(output, f"drift-{target.name}")
+    chosen = engine.variants()
+    path = documents.result_path(output, f"drift-{next(iter(chosen.values())).name}")
     document = drifts.run(
         chosen,
         case_set.own(image, question) if image else drifts.prompts(),
@@ -234,4 +247,33 @@ def drift_command(
     )
     output_result(document, drifts.markdown(document), path, as_json)
     if not all(one.passed for one in document.drifts):
+        raise typer.Exit(1)
+
+
+@app.command(name="accuracy")
+@with_options
+def accuracy_command(
+    engine: TargetOptions,
+    scenes: Annotated[int, Option(min=1, max=100_000, help="Scenes to ask about.")] = 200,
+    seed: Annotated[int, Option(min=0, help="Of the scenes and the questions.")] = 0,
+    strict: Annotated[bool, Option("--strict", help="Exit status 1 if a goal is missed.")] = False,
+    output: OutputOption = OUTPUT,
+    as_json: JsonOption = False,
+) -> None:
+    """Points, counts and answers about drawn scenes, against what is in them.
+
+    One option may have several values, such as --kv-cache-dtype auto,fp8: a column for each.
+    """
+    chosen = engine.variants()
+    path = documents.result_path(output, f"accuracy-{next(iter(chosen.values())).name}")
+    with working("Starting …") as update:
+        document = accuracies.run(
+            chosen,
+            scenes=scenes,
+            seed=seed,
+            progress=update,
+            save=lambda result: documents.save(result, accuracies.markdown(result), path),
+        )
+    output_result(document, accuracies.markdown(document), path, as_json)
+    if strict and not all(one.passed for one in document.results):
         raise typer.Exit(1)

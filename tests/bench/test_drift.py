@@ -69,15 +69,22 @@ def test_points_are_compared_in_pixels_and_answers_by_their_first_difference() -
     assert (none.points_other, none.mean_px) == (0, None)
 
 
-def test_exactly_one_option_varies_and_its_first_value_is_the_reference() -> None:
-    target = Target("m", None, {"kv_cache_dtype": "auto, fp8", "precision": "bf16"})
-    variants = drift.variants(target)
+def test_one_option_varies_and_its_first_value_is_the_reference() -> None:
+    given = {"kv_cache_dtype": "auto, fp8", "precision": "bf16"}
+    variants = Target.variants("m", None, given)
     assert list(variants) == ["kv_cache_dtype=auto", "kv_cache_dtype=fp8"]
     options = variants["kv_cache_dtype=fp8"].options
     assert options == {"precision": "bf16", "kv_cache_dtype": "fp8"}
-    for wrong in ({}, {"dtype": "float32"}, {"dtype": "a,b", "precision": "c,d"}):
-        with pytest.raises(BenchmarkError, match="exactly one option"):
-            drift.variants(Target("m", None, wrong))
+    crops = Target.variants("m", None, {"max_crops": "1,4"})
+    assert [target.options["max_crops"] for target in crops.values()] == [1, 4]
+    models = Target.variants("m,n", None, {})
+    assert [target.model for target in models.values()] == ["m", "n"]
+    assert Target.variants("m", None, {}) == {"m": Target("m")}
+    assert list(Target.variants(None, None, {})) == ["demo"]
+    with pytest.raises(BenchmarkError, match="dtype and precision have several"):
+        Target.variants("m", None, {"dtype": "a,b", "precision": "c,d"})
+    with pytest.raises(BenchmarkError, match="several values, the reference first"):
+        drift.run({"m": Target("m")}, [CASE])
 
 
 @pytest.mark.parametrize(
@@ -87,7 +94,7 @@ def test_the_verdict_follows_the_bounds(shift: float, max_kl: float, passed: boo
     engines = {"auto": Scoring(), "fp8": Scoring(shift=shift)}
     saved: list[drift.DriftDocument] = []
     result = drift.run(
-        drift.variants(Target("m", None, {"kv_cache_dtype": "auto,fp8"})),
+        Target.variants("m", None, {"kv_cache_dtype": "auto,fp8"}),
         [CASE],
         max_kl=max_kl,
         open_engine=lambda target: engines[target.options["kv_cache_dtype"]],
