@@ -192,7 +192,7 @@ def plan_build(
         "mm_encoder_attn_backend": settings.mm_encoder_attn_backend,
         "gpu_memory_utilization": settings.gpu_memory_utilization,
         "enforce_eager": settings.enforce_eager,
-        "kv_cache_memory_bytes": _kv_bytes(settings),
+        "kv_cache_memory_bytes": _kv_room(settings, resolved.by_user, shape, max_model_len),
     }
     args |= {key: value for key, value in optional.items() if value is not None}
     if settings.speculation == "ngram":
@@ -305,8 +305,7 @@ def _longest_request(
     settings: EdgeSettings, shape: ModelShape, limit: int, room: int | None
 ) -> int:
     cache, kv_dtype = _kv_bytes(settings), settings.kv_cache_dtype
-    scale = 2 if settings.dtype == "float32" and kv_dtype == "auto" else 1
-    longest = shape.longest_request(limit, kv_dtype, room, cache, scale)
+    longest = shape.longest_request(limit, kv_dtype, room, cache, _kv_scale(settings))
     if longest < limit:
         _warn(
             f"max_model_len is {longest} instead of {limit}, which do not fit the memory or the KV "
@@ -321,9 +320,7 @@ def _check_kv_cache(
     """Return the bytes of the KV cache, at least those of a request of that many tokens."""
     wanted = settings.kv_cache_dtype
     check_kv_cache_dtype(wanted, device, settings.attention_backend)
-    longest = shape.kv_bytes(tokens, wanted)
-    if settings.dtype == "float32" and wanted == "auto":
-        longest *= 2
+    longest = shape.kv_bytes(tokens, wanted) * _kv_scale(settings)
     given = _kv_bytes(settings)
     check_kv_room(longest, given)
     if warning := kv_cache_warning(wanted, qwen2=shape.qwen2):
@@ -331,9 +328,25 @@ def _check_kv_cache(
     return longest if given is None else given
 
 
+def _kv_room(
+    settings: EdgeSettings, by_user: Set[str], shape: ModelShape, tokens: int
+) -> int | None:
+    """Return the size of the KV cache; a profile's is no more than all requests together fill."""
+    given = _kv_bytes(settings)
+    if given is None or "kv_cache_memory_gb" in by_user or settings.enable_prefix_caching:
+        return given
+    longest = shape.kv_bytes(tokens, settings.kv_cache_dtype) * _kv_scale(settings)
+    return min(given, longest * (settings.max_num_seqs + 1))  # one more, as vLLM counts in blocks
+
+
 def _kv_bytes(settings: EdgeSettings) -> int | None:
     size = settings.kv_cache_memory_gb
     return None if size is None else int(size * GIB)
+
+
+def _kv_scale(settings: EdgeSettings) -> int:
+    """Return what the bytes of a KV cache dtype are multiplied by."""
+    return 2 if settings.dtype == "float32" and settings.kv_cache_dtype == "auto" else 1
 
 
 @functools.cache

@@ -86,13 +86,20 @@ def test_thor_gets_fp8_without_the_tower(molmo: Path) -> None:
         "kv_cache_dtype": "fp8",
         "attention_backend": "TRITON_ATTN",
         "mm_encoder_attn_backend": "TORCH_SDPA",
-        "kv_cache_memory_bytes": 4 * GIB,
         "gpu_memory_utilization": 0.3,
         "linear_backend": "cutlass",
         "trust_remote_code": False,
     }
     assert {name: result.llm_args[name] for name in expected} == expected
     assert (result.environment["profile"], result.environment["precision"]) == ("thor", "fp8")
+
+
+def test_a_profiles_kv_cache_holds_its_requests_and_no_more(molmo: Path) -> None:
+    made = plan(THOR, molmo)
+    requests = made.settings.max_num_seqs * made.shape.kv_bytes(made.settings.max_model_len, "fp8")
+    assert requests <= made.llm_args["kv_cache_memory_bytes"] < 1.5 * requests < 4 * GIB
+    for kept in ({"kv_cache_memory_gb": 4.0}, {"enable_prefix_caching": True}):
+        assert args(THOR, molmo, **kept)["kv_cache_memory_bytes"] == 4 * GIB
 
 
 def test_a_laptop_runs_bf16_and_is_not_warned(
