@@ -120,7 +120,7 @@ def _plan_lines(plan: Plan) -> Iterator[RenderableType]:
     known = "bandwidth unknown" if bandwidth is None else f"{bandwidth / 1e9:g} GB/s"
     usable = _number(plan.usable_bytes, 1e-9, ",.1f")
     yield Text(
-        f"Model    {plan.model} ({plan.parameters / 1e9:.2f} B parameters)\n"
+        f"Model    {plan.model} ({plan.parameters / 1e9:.3g} B parameters)\n"
         f"Device   {plan.device} ({known}, {usable} GB usable)\n"
         f"Profile  {plan.profile_reason}\n"
         f"Choice   {plan.chosen or 'nothing fits'}: {plan.chosen_reason}\n"

@@ -58,7 +58,7 @@ def quantize(
         )
     worst, error = max(result.relative_errors.items(), key=lambda item: item[1])
     summary = (
-        f"{result.directory}: {result.in_bytes / 1e9:.2f} GB → {result.out_bytes / 1e9:.2f} GB, "
+        f"{result.directory}: {result.in_bytes / 1e6:,.1f} MB → {result.out_bytes / 1e6:,.1f} MB, "
         f"largest relative error of a layer {error:.4f} ({worst}), {result.seconds:.0f} s."
     )
     output(dataclasses.asdict(result), Text(summary), as_json=as_json)
