@@ -20,6 +20,7 @@ from typing import Any
 
 import harness
 
+from molmo_edge.bench import accuracy
 from molmo_edge.bench.tables import number, percent
 from molmo_edge.devices.detect import known_device
 from molmo_edge.devices.plan import Plan, plan
@@ -33,6 +34,7 @@ BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", r
 H200 = ("2026-11-27-h200-molmo2", "2026-11-27-h200")
 VERIFY, OVERHEAD = "2026-11-27-verify-cpu", "2026-11-27-overhead-cpu"
 PREPROCESS = "2026-11-27-preprocess-cpu"
+ACCURACY, QUANTISED = "2026-11-28-demo-accuracy-cpu", "2026-11-28-demo-quantised-cpu"
 STOCK = "stock vLLM, "
 FAMILIES = {"molmo2": "Molmo 2", "molmo": "Molmo 1"}
 
@@ -178,6 +180,45 @@ def visuals() -> str:
         f"In Molmo 2 an image of {images} tokens, and a video at most {TOKENS_PER_FRAME} for\neach "
         f"frame, two frames per second. Molmo2-4B in FP8 takes requests of\n{limits}."
     )
+
+
+def demo() -> str:
+    """The demo's accuracy."""
+    document = accuracy.AccuracyDocument.model_validate(result(ACCURACY))
+    environment = document.results[0].environment
+    return (
+        f"{document.scenes} scenes that it never saw, {environment.device.name}, "
+        f"vLLM {environment.software['vllm']}; from\n{link(ACCURACY)}:\n\n"
+        f"{accuracy.table(document)}\n\n{accuracy.LEGEND.capitalize()}."
+    )
+
+
+def quantised() -> str:
+    """Quantised copies of the demo."""
+    document = result(QUANTISED)
+    return (
+        f"{document['settings']['scenes']} scenes, {machine(document)}; from\n{link(QUANTISED)}:"
+        f"\n\n{quantised_table(document['rows'])}"
+    )
+
+
+def quantised_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Bytes, the measures that have goals, and drift."""
+    lines = []
+    for row in rows:
+        measures, drift = row.get("accuracy", {}).get("measures", {}), row.get("drift", {})
+        values = [measures.get(name, {}).get("value") for name in accuracy.GOALS]
+        lines.append(
+            [
+                row["name"],
+                number(row["bytes"], 2, 1e-6),
+                *(number(value, 1, 100) for value in values),
+                number(drift.get("equal_greedy"), 1, 100),
+                number(drift.get("mean_kl"), 4),
+            ]
+        )
+    goals = [f"{accuracy.MEASURES[name]}, %" for name in accuracy.GOALS]
+    return harness.table(["weights", "MB", *goals, "equal tokens, %", "KL, nats"], lines)
 
 
 # Those of the benchmarks' own page.

@@ -366,14 +366,18 @@ def _parts(document: AccuracyDocument) -> Iterator[str]:
     models = {result.environment.model.name or UNKNOWN for result in document.results}
     yield f"# Accuracy of {tables.escape(', '.join(sorted(models)))} on drawn scenes"
     yield tables.items([f"{document.scenes} scenes of seed {document.seed}", software])
-    heads = ("", "of", "goal", *(result.name for result in document.results))
-    lines = [_line(name, document) for name in MEASURES]
-    yield tables.table(heads, lines, keep=len(heads))
+    yield table(document)
     verdicts = [
         f"{result.name}: goals {'reached' if result.passed else 'MISSED'}, {result.seconds:.0f} s"
         for result in document.results
     ]
     yield tables.items([*verdicts, LEGEND])
+
+
+def table(document: AccuracyDocument) -> str:
+    """The measures, of how many, the goals, and a column for each configuration."""
+    heads = ("", "of", "goal", *(result.name for result in document.results))
+    return tables.table(heads, [_line(name, document) for name in MEASURES], keep=len(heads))
 
 
 def _line(name: str, document: AccuracyDocument) -> list[str]:

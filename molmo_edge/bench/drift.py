@@ -127,6 +127,23 @@ def against(vlm: Any, case: Case, result: Result, known: Score, *, max_tokens: i
     )
 
 
+def compare(
+    vlm: Any,
+    other: str,
+    known: Sequence[tuple[Case, Result, Score]],
+    max_tokens: int,
+    min_equal: float = 0.95,
+    max_kl: float = 0.05,
+) -> Drift:
+    """Another configuration on all of the reference's answers, as ``answer_all`` returns them."""
+    cases = [against(vlm, *one, max_tokens=max_tokens) for one in known]
+    tokens = [case.tokens for case in cases]
+    equal = fmean((case.equal_greedy for case in cases), tokens)
+    kl = fmean((case.mean_kl for case in cases), tokens)
+    passed = equal >= min_equal and kl <= max_kl
+    return Drift(other=other, equal_greedy=equal, mean_kl=kl, passed=passed, cases=cases)
+
+
 def divergence(reference: Mapping[int, float], other: Mapping[int, float]) -> float:
     """KL(reference || other) in nats over the reference's candidates and the rest as one.
 
@@ -197,14 +214,8 @@ def run(
     for other in others:
         progress(other)
         with open_engine(chosen[other]) as vlm:
-            drifts = [against(vlm, *one, max_tokens=max_tokens) for one in known]
-        tokens = [case.tokens for case in drifts]
-        equal = fmean((case.equal_greedy for case in drifts), tokens)
-        kl = fmean((case.mean_kl for case in drifts), tokens)
-        passed = equal >= min_equal and kl <= max_kl
-        document.drifts.append(
-            Drift(other=other, equal_greedy=equal, mean_kl=kl, passed=passed, cases=drifts)
-        )
+            drift = compare(vlm, other, known, max_tokens, min_equal, max_kl)
+        document.drifts.append(drift)
         save(document)
     return document
 
