@@ -90,7 +90,10 @@ def run(original: Path, work: Path, scenes: int) -> list[dict[str, Any]]:
         try:
             with target.open(True) as vlm:
                 asked = accuracy.questions(scenes, 0)
-                row["accuracy"] = accuracy.evaluate(vlm, name, asked, lambda _: None).model_dump()
+                measured = accuracy.evaluate(vlm, name, asked, lambda _: None)
+                row["dtype"] = measured.environment.model.dtype
+                # Not the environment: its model is a directory of this machine.
+                row["accuracy"] = measured.model_dump(exclude={"environment", "mistakes"})
                 if name == "original":
                     known = drift.answer_all(vlm, cases, max_tokens=MAX_TOKENS)
                 else:
