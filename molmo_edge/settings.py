@@ -79,8 +79,8 @@ class EdgeSettings(BaseModel):
     and the files; the constructor reads neither.
 
     Attributes:
-        model: directory or hub name of a checkpoint; ``stub`` (of Molmo 1) and ``stub-2``
-            are small built-in ones.
+        model: directory or hub name of a checkpoint, or a built-in one: ``demo`` knows drawn
+            shapes; ``stub`` (of Molmo 1) and ``stub-2`` have the real tower and random weights.
         profile: name of a device profile; ``auto`` detects the device.
         precision: of the language model's dense weights; ``auto`` follows the profile.
         dtype: of activations and unquantised weights; ``auto`` is bfloat16, whatever the checkpoint
@@ -120,7 +120,7 @@ class EdgeSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    model: Text = "stub"
+    model: Text = "demo"
     profile: Text = "auto"
     precision: PrecisionName = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -118,8 +118,9 @@ class EdgeVLM:
     Safe to use from many threads and from asyncio at once: one engine thread serves them all.
 
     Args:
-        model: checkpoint directory, hub name, or ``"stub"`` (the default: real architecture,
-            random weights, no download); ``"stub-2"`` is that of Molmo 2.
+        model: checkpoint directory, hub name, or a built-in one: ``"demo"``, the default, is a
+            small Molmo 2 that knows drawn shapes; ``"stub"`` and ``"stub-2"`` have Molmo 1's and
+            Molmo 2's vision tower and random weights.
         config: a TOML file of settings.
         engine: ``"thread"`` (the default) or ``"process"``, the setting of that name; or a callable
             that builds another engine than vLLM's, such as

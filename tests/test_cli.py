@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,11 +20,11 @@ from PIL import Image
 
 import molmo_edge
 from molmo_edge import EdgeVLM
+from molmo_edge.bench.scenes import Scene, Shape
 from molmo_edge.cli import common, verbs
 from molmo_edge.cli.app import main
 from molmo_edge.engine.fake import FakeEngine, FakeFactory
-from molmo_edge.models.hub import DEMO, NOTICES, STUB, STUBS
-from molmo_edge.models.molmo2.synthetic import TEXT
+from molmo_edge.models.hub import DEMO, DEMO_DIRECTORY, NOTICES, STUBS
 from molmo_edge.video import VideoLimits, load_video, write_video
 
 MUG = '<point x="61.5" y="40.4" alt="mug">mug</point>'
@@ -237,17 +238,26 @@ def test_a_built_in_model_is_named_beside_its_answers(
 @pytest.mark.engine
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_shell_gets_an_answer_of_the_stub(image: Path, cache_dir: Path) -> None:
+def test_a_shell_gets_true_points_of_the_demo(tmp_path: Path) -> None:
+    image, drawn = tmp_path / "scene.png", tmp_path / "drawn.png"
+    circle = Shape("circle", "red", 0.25, 0.5, 0.2, 0.0, (220, 20, 30))
+    Scene((circle,)).draw().save(image)
     done = subprocess.run(
-        [sys.executable, "-m", "molmo_edge", "ask", str(image), "What is it?"],
+        [sys.executable, "-m", "molmo_edge", "point", image, "red circle", "--draw", drawn],
         capture_output=True,
         text=True,
         timeout=400,
-        env={**os.environ, "MOLMO_EDGE_CACHE_DIR": str(cache_dir), "MOLMO_EDGE_MODEL": "stub"},
+        env={**os.environ, "MOLMO_EDGE_CACHE_DIR": str(tmp_path / "cache")},
     )
-    assert (done.returncode, done.stdout) == (0, f"{TEXT}\n")
-    assert NOTICES[STUB] in " ".join(done.stderr.split())
+    assert done.returncode == 0, done.stderr
+    [line] = done.stdout.splitlines()
+    numbers = re.fullmatch(r"1 red circle: x (\S+), y (\S+), pixel \d+, \d+", line)
+    assert numbers and [float(n) for n in numbers.groups()] == pytest.approx([0.25, 0.5], abs=0.03)
+    assert NOTICES[DEMO] in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.glob("cache/*")] == ["compiled"]
+    with Image.open(drawn) as marked:
+        assert marked.size == (320, 240)
 
 
 def test_point_prints_places_and_draws_them(run: Run, image: Path, tmp_path: Path) -> None:
@@ -446,8 +456,9 @@ def test_the_commands_about_the_machine_answer(
     assert "tok/s" in run("plan", "--model", "allenai/Molmo-7B-D-0924", "--device", "thor").out
     monkeypatch.setenv("MOLMO_EDGE_CACHE_DIR", str(cache_dir))
     monkeypatch.setenv("MOLMO_EDGE_KV_CACHE_DTYPE", "auto")
-    stub = run("plan", "--device", "thor", "--json").json
-    assert (stub["rows"] != [], stub["kv_cache_dtype"]) == (True, "bfloat16")
+    demo = run("plan", "--device", "thor", "--json").json
+    assert (demo["model"], demo["rows"] != [], demo["kv_cache_dtype"]) == ("demo", True, "bfloat16")
+    assert run("fetch", DEMO).out.strip() == str(DEMO_DIRECTORY)
     assert run("fetch", "stub").out.strip() == str(cache_dir / STUBS["stub"])
     diagnosis = run("doctor", "--json")
     assert diagnosis.status == (0 if diagnosis.json["healthy"] else 1)

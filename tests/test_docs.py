@@ -80,7 +80,8 @@ def test_every_block_is_python_or_bash() -> None:
 
 @pytest.mark.parametrize("code", [code for page in PAGES for code in blocks(page, "python")])
 def test_a_python_block_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in re.findall(r"\b[\w-]+\.(?:jpg|png)\b", code):
+    for name in re.findall(r"\b[\w/-]+\.(?:jpg|png)\b", code):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(PHOTO).save(tmp_path / name)
     for name in re.findall(r"\b[\w-]+\.mp4\b", code):
         write_video(tmp_path / name, [PHOTO] * 4, fps=2)

@@ -230,7 +230,7 @@ def test_ranges(name: str, refused: list[Any], taken: list[Any]) -> None:
         ("engine_args", "'{\"max_logprobs\": 5}'", {"max_logprobs": 5}),
         ("cache_dir", '"/data/cache"', Path("/data/cache")),
         ("max_queue", " '7' ", 7),
-        ("model", "'none'", "stub"),
+        ("model", "'none'", "demo"),
         ("model", "it's", "it's"),
     ],
 )

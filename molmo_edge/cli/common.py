@@ -40,7 +40,7 @@ ImageArgument = Annotated[
 ]
 ModelOption = Annotated[
     str | None,
-    typer.Option(help="Checkpoint directory or hub name; by default from the settings: the stub."),
+    typer.Option(help="Checkpoint directory or hub name; by default from the settings: demo."),
 ]
 ConfigOption = Annotated[Path | None, typer.Option(help="A TOML file such as configs/thor.toml.")]
 ProfileOption = Annotated[str | None, typer.Option(help="Device profile; see profiles.")]

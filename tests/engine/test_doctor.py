@@ -130,13 +130,13 @@ def test_what_keeps_the_engine_from_starting_is_a_problem(
     assert one.level == "problem" and detail in one.detail and not diagnosis.healthy
 
 
-def test_the_model_is_checked_against_its_settings(cache_dir: Path, tmp_path: Path) -> None:
-    there = diagnose(machine("cpu"), install=CPU, cache_dir=cache_dir)
-    assert finding(there, "Model").level == "ok" and there.healthy
-    absent = diagnose(machine("cpu"), install=CPU, cache_dir=tmp_path)
+def test_the_model_is_checked_against_its_settings(tmp_path: Path) -> None:
+    there = diagnose(machine("cpu"), install=CPU, cache_dir=tmp_path)
+    assert "demo" in finding(there, "Model").detail and there.healthy
+    absent = diagnose(machine("cpu"), install=CPU, model="stub", cache_dir=tmp_path)
     assert finding(absent, "Model").level == "note" and absent.healthy
     assert list(tmp_path.iterdir()) == []
-    small = diagnose(machine("cpu"), install=CPU, cache_dir=cache_dir, precision="w4a16")
+    small = diagnose(machine("cpu"), install=CPU, cache_dir=tmp_path, precision="w4a16")
     assert "already quantised" in finding(small, "Model").detail and not small.healthy
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import molmo_edge
 from molmo_edge.engine.doctor import diagnose
 from molmo_edge.errors import ModelError
 from molmo_edge.models import hub
 from molmo_edge.models.molmo2.synthetic import write_checkpoint
+
+ROOT = Path(molmo_edge.__file__).parent
 
 
 def cut(path: Path) -> None:
@@ -41,3 +45,17 @@ def test_a_damaged_demo_is_a_model_error_that_says_what_to_do(
     [model] = [one for one in diagnose(model="demo").findings if one.what == "Model"]
     assert model.level == "problem" and "Install molmo-edge again" in model.detail
     assert not (tmp_path / "cache").exists()
+
+
+def test_the_package_has_the_whole_demo_and_stays_small() -> None:
+    patterns = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packaged = {path for one in patterns["package-data"]["molmo_edge"] for path in ROOT.glob(one)}
+    demo = {path for path in hub.DEMO_DIRECTORY.rglob("*") if path.is_file()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {
+        path.name for path in demo
+    }
+    assert demo <= packaged
+    size = sum(path.stat().st_size for path in demo)
+    assert size < 8e6
+    # Everything of the wheel, uncompressed.
+    assert sum(path.stat().st_size for path in {*packaged, *ROOT.rglob("*.py")}) < 15e6

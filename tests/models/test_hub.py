@@ -39,7 +39,7 @@ def printed(code: str) -> list[str]:
         ("'no such model'", "ModelError"),
         ("'/no/such/directory'", "ModelError"),
         ("'a/' + 'b' * 300", "ModelError"),
-        ("cache_dir='c' * 300", "ModelError"),
+        ("'stub', cache_dir='c' * 300", "ModelError"),
         ("'stub', cache_dir='/dev/null/x'", "ModelError"),
         ("'stub', max_crops=0", "ConfigError"),
         ("'stub', profle='cpu'", "ConfigError"),

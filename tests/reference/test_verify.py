@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from molmo_edge.errors import ConfigError, ModelError
+from molmo_edge.models.hub import DEMO_DIRECTORY
 from molmo_edge.models.molmo2.synthetic import write_checkpoint
 from molmo_edge.reference.verify import (
     Answer,
@@ -27,16 +28,19 @@ WANT = Answer([1, 2], [5, 6, 7], LOGPROBS, LOGPROBS)
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("family", "names"),
-    [("molmo", ("small", "text only")), ("molmo2", ("3 images", "video", "two turns"))],
+    ("model", "family", "names"),
+    [
+        (None, "molmo", ("small", "text only")),
+        (DEMO_DIRECTORY, "molmo2", ("3 images", "video", "two turns")),
+    ],
 )
 def test_the_engine_equals_the_reference_and_stock_vllm_does_not(
-    family: Family, names: tuple[str, ...]
+    model: Path | None, family: Family, names: tuple[str, ...]
 ) -> None:
     requests = {name: default_requests(family)[name] for name in names}
     process = {"engine": "process"}
     ours, stock = verify(
-        family=family, requests=requests, max_tokens=8, stock=True, engine_args=process
+        model, family=family, requests=requests, max_tokens=8, stock=True, engine_args=process
     )
     assert ours.ok and not stock.ok
     assert (ours.family, stock.family) == (family, family)
