@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from molmo_edge.checkpoint_files import read_config
+from molmo_edge.checkpoint_files import read_config, read_json
 from molmo_edge.devices.tensors import KNOWN
 from molmo_edge.errors import MissingDependencyError, ModelError
 from molmo_edge.files import expand_home, file_mode, replacing
@@ -16,6 +16,11 @@ from molmo_edge.models.registry import family_of
 
 DEMO, STUB, STUB2 = "demo", "stub", "stub-2"
 DEMO_DIRECTORY = Path(__file__).with_name("demo")
+# Other checkpoints may lack these; the demo's values are not what their absence stands for.
+_DEMO_FILES = (
+    "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "tokenizer_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
 # The directory of each in the cache; its last number changes with the content of the files.
 STUBS = {STUB: "stub-3", STUB2: "stub2-1"}
 _STUB_NOTICE = (
@@ -82,6 +87,8 @@ def _check_demo(load_format: str = "auto") -> Path:
     """Return the directory of the demo's checkpoint, which is part of the package."""
     try:
         config = read_config(DEMO_DIRECTORY)
+        for name in _DEMO_FILES:
+            read_json(DEMO_DIRECTORY / name)
         family_of(config).check(config, DEMO_DIRECTORY, load_format)
     except ModelError as exc:
         raise ModelError(

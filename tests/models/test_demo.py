@@ -30,6 +30,7 @@ def cut(path: Path) -> None:
         lambda directory: (directory / "config.json").write_text('{"model_type": "molmo3"}'),
         lambda directory: (directory / "model.safetensors").unlink(),
         lambda directory: (directory / "tokenizer.json").unlink(),
+        lambda directory: (directory / "preprocessor_config.json").unlink(),
     ],
 )
 def test_a_damaged_demo_is_a_model_error_that_says_what_to_do(
