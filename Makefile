@@ -32,8 +32,8 @@ $(STAMP): pyproject.toml scripts/cpu_env.sh
 
 bench: $(STAMP)
 	$(BIN)/python -m molmo_edge.bench
-	$(BIN)/molmo-edge point $(SCENE) "red circles" --draw bench-results/demo.png
-	@echo "written: bench-results/demo.png, where the demo points to the red circles of a drawing"
+	$(BIN)/molmo-edge point $(SCENE) "shapes" --draw bench-results/demo.png
+	@echo "written: bench-results/demo.png, where the demo points to the shapes of a drawing"
 
 # Two processes, and in each whole files, whose tests share an engine; slow directories come first.
 test: $(STAMP) $(VENV)/.tensorflow

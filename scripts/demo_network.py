@@ -217,7 +217,7 @@ class Twin(nn.Module):
             losses.append(weight * seen_loss(self.cell_head, normed, truth["cells"]))
             # As large as what the language model's layers add to them.
             losses.append(0.02 * found[name].square().mean())
-        return found, torch.stack(losses).sum()
+        return found, sum(losses, torch.zeros(()))
 
     def embed(self, batch: Mapping[str, Any], found: Mapping[str, torch.Tensor]) -> torch.Tensor:
         tokens = batch["tokens"]
