@@ -255,7 +255,8 @@ def test_a_shell_gets_true_points_of_the_demo(tmp_path: Path) -> None:
     assert numbers and [float(n) for n in numbers.groups()] == pytest.approx([0.25, 0.5], abs=0.03)
     assert NOTICES[DEMO] in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
-    assert [path.name for path in tmp_path.glob("cache/*")] == ["compiled"]
+    # Nothing was copied: at most the compiled kernels are there.
+    assert {path.name for path in tmp_path.glob("cache/*")} <= {"compiled"}
     with Image.open(drawn) as marked:
         assert marked.size == (320, 240)
 
