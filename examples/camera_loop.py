@@ -1,6 +1,6 @@
 """Ask the same question about a camera's newest frame, again and again.
 
-    python examples/camera_loop.py molmo_edge/bench/data/scene.png "How many red circles are there?"
+    python examples/camera_loop.py molmo_edge/bench/data/scene.png "How many shapes are there?"
     python examples/camera_loop.py 0 "Is there a person?" --model allenai/Molmo2-4B
     python examples/camera_loop.py 0 "What is he doing?" --window 8 --model allenai/Molmo2-4B
 
