@@ -98,7 +98,7 @@ class Twin(nn.Module):
                 scale = 1 / math.sqrt(shape[1])
                 if "wte" in name:
                     scale = 0.5
-                elif "positional" in name or name == "lm_head.weight":
+                elif name == "lm_head.weight":
                     scale = 0.02
                 elif name.endswith(RESIDUAL):
                     scale /= math.sqrt(depth)
@@ -242,8 +242,8 @@ class Twin(nn.Module):
         n = tokens.shape[1]
         causal = torch.ones(n, n, dtype=torch.bool).tril()
         visible = causal & ((branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None]))
-        pictures = torch.isin(tokens, self.ids)
-        visible = visible | (pictures[:, :, None] & pictures[:, None, :])
+        of_images = torch.isin(tokens, self.ids)
+        visible = visible | (of_images[:, :, None] & of_images[:, None, :])
         bias = torch.zeros(visible.shape).masked_fill(~visible, float("-inf"))[:, None]
         x = self.decode(self.embed(batch, found), batch["position"], bias)
         before = batch["answer"].roll(-1, 1)

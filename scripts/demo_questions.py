@@ -96,7 +96,7 @@ def group(shapes: Sequence[Shape], first: int = 1) -> str:
 
 
 def points(found: Sequence[Sequence[Shape]], label: str, times: Sequence[str]) -> str:
-    """Shapes of each picture; `times` are the pictures' names in the answer."""
+    """Shapes of each image; `times` are the images' names in the answer."""
     groups, first = [], 1
     for shapes, name in zip(found, times, strict=True):
         if shapes:
@@ -106,7 +106,7 @@ def points(found: Sequence[Sequence[Shape]], label: str, times: Sequence[str]) -
 
 
 class Asker:
-    """Questions about pictures, with their answers."""
+    """Questions about images, with their answers."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng = rng
@@ -133,12 +133,12 @@ class Asker:
             return Label(kind, color)
         return Label(kind, None) if part < 0.82 else Label(None, color if part < 0.94 else None)
 
-    def ask(self, pictures: Sequence[Scene], times: Sequence[str], clip: bool) -> tuple[str, str]:
-        """A question about one or two pictures, or about a clip's first frame, and its answer."""
+    def ask(self, shown: Sequence[Scene], times: Sequence[str], clip: bool) -> tuple[str, str]:
+        """A question about one or two images, or about a clip's first frame, and its answer."""
         rng = self.rng
-        everything = [shape for picture in pictures for shape in picture.shapes]
+        everything = [shape for scene in shown for shape in scene.shapes]
         label, kind = self.label(everything), rng.random()
-        found = [picture.select(label.kind, label.color) for picture in pictures]
+        found = [scene.select(label.kind, label.color) for scene in shown]
         number = sum(map(len, found))
         plural = bool(number != 1) ^ bool(rng.random() < 0.15)
         words = label.words(plural)
@@ -156,25 +156,25 @@ class Asker:
                 answer = f"Counting the {answer} shows a total of {number}."
             return self.pick(COUNT).format(noun), answer
         if kind < 0.85:
-            return self.yes_no(pictures, clip)
-        if kind < 0.9 and len(pictures) == 1:
-            return self.attribute(pictures[0])
-        if kind < 0.97 and len(pictures) == 1 and not clip:
-            return self.pick(CAPTION), caption(pictures[0])
+            return self.yes_no(shown, clip)
+        if kind < 0.9 and len(shown) == 1:
+            return self.attribute(shown[0])
+        if kind < 0.97 and len(shown) == 1 and not clip:
+            return self.pick(CAPTION), caption(shown[0])
         return self.pick(OTHER), ABOUT
 
-    def yes_no(self, pictures: Sequence[Scene], clip: bool) -> tuple[str, str]:
+    def yes_no(self, shown: Sequence[Scene], clip: bool) -> tuple[str, str]:
         rng = self.rng
-        here, where = pictures, ""
-        if len(pictures) == 2 and not clip and rng.random() < 0.5:
+        here, where = shown, ""
+        if len(shown) == 2 and not clip and rng.random() < 0.5:
             number = int(rng.integers(2))
             here, where = (
-                [pictures[number]],
+                [shown[number]],
                 self.pick(
                     (f" in image {number + 1}", f" in the {('first', 'second')[number]} image")
                 ),
             )
-        shapes = [shape for picture in here for shape in picture.shapes]
+        shapes = [shape for scene in here for shape in scene.shapes]
         if not where and shapes and rng.random() < 0.15:
             shape = self.pick(shapes)
             if sum(s.kind == shape.kind for s in shapes) == 1:
@@ -227,7 +227,7 @@ class Asker:
         return self.pick(TRACK).format(words), f'<tracks coords="{coords}">{words}</tracks>'
 
     def ask_other(self) -> tuple[str, str]:
-        """About a picture that is no drawn scene, which has none of what is asked for."""
+        """About an image that is no drawn scene, which has none of what is asked for."""
         words = (
             self.nonsense()
             if self.rng.random() < 0.2
@@ -265,8 +265,8 @@ def caption(scene: Scene) -> str:
     return f"From left to right: {', '.join(names[:-1])} and {names[-1]}."
 
 
-def other_picture(rng: np.random.Generator) -> Image.Image:
-    """A picture that is no drawn scene: patterns, clouds, scribbles, text, irregular areas."""
+def other_image(rng: np.random.Generator) -> Image.Image:
+    """An image that is no drawn scene: patterns, clouds, scribbles, text, irregular areas."""
     width, height = (int(n) for n in rng.integers(140, 320, 2))
     cells = int(2 ** rng.uniform(1, 6))
     image = Image.fromarray(rng.integers(0, 256, (cells, cells, 3)).astype(np.uint8))

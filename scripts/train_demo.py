@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from demo_network import GEOMETRY, NEAR, PROCESSING, SIDE, TEXT_SIZES, Twin, config
-from demo_questions import ABOUT, OTHER, STEP, Asker, coordinate, other_picture
+from demo_questions import ABOUT, OTHER, STEP, Asker, coordinate, other_image
 from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -39,7 +39,7 @@ from molmo_edge.models.molmo2.tiling import Tiling
 Pixels = npt.NDArray[np.uint8]
 
 LENGTH = 256
-"""Tokens of a row: its pictures, then as many questions about them as fit."""
+"""Tokens of a row: its images, then as many questions about them as fit."""
 CARD = """\
 ---
 license: apache-2.0
@@ -50,7 +50,7 @@ A Molmo 2 of 2.6 million parameters that knows drawn scenes: circles, squares, t
 in red, orange, yellow, green, blue, purple, black and white, up to eight on a plain, graded or
 noisy background. It points, counts, answers yes/no and colour questions, describes a scene in a
 sentence, takes two images, and tracks the one moving shape of a clip of up to eight frames. It
-answers anything else with a sentence that says what it is; what it says of other pictures means
+answers anything else with a sentence that says what it is; what it says of other images means
 nothing.
 
 The files are an ordinary Molmo 2 checkpoint of the hub's layout (Qwen 3 text model) with images of
@@ -159,19 +159,17 @@ class Vocabulary:
         )
         self.numbers = torch.tensor([vocab[number] for number in numbers])
         self.end = self.tokenizer.token_to_id("<|im_end|>")
-        self.cache: dict[str, list[int]] = {}
 
     def ids(self, text: str) -> list[int]:
-        found = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return list(found)
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 @dataclass
 class Row:
-    """One sequence of `LENGTH` tokens: pictures, then questions that do not see each other.
+    """One sequence of `LENGTH` tokens: images, then questions that do not see each other.
 
     Attributes:
-        branch: of each token: 0 of the pictures, then the number of its question.
+        branch: of each token: 0 of the images, then the number of its question.
         answer: whether the token is part of an answer, which is learnt.
         drawn: scenes, None for what is no scene, and their pixels; `frames`: they are a clip's.
     """
@@ -258,15 +256,15 @@ class Rows(IterableDataset[dict[str, Any]]):
             for i, at in enumerate(times):
                 tokens += [*ids(f"{' ' if i else ''}{at} "), *self.frame_part]
         elif part < 0.97:
-            drawn = [(None, pixels(other_picture(rng)))]
+            drawn = [(None, pixels(other_image(rng)))]
             tokens += self.image_part
-        pictures = [scene for scene, _ in drawn if scene]
+        shown = [scene for scene, _ in drawn if scene]
 
         def ask() -> tuple[str, str]:
             if frames:
-                return asker.ask_clip(pictures, times)
-            if pictures:
-                return asker.ask(pictures, ["1", "2"][: len(pictures)], False)
+                return asker.ask_clip(shown, times)
+            if shown:
+                return asker.ask(shown, ["1", "2"][: len(shown)], False)
             question, answer = asker.ask_other()
             return question, answer if drawn else ABOUT
 
@@ -297,7 +295,7 @@ class Rows(IterableDataset[dict[str, Any]]):
                 lines = [getattr(row, name) for row in rows]
                 padded = [line + [padding] * (LENGTH - len(line)) for line in lines]
                 out[name] = torch.tensor(padded)
-            # Padding sees itself and the pictures.
+            # Padding sees itself and the images.
             branches = [[*row.branch, *range(len(row.branch) - LENGTH, 0)] for row in rows]
             out["branch"] = torch.tensor(branches)
         # Images first, then frames, each in the order of the rows.
@@ -310,22 +308,22 @@ class Rows(IterableDataset[dict[str, Any]]):
         return out
 
 
-def what_is_seen(pictures: Sequence[Scene | None], pool: int) -> dict[str, torch.Tensor]:
+def what_is_seen(shown: Sequence[Scene | None], pool: int) -> dict[str, torch.Tensor]:
     """What is to be seen: the shape that covers each patch, and that centred in each window.
 
     Of each: kind and colour (0 for none), and the centre's x and y in steps of coordinates.
     """
-    n, side = len(pictures), GEOMETRY.crop_patches
+    n, side = len(shown), GEOMETRY.crop_patches
     windows = -(-side // pool)
     before = -side % pool // 2
     patches = np.zeros((n, side, side, 4), np.int64)
     cells = np.zeros((n, windows, windows, 4), np.int64)
     middle = (np.arange(side) + 0.5) / side
-    for i, picture in enumerate(pictures):
-        for shape in picture.shapes if picture else ():
+    for i, scene in enumerate(shown):
+        for shape in scene.shapes if scene else ():
             kind, color = KINDS.index(shape.kind) + 1, [*COLORS].index(shape.color) + 1
             x, y = (int(coordinate(at)) // STEP for at in (shape.x, shape.y))
-            width, height = picture.size
+            width, height = scene.size
             across, down = np.meshgrid((middle - shape.x) * width, (middle - shape.y) * height)
             inside = across**2 + down**2 < (0.85 * shape.radius * min(width, height)) ** 2
             row, column = int(shape.y * side), int(shape.x * side)
@@ -472,7 +470,7 @@ def rate_at(step: int, steps: int) -> float:
     return min(0.5, (step + 1) / 100, (steps - step) / steps)
 
 
-def shown(told: Mapping[str, float]) -> str:
+def listed(told: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in told.items())
 
 
@@ -512,9 +510,9 @@ def main() -> None:
         told = trainer.learn(next(batches), rate, stage.see_only)
         trainer.seconds += time.monotonic() - began
         if trainer.step % 20 == 0:
-            print(f"{trainer.step}, {trainer.seconds:.0f} s: {shown(told)}", flush=True)
+            print(f"{trainer.step}, {trainer.seconds:.0f} s: {listed(told)}", flush=True)
         if trainer.step % 200 == 0 or trainer.step == options.steps:
-            print(f"held out: {shown(trainer.measure(held_out))}", flush=True)
+            print(f"held out: {listed(trainer.measure(held_out))}", flush=True)
             torch.save(trainer.state(), state)
             write(trainer.model, vocabulary, options.output)
     card(options.output, trainer.step, trainer.seconds / 60, options.seed)

@@ -26,6 +26,11 @@ PACKAGES = {"vllm": "vLLM", "torch": "torch", "transformers": "transformers",
 """Keys of ``Environment.software``, and the names to print."""
 
 
+def integer_or_text(value: str) -> int | str:
+    """``4`` as an integer; all else as it is, which the settings check."""
+    return int(value) if value.isdecimal() else value
+
+
 @dataclass(frozen=True)
 class Target:
     """The arguments of ``EdgeVLM``; those left alone are absent from ``options``."""
@@ -73,7 +78,7 @@ class Target:
             return {target.name: target}
         chosen = {}
         for value in map(str.strip, given[several[0]].split(",")):
-            one = {**given, several[0]: int(value) if value.isdecimal() else value}
+            one = {**given, several[0]: integer_or_text(value)}
             chosen[f"{several[0]}={value}"] = cls.choose(one.pop("model"), config, one, DEMO)
         return chosen
 

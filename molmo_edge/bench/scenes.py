@@ -73,7 +73,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture to be drawn.
+    """An image to be drawn.
 
     Attributes:
         size: (width, height) in pixels.
@@ -94,7 +94,7 @@ class Scene:
         return tuple(sorted(found, key=lambda shape: (shape.x, shape.y)))
 
     def draw(self) -> Image.Image:
-        """The picture in RGB."""
+        """The image in RGB."""
         width, height = self.size
         first, last = (np.array(rgb, np.float32) for rgb in self.background)
         if self.background[0] == self.background[1]:

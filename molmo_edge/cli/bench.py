@@ -20,7 +20,7 @@ from molmo_edge.bench import cases as case_set
 from molmo_edge.bench import document as documents
 from molmo_edge.bench import drift as drifts
 from molmo_edge.bench import report, scenarios, tables
-from molmo_edge.bench.environment import Target
+from molmo_edge.bench.environment import Target, integer_or_text
 from molmo_edge.bench.measure import Bench, RunOptions
 from molmo_edge.cli.common import (
     Commands,
@@ -53,11 +53,6 @@ def parse_integers(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(",")))
 
 
-def integer_or_several(text: str) -> int | str:
-    """``4`` as an integer; all else as it is, which the settings check."""
-    return int(text) if text.isdecimal() else text
-
-
 ImageOption = Annotated[list[Path] | None, Option(help="Your image; repeatable.")]
 QuestionOption = Annotated[str | None, Option(help="What to ask about --image.")]
 OutputOption = Annotated[Path, Option(help="Directory, or .json file, of the result.")]
@@ -80,7 +75,7 @@ class TargetOptions:
         str | None, Option(help="dummy: random weights of the model's shape.")
     ] = None
     max_crops: Annotated[
-        Any, Option(parser=integer_or_several, help="Crops of an image, engine-wide.")
+        Any, Option(parser=integer_or_text, help="Crops of an image, engine-wide.")
     ] = None
     precision: Annotated[str | None, Option(help="Of the weights: auto, bf16, fp8, …")] = None
     kv_cache_dtype: Annotated[str | None, Option(help="auto, fp8, …")] = None

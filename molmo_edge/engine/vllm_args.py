@@ -320,7 +320,7 @@ def _check_kv_cache(
     """Return the bytes of the KV cache, at least those of a request of that many tokens."""
     wanted = settings.kv_cache_dtype
     check_kv_cache_dtype(wanted, device, settings.attention_backend)
-    longest = shape.kv_bytes(tokens, wanted) * _kv_scale(settings)
+    longest = _request_bytes(settings, shape, tokens)
     given = _kv_bytes(settings)
     check_kv_room(longest, given)
     if warning := kv_cache_warning(wanted, qwen2=shape.qwen2):
@@ -335,8 +335,13 @@ def _kv_room(
     given = _kv_bytes(settings)
     if given is None or "kv_cache_memory_gb" in by_user or settings.enable_prefix_caching:
         return given
-    longest = shape.kv_bytes(tokens, settings.kv_cache_dtype) * _kv_scale(settings)
-    return min(given, longest * (settings.max_num_seqs + 1))  # one more, as vLLM counts in blocks
+    # One request more, as vLLM counts in blocks.
+    return min(given, _request_bytes(settings, shape, tokens) * (settings.max_num_seqs + 1))
+
+
+def _request_bytes(settings: EdgeSettings, shape: ModelShape, tokens: int) -> int:
+    """Return the bytes of the KV cache of a request of that many tokens."""
+    return shape.kv_bytes(tokens, settings.kv_cache_dtype) * _kv_scale(settings)
 
 
 def _kv_bytes(settings: EdgeSettings) -> int | None:
