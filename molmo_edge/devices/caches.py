@@ -30,11 +30,7 @@ CACHE_VARIABLES = frozenset(_DIRECTORIES | _GPU_DIRECTORIES)
 
 
 def default_cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
-    """`$XDG_CACHE_HOME/molmo_edge`, or `~/.cache/molmo_edge`.
-
-    Raises:
-        ConfigError: this user has no home directory.
-    """
+    """`$XDG_CACHE_HOME/molmo_edge`, or `~/.cache/molmo_edge`. Raises ConfigError without a home."""
     if root := environ.get("XDG_CACHE_HOME"):
         return Path(root) / "molmo_edge"
     try:
@@ -51,10 +47,7 @@ def cache_environment(
 ) -> dict[str, str]:
     """Return environment variables that put every cache of compiled code below ``root``.
 
-    Args:
-        root: molmo_edge's cache directory.
-        device: the device that code is compiled for.
-        versions: of "vllm" and "torch", ``None`` or missing where not installed.
+    ``versions`` are those of "vllm" and "torch", ``None`` or missing where not installed.
     """
     parts = [f"{name}-{versions.get(name) or 'unknown'}" for name in ("vllm", "torch")]
     parts += [(device.sm or "sm_unknown") if device.kind == "cuda" else "cpu", device.name]

@@ -120,10 +120,8 @@ def detect(sources: Sources | None = None, *, gpu: bool = True) -> DeviceInfo:
 def known_device(name: str) -> DeviceInfo:
     """A device for planning, by name: "thor", "rtx5080", "spark", "orin", "h100" and others.
 
-    Only published figures are set; memory is the nominal size.
-
-    Raises:
-        ConfigError: the name is not known; the message lists those that are.
+    Only published figures are set; memory is the nominal size. Raises ConfigError, which lists the
+    known names, for any other.
     """
     spec = spec_named(name)
     return DeviceInfo(

@@ -63,12 +63,9 @@ def choose_precision(
 
     Args:
         requested: a name of ``settings.PRECISIONS``.
-        device: the device that the model will run on.
-        model_bytes_by_precision: bytes of all weights at each precision this checkpoint can be
-            loaded in (``ModelShape.bytes_by_precision()``).
+        model_bytes_by_precision: ``ModelShape.bytes_by_precision()``.
         profile: its ``precision`` is what "auto" prefers.
-        kv_bytes: KV cache that must fit beside the weights.
-        activations: of the longest prompt (``ModelShape.activation_bytes``).
+        kv_bytes, activations: that must fit beside the weights.
         utilization: usable fraction of a discrete GPU's memory.
         plain: what messages call weights that are not quantised.
 
@@ -127,12 +124,9 @@ def _gb(count: int) -> str:
 def check_kv_cache_dtype(
     kv_cache_dtype: str, device: DeviceInfo, attention_backend: str | None = None
 ) -> None:
-    """Refuse a KV cache dtype that vLLM 0.32 does not support on this device or backend.
+    """Raise ConfigError if vLLM 0.32 does not support a KV cache dtype on this device or backend.
 
     What is not known about the device is not checked.
-
-    Raises:
-        ConfigError: with what to use instead.
     """
     capability, backend = device.capability, (attention_backend or "").upper()
     per_head = kv_cache_dtype.endswith("per_token_head")
@@ -162,10 +156,7 @@ def check_kv_cache_dtype(
 
 
 def kv_cache_warning(kv_cache_dtype: str, *, qwen2: bool) -> str | None:
-    """Return a warning if the plain FP8 cache may cost quality.
-
-    ``qwen2`` says whether the decoder is of the Qwen2 class (``ModelShape.qwen2``).
-    """
+    """Return a warning if the plain FP8 cache may cost quality; ``qwen2`` is `ModelShape`'s."""
     if kv_cache_dtype not in ("fp8", "fp8_e4m3") or not qwen2:
         return None
     return (
@@ -176,10 +167,9 @@ def kv_cache_warning(kv_cache_dtype: str, *, qwen2: bool) -> str | None:
 
 
 def check_kv_room(longest: int, given: int | None) -> None:
-    """Refuse a KV cache of ``given`` bytes that cannot hold one request of ``longest`` bytes.
+    """Raise ConfigError if ``given`` bytes of KV cache cannot hold a request of ``longest`` bytes.
 
-    Raises:
-        ConfigError: vLLM would refuse it too, after loading the model.
+    vLLM would refuse it too, after loading the model.
     """
     if given is not None and longest > given:
         raise ConfigError(

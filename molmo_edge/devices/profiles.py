@@ -43,11 +43,7 @@ def profile_names() -> list[str]:
 
 
 def load_profile(name: str) -> Profile:
-    """Load a profile by name.
-
-    Raises:
-        ConfigError: no such profile; the message suggests the nearest and lists all.
-    """
+    """Load a profile by name. Raises ConfigError, which suggests the nearest and lists all."""
     names = profile_names()
     if name not in names:
         raise ConfigError(
@@ -69,11 +65,7 @@ def select_profile(device: DeviceInfo) -> tuple[Profile, str]:
 
 
 def find_profile(name: str, device: DeviceInfo) -> Profile:
-    """Return the profile of that name, or for "auto" the one that fits the device.
-
-    Raises:
-        ConfigError: no such profile.
-    """
+    """Return the profile of that name, or for "auto" the one that fits the device."""
     return select_profile(device)[0] if name == "auto" else load_profile(name)
 
 

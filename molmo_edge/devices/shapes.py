@@ -88,7 +88,7 @@ class Activations:
         return self.prefill_per_token * tokens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """Sizes of one model."""
 
@@ -98,9 +98,9 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     max_model_len: int  # positions the model was made for
-    sliding_layers: int
-    sliding_window: int
-    qwen2: bool  # whether the decoder is Qwen2, whose keys have large outliers
+    sliding_layers: int = 0
+    sliding_window: int = 0
+    qwen2: bool = False  # whether the decoder is Qwen2, whose keys have large outliers
     # Parameters; `head` is 0 when it is tied to the embedding.
     embedding: int
     head: int
@@ -123,8 +123,7 @@ class ModelShape:
     def weight_bytes(self, precision: str) -> int:
         """Bytes of all weights in memory at a precision of ``precisions``.
 
-        Raises:
-            ModelError: a quantised checkpoint of a kind that only its files can size.
+        Raises ModelError for a quantised checkpoint of a kind that only its files can size.
         """
         return self._blocks(precision) + 2 * (self.embedding + self.head + self.tower)
 
@@ -168,10 +167,8 @@ class ModelShape:
     ) -> int:
         """Tokens of the longest request that fits: ``limit``, lowered in steps down to 4,096.
 
-        Args:
-            room: bytes for KV cache and activations, where known.
-            cache: bytes of the KV cache, where they are fixed.
-            scale: 2 where all values take twice the bytes of BF16.
+        ``room`` is bytes for KV cache and activations, where known, ``cache`` those of the KV
+        cache, where fixed; ``scale`` is 2 where values take twice the bytes of BF16.
         """
         while limit > SHORTEST:
             kv = scale * self.kv_bytes(limit, kv_cache_dtype)
@@ -197,8 +194,7 @@ def frames_within(max_model_len: int) -> int:
 def model_shape(model: str | Path) -> ModelShape:
     """The shape of a checkpoint directory, or of a model known by its hub name.
 
-    Raises:
-        ModelError: neither a directory nor known, a broken file, or a layout not supported.
+    Raises ModelError if it is neither, has a broken file, or a layout not supported.
     """
     directory, name = Path(model), str(model)
     if stat.S_ISDIR(file_mode(directory)):
@@ -214,14 +210,9 @@ def model_shape(model: str | Path) -> ModelShape:
 def inventory(config: Mapping[str, Any]) -> Shapes:
     """Name → shape of the tensors of an unquantised checkpoint with this `config.json`.
 
-    Raises:
-        ModelError: a size is missing or wrong, or the model type is not known.
+    Raises ModelError for a missing or wrong size, or an unknown model type.
     """
-    known = {
-        "molmo": tensor_shapes,
-        "molmo2": molmo2_tensor_shapes,
-        "gemma3": gemma3_tensor_shapes,
-    }
+    known = {"molmo": tensor_shapes, "molmo2": molmo2_tensor_shapes, "gemma3": gemma3_tensor_shapes}
     if (family := config.get("model_type")) not in known:
         raise ModelError(
             f"config.json has model_type {family!r}; planning knows molmo, molmo2 and gemma3"
@@ -261,8 +252,6 @@ def _molmo(config: Mapping[str, Any]) -> dict[str, Any]:
         "kv_heads": int(config.get("num_key_value_heads") or heads),
         "head_dim": int(config["hidden_size"]) // heads,
         "max_model_len": int(config.get("max_position_embeddings", 4096)),
-        "sliding_layers": 0,
-        "sliding_window": 0,
         "qwen2": bool(config.get("qkv_bias")),
     }
 
@@ -279,9 +268,6 @@ def _molmo2(config: Mapping[str, Any]) -> dict[str, Any]:
         "kv_heads": int(text["num_key_value_heads"]),
         "head_dim": int(text["head_dim"]),
         "max_model_len": int(text["max_position_embeddings"]),
-        "sliding_layers": 0,
-        "sliding_window": 0,
-        "qwen2": False,
         "activations": Activations(
             # Embeddings, features, residual, its norm and the layer's output; up, gate, product.
             prefill_per_token=2 * (5 * hidden + 3 * mlp),
@@ -303,7 +289,6 @@ def _gemma3(text: Mapping[str, Any]) -> dict[str, Any]:
         "max_model_len": int(text.get("max_position_embeddings", 131072)),
         "sliding_layers": kinds.count("sliding_attention") if kinds else sliding,
         "sliding_window": int(text.get("sliding_window", 1024)),
-        "qwen2": False,
     }
 
 
@@ -343,10 +328,8 @@ def part_of(tensor: str) -> str:
 def stored_precision(config: Mapping[str, Any]) -> str | None:
     """Precision of a checkpoint's dense weights, ``None`` when it is not quantised.
 
-    An unknown method or format is returned by its own name.
-
-    Raises:
-        ModelError: the `quantization_config` is broken.
+    An unknown method or format is returned by its own name. Raises ModelError for a broken
+    `quantization_config`.
     """
     text = config.get("text_config")
     nested = text.get("quantization_config") if isinstance(text, Mapping) else None

@@ -64,9 +64,8 @@ SPECS: tuple[Spec, ...] = (
 def find_spec(name: str, board: str) -> Spec | None:
     """Figures of a GPU; ``None`` for an unknown one, such as a laptop or MIG variant.
 
-    Args:
-        name: as NVML reports it; older drivers leave out "NVIDIA".
-        board: a Jetson's model and device tree names; its containers may hide both.
+    ``name`` is NVML's; older drivers leave out "NVIDIA". ``board`` has a Jetson's model and device
+    tree names; its containers may hide both.
     """
     for spec in SPECS:
         if name.removeprefix("NVIDIA ") == spec.name.removeprefix("NVIDIA "):
@@ -77,11 +76,7 @@ def find_spec(name: str, board: str) -> Spec | None:
 
 
 def spec_named(key: str) -> Spec:
-    """The row of a name.
-
-    Raises:
-        ConfigError: no such row; the message suggests the nearest and lists all.
-    """
+    """The row of a name. Raises ConfigError, which suggests the nearest and lists all."""
     rows = {spec.key: spec for spec in SPECS}
     wanted = key.strip().lower()
     if wanted in rows:

@@ -190,19 +190,112 @@ def _biased(layers: Shapes) -> Shapes:
     }
 
 
-def _molmo(
-    hidden: int, both: int, heads: int, kv: int | None, layers: int, rows: int, qwen2: bool = True
-) -> dict[str, Any]:
+# Of the config.json of Molmo-7B-D-0924; `intermediate_size` counts both halves of `ff_proj`.
+MOLMO_DEFAULTS: Mapping[str, Any] = {
+    "attention_layer_norm": False,
+    "clip_qkv": None,
+    "embedding_size": None,
+    "hidden_size": 3584,
+    "initializer_range": 0.02,
+    "intermediate_size": 37888,
+    "layer_norm_eps": 1e-6,
+    "layer_norm_type": "rms",
+    "max_position_embeddings": 4096,
+    "norm_after": False,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": None,
+    "qkv_bias": True,
+    "rope_theta": 1_000_000.0,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "use_position_ids": True,
+    "vocab_size": 152064,
+    "weight_tying": False,
+}
+# Of the config.json of Molmo2-4B.
+VIT_DEFAULTS: Mapping[str, Any] = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 72,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+    "image_default_input_size": [378, 378],
+    "image_patch_size": 14,
+    "image_num_pos": 729,
+}
+ADAPTER_DEFAULTS: Mapping[str, Any] = {
+    "vit_layers": [-3, -9],
+    "pooling_attention_mask": True,
+    "hidden_size": 1152,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 72,
+    "hidden_act": "silu",
+    "intermediate_size": 9728,
+    "text_hidden_size": 2560,
+}
+TEXT_DEFAULTS: Mapping[str, Any] = {
+    "hidden_size": 2560,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "additional_vocab_size": 128,
+    "qkv_bias": False,
+    "num_hidden_layers": 36,
+    "intermediate_size": 9728,
+    "hidden_act": "silu",
+    "max_position_embeddings": 36864,
+    "rope_theta": 5_000_000.0,
+    "rope_scaling": None,
+    "rope_scaling_layers": None,
+    "use_qk_norm": True,
+    "qk_norm_type": "qwen3",
+    "layer_norm_eps": 1e-6,
+    "norm_after": False,
+}
+# What Molmo-7B-O and Molmo2-O-7B have beside other sizes.
+MOLMO_O: Mapping[str, Any] = {
+    "attention_layer_norm": True,
+    "norm_after": True,
+    "qkv_bias": False,
+    "rope_theta": 500_000.0,
+}
+MOLMO2_O: Mapping[str, Any] = {
+    "max_position_embeddings": 65536,
+    "norm_after": True,
+    "qk_norm_type": "olmo",
+    "rope_scaling": {
+        "attention_factor": 1.2079441541679836,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 8.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "yarn",
+    },
+    "rope_theta": 500_000.0,
+}
+
+
+def _molmo(**sizes: Any) -> dict[str, Any]:
+    return {**MOLMO_DEFAULTS, "model_type": "molmo", **sizes}
+
+
+def _molmo2(**text: Any) -> dict[str, Any]:
+    text = {**TEXT_DEFAULTS, **text}
+    adapter = {
+        "intermediate_size": text["intermediate_size"],
+        "text_hidden_size": text["hidden_size"],
+    }
     return {
-        "model_type": "molmo",
-        "hidden_size": hidden,
-        "intermediate_size": both,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        "num_hidden_layers": layers,
-        "embedding_size": rows,
-        "attention_layer_norm": not qwen2,
-        "qkv_bias": qwen2,
+        "model_type": "molmo2",
+        "text_config": text,
+        "vit_config": VIT_DEFAULTS,
+        "adapter_config": {**ADAPTER_DEFAULTS, **adapter},
     }
 
 
@@ -215,58 +308,33 @@ def _gemma3(hidden: int, mlp: int, heads: int, kv: int, dim: int, layers: int) -
         "head_dim": dim,
         "num_hidden_layers": layers,
     }
-    return {"model_type": "gemma3", "text_config": text, "vision_config": _SIGLIP}
-
-
-def _molmo2(
-    hidden: int, mlp: int, layers: int, theta: float, *, olmo: bool = False
-) -> dict[str, Any]:
-    text = {
-        "hidden_size": hidden,
-        "intermediate_size": mlp,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32 if olmo else 8,
-        "head_dim": 128,
-        "vocab_size": 100278 if olmo else 151936,
-        "additional_vocab_size": NEW_TOKENS,
-        "max_position_embeddings": 65536 if olmo else 36864,
-        "rope_theta": theta,
-        "qk_norm_type": "olmo" if olmo else "qwen3",
-        "norm_after": olmo,
+    vision = {
+        key: VIT_DEFAULTS[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers")
     }
-    vit = {
-        **_SIGLIP_BLOCKS,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "head_dim": 72,
-        "image_patch_size": 14,
-        "image_num_pos": 729,
-    }
-    adapter = {"vit_layers": [-3, -9], "hidden_size": 1152, "intermediate_size": mlp}
-    return {
-        "model_type": "molmo2",
-        "text_config": text,
-        "vit_config": vit,
-        "adapter_config": adapter,
-    }
+    vision |= {"image_size": 896, "patch_size": 14}
+    return {"model_type": "gemma3", "text_config": text, "vision_config": vision}
 
 
-_SIGLIP_BLOCKS = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27}
-_SIGLIP = {**_SIGLIP_BLOCKS, "image_size": 896, "patch_size": 14}
-_MOLMO2_4B = _molmo2(2560, 9728, 36, 5_000_000.0)
-
-# The sizes of each hub repository's config.json.
+# The config.json of each hub repository, as far as models here depend on it.
 KNOWN: Mapping[str, Mapping[str, Any]] = {
-    "allenai/Molmo-7B-D-0924": _molmo(3584, 37888, 28, 4, 28, 152064),
-    "allenai/Molmo-7B-O-0924": _molmo(4096, 22016, 32, None, 32, 100352, qwen2=False),
-    "allenai/Molmo-72B-0924": _molmo(8192, 59136, 64, 8, 80, 152064),
-    "allenai/Molmo2-4B": _MOLMO2_4B,
-    "allenai/Molmo2-8B": _molmo2(4096, 12288, 36, 1_000_000.0),
-    "allenai/Molmo2-O-7B": _molmo2(4096, 11008, 32, 500_000.0, olmo=True),
-    "allenai/Molmo2-ER": _MOLMO2_4B,
-    "allenai/Molmo2-VideoPoint-4B": _MOLMO2_4B,
+    "allenai/Molmo-7B-D-0924": _molmo(embedding_size=152064, num_key_value_heads=4),
+    "allenai/Molmo-7B-O-0924": _molmo(
+        hidden_size=4096, intermediate_size=22016, num_attention_heads=32, num_hidden_layers=32,
+        embedding_size=100352, **MOLMO_O,
+    ),
+    "allenai/Molmo-72B-0924": _molmo(
+        hidden_size=8192, intermediate_size=59136, num_attention_heads=64, num_hidden_layers=80,
+        num_key_value_heads=8, embedding_size=152064,
+    ),
+    "allenai/Molmo2-4B": _molmo2(),
+    "allenai/Molmo2-8B": _molmo2(hidden_size=4096, intermediate_size=12288, rope_theta=1_000_000.0),
+    "allenai/Molmo2-O-7B": _molmo2(
+        hidden_size=4096, intermediate_size=11008, num_key_value_heads=32, num_hidden_layers=32,
+        vocab_size=100278, rope_scaling_layers=[*range(3, 32, 4)], **MOLMO2_O,
+    ),
+    "allenai/Molmo2-ER": _molmo2(),
+    "allenai/Molmo2-VideoPoint-4B": _molmo2(),
     "google/gemma-3-4b-it": _gemma3(2560, 10240, 8, 4, 256, 34),
     "google/gemma-3-12b-it": _gemma3(3840, 15360, 16, 8, 256, 48),
     "google/gemma-3-27b-it": _gemma3(5376, 21504, 32, 16, 128, 62),
-}
+}  # fmt: skip

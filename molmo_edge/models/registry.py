@@ -17,11 +17,7 @@ from molmo_edge.models.molmo.family import Molmo
 from molmo_edge.models.molmo2 import config as molmo2
 from molmo_edge.models.molmo2.family import Molmo2
 
-_FAMILIES: Mapping[str, ModelFamily] = {
-    "molmo": Molmo(),
-    "molmo2": Molmo2(),
-    "gemma3": Gemma3(),
-}
+_FAMILIES: Mapping[str, ModelFamily] = {"molmo": Molmo(), "molmo2": Molmo2(), "gemma3": Gemma3()}
 
 
 def family_of(config: Mapping[str, Any]) -> ModelFamily:

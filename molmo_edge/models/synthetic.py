@@ -115,10 +115,7 @@ def write_tokenizer(directory: Path, tokenizer: Any) -> None:
 
 
 def write_weights(
-    directory: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    weights: Weights,
-    dtype: torch.dtype,
+    directory: Path, shapes: Mapping[str, tuple[int, ...]], weights: Weights, dtype: torch.dtype
 ) -> None:
     """Write ``model.safetensors`` with a tensor for each of `shapes`."""
     from safetensors.torch import save_file

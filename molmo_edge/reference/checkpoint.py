@@ -21,8 +21,16 @@ from molmo_edge.checkpoint_files import (
     tensors,
     weight_files,
 )
-from molmo_edge.devices.tensors import POOL, VIT, VIT_BLOCKS, Shapes, Tower, tensor_shapes
-from molmo_edge.models.molmo.config import DEFAULTS, check_layout
+from molmo_edge.devices.tensors import (
+    MOLMO_DEFAULTS,
+    POOL,
+    VIT,
+    VIT_BLOCKS,
+    Shapes,
+    Tower,
+    tensor_shapes,
+)
+from molmo_edge.models.molmo.config import check_layout
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ def read_weights(directory: Path, shapes: Shapes) -> dict[str, torch.Tensor]:
 def text_config(config: Mapping[str, Any]) -> TextConfig:
     """Return the language model that a Molmo 1's `config.json` describes. Raises ModelError."""
     check_layout(config)
-    config = {**DEFAULTS, **config}
+    config = {**MOLMO_DEFAULTS, **config}
     return TextConfig(
         layers=config["num_hidden_layers"],
         heads=config["num_attention_heads"],

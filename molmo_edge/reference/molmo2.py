@@ -20,15 +20,17 @@ import torch
 import torch.nn.functional as F
 
 from molmo_edge.checkpoint_files import read_config
-from molmo_edge.devices.tensors import POOL, VIT, VIT_BLOCKS, molmo2_tensor_shapes
-from molmo_edge.errors import InputError
-from molmo_edge.models.molmo2.config import (
+from molmo_edge.devices.tensors import (
     ADAPTER_DEFAULTS,
+    POOL,
     TEXT_DEFAULTS,
+    VIT,
+    VIT_BLOCKS,
     VIT_DEFAULTS,
-    ImageIds,
-    check_layout,
+    molmo2_tensor_shapes,
 )
+from molmo_edge.errors import InputError
+from molmo_edge.models.molmo2.config import ImageIds, check_layout
 from molmo_edge.reference.checkpoint import TextConfig, read_weights
 from molmo_edge.reference.common import ReferenceModel, TokenIds
 from molmo_edge.reference.molmo2_inputs import Molmo2Inputs

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from molmo_edge.devices.shapes import model_shape, stored_precision
-from molmo_edge.devices.tensors import KNOWN, tensor_shapes
+from molmo_edge.devices.tensors import KNOWN, molmo2_tensor_shapes, tensor_shapes
 from molmo_edge.errors import ModelError
 from tests.sparse_checkpoint import write_sparse
 
@@ -64,15 +64,19 @@ def test_bytes_of_molmo_7b_d() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "tower", "kv_bytes", "longest"),
+    ("name", "tensors", "parameters", "tower", "kv_bytes", "longest"),
     [
-        ("Molmo2-4B", 4_850_869_200, 439.1e6, 147_456, 36_864),
-        ("Molmo2-ER", 4_850_869_200, 439.1e6, 147_456, 36_864),
-        ("Molmo2-8B", 8_661_703_120, 470.4e6, 147_456, 36_864),
-        ("Molmo2-O-7B", 7_760_786_896, 462.3e6, 524_288, 65_536),
+        # The first two as in the hub's index.
+        ("Molmo2-4B", 706, 4_850_869_200, 439.1e6, 147_456, 36_864),
+        ("Molmo2-ER", 706, 4_850_869_200, 439.1e6, 147_456, 36_864),
+        ("Molmo2-8B", 706, 8_661_703_120, 470.4e6, 147_456, 36_864),
+        ("Molmo2-O-7B", 674, 7_760_786_896, 462.3e6, 524_288, 65_536),
     ],
 )
-def test_molmo_2(name: str, parameters: int, tower: float, kv_bytes: int, longest: int) -> None:
+def test_molmo_2(
+    name: str, tensors: int, parameters: int, tower: float, kv_bytes: int, longest: int
+) -> None:
+    assert len(molmo2_tensor_shapes(KNOWN[f"allenai/{name}"])) == tensors
     shape = model_shape(f"allenai/{name}")
     assert (shape.parameters, shape.kv_bytes(1, "auto")) == (parameters, kv_bytes)
     assert (shape.max_model_len, shape.qwen2) == (longest, False)

@@ -15,13 +15,15 @@ from tokenizers import Tokenizer
 
 from molmo_edge.checkpoint_files import read_config
 from molmo_edge.devices.shapes import model_shape
+from molmo_edge.devices.tensors import KNOWN
 from molmo_edge.errors import ModelError
 from molmo_edge.models.hub import STUB, STUB2, locate, locate_cached
 from molmo_edge.models.molmo import synthetic
-from molmo_edge.models.molmo.config import check_layout
+from molmo_edge.models.molmo.prompts import IMAGE_TOKENS
 from molmo_edge.models.molmo2 import synthetic as synthetic2
+from molmo_edge.models.registry import family_of
 
-MOLMOS = ("allenai/Molmo-7B-D-0924", "allenai/Molmo-7B-O-0924", "allenai/Molmo-72B-0924")
+MOLMOS = [name for name, config in KNOWN.items() if config["model_type"].startswith("molmo")]
 HEAVY = "print(sorted({'torch', 'transformers', 'vllm'} & set(sys.modules)))"
 
 
@@ -128,11 +130,17 @@ def test_dummy_weights_of_a_known_model_need_no_download(name: str, tmp_path: Pa
     directory = locate(name, tmp_path, "dummy")
     assert directory.is_relative_to(tmp_path) and not list(directory.glob("*.safetensors"))
     config = read_config(directory)
-    check_layout(config)
+    family_of(config).check(config, directory, "dummy")
+    for part, sizes in KNOWN[name].items():
+        assert not isinstance(sizes, dict) or config[part].items() >= sizes.items(), part
     assert replace(model_shape(directory), name=name) == model_shape(name)
     # Image tokens come after the real number of tokens.
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    assert tokenizer.token_to_id("<im_start>") == config["embedding_size"]
+    if config["model_type"] == "molmo":
+        rows, tokens = config["embedding_size"], [*IMAGE_TOKENS]
+    else:
+        rows, tokens = config["text_config"]["vocab_size"], [*synthetic2.IMAGE_TOKENS]
+        assert config["image_patch_id"] == rows + 2
+    assert [tokenizer.token_to_id(one) for one in tokens] == [*range(rows, rows + len(tokens))]
     ids = tokenizer.encode(" User: hi<im_patch>").ids
-    assert ids[-1] == tokenizer.token_to_id("<im_patch>")
-    assert max(ids[:-1]) < config["embedding_size"]
+    assert ids[-1] == rows + 2 and max(ids[:-1]) < rows

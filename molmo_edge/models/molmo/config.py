@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from molmo_edge.devices.tensors import MOLMO_DEFAULTS
 from molmo_edge.errors import ModelError
 
 # Of Molmo-7B-D (and 72B), and of Molmo-7B-O.
@@ -15,29 +16,6 @@ SUPPORTED = (
     "Molmo-7B-O-0924 (q/k norm, norm after)."
 )
 
-# config.json of Molmo-7B-D-0924; `intermediate_size` counts both halves of `ff_proj`.
-DEFAULTS: Mapping[str, Any] = {
-    "attention_layer_norm": False,
-    "clip_qkv": None,
-    "embedding_size": None,
-    "hidden_size": 3584,
-    "initializer_range": 0.02,
-    "intermediate_size": 37888,
-    "layer_norm_eps": 1e-6,
-    "layer_norm_type": "rms",
-    "max_position_embeddings": 4096,
-    "norm_after": False,
-    "num_attention_heads": 28,
-    "num_hidden_layers": 28,
-    "num_key_value_heads": None,
-    "qkv_bias": True,
-    "rope_theta": 1_000_000.0,
-    "tie_word_embeddings": False,
-    "use_cache": True,
-    "use_position_ids": True,
-    "vocab_size": 152064,
-    "weight_tying": False,
-}
 # A checkpoint may not say otherwise: vLLM's model computes only this.
 _FIXED = ("layer_norm_type", "clip_qkv", "weight_tying", "use_position_ids")
 # MolmoE-1B has these.
@@ -57,9 +35,9 @@ def check_layout(config: Mapping[str, Any]) -> None:
             f"tensors are named accordingly. Use AllenAI's checkpoint. {SUPPORTED}"
         )
     wrong = [
-        f"{key}={config[key]!r} (must be {DEFAULTS[key]!r})"
+        f"{key}={config[key]!r} (must be {MOLMO_DEFAULTS[key]!r})"
         for key in _FIXED
-        if config.get(key, DEFAULTS[key]) != DEFAULTS[key]
+        if config.get(key, MOLMO_DEFAULTS[key]) != MOLMO_DEFAULTS[key]
     ]
     wrong += [key for key in _MIXTURE if config.get(key)]
     if wrong:

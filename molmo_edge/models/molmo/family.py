@@ -95,13 +95,9 @@ def register() -> None:
 
 
 class MolmoRenderer:
-    """Renders for one engine.
+    """Renders for one engine, which is read only here.
 
     vLLM's own renderer would search the prompt for the image's place; here it is known.
-
-    Args:
-        engine: vLLM's `LLMEngine` or `AsyncLLM`, read only here.
-        image_processor: with the engine's `max_crops` and `resize`.
     """
 
     def __init__(self, engine: Any, image_processor: MolmoImageProcessor) -> None:

@@ -12,8 +12,9 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.auto.image_processing_auto import get_image_processor_config
 from transformers.processing_utils import ProcessorMixin
 
+from molmo_edge.devices.tensors import MOLMO_DEFAULTS
 from molmo_edge.errors import ImageError, ModelError
-from molmo_edge.models.molmo.config import DEFAULTS, check_layout
+from molmo_edge.models.molmo.config import check_layout
 from molmo_edge.models.molmo.image_processor import MolmoImageProcessor, processor_of
 from molmo_edge.models.molmo.prompts import ONE_IMAGE, ImageTokenIds
 from molmo_edge.models.prompts import bos_id
@@ -27,7 +28,7 @@ class MolmoConfig(PretrainedConfig):  # type: ignore[misc]
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs.pop("auto_map", None)  # these classes are used whatever code the checkpoint names
-        values = {**DEFAULTS, **kwargs}
+        values = {**MOLMO_DEFAULTS, **kwargs}
         check_layout({"model_type": "molmo", **values})
         if values["embedding_size"] is None:
             values["embedding_size"] = values["vocab_size"]
@@ -37,7 +38,7 @@ class MolmoConfig(PretrainedConfig):  # type: ignore[misc]
         theta = values.pop("rope_theta")
         rope = {"rope_type": "default", "rope_theta": theta}
         values["rope_parameters"] = values.get("rope_parameters") or rope
-        for name in DEFAULTS.keys() & values.keys():
+        for name in MOLMO_DEFAULTS.keys() & values.keys():
             setattr(self, name, values.pop(name))
         super().__init__(tie_word_embeddings=self.tie_word_embeddings, **values)
 

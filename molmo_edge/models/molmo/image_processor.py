@@ -45,19 +45,15 @@ FIXED: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class ImageInputs:
-    """One preprocessed image.
+    """One preprocessed image."""
 
-    Attributes:
-        images: (n_crops + 1, 576, 588) float32, normalised patch pixels in (row, column, channel)
-            order; the global view first.
-        image_masks: (n_crops + 1, 576) float32, fraction of each patch that is image; grid crops
-            first and the last row -1, as the reference pads it.
-        tiling: tokens and positions.
-    """
-
+    # (n_crops + 1, 576, 588) float32, normalised patch pixels in (row, column, channel) order; the
+    # global view first.
     images: torch.Tensor
+    # (n_crops + 1, 576) float32, fraction of each patch that is image; grid crops first and the
+    # last row -1, as the reference pads it.
     image_masks: torch.Tensor
-    tiling: Tiling
+    tiling: Tiling  # tokens and positions
 
     def for_vllm(self, patch_id: int) -> dict[str, torch.Tensor]:
         """The image's inputs of vLLM's model; `patch_id` is the token `<im_patch>`.
@@ -105,12 +101,9 @@ class MolmoImageProcessor:
     def inputs(
         self, image: Image.Image | npt.NDArray[np.uint8], *, compiled: bool = True
     ) -> ImageInputs:
-        """Convert one RGB image (PIL, or H×W×3 uint8) to patches.
+        """Convert one RGB image (PIL, or H×W×3 uint8) to patches. Raises ImageError for others.
 
-        Args:
-            compiled: use numba where there is one; otherwise torch, several times slower.
-
-        Raises ImageError for other arrays.
+        Without `compiled`, or numba, torch does it, several times slower.
         """
         pixels = _pixels(image)
         height, width = pixels.shape[:2]

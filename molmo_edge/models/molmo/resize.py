@@ -38,10 +38,7 @@ CHUNK = 1024  # values of a row that are filtered together: they stay in the L1 
 
 
 def write_patches(
-    kernel: Callable[..., None],
-    pixels: Pixels,
-    views: Sequence[tuple[View, Floats]],
-    threads: int,
+    kernel: Callable[..., None], pixels: Pixels, views: Sequence[tuple[View, Floats]], threads: int
 ) -> None:
     """Scale one image, (h, w, 3) uint8, into every view and write its normalised patches.
 

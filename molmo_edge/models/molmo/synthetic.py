@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from molmo_edge.devices.tensors import Tower, tensor_shapes
-from molmo_edge.models.molmo.config import DEFAULTS, Layout
+from molmo_edge.devices.tensors import MOLMO_DEFAULTS, MOLMO_O, Tower, tensor_shapes
+from molmo_edge.models.molmo.config import Layout
 from molmo_edge.models.molmo.image_processor import FIXED
 from molmo_edge.models.molmo.prompts import IMAGE_TOKENS
 from molmo_edge.models.molmo.tiling import DEFAULT_MAX_CROPS
@@ -48,11 +48,9 @@ def hub_config(layout: Layout = "7b-d", **changes: Any) -> dict[str, Any]:
 
     The sizes load in seconds on a CPU; `changes` override them.
     """
-    d_like = layout == "7b-d"
     return {
-        **DEFAULTS,
+        **MOLMO_DEFAULTS,
         "architectures": ["MolmoForCausalLM"],
-        "attention_layer_norm": not d_like,
         "auto_map": {
             "AutoConfig": "config_molmo.MolmoConfig",
             "AutoModelForCausalLM": "modeling_molmo.MolmoForCausalLM",
@@ -61,23 +59,20 @@ def hub_config(layout: Layout = "7b-d", **changes: Any) -> dict[str, Any]:
         "hidden_size": 256,
         "intermediate_size": 1024,
         "model_type": "molmo",
-        "norm_after": not d_like,
         "num_attention_heads": 4,
         "num_hidden_layers": 2,
         "num_key_value_heads": 2,
-        "qkv_bias": d_like,
-        "rope_theta": 1_000_000.0 if d_like else 500_000.0,
         "torch_dtype": "float32",
         "transformers_version": "4.43.3",
         "vocab_size": 512,
+        **(MOLMO_O if layout == "7b-o" else {}),
         **changes,
     }
 
 
 def published_config(sizes: Mapping[str, Any]) -> dict[str, Any]:
     """`config.json` of a published model, from its sizes in `devices.tensors`."""
-    layout: Layout = "7b-d" if sizes["qkv_bias"] else "7b-o"
-    return hub_config(layout, **sizes, vocab_size=sizes["embedding_size"])
+    return hub_config(**{**sizes, "vocab_size": sizes["embedding_size"]})
 
 
 def write_checkpoint(

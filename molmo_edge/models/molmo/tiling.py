@@ -29,15 +29,11 @@ MOST_CROPS = 1024  # a checkpoint may name; of an image of a hundred megapixels
 
 
 class View(NamedTuple):
-    """An image scaled into a canvas of rows × cols overlapping crops.
-
-    Attributes:
-        rows, cols: crops.
-        top, left, height, width: the scaled image in the canvas, pixels; the rest is padding.
-    """
+    """An image scaled into a canvas of rows × cols overlapping crops."""
 
     rows: int
     cols: int
+    # The scaled image in the canvas, pixels; the rest is padding.
     top: int
     left: int
     height: int

@@ -115,9 +115,7 @@ class MolmoInputs(stock.MolmoMultiModalProcessor):  # type: ignore[misc]
 
         return [
             PromptInsertion(
-                modality="image",
-                target=PromptIndexTargets.prefix([bos]),
-                insertion=image_tokens,
+                modality="image", target=PromptIndexTargets.prefix([bos]), insertion=image_tokens
             )
         ]
 

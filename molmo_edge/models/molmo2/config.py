@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 from molmo_edge.checkpoint_files import read_json
+from molmo_edge.devices.tensors import TEXT_DEFAULTS, VIT_DEFAULTS
 from molmo_edge.errors import ModelError
 from molmo_edge.models.molmo2.tiling import Geometry
 
@@ -31,50 +32,6 @@ _RELATIVES = {
     "cannot run; LeRobot runs it. Its vision-language part is Molmo2-ER.",
 }
 
-VIT_DEFAULTS: Mapping[str, Any] = {
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "head_dim": 72,
-    "hidden_act": "gelu_pytorch_tanh",
-    "layer_norm_eps": 1e-6,
-    "image_default_input_size": [378, 378],
-    "image_patch_size": 14,
-    "image_num_pos": 729,
-}
-ADAPTER_DEFAULTS: Mapping[str, Any] = {
-    "vit_layers": [-3, -9],
-    "pooling_attention_mask": True,
-    "hidden_size": 1152,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "head_dim": 72,
-    "hidden_act": "silu",
-    "intermediate_size": 9728,
-    "text_hidden_size": 2560,
-}
-TEXT_DEFAULTS: Mapping[str, Any] = {
-    "hidden_size": 2560,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "additional_vocab_size": 128,
-    "qkv_bias": False,
-    "num_hidden_layers": 36,
-    "intermediate_size": 9728,
-    "hidden_act": "silu",
-    "max_position_embeddings": 36864,
-    "rope_theta": 5_000_000.0,
-    "rope_scaling": None,
-    "rope_scaling_layers": None,
-    "use_qk_norm": True,
-    "qk_norm_type": "qwen3",
-    "layer_norm_eps": 1e-6,
-    "norm_after": False,
-}
 _IDS = (
     "image_start_token_id",
     "image_end_token_id",
@@ -162,35 +119,24 @@ def relative(config: Mapping[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class Processing:
-    """What the processor files of a checkpoint say.
-
-    Attributes:
-        geometry: sizes of crops, patches and pooling windows.
-        max_crops: high-resolution crops of an image, the global view not counted.
-        cols, base_cols, frame_cols: whether a column token ends each row of the high-resolution
-            part, the global view and a video's frame.
-        base_start: whether the global view starts with a token of its own.
-        frame_tokens: whether frames have start and end tokens of their own.
-        max_frames: frames sampled from a video at most.
-        max_fps: frames sampled per second at most.
-    """
+    """What the processor files of a checkpoint say."""
 
     geometry: Geometry = field(default_factory=Geometry)
-    max_crops: int = 8
+    max_crops: int = 8  # of an image in high resolution, the global view not counted
+    # Whether a column token ends each row of the high-resolution part, the global view, a frame.
     cols: bool = True
     base_cols: bool = False
     frame_cols: bool = False
-    base_start: bool = True
-    frame_tokens: bool = False
-    max_frames: int = 384
-    max_fps: float = 2.0
+    base_start: bool = True  # whether the global view starts with a token of its own
+    frame_tokens: bool = False  # whether frames have start and end tokens of their own
+    max_frames: int = 384  # sampled from a video
+    max_fps: float = 2.0  # sampled per second
 
     @classmethod
     def read(cls, directory: Path) -> Self:
         """Read the processor files of a checkpoint; AllenAI's classes give what they leave out.
 
-        Raises:
-            ModelError: a file is broken, or describes another processing than Molmo 2's.
+        Raises ModelError if one is broken, or describes another processing than Molmo 2's.
         """
         config = read_json(directory / "config.json")
         image = _read(directory / "preprocessor_config.json")

@@ -3,39 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PretrainedConfig
 
-from molmo_edge.models.molmo2.config import (
-    ADAPTER_DEFAULTS,
-    TEXT_DEFAULTS,
-    VIT_DEFAULTS,
-    check_layout,
-)
+from molmo_edge.devices.tensors import ADAPTER_DEFAULTS, TEXT_DEFAULTS, VIT_DEFAULTS
+from molmo_edge.models.molmo2.config import check_layout
 
 
-class VitConfig(PretrainedConfig):  # type: ignore[misc]
+class _Part(PretrainedConfig):  # type: ignore[misc]
+    """A part of `config.json`, and the values of what it leaves out."""
+
+    model_type = "molmo2"
+    defaults: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(self, **kwargs: Any) -> None:
+        for name, default in self.defaults.items():
+            setattr(self, name, kwargs.pop(name, default))
+        kwargs.pop("model_type", None)
+        super().__init__(**kwargs)
+
+
+class VitConfig(_Part):
     """Sizes of the vision tower."""
 
-    model_type = "molmo2"
     base_config_key = "vit_config"
-
-    def __init__(self, **kwargs: Any) -> None:
-        _set(self, VIT_DEFAULTS, kwargs)
+    defaults = VIT_DEFAULTS
 
 
-class AdapterConfig(PretrainedConfig):  # type: ignore[misc]
+class AdapterConfig(_Part):
     """Sizes of pooling and projector."""
 
-    model_type = "molmo2"
     base_config_key = "adapter_config"
-
-    def __init__(self, **kwargs: Any) -> None:
-        _set(self, ADAPTER_DEFAULTS, kwargs)
+    defaults = ADAPTER_DEFAULTS
 
 
-class TextConfig(PretrainedConfig):  # type: ignore[misc]
+class TextConfig(_Part):
     """Sizes of the language model.
 
     `rope_scaling` is that of the layers in `rope_scaling_layers`, of all layers where that is None.
@@ -43,18 +46,19 @@ class TextConfig(PretrainedConfig):  # type: ignore[misc]
 
     model_type = "molmo2_text"
     base_config_key = "text_config"
+    defaults: ClassVar[Mapping[str, Any]] = {
+        key: value for key, value in TEXT_DEFAULTS.items() if key != "rope_scaling"
+    }
 
     def __init__(self, **kwargs: Any) -> None:
-        values = {**TEXT_DEFAULTS, **kwargs}
         # Under this name vLLM and transformers 5 read it.
-        rope = kwargs.pop("rope_parameters", None) or {
+        self.rope_parameters = kwargs.pop("rope_parameters", None) or {
             "rope_type": "default",
-            **(values["rope_scaling"] or {}),
-            "rope_theta": values["rope_theta"],
+            **(kwargs.get("rope_scaling") or {}),
+            "rope_theta": kwargs.get("rope_theta", TEXT_DEFAULTS["rope_theta"]),
         }
         kwargs.pop("rope_scaling", None)
-        self.rope_parameters = dict(rope)
-        _set(self, {k: v for k, v in TEXT_DEFAULTS.items() if k != "rope_scaling"}, kwargs)
+        super().__init__(**kwargs)
 
 
 class Molmo2Config(PretrainedConfig):  # type: ignore[misc]
@@ -80,13 +84,6 @@ class Molmo2Config(PretrainedConfig):  # type: ignore[misc]
 def register() -> None:
     """Make transformers read Molmo 2's configuration with these classes; may repeat."""
     AutoConfig.register("molmo2", Molmo2Config, exist_ok=True)
-
-
-def _set(config: PretrainedConfig, defaults: Mapping[str, Any], values: dict[str, Any]) -> None:
-    for name, default in defaults.items():
-        setattr(config, name, values.pop(name, default))
-    values.pop("model_type", None)
-    PretrainedConfig.__init__(config, **values)
 
 
 def _plain(value: Any) -> Any:

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from molmo_edge.devices.tensors import KNOWN, molmo2_tensor_shapes
-from molmo_edge.models.molmo2.config import (
+from molmo_edge.devices.tensors import (
     ADAPTER_DEFAULTS,
-    ARCHITECTURE,
+    MOLMO2_O,
     TEXT_DEFAULTS,
     VIT_DEFAULTS,
-    Layout,
+    molmo2_tensor_shapes,
 )
+from molmo_edge.models.molmo2.config import ARCHITECTURE, Layout
 from molmo_edge.models.synthetic import (
     END_OF_TEXT,
     Weights,
@@ -46,15 +46,8 @@ _WORDS = (
     *"user assistant Image Ġa Ġof Ġin Ġwhat Ġhow Ġmany Ġto Point Describe Ġthis Ġimage".split(),
 )
 _STUB_SEED = 20261126
-# Of Molmo2-O-7B.
-_YARN = {
-    "attention_factor": 1.2079441541679836,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "factor": 8.0,
-    "original_max_position_embeddings": 8192,
-    "rope_type": "yarn",
-}
+# As in the vision tower.
+_ADAPTER_SIZES = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 
 SPECIAL = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
 """They follow the words; the fillers after them end at the vocabulary's size."""
@@ -101,26 +94,19 @@ def hub_config(
         "head_dim": 32,
         "hidden_size": 128 if olmo else 96,
         "intermediate_size": 160,
-        "max_position_embeddings": 65536 if olmo else 36864,
         "model_type": "molmo2_text",
-        "norm_after": olmo,
         "num_attention_heads": 4,
         "num_hidden_layers": 4,
         "num_key_value_heads": 4 if olmo else 2,
-        "qk_norm_type": "olmo" if olmo else "qwen3",
-        "rope_scaling": _YARN if olmo else None,
-        "rope_theta": 500_000.0 if olmo else 5_000_000.0,
         "vocab_size": 512,
+        **(MOLMO2_O if olmo else {}),
         **(text or {}),
     }
     if olmo and text["rope_scaling_layers"] is None:
         text["rope_scaling_layers"] = list(range(3, text["num_hidden_layers"], 4))
     adapter = {
         **ADAPTER_DEFAULTS,
-        **{
-            key: vit[key]
-            for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-        },
+        **{key: vit[key] for key in _ADAPTER_SIZES},
         "intermediate_size": text["intermediate_size"],
         "model_type": "molmo2",
         "text_hidden_size": text["hidden_size"],
@@ -258,5 +244,4 @@ def write_stub(directory: Path) -> None:
     """Write the second stub: the real vision tower (0.38 billion parameters) and two layers."""
     # Multiples of what quantised kernels ask for.
     text = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "num_hidden_layers": 2}
-    vit = KNOWN["allenai/Molmo2-4B"]["vit_config"]
-    write_fixed_answer(directory, hub_config(text=text, vit=vit), torch.bfloat16)
+    write_fixed_answer(directory, hub_config(text=text, vit=VIT_DEFAULTS), torch.bfloat16)
