@@ -50,19 +50,13 @@ def supports(backend: type[AttentionBackend]) -> bool:
 
 
 class ImageRows(NamedTuple):
-    """The image tokens of one request in a step.
+    """The image tokens of one request in a step."""
 
-    Attributes:
-        request: index of the request in the batch.
-        rows: rows of the batch, int64 (n,).
-        positions: positions of these tokens in the request, int64 (n,).
-        images: for all positions to the last image token, int32 (length,): tokens with the same
-            number see each other; 0 is text.
-    """
-
-    request: int
-    rows: torch.Tensor
-    positions: torch.Tensor
+    request: int  # index in the batch
+    rows: torch.Tensor  # of the batch, int64 (n,)
+    positions: torch.Tensor  # of these tokens in the request, int64 (n,)
+    # Of all positions to the last image token, int32 (length,): tokens with the same number see
+    # each other; 0 is text.
     images: torch.Tensor
 
 
@@ -111,13 +105,9 @@ def attend(
 ) -> torch.Tensor:
     """Return the attention of image tokens to tokens before them and to their images.
 
-    Args:
-        query: of the part's tokens, (n, heads, dim).
-        keys: of all tokens from the request's first, (length, kv_heads, dim).
-        values: like keys.
-        part: see `ImageRows`.
-        scale: factor of the products of queries and keys.
-        window: a token sees this many tokens back, itself included, apart from its images.
+    `query` is of the part's tokens, (n, heads, dim), `keys` and `values` of all tokens from the
+    request's first, (length, kv_heads, dim). A token sees `window` tokens back, itself included,
+    apart from its images.
     """
     n = len(query)
     _, kv_heads, dim = keys.shape
@@ -167,7 +157,11 @@ class ImageBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
 
 
 class ImageImpl(AttentionImpl):  # type: ignore[misc]
-    """Runs vLLM's kernel over the batch, then computes its image tokens again."""
+    """Runs vLLM's kernel over the batch, then computes its image tokens again.
+
+    `cached` of a backend reads the keys and values, (length, kv_heads, dim) each, of a request's
+    first tokens from its `blocks`, the request's row of the block table.
+    """
 
     def forward(
         self,
@@ -194,15 +188,6 @@ class ImageImpl(AttentionImpl):  # type: ignore[misc]
                 layer.sliding_window,
             )
         return output
-
-    def cached(
-        self, layer: Any, kv_cache: torch.Tensor, blocks: torch.Tensor, length: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the cached keys and values of a request's first tokens, (length, kv_heads, dim).
-
-        `blocks` is the request's row of the block table.
-        """
-        raise NotImplementedError
 
 
 def dense(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -245,8 +230,7 @@ class CPUImageImpl(ImageImpl, CPUAttentionBackendImpl):  # type: ignore[misc]
         return places.roll(int((codes >= 0).sum())).view(2, tokens, -1)
 
 
-class CPUImageBuilder(ImageBuilder, CPUAttentionMetadataBuilder):  # type: ignore[misc]
-    """See `ImageBuilder`."""
+class CPUImageBuilder(ImageBuilder, CPUAttentionMetadataBuilder): ...  # type: ignore[misc]
 
 
 class CPUImageBackend(CPUAttentionBackend):  # type: ignore[misc]

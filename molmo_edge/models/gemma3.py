@@ -76,11 +76,7 @@ class Gemma3:
 
 
 class Gemma3Renderer:
-    """Renders for one engine.
-
-    Args:
-        engine: vLLM's `LLMEngine` or `AsyncLLM`; its renderer is used by one thread at a time.
-    """
+    """Renders for one engine, whose own renderer is used by one thread at a time."""
 
     def __init__(self, engine: Any) -> None:
         from vllm.renderers.params import ChatParams
@@ -91,9 +87,8 @@ class Gemma3Renderer:
         self._max_model_len = int(model.max_model_len)
         self._max_images = int(model.multimodal_config.get_limit_per_prompt("image"))
         self._tokens_per_image = int(model.hf_config.mm_tokens_per_image)
-        self._params = ChatParams(
-            chat_template_kwargs={"add_generation_prompt": True, "tokenize": False}
-        )
+        options = {"add_generation_prompt": True, "tokenize": False}
+        self._params = ChatParams(chat_template_kwargs=options)
         self._control = control_tokens(self._tokenizer)
         self._longest_token = max(map(len, self._tokenizer.get_vocab()))
         self._lock = threading.Lock()

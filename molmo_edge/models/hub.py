@@ -67,8 +67,7 @@ def locate(model: str, cache_dir: Path, load_format: str = "auto") -> Path:
 def locate_cached(model: str, cache_dir: Path) -> Path | None:
     """Return the directory of `model`, or None where `locate` would write or download it.
 
-    Raises:
-        ModelError: no such directory, or the demo's files are damaged.
+    Raises ModelError for no such directory, or damaged files of the demo.
     """
     if model == DEMO:
         return _check_demo()

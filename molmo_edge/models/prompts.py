@@ -24,17 +24,12 @@ def bos_id(tokenizer: Any) -> int:
 class TextEncoder:
     """Encodes text for one checkpoint, from any thread.
 
-    Args:
-        tokenizer: the checkpoint's, from transformers.
-        max_model_len: longest sequence in tokens; longer text is refused before tokenising.
-
-    Attributes:
-        bos: see `bos_id`.
-        special: spelling of each added token.
+    `max_model_len` is the longest sequence in tokens; longer text is refused before tokenising.
     """
 
     def __init__(self, tokenizer: Any, max_model_len: int) -> None:
         self.bos = bos_id(tokenizer)
+        # Spelling of each added token.
         self.special = {int(i): str(token) for i, token in tokenizer.added_tokens_decoder.items()}
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len

@@ -29,16 +29,13 @@ from molmo_edge.devices.tensors import BLOCKS, TEXT, VISION
 from molmo_edge.errors import ImageError, QuantizeError
 from molmo_edge.files import file_mode
 from molmo_edge.images import SUFFIXES, image_files, load
-from molmo_edge.models.molmo.hf import load_tokenizer
-from molmo_edge.models.molmo.prompts import ImageTokenIds
-from molmo_edge.models.prompts import bos_id
 from molmo_edge.quantize.formats import Format, pack
 from molmo_edge.reference.checkpoint import text_config
 from molmo_edge.reference.common import ReferenceModel
 from molmo_edge.reference.molmo import ReferenceMolmo
 from molmo_edge.reference.molmo2 import ReferenceMolmo2
 from molmo_edge.reference.molmo2_inputs import Molmo2Processor
-from molmo_edge.reference.molmo_inputs import preprocess, sequence
+from molmo_edge.reference.molmo_inputs import MolmoProcessor
 
 LAYERS = ("att_proj", "attn_out", "ff_proj", "ff_out")
 # Statistics converge on few images, each of which has up to 1,600 tokens.
@@ -56,15 +53,11 @@ Prompt = tuple[Any, Any]
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the images tell about a checkpoint, float32; empty without images.
+    """What the images tell about a checkpoint, float32; empty without images."""
 
-    Attributes:
-        factors: tensor → what it is multiplied with before it is stored, broadcast to its shape.
-        importance: layer → (columns,) mean square of its inputs, which become smaller as the
-            columns are scaled up.
-    """
-
+    # Tensor → what it is multiplied with before it is stored, broadcast to its shape.
     factors: Mapping[str, Sequence[torch.Tensor]] = field(default_factory=dict)
+    # Layer → (columns,) mean square of its inputs, which become smaller as columns are scaled up.
     importance: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -123,9 +116,8 @@ def _short(name: str) -> str:
 def read_prompts(checkpoint: Path, directory: Path) -> list[Prompt]:
     """Token ids and inputs of a directory's images: all, or `MAX_IMAGES` spread over the names.
 
-    Raises:
-        QuantizeError: no images, or one that is not readable.
-        ModelError: no tokenizer, or one that lacks the image tokens.
+    Raises QuantizeError without images or for an unreadable one, ModelError without a tokenizer
+    that has the image tokens.
     """
     files = image_files(directory) if stat.S_ISDIR(file_mode(directory)) else []
     if not files:
@@ -135,33 +127,17 @@ def read_prompts(checkpoint: Path, directory: Path) -> list[Prompt]:
         )
     count = min(len(files), MAX_IMAGES)
     molmo2 = read_config(checkpoint).get("model_type") == "molmo2"
-    prompt = _molmo2_prompts(checkpoint) if molmo2 else _molmo_prompts(checkpoint)
+    processor: Any = (Molmo2Processor if molmo2 else MolmoProcessor)(checkpoint)
+    question = [("user", QUESTION)] if molmo2 else QUESTION
     prompts = []
     for file in (files[i * len(files) // count] for i in range(count)):
         try:
-            prompts.append(prompt(np.asarray(load(file))))
+            prompts.append(processor(question, [np.asarray(load(file))]))
         except ImageError as exc:
             raise QuantizeError(
                 f"'{file}' cannot be calibrated on: {exc}. Remove it from the directory."
             ) from exc
     return prompts
-
-
-def _molmo_prompts(checkpoint: Path) -> Callable[[Any], Prompt]:
-    tokenizer = load_tokenizer(checkpoint)
-    special = ImageTokenIds.from_vocab(tokenizer.get_vocab())
-    text = tokenizer.encode(f" User: {QUESTION} Assistant:", add_special_tokens=False)
-
-    def prompt(pixels: Any) -> Prompt:
-        inputs = preprocess(pixels, special)
-        return sequence(inputs, text, bos_id(tokenizer)), inputs
-
-    return prompt
-
-
-def _molmo2_prompts(checkpoint: Path) -> Callable[[Any], Prompt]:
-    processor = Molmo2Processor(checkpoint)
-    return lambda pixels: processor([("user", QUESTION)], [pixels])
 
 
 def calibrate(

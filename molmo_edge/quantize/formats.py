@@ -22,21 +22,14 @@ _SEARCH = (1.0, 15 / 14, 15 / 16, 0.9, 0.86, 0.82, 0.78, 0.74, 0.7, 0.66)
 
 @dataclass(frozen=True)
 class Format:
-    """How a scheme stores the weights of linear layers.
+    """How a scheme stores the weights of linear layers."""
 
-    Attributes:
-        preset, compression: names of the scheme and of its packing in compressed-tensors.
-        group: columns that share a scale; None for one scale per row.
-        scale_dtype: as stored.
-        summary: for the model card.
-    """
-
-    preset: str
-    compression: str
+    preset: str  # name of the scheme in compressed-tensors
+    compression: str  # and of its packing
     bits: int
-    group: int | None
-    scale_dtype: torch.dtype
-    summary: str
+    group: int | None  # columns that share a scale; None for one scale per row
+    scale_dtype: torch.dtype  # as stored
+    summary: str  # for the model card
 
     @property
     def quantization_scheme(self) -> Any:

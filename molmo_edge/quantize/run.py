@@ -7,7 +7,6 @@ bfloat16. Each file of the original becomes one of the copy.
 from __future__ import annotations
 
 import itertools
-import json
 import re
 import shutil
 import stat
@@ -24,19 +23,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from molmo_edge._version import __version__
-from molmo_edge.checkpoint_files import (
-    INDEX,
-    Tensor,
-    check_tensors,
-    check_weights,
-    read_config,
-)
+from molmo_edge.checkpoint_files import INDEX, Tensor, check_tensors, check_weights, read_config
 from molmo_edge.checkpoint_files import tensors as read_headers
 from molmo_edge.devices.tensors import molmo2_tensor_shapes, tensor_shapes
 from molmo_edge.errors import QuantizeError
 from molmo_edge.files import expand_home, file_mode, replacing
 from molmo_edge.models.molmo.config import check_layout as check_molmo
 from molmo_edge.models.molmo2.config import check_layout as check_molmo2
+from molmo_edge.models.synthetic import write_json
 from molmo_edge.quantize.calibrate import Calibration, read_prompts
 from molmo_edge.quantize.calibrate import calibrate as run_calibration
 from molmo_edge.quantize.formats import FORMATS, Format, pack
@@ -216,7 +210,8 @@ def write_weights(
         save_file(stored, work / path.name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(stored, path.name)
         out_bytes += sum(value.nbytes for value in stored.values())
-    _write_json(work / INDEX, {"metadata": {"total_size": out_bytes}, "weight_map": weight_map})
+    index = {"metadata": {"total_size": out_bytes}, "weight_map": weight_map}
+    write_json(work, {INDEX: index})
     return errors, out_bytes
 
 
@@ -234,11 +229,7 @@ def write_data_files(source: Path, work: Path, config: Mapping[str, Any], form: 
     ).model_dump(mode="json", exclude_none=True)
     dtype = "dtype" if "dtype" in config else "torch_dtype"  # of newer and older files
     extra = {dtype: "bfloat16", "quantization_config": quantization}
-    _write_json(work / "config.json", {**config, **extra})
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_json(work, {"config.json": {**config, **extra}})
 
 
 def model_card(base: str, result: Quantized) -> str:

@@ -29,16 +29,13 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Molmo2Inputs:
-    """The images, or the frames, of one prompt.
+    """The images, or the frames, of one prompt."""
 
-    Attributes:
-        patches: (crops, patches of a crop, values) float32, normalised; patches in row-major order,
-            each flattened as (row, column, channel). Of each image the global view is first.
-        pooling: (features, patches of a feature) int64, indices into all patches of all crops, -1
-            where a window reaches beyond the grid. In the order of the `<im_patch>` tokens.
-    """
-
+    # (crops, patches of a crop, values), normalised; patches in row-major order, each flattened as
+    # (row, column, channel). Of each image the global view is first.
     patches: npt.NDArray[np.float32]
+    # (features, patches of a feature), indices into all patches of all crops, -1 where a window
+    # reaches beyond the grid. In the order of the `<im_patch>` tokens.
     pooling: Indices
 
 
@@ -138,11 +135,9 @@ class Molmo2Processor:
     ) -> tuple[list[int], Molmo2Inputs | None]:
         """Return the prompt's token ids and its images.
 
-        Args:
-            turns: (role, text), from the user in turn with the assistant.
-            images: of the whole conversation, (height, width, 3) uint8 RGB.
-            video: frames, as `images`, and their times in seconds.
-            max_crops: of an image, without the global view; by default the checkpoint's.
+        Turns are (role, text), from the user in turn with the assistant; images (height, width, 3)
+        uint8 RGB of the whole conversation; a video is frames, as `images`, and their times in
+        seconds. `max_crops`, by default the checkpoint's, do not count the global view.
         """
         crops: list[Pixels] = []
         pooling: list[Indices] = []

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from molmo_edge.errors import ImageError
 from molmo_edge.models.molmo.prompts import ImageTokenIds
+from molmo_edge.models.prompts import bos_id
 
 Array = npt.NDArray[np.generic]
 FloatArray = npt.NDArray[np.float32]
@@ -37,22 +39,18 @@ STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 @dataclass(frozen=True, eq=False)
 class ReferenceInputs:
-    """One image as the model takes it.
+    """One image as the model takes it."""
 
-    Attributes:
-        image_tokens: (n,) int64, both views, without BOS and text.
-        images: (1 + crops, 576, 588) float32, normalised patches, each flattened as (row, column,
-            channel); the global view first, then the crops in row-major order.
-        image_masks: (1 + crops, 576) float32, fraction of each patch that is image. Rows
-            are those of the crops, then one of -1: the published code pads at the end although
-            the global view is first, and the weights were trained with that.
-        image_input_idx: (1 + crops, 144) int32, where each pooled feature goes in a sequence that
-            has BOS in front; -100 where it is dropped.
-    """
-
-    image_tokens: Array
+    image_tokens: Array  # (n,) int64, both views, without BOS and text
+    # (1 + crops, 576, 588) float32, normalised patches, each flattened as (row, column, channel);
+    # the global view first, then the crops in row-major order.
     images: FloatArray
+    # (1 + crops, 576) float32, fraction of each patch that is image. Rows are those of the crops,
+    # then one of -1: the published code pads at the end although the global view is first, and the
+    # weights were trained with that.
     image_masks: FloatArray
+    # (1 + crops, 144) int32, where each pooled feature goes in a sequence that has BOS in front;
+    # -100 where it is dropped.
     image_input_idx: Array
 
 
@@ -182,6 +180,26 @@ def preprocess(image: Array, token_ids: ImageTokenIds, max_crops: int = 12) -> R
         image_masks=np.stack(masks).astype(np.float32),
         image_input_idx=np.stack(positions).astype(np.int32),
     )
+
+
+class MolmoProcessor:
+    """Reads a checkpoint's tokenizer. Raises ModelError without one."""
+
+    def __init__(self, directory: Path) -> None:
+        from molmo_edge.models.molmo.hf import load_tokenizer
+
+        self._tokenizer = load_tokenizer(directory)
+        self._ids = ImageTokenIds.from_vocab(self._tokenizer.get_vocab())
+        self.stop_ids = {int(self._tokenizer.eos_token_id)}
+
+    def __call__(
+        self, question: str, images: Sequence[Array] = (), max_crops: int = 12
+    ) -> tuple[list[int], ReferenceInputs | None]:
+        """Return the prompt's token ids and its image, if there is one, as the model takes it."""
+        inputs = preprocess(images[0], self._ids, max_crops) if images else None
+        # Written out, because the engine's own prompt code is compared with it.
+        text = self._tokenizer.encode(f" User: {question} Assistant:", add_special_tokens=False)
+        return sequence(inputs, text, bos_id(self._tokenizer)).tolist(), inputs
 
 
 def sequence(

@@ -51,40 +51,27 @@ SIZES = (("small", 90, 120), ("wide", 224, 900), ("tall", 700, 150), ("13 crops"
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison.
-
-    Attributes:
-        prompt_equal: whether the prompt's tokens are the reference's.
-        tokens_equal: whether all generated tokens are.
-        first_different: index of the first token that is not, None when all are equal.
-        max_dlogprob: largest difference of the log-probability of the same token, up to the first
-            different one; None where that is the first of all.
-        ok: the verdict.
-    """
+    """One comparison."""
 
     name: str
-    prompt_equal: bool
-    tokens_equal: bool
-    first_different: int | None
+    prompt_equal: bool  # whether the prompt's tokens are the reference's
+    tokens_equal: bool  # whether all generated tokens are
+    first_different: int | None  # index of the first token that is not
+    # Largest difference of the log-probability of the same token, up to the first different one;
+    # None where that is the first of all.
     max_dlogprob: float | None
-    ok: bool
+    ok: bool  # the verdict
 
 
 @dataclass(frozen=True)
 class Report:
-    """All comparisons of one model.
-
-    Attributes:
-        family: whose reference implementation.
-        stock: whether this is vLLM's own model.
-        exact: whether equality is required, rather than drift below `bound`.
-    """
+    """All comparisons of one model."""
 
     cases: tuple[Case, ...]
     environment: Mapping[str, Any]
-    family: Family
-    stock: bool
-    exact: bool
+    family: Family  # whose reference implementation
+    stock: bool  # whether this is vLLM's own model
+    exact: bool  # whether equality is required, rather than drift below `bound`
     bound: float
 
     @property
@@ -95,17 +82,12 @@ class Report:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer of the reference implementation or of an engine.
-
-    Attributes:
-        prompt, token_ids, logprobs: token ids, and log-probabilities of the generated ones.
-        forced: log-probabilities of the reference's tokens, forced one after another.
-    """
+    """One answer of the reference implementation or of an engine."""
 
     prompt: list[int]
     token_ids: list[int]
-    logprobs: list[float]
-    forced: list[float]
+    logprobs: list[float]  # of `token_ids`
+    forced: list[float]  # of the reference's tokens, forced one after another
 
 
 def synthetic_image(height: int, width: int, seed: int) -> npt.NDArray[np.uint8]:
@@ -247,54 +229,32 @@ def _turns(messages: Messages) -> list[Turn]:
 
 def reference_answers(directory: Path, requests: Requests, max_tokens: int) -> dict[str, Answer]:
     """Answer each request with the reference implementation of the checkpoint's family."""
-    turns = {name: _turns(messages) for name, messages in requests.items()}
-    if read_config(directory)["model_type"] == "molmo2":
-        return _molmo2_answers(directory, turns, max_tokens)
-    from molmo_edge.models.molmo.hf import load_tokenizer
-    from molmo_edge.models.molmo.prompts import ImageTokenIds
-    from molmo_edge.models.prompts import bos_id
     from molmo_edge.reference.molmo import ReferenceMolmo
-    from molmo_edge.reference.molmo_inputs import preprocess, sequence
-
-    tokenizer = load_tokenizer(directory)
-    ids = ImageTokenIds.from_vocab(tokenizer.get_vocab())
-    stop_ids, crops = {int(tokenizer.eos_token_id)}, default_crops(directory)
-    model = ReferenceMolmo.load(directory)
-    out = {}
-    for name, [turn] in turns.items():
-        inputs = preprocess(np.asarray(turn.images[0]), ids, crops) if turn.images else None
-        # Written out, because the engine's own prompt code is compared with it.
-        text = f" User: {turn.text} Assistant:"
-        text_ids = tokenizer.encode(text, add_special_tokens=False)
-        prompt = sequence(inputs, text_ids, bos_id(tokenizer))
-        answer = model.generate(prompt, inputs, max_tokens=max_tokens, stop_ids=stop_ids)
-        out[name] = Answer(prompt.tolist(), answer.token_ids, answer.logprobs, answer.logprobs)
-    return out
-
-
-def _molmo2_answers(
-    directory: Path, requests: Mapping[str, Sequence[Turn]], max_tokens: int
-) -> dict[str, Answer]:
     from molmo_edge.reference.molmo2 import ReferenceMolmo2
     from molmo_edge.reference.molmo2_inputs import Molmo2Processor
+    from molmo_edge.reference.molmo_inputs import MolmoProcessor
 
-    model, processor = ReferenceMolmo2.load(directory), Molmo2Processor(directory)
+    molmo2 = read_config(directory)["model_type"] == "molmo2"
+    model: Any = (ReferenceMolmo2 if molmo2 else ReferenceMolmo).load(directory)
+    processor: Any = (Molmo2Processor if molmo2 else MolmoProcessor)(directory)
     out = {}
-    for name, turns in requests.items():
+    for name, messages in requests.items():
+        turns = _turns(messages)
         images = [np.asarray(image) for turn in turns for image in turn.images]
-        clips = [(turn.video.frames, turn.video.times) for turn in turns if turn.video]
-        said = [(turn.role, turn.text) for turn in turns]
-        prompt, inputs = processor(said, images, clips[0] if clips else None)
+        if molmo2:
+            clips = [(turn.video.frames, turn.video.times) for turn in turns if turn.video]
+            said = [(turn.role, turn.text) for turn in turns]
+            prompt, inputs = processor(said, images, clips[0] if clips else None)
+        else:
+            [turn] = turns
+            prompt, inputs = processor(turn.text, images, default_crops(directory))
         answer = model.generate(prompt, inputs, max_tokens=max_tokens, stop_ids=processor.stop_ids)
         out[name] = Answer(prompt, answer.token_ids, answer.logprobs, answer.logprobs)
     return out
 
 
 def _engine_answers(
-    directory: Path,
-    requests: Requests,
-    expected: Mapping[str, Answer],
-    settings: Mapping[str, Any],
+    directory: Path, requests: Requests, expected: Mapping[str, Answer], settings: Mapping[str, Any]
 ) -> tuple[dict[str, Answer], Mapping[str, Any]]:
     from molmo_edge.vlm import EdgeVLM
 

@@ -142,7 +142,6 @@ LAYER = "model.transformer.blocks.1.ff_out.weight"
     ("change", "message"),
     [
         (lambda t: t.pop(LAYER), r"lacks 1 tensors, first 'model\.transformer\.blocks\.1\.ff_out"),
-        (lambda t: t.pop("model.vision_backbone.pad_embed"), "pad_embed"),
         (lambda t: t.update({LAYER: t[LAYER][:, :256].clone()}), "wrong shapes in 1"),
         (lambda t: t.update({LAYER: t[LAYER].to(torch.int8)}), "quantised 1 tensors"),
         (lambda t: t[LAYER].fill_(float("nan")), "contains NaN or infinity"),

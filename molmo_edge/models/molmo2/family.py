@@ -88,12 +88,7 @@ def register() -> None:
 
 
 class Molmo2Renderer:
-    """Renders for one engine.
-
-    Args:
-        engine: vLLM's `LLMEngine` or `AsyncLLM`, read only here.
-        max_crops: of requests that do not say otherwise.
-    """
+    """Renders for one engine, which is read only here; `max_crops` may be a request's own."""
 
     def __init__(self, engine: Any, max_crops: int) -> None:
         model = engine.model_config

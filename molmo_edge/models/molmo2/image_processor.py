@@ -27,10 +27,8 @@ def image_patches(pixels: Pixels, tiling: Tiling, *, compiled: bool = True) -> t
     """Convert one RGB image, (h, w, 3) uint8, to normalised patches.
 
     Returns (n_crops, n_patches, patch_px² · 3) float32: the global view, then the tiles; patches
-    row-major, values of a patch in (row, column, channel) order.
-
-    Args:
-        compiled: use numba where there is one; otherwise torch, several times slower.
+    row-major, values of a patch in (row, column, channel) order. Without `compiled`, or numba,
+    torch does it, several times slower.
     """
     whole = Tiling(tiling.geometry, 1, 1)
     return _patches([(pixels, whole), (pixels, tiling)], tiling.geometry, compiled)

@@ -33,16 +33,12 @@ class Visuals:
     """All images, or the frames, of one request.
 
     The vision tower computes a group of crops at once: an image's, or `FRAMES_AT_ONCE` frames.
-
-    Attributes:
-        patches: (crops, patches, values) float32, see `image_processor`.
-        pooling: (features, window) int64, indices into all patches of the group, -1 for none.
-        group_sizes: crops and features of each group.
     """
 
-    patches: npt.NDArray[np.float32]
+    patches: npt.NDArray[np.float32]  # (crops, patches, values), see `image_processor`
+    # (features, window), indices into all patches of the group, -1 for none.
     pooling: npt.NDArray[np.int64]
-    group_sizes: list[tuple[int, int]]
+    group_sizes: list[tuple[int, int]]  # crops and features of each group
 
 
 def image_visuals(

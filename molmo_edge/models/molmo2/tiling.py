@@ -20,19 +20,13 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Geometry:
-    """What preprocessor_config.json and video_preprocessor_config.json say; hub defaults.
+    """What preprocessor_config.json and video_preprocessor_config.json say; hub defaults."""
 
-    Attributes:
-        crop_px, patch_px: sides of a crop (or frame) and of a patch, pixels.
-        pool, frame_pool: side of a pooling window of images and of frames, patches.
-        margin_patches: overlap that a tile leaves to its neighbour on the left or top, and on the
-            right or bottom.
-    """
-
-    crop_px: int = 378
-    patch_px: int = 14
-    pool: int = 2
-    frame_pool: int = 3
+    crop_px: int = 378  # side of a crop, or frame
+    patch_px: int = 14  # side of a patch
+    pool: int = 2  # patches along a pooling window of images
+    frame_pool: int = 3  # and of frames
+    # Overlap that a tile leaves to its neighbours: on the left or top, on the right or bottom.
     margin_patches: tuple[int, int] = (4, 4)
 
     @property
