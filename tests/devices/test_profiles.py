@@ -12,12 +12,7 @@ import pytest
 from molmo_edge.devices import profiles
 from molmo_edge.devices.detect import DeviceInfo, detect, known_device
 from molmo_edge.devices.precision import check_kv_cache_dtype
-from molmo_edge.devices.profiles import (
-    load_profile,
-    profile_names,
-    profile_warning,
-    select_profile,
-)
+from molmo_edge.devices.profiles import load_profile, profile_names, profile_warning, select_profile
 from molmo_edge.devices.specs import SPECS
 from molmo_edge.engine.vllm_args import engine_environment
 from molmo_edge.errors import ConfigError
@@ -67,20 +62,16 @@ def test_unknown_profile_names_the_nearest_if_one_is_near(name: str, near: str |
 
 
 @pytest.mark.parametrize("name", profile_names())
-def test_profile_is_accepted_by_the_settings(name: str) -> None:
+def test_settings_accept_a_profile_that_fixes_shared_memory_and_graphs(name: str) -> None:
     profile = load_profile(name)
     assert EdgeSettings(**profile.as_settings()).max_num_seqs <= 16
     assert profile.match.keys() <= {"kind", "capability", "integrated", "memory_gb_max"}
-
-
-@pytest.mark.parametrize("name", profile_names())
-def test_graphs_are_captured_up_to_the_batch_that_happens(name: str) -> None:
-    profile = load_profile(name)
+    in_bytes = "kv_cache_memory_gb" in profile.settings
+    assert in_bytes == (profile.match.get("integrated") is True or name == "cpu")
+    # Graphs are captured up to the batch that happens.
     sizes = profile.engine_args.get("compilation_config", {}).get("cudagraph_capture_sizes")
-    if profile.settings.get("enforce_eager"):
-        assert sizes is None
-    else:
-        assert max(sizes) == profile.settings["max_num_seqs"]
+    eager = profile.settings.get("enforce_eager")
+    assert sizes is None if eager else max(sizes) == profile.settings["max_num_seqs"]
 
 
 @pytest.mark.parametrize("name", profile_names())
@@ -90,13 +81,6 @@ def test_every_value_has_its_reason(name: str) -> None:
     for above, line in pairwise(chosen):
         if re.match(r"\w+ =", line):
             assert above.startswith("#"), f"{line} has no comment above it"
-
-
-@pytest.mark.parametrize("name", profile_names())
-def test_shared_memory_is_given_in_bytes(name: str) -> None:
-    profile = load_profile(name)
-    in_bytes = "kv_cache_memory_gb" in profile.settings
-    assert in_bytes == (profile.match.get("integrated") is True or name == "cpu")
 
 
 @pytest.mark.parametrize("known", [spec.key for spec in SPECS])

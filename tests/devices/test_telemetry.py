@@ -30,22 +30,24 @@ def test_thor_reports_the_boards_input_power() -> None:
     assert (thor.gpu_mhz, thor.throttled) == (315.0, None)
 
 
-def test_orin_sums_its_rails_because_no_rail_is_the_input() -> None:
-    watts = 19 * 0.320 + 19 * 0.080 + 5 * 0.960 + 19 * 0.040
-    assert finished(machine("orin")).summary().power_w == pytest.approx(watts)
-
-
-def test_one_missing_rail_makes_the_sum_unknown(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "content", "watts"),
+    [
+        # No rail is the input.
+        ("hwmon0/in1_label", None, 19 * 0.320 + 19 * 0.080 + 5 * 0.960 + 19 * 0.040),
+        ("hwmon0/in1_label", "VDD_IN\n", 19 * 0.320),
+        ("hwmon1/curr2_input", "", None),
+    ],
+)
+def test_orin_sums_its_rails_unless_one_is_the_input_or_unknown(
+    tmp_path: Path, file: str, content: str | None, watts: float | None
+) -> None:
     root = copied("orin", tmp_path)
-    (root / "sys/class/hwmon/hwmon1/curr2_input").write_text("")
+    if content is not None:
+        (root / "sys/class/hwmon" / file).write_text(content)
     orin = finished(machine("orin", root)).summary()
-    assert (orin.power_w, orin.energy_j) == (None, None)
-
-
-def test_a_rail_of_the_whole_input_is_preferred(tmp_path: Path) -> None:
-    root = copied("orin", tmp_path)
-    (root / "sys/class/hwmon/hwmon0/in1_label").write_text("VDD_IN\n")
-    assert finished(machine("orin", root)).summary().power_w == pytest.approx(19 * 0.320)
+    assert orin.power_w == pytest.approx(watts)
+    assert (orin.energy_j is None) == (watts is None)
 
 
 def test_unknown_is_none_never_zero(tmp_path: Path) -> None:

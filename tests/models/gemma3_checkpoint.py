@@ -20,17 +20,9 @@ IMAGE_TOKENS = 16
 # Small enough for the prompts of the tests to be longer, and longer than an image.
 SLIDING_WINDOW = 24
 SPECIAL = (
-    "<pad>",
-    "<eos>",
-    "<bos>",
-    "<unk>",
-    "<mask>",
-    "<start_of_turn>",
-    "<end_of_turn>",
-    "<start_of_image>",
-    "<end_of_image>",
-    "<image_soft_token>",
-)
+    "<pad> <eos> <bos> <unk> <mask> <start_of_turn> <end_of_turn> <start_of_image> <end_of_image> "
+    "<image_soft_token>"
+).split()
 # Ids that end an answer.
 ENDS = [SPECIAL.index("<eos>"), SPECIAL.index("<end_of_turn>")]
 # In the hub's vocabulary too these are added tokens, and belong to plain text.
@@ -140,7 +132,7 @@ def _tokenizer() -> Any:
         },
     )
     tokenizer.add_special_tokens(
-        {"additional_special_tokens": list(SPECIAL)}, replace_extra_special_tokens=False
+        {"additional_special_tokens": SPECIAL}, replace_extra_special_tokens=False
     )
     tokenizer.add_tokens(list(PLAIN))
     return tokenizer

@@ -69,6 +69,7 @@ def test_a_null_number_of_kv_heads_means_all(small_checkpoint: Path) -> None:
         ({"clip_qkv": 8.0}, "clip_qkv"),
         ({"norm_after": True}, "released layout"),
         ({"moe_num_experts": 64}, "moe_num_experts"),
+        ({"hidden_size": None}, "lacks hidden_size"),
     ],
 )
 def test_other_layouts_are_refused_with_the_supported_ones(

@@ -17,8 +17,7 @@ from molmo_edge.reference.molmo2_inputs import resize
 from tests.molmo2_golden import cases, golden, image, video
 
 GEOMETRY = Geometry()
-WITH_IMAGES = [case for case in cases("qwen3") if "images" in case]
-WITH_VIDEO = [case for case in cases("qwen3") if "video" in case]
+WITH_VISUALS = [case for case in cases("qwen3") if {"images", "video"} & case.keys()]
 
 
 def patches_of(pixels: np.ndarray, **options: Any) -> torch.Tensor:
@@ -38,23 +37,18 @@ def test_every_recorded_image_has_the_reference_patches(
     assert digest(patches_of(pixels, compiled=compiled)) == case["pixel_sha"]
 
 
-@pytest.mark.parametrize("case", WITH_IMAGES, ids=lambda case: case["name"])
-def test_the_images_of_the_recorded_requests_have_the_reference_patches(
-    case: dict[str, Any],
-) -> None:
-    patches = torch.cat([patches_of(image(*one)) for one in case["images"]])
-    assert digest(patches) == case["pixel_values"]["sha256_16"]
-
-
 @pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("case", WITH_VIDEO, ids=lambda case: case["name"])
-def test_the_frames_of_the_recorded_videos_have_the_reference_patches(
+@pytest.mark.parametrize("case", WITH_VISUALS, ids=lambda case: case["name"])
+def test_the_images_and_frames_of_the_recorded_requests_have_the_reference_patches(
     case: dict[str, Any], compiled: bool
 ) -> None:
-    seed, count, width, height, _ = case["video"]
-    frames = list(video(seed, count, width, height))
-    patches = frame_patches(frames, GEOMETRY, compiled=compiled)
-    assert digest(patches) == case["pixel_values_videos"]["sha256_16"]
+    if "video" in case:
+        patches = frame_patches(video(*case["video"][:4]), GEOMETRY, compiled=compiled)
+    else:
+        images = [patches_of(image(*one), compiled=compiled) for one in case["images"]]
+        patches = torch.cat(images)
+    recorded = case["pixel_values_videos" if "video" in case else "pixel_values"]
+    assert digest(patches) == recorded["sha256_16"]
 
 
 def plain(pixels: np.ndarray, geometry: Geometry) -> torch.Tensor:

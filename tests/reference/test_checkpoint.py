@@ -47,20 +47,6 @@ def test_null_means_as_many_as_the_heads_and_the_vocabulary(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"model_type": "molmo2"}, "'molmo2' is not Molmo 1"),
-        ({"hidden_size": None}, "lacks hidden_size"),
-    ],
-)
-def test_another_layout_is_refused(
-    tmp_path: Path, tensors: Tensors, change: dict[str, object], message: str
-) -> None:
-    with pytest.raises(ModelError, match=message):
-        ReferenceMolmo.load(tiny.write(tmp_path, {**tiny.CONFIG, **change}, tensors))
-
-
-@pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
         ("model.transformer.wte.new_embedding", None, "lacks 1"),
@@ -82,15 +68,11 @@ def test_missing_unknown_and_misshapen_tensors_are_named(
         ReferenceMolmo.load(tiny.write(tmp_path, tiny.CONFIG, changed))
 
 
-def test_missing_and_broken_files_are_named(tmp_path: Path, tensors: Tensors) -> None:
+def test_broken_files_and_other_layouts_are_refused(tmp_path: Path, tensors: Tensors) -> None:
     directory = tiny.write(tmp_path, tiny.CONFIG, tensors)
-    file = directory / "model.safetensors"
-    file.write_bytes(b"not safetensors at all")
+    (directory / "model.safetensors").write_bytes(b"not safetensors at all")
     with pytest.raises(ModelError, match=r"model\.safetensors"):
         ReferenceMolmo.load(directory)
-    file.unlink()
-    with pytest.raises(ModelError, match=r"no \*\.safetensors"):
-        ReferenceMolmo.load(directory)
-    (directory / "config.json").unlink()
-    with pytest.raises(ModelError, match=r"config\.json"):
+    (directory / "config.json").write_text('{"model_type": "molmo2"}')
+    with pytest.raises(ModelError, match="'molmo2' is not Molmo 1"):
         ReferenceMolmo.load(directory)

@@ -11,13 +11,7 @@ from hypothesis import strategies as st
 
 from molmo_edge.errors import ImageError
 from molmo_edge.models.molmo.prompts import ImageTokenIds
-from molmo_edge.reference.molmo_inputs import (
-    MEAN,
-    STD,
-    preprocess,
-    resize,
-    select_tiling,
-)
+from molmo_edge.reference.molmo_inputs import MEAN, STD, preprocess, resize, select_tiling
 
 START, END, PATCH, COL = 900, 901, 902, 903
 IDS = ImageTokenIds(START, END, PATCH, COL)

@@ -11,14 +11,7 @@ import pytest
 from molmo_edge.errors import ConfigError, ModelError
 from molmo_edge.models.hub import DEMO_DIRECTORY
 from molmo_edge.models.molmo2.synthetic import write_checkpoint
-from molmo_edge.reference.verify import (
-    Answer,
-    Family,
-    Report,
-    compare,
-    default_requests,
-    verify,
-)
+from molmo_edge.reference.verify import Answer, Family, Report, compare, default_requests, verify
 
 LOGPROBS = [-0.1, -0.2, -0.3]
 WANT = Answer([1, 2], [5, 6, 7], LOGPROBS, LOGPROBS)
