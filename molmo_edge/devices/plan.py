@@ -95,8 +95,6 @@ def plan(
     """Compute memory and decode ceilings of a model on a device for every precision.
 
     Args:
-        shape: from ``model_shape``.
-        device: from ``detect`` or ``known_device``.
         profile: the device's own if ``None``.
         settings: of the engine by name; the profile's if ``None``.
         kv_cache_dtype: that of the settings if ``None``; "auto" is BF16.

@@ -1,4 +1,4 @@
-"""Patches are, bit for bit, those recorded of AllenAI's molmo2 code and of the reference."""
+"""Tilings, pooling windows and, bit for bit, patches are those of AllenAI's molmo2 code."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from molmo_edge.reference.molmo2_inputs import resize
 from tests.molmo2_golden import cases, golden, image, video
 
 GEOMETRY = Geometry()
+SIZES = [{"max_crops": 8, **case} for kind in ("images", "crops") for case in golden("extra")[kind]]
 WITH_VISUALS = [case for case in cases("qwen3") if {"images", "video"} & case.keys()]
 
 
@@ -93,3 +94,27 @@ def test_frames_of_different_sizes_and_threads_give_the_patches_of_each() -> Non
         torch.set_num_threads(before)
     assert torch.equal(together[0], alone)
     assert torch.equal(together[1], alone)
+
+
+@pytest.mark.parametrize("case", SIZES, ids=lambda case: f"{case['size']}-{case['max_crops']}")
+def test_every_recorded_size_has_the_reference_tiling(case: dict[str, Any]) -> None:
+    width, height = case["size"]
+    tiling = GEOMETRY.tiling(height, width, case["max_crops"])
+    assert [*tiling.base_grid, *tiling.grid] == case["grid"]
+    assert tiling.n_crops == case["crops"]
+    assert len(tiling.pooling) == np.prod(tiling.base_grid) + np.prod(tiling.grid)
+    if "pooling_sha" in case:
+        assert digest(torch.from_numpy(tiling.pooling)) == case["pooling_sha"]
+
+
+def test_every_patch_of_a_frame_is_in_one_window() -> None:
+    assert GEOMETRY.frame_grid == (9, 9)
+    assert GEOMETRY.frame_pooling[1].tolist() == [3, 4, 5, 30, 31, 32, 57, 58, 59]
+    assert sorted(GEOMETRY.frame_pooling.reshape(-1)) == list(range(729))
+
+
+def test_crops_of_another_size_are_pooled_as_well() -> None:
+    # 9 × 9 patches, tiles 5 apart: 14 × 14 patches; the odd global view is padded at its far edge.
+    tiling = Geometry(crop_px=126, margin_patches=(2, 2)).tiling(500, 500, 4)
+    assert (tiling.rows, tiling.cols, tiling.base_grid, tiling.grid) == (2, 2, (5, 5), (7, 7))
+    assert tiling.pooling[4].tolist() == [8, -1, 17, -1]

@@ -49,7 +49,7 @@ _FIXED: Mapping[str, Mapping[str, Any]] = {
 }
 # Of an image of a hundred megapixels, each pixel seen as it is.
 _MOST_CROPS = 1024
-_PATCHES = {"do_convert_rgb": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
+_PIXELS = {"do_convert_rgb": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
 
 
 class ImageIds(NamedTuple):
@@ -145,11 +145,10 @@ class Processing:
         vit = {**VIT_DEFAULTS, **config.get("vit_config", {})}
         crops, patch = vit["image_default_input_size"], vit["image_patch_size"]
         crop = crops[0] if isinstance(crops, list) and crops else crops
-        size = {"height": crop, "width": crop}
-        mode = "uniform_last_frame"
-        _check(image, {**_PATCHES, "size": size, "patch_size": patch}, "preprocessor_config.json")
-        expected = {**_PATCHES, "size": size, "patch_size": patch, "frame_sample_mode": mode}
-        _check(video, expected, "video_preprocessor_config.json")
+        pixels = {**_PIXELS, "size": {"height": crop, "width": crop}, "patch_size": patch}
+        _check(image, pixels, "preprocessor_config.json")
+        pixels["frame_sample_mode"] = "uniform_last_frame"
+        _check(video, pixels, "video_preprocessor_config.json")
         cols = bool(flags.get("image_use_col_tokens", True))
         base_cols = flags.get("use_single_crop_col_tokens")
         try:
