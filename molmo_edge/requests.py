@@ -12,16 +12,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import (
-    Annotated,
-    Any,
-    Generic,
-    Literal,
-    TypeAlias,
-    TypedDict,
-    Unpack,
-    cast,
-)
+from typing import Annotated, Any, Generic, Literal, TypeAlias, TypedDict, Unpack, cast
 
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError

@@ -11,14 +11,7 @@ import itertools
 import threading
 import time
 import weakref
-from collections.abc import (
-    AsyncGenerator,
-    Callable,
-    Generator,
-    Iterable,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -414,10 +407,7 @@ class EdgeVLM:
         return self.family is None or verb in self.family.verbs
 
     def caption(
-        self,
-        image: ImageLike,
-        length: Length = "normal",
-        **options: Unpack[Options],
+        self, image: ImageLike, length: Length = "normal", **options: Unpack[Options]
     ) -> Result:
         """Describe an image. Raises as `query`, and PromptError for another length."""
         return self._answer(Request.caption(image, length, **options))

@@ -18,13 +18,7 @@ import pytest
 from PIL import Image
 
 from molmo_edge.errors import ImageError
-from molmo_edge.images import (
-    MAX_JPEG_SCANS,
-    MAX_SIDE_PX,
-    ImageLimits,
-    load,
-    private_copy,
-)
+from molmo_edge.images import MAX_JPEG_SCANS, MAX_SIDE_PX, ImageLimits, load, private_copy
 from tests.image_files import (
     ACCEPTED,
     REFUSED,

@@ -208,8 +208,7 @@ def refilled(kind: str, directory: Path) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(
-    "kind",
-    ["array", "bytearray", "memoryview", "file", "lazy", "path", "painted", "over a buffer"],
+    "kind", ["array", "bytearray", "memoryview", "file", "lazy", "path", "painted", "over a buffer"]
 )
 def test_a_buffer_that_is_filled_again_does_not_change_a_frame(kind: str, tmp_path: Path) -> None:
     def answer(turns: Any) -> str:

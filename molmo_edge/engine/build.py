@@ -68,11 +68,7 @@ def _collection_paused() -> Iterator[None]:
 
 
 def _start(
-    plan: BuildPlan,
-    config_s: float,
-    abandoned: Callable[[], bool],
-    began: float,
-    imported: float,
+    plan: BuildPlan, config_s: float, abandoned: Callable[[], bool], began: float, imported: float
 ) -> Engine:
     settings, family = plan.settings, plan.family
     engine = (

@@ -20,12 +20,7 @@ from molmo_edge import EdgeVLM
 from molmo_edge.devices.detect import detect
 from molmo_edge.engine.async_engine import AsyncEngine, killing_children_once
 from molmo_edge.engine.loop import State
-from molmo_edge.errors import (
-    ConfigError,
-    EngineClosedError,
-    EngineDeadError,
-    EngineError,
-)
+from molmo_edge.errors import ConfigError, EngineClosedError, EngineDeadError, EngineError
 from molmo_edge.interface import EngineInfo, Rendered
 from tests.conftest import STUB
 from tests.engine.support import eventually
