@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final, TypeAlias
+from typing import IO, Any, BinaryIO, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -133,10 +133,8 @@ def open_file(source: object, kind: str, decoded: str, error: type[InputError]) 
     if (data := _encoded_bytes(source)) is not None:
         return io.BytesIO(data)
     if not isinstance(source, (str, Path)):
-        raise error(
-            f"{kind} cannot be of type {type(source).__name__}; pass a path, the bytes of a file "
-            f"or {decoded}"
-        )
+        kinds = f"a path, the bytes of a file or {decoded}"
+        raise error(f"{kind} cannot be of type {type(source).__name__}; pass {kinds}")
     if isinstance(source, str) and (not source or URL.match(source)):
         raise error(
             "a str must be a path or a base64 data: URL, no other URL and not empty: molmo_edge "
@@ -239,27 +237,35 @@ def _translated(action: str) -> Iterator[None]:
         ) from exc
 
 
-def _check_bytes(size: int, limits: ImageLimits) -> None:
-    if size > limits.max_bytes:
-        raise ImageError(
-            f"the image has more than {limits.max_bytes} bytes, the limit; send a smaller file "
-            "or raise the setting max_image_bytes"
+def check_bytes(file: IO[bytes], kind: str, max_bytes: int, error: type[InputError]) -> int:
+    """Return the size of an ``"image"`` or ``"video"`` file, which is then read from its start."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    if size > max_bytes:
+        raise error(
+            f"the {kind} has more than {max_bytes} bytes, the limit; send a smaller file or raise "
+            f"the setting max_{kind}_bytes"
         )
+    return size
 
 
-def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
-    width, height = size
+def _check_size(width: int, height: int, limits: ImageLimits) -> None:
     if width < 1 or height < 1:
         raise ImageError(f"the image is empty: {width} x {height} pixels")
-    if width * height > limits.max_pixels:
-        raise ImageError(
-            f"the image has {width} x {height} pixels, the limit is {limits.max_pixels} in all; "
-            "send a smaller one or raise the setting max_image_pixels"
+    check_size("the image has", width, height, limits.max_pixels, ImageError)
+
+
+def check_size(what: str, width: int, height: int, most: int, error: type[InputError]) -> None:
+    """Raise `error` for an image, or a video's frames, of too many pixels or too long a side."""
+    if width * height > most:
+        raise error(
+            f"{what} {width} x {height} pixels, the limit is {most} in all; send a smaller one or "
+            "raise the setting max_image_pixels"
         )
-    if max(size) > MAX_SIDE_PX:
-        raise ImageError(
-            f"the image has {width} x {height} pixels, the limit of a side is {MAX_SIDE_PX}; send "
-            "a part of it"
+    if max(width, height) > MAX_SIDE_PX:
+        raise error(
+            f"{what} {width} x {height} pixels, the limit of a side is {MAX_SIDE_PX}; send a part "
+            "of it"
         )
 
 
@@ -288,10 +294,7 @@ def _read(image: ImageLike, limits: ImageLimits) -> bytes:
         _translated("read the image file"),
         open_file(image, "an image", decoded, ImageError) as file,
     ):
-        size = file.seek(0, io.SEEK_END)
-        _check_bytes(size, limits)
-        file.seek(0)
-        return file.read(size)
+        return file.read(check_bytes(file, "image", limits.max_bytes, ImageError))
 
 
 def _open(data: bytes, limits: ImageLimits) -> Image.Image:
@@ -300,12 +303,12 @@ def _open(data: bytes, limits: ImageLimits) -> Image.Image:
     _check_jpeg(data)
     with _translated("read the header of a JPEG, PNG, WebP or BMP image"):
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    _check_size(image.size, limits)
+    _check_size(*image.size, limits)
     return image
 
 
 def _check_pil(image: Image.Image, limits: ImageLimits) -> None:
-    _check_size(image.size, limits)
+    _check_size(*image.size, limits)
     if not isinstance(image, ImageFile.ImageFile) or image.fp is None:
         return  # decoded
     if image.format not in (*_FORMATS, "MPO"):
@@ -315,8 +318,7 @@ def _check_pil(image: Image.Image, limits: ImageLimits) -> None:
         )
     with _translated("read the file of the PIL image, which may be closed"):
         position = image.fp.tell()
-        _check_bytes(image.fp.seek(0, io.SEEK_END), limits)
-        image.fp.seek(0)
+        check_bytes(image.fp, "image", limits.max_bytes, ImageError)
         _check_jpeg(image.fp.read())
         image.fp.seek(position)
 
@@ -329,7 +331,7 @@ def _from_array(array: npt.NDArray[Any], limits: ImageLimits) -> Image.Image:
             "last, drop an alpha channel or repeat grey three times"
         )
     height, width = array.shape[:2]
-    _check_size((width, height), limits)
+    _check_size(width, height, limits)
     return Image.frombytes("RGB", (width, height), np.ascontiguousarray(array))
 
 

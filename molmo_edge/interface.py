@@ -109,7 +109,6 @@ class Renderer(Protocol):
 
         Options: ``max_crops`` (None: the engine's).
         """
-        ...
 
 
 class Engine(Renderer, Protocol):
@@ -122,27 +121,21 @@ class Engine(Renderer, Protocol):
 
     def check_schema(self, schema: Mapping[str, Any]) -> None:
         """Raise SamplingError if answers cannot be held to this JSON Schema."""
-        ...
 
     def add(self, request_id: str, rendered: Rendered, sampling: Sampling) -> None:
         """Accept a request. An exception here is that request's alone."""
-        ...
 
     def step(self) -> Sequence[Update]:
         """Run one step of all requests. An exception here is the end of the engine."""
-        ...
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Drop requests; unknown ids are ignored."""
-        ...
 
     def reset_caches(self) -> None:
         """Empty prefix, multimodal and encoder caches, where there are any."""
-        ...
 
     def close(self) -> None:
         """Free memory and processes; called once, also after a failed step."""
-        ...
 
 
 class ModelFamily(Protocol):
@@ -170,18 +163,15 @@ class ModelFamily(Protocol):
 
     def check(self, config: Mapping[str, Any], folder: Path, load_format: str) -> None:
         """Raise ModelError for a checkpoint that this family cannot run."""
-        ...
 
     def default_crops(self, folder: Path) -> int:
         """Return the checkpoint's own `max_crops`; 1 if the family has no crops."""
-        ...
 
     def frame_sampling(self, folder: Path) -> tuple[int, float] | None:
         """Return the checkpoint's maximum of frames and of frames per second of a video.
 
         None for a family without video.
         """
-        ...
 
     def engine_args(self, max_crops: int, resize: Resize, max_frames: int) -> dict[str, Any]:
         """Return the arguments of `vllm.LLM` that the family needs.
@@ -189,11 +179,9 @@ class ModelFamily(Protocol):
         Args:
             max_frames: maximum frames of a video; 0 for a family without video.
         """
-        ...
 
     def prepare(self) -> None:
         """Register with vLLM before it reads the checkpoint; once per engine, may repeat."""
-        ...
 
     def renderer(self, engine: Any, max_crops: int, resize: Resize) -> Renderer:
         """Build the renderer in the engine's thread; it is used in every other.
@@ -201,4 +189,3 @@ class ModelFamily(Protocol):
         Args:
             engine: vLLM's LLMEngine or AsyncLLM.
         """
-        ...

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections.abc import Awaitable, Callable, Collection, Generator
+from functools import partial
 from typing import Any, Self
 
 from molmo_edge.engine.loop import EngineLoop
 from molmo_edge.engine.pending import PendingRequest, timed_out
-from molmo_edge.requests import CheckedOptions
 from molmo_edge.results import Result
 
 
@@ -23,10 +23,9 @@ class Stream:
         RequestTimeout, RequestCancelled, GenerationError, EngineDeadError, EngineClosedError.
     """
 
-    def __init__(self, loop: EngineLoop, request: PendingRequest, options: CheckedOptions) -> None:
+    def __init__(self, loop: EngineLoop, request: PendingRequest) -> None:
         self._loop = loop
         self._request = request
-        self._options = options
         self._seen = 0
         self._finalizer = weakref.finalize(self, loop.abandon, request)
         # At exit the whole engine goes; one command for each stream would only slow it.
@@ -107,7 +106,7 @@ class Stream:
 
     def _result(self) -> Result:
         self._end()
-        return self._options.read(self._request.result(), self._request.stop)
+        return self._request.options.read(self._request.result(), self._request.stop)
 
     def _end(self) -> None:
         self._finalizer.detach()
@@ -117,7 +116,8 @@ class Stream:
         """Wait for a change; end the request at its deadline, and when nobody waits any longer."""
         try:
             self._loop.check_may_wait()
-            if not self._request.wait(seen, self._request.left_s()):
+            more = partial(self._request.has_more, seen)
+            if not self._request.changed.wait(more, self._request.left_s()):
                 self._loop.cancel(self._request, timed_out())
         except BaseException:  # Ctrl-C
             self.cancel()
@@ -126,7 +126,8 @@ class Stream:
     async def _await(self, seen: int | None) -> None:
         try:
             self._loop.check_may_wait()
-            if not await self._request.async_wait(seen, self._request.left_s()):
+            more = partial(self._request.has_more, seen)
+            if not await self._request.changed.async_wait(more, self._request.left_s()):
                 self._loop.cancel(self._request, timed_out())
         except BaseException:  # the task was cancelled
             self.cancel()

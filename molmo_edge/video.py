@@ -8,7 +8,6 @@ that refers to further files is followed. PyAV decodes and encodes.
 
 from __future__ import annotations
 
-import io
 import math
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -163,14 +162,8 @@ def load_video(source: VideoLike, limits: VideoLimits) -> Clip:
         _translated("read the video file"),
         images.open_file(source, "a video", decoded, VideoError) as file,
     ):
-        size = file.seek(0, io.SEEK_END)
-        file.seek(0)
+        images.check_bytes(file, "video", limits.max_bytes, VideoError)
         container = _container(file.read(1024))
-        if size > limits.max_bytes:
-            raise VideoError(
-                f"the video has more than {limits.max_bytes} bytes, the limit; send a smaller file "
-                "or raise the setting max_video_bytes"
-            )
         return _decode(_pyav(), file, container, limits)
 
 
@@ -309,13 +302,8 @@ def _container(head: bytes) -> str:
 
 def _check_size(width: int, height: int, frames: int, limits: VideoLimits) -> None:
     """Check one frame, and whether as many as `frames` of its size may be kept."""
-    if width * height > limits.max_pixels:
-        raise VideoError(
-            f"the video has frames of {width} x {height} pixels, the limit is {limits.max_pixels} "
-            "in all; send a smaller one or raise the setting max_image_pixels"
-        )
-    if max(width, height) > images.MAX_SIDE_PX:
-        raise VideoError(f"the video has frames of {width} x {height} pixels, which is too long")
+    what = "the video has frames of"
+    images.check_size(what, width, height, limits.max_pixels, VideoError)
     if frames * width * height * 3 > limits.max_frame_bytes:
         raise VideoError(
             f"{frames} sampled frames of {width} x {height} pixels take more than "

@@ -731,7 +731,7 @@ class EdgeVLM:
                     pending, read = await asyncio.to_thread(prepare)
         except TimeoutError:
             raise timed_out() from None
-        stream = Stream(loop, pending, checked)
+        stream = Stream(loop, pending)
         await loop.async_submit(pending, wait=wait)
         return _Opened(stream, read)
 
@@ -740,7 +740,7 @@ class EdgeVLM:
     ) -> Stream:
         request = self._pending(loop, rendered, options)
         # Before it is submitted, so that Ctrl-C in between leaves nothing in the engine.
-        stream = Stream(loop, request, options)
+        stream = Stream(loop, request)
         try:
             loop.submit(request, wait=wait)
         except BaseException:
@@ -758,15 +758,8 @@ class EdgeVLM:
     def _pending(
         self, loop: EngineLoop, rendered: Rendered, options: CheckedOptions
     ) -> PendingRequest:
-        return PendingRequest(
-            f"request-{next(self._ids)}",
-            rendered,
-            options,
-            started=options.started,
-            preprocess_s=time.monotonic() - options.started,
-            deadline=options.deadline,
-            environment=loop.engine.info.environment,
-        )
+        environment = loop.engine.info.environment
+        return PendingRequest(f"request-{next(self._ids)}", rendered, options, environment)
 
     def _watching(
         self, source: Source, question: str | None, options: dict[str, Any]

@@ -65,9 +65,8 @@ def test_text_that_arrives_with_the_end_is_not_lost() -> None:
             return value
 
     with EdgeVLM(engine=FakeEngine.factory()) as vlm:
-        options = CheckedOptions()
-        request = Late("r", Rendered(None), options, started=0.0)
-        assert list(Stream(vlm._loop, request, options)) == ["the end"]
+        request = Late("r", Rendered(None), CheckedOptions())
+        assert list(Stream(vlm._loop, request)) == ["the end"]
 
 
 @pytest.mark.parametrize("way", ["break", "context", "cycle", "cancel"])

@@ -269,7 +269,7 @@ class EngineLoop:
                 # Under the lock: an ending engine empties the inbox only after its state is set.
                 self._inbox.put(lambda: self._add(request))
                 return True
-        if wait or request.deadline is not None:
+        if wait or request.options.deadline is not None:
             return False
         raise QueueFull(
             f"{self._max_queue} requests are in flight already; try again later, give a timeout to "
@@ -353,7 +353,7 @@ class EngineLoop:
             return
         try:
             with mapped("add"):
-                self._engine.add(request.request_id, request.rendered, request.sampling)
+                self._engine.add(request.request_id, request.rendered, request.options)
         except MolmoEdgeError as exc:
             request.fail(exc)
             self._retire(request)

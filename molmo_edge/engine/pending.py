@@ -18,8 +18,8 @@ from typing import Any
 
 from molmo_edge.errors import GenerationError, MolmoEdgeError, RequestError, RequestTimeout
 from molmo_edge.interface import Rendered, Update
+from molmo_edge.requests import CheckedOptions
 from molmo_edge.results import Metrics, Result
-from molmo_edge.sampling import Sampling
 
 _NAN = (
     "The model computed NaN. A number format overflows, or a kernel is broken on this device: try "
@@ -97,39 +97,26 @@ class Waiters:
 
 
 class PendingRequest:
-    """State of one request.
-
-    Attributes:
-        text: what was generated so far.
-        stop: the stop string that ended the answer, if one did.
-        done: whether the request has ended, successfully or not.
-        deadline: on the monotonic clock, None for none.
-        rendered: the engine's input, None once the engine has it or the request has ended.
-    """
+    """State of one request; `changed` wakes whoever waits for more of it."""
 
     def __init__(
         self,
         request_id: str,
         rendered: Rendered,
-        sampling: Sampling,
-        *,
-        started: float,
-        preprocess_s: float | None = None,
-        deadline: float | None = None,
+        options: CheckedOptions,
         environment: Mapping[str, Any] | None = None,
     ) -> None:
         self.request_id = request_id
+        # None once the engine has it or the request has ended.
         self.rendered: Rendered | None = rendered
         self.prompt_token_ids = rendered.token_ids
-        self.sampling = sampling
-        self.deadline = deadline
-        self.text = ""
-        self.stop: str | None = None
-        self.done = False
-        self._started = started
+        self.options = options
+        self.text = ""  # generated so far
+        self.stop: str | None = None  # the stop string that ended the answer
+        self.done = False  # ended, successfully or not
+        self.changed = Waiters()
         self._submitted = time.monotonic()
         self._queue_s: float | None = None
-        self._preprocess_s = preprocess_s
         self._prompt_tokens = rendered.prompt_tokens
         self._image_tokens = rendered.image_tokens
         self._answer_prefix = rendered.answer_prefix
@@ -143,11 +130,11 @@ class PendingRequest:
         self._error: MolmoEdgeError | None = None
         # Reentrant: a finalizer may run anywhere, and cancel what this thread is busy with.
         self._lock = threading.RLock()
-        self._waiters = Waiters()
 
     def left_s(self) -> float | None:
         """Return the seconds until the deadline, None for none."""
-        return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+        deadline = self.options.deadline
+        return None if deadline is None else max(0.0, deadline - time.monotonic())
 
     # The engine thread's side.
 
@@ -179,7 +166,7 @@ class PendingRequest:
                 self.done = True
             elif update.finish_reason is not None:
                 self.fail(GenerationError("The engine aborted the request."))
-            self._waiters.wake()
+            self.changed.wake()
 
     def fail(self, error: MolmoEdgeError) -> bool:
         """End the request with `error`, from any thread; False when it had ended already."""
@@ -192,25 +179,18 @@ class PendingRequest:
             self.rendered = None
             # Last: readers look at `done` without the lock, and then find everything in place.
             self.done = True
-            self._waiters.wake()
+            self.changed.wake()
             return True
 
     def expire(self, now: float) -> None:
         """End the request if its deadline has passed."""
-        if self.deadline is not None and now >= self.deadline:
+        if (deadline := self.options.deadline) is not None and now >= deadline:
             self.fail(timed_out())
 
     # The consumer's side.
 
-    def wait(self, seen: int | None, timeout: float | None) -> bool:
-        """Wait for text beyond `seen` characters, None for the end; False after `timeout`."""
-        return self._waiters.wait(lambda: self._has_more(seen), timeout)
-
-    async def async_wait(self, seen: int | None, timeout: float | None) -> bool:
-        """`wait` without blocking the event loop."""
-        return await self._waiters.async_wait(lambda: self._has_more(seen), timeout)
-
-    def _has_more(self, seen: int | None) -> bool:
+    def has_more(self, seen: int | None) -> bool:
+        """Whether there is text beyond `seen` characters, None for the end."""
         return self.done or (seen is not None and len(self.text) > seen)
 
     def raise_error(self) -> None:
@@ -223,7 +203,7 @@ class PendingRequest:
         """Return the finished answer. Raises the request's error if it ended with one."""
         self.raise_error()
         assert self._finish_reason is not None
-        requested = self.sampling.logprobs or 2 * len(self.sampling.logprob_token_ids)
+        requested = self.options.logprobs or 2 * len(self.options.logprob_token_ids)
         return Result(
             text=self.text,
             finish_reason=self._finish_reason,
@@ -235,14 +215,14 @@ class PendingRequest:
         )
 
     def _metrics(self) -> Metrics:
-        times = self._token_times
+        times, started = self._token_times, self.options.started
         count = len(times)
         decode_s = times[-1] - times[0] if count > 1 else None
-        e2e_s = times[-1] - self._started if times else None
+        e2e_s = times[-1] - started if times else None
         return Metrics(
             queue_s=self._queue_s,
-            preprocess_s=self._preprocess_s,
-            ttft_s=times[0] - self._started if times else None,
+            preprocess_s=self._submitted - started,
+            ttft_s=times[0] - started if times else None,
             itl_s=tuple(b - a for a, b in itertools.pairwise(times)),
             tpot_s=decode_s / (count - 1) if decode_s is not None else None,
             e2e_s=e2e_s,
