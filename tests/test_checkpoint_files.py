@@ -40,59 +40,79 @@ def test_tensors_of_all_shards_with_dtype_shape_and_bytes(tmp_path: Path) -> Non
     assert weight_files(tmp_path) == [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
 
 
+def header(tensor: Any) -> str:
+    raw = json.dumps({"t": tensor})
+    return len(raw).to_bytes(8, "little").decode("latin-1") + raw
+
+
+def index(weight_map: Any) -> dict[str, str]:
+    return {INDEX: json.dumps({"weight_map": weight_map})}
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+TOKENIZER = '{"model": {"vocab": {"a": 0}}}'
+WEIGHTS = "model.safetensors"
+NOT_COMPLETE = r"model\.safetensors' is not a complete safetensors"
+
+
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("files", "message"),
     [
-        (None, "is missing"),
-        ("\xff", "not valid JSON"),
-        ("\xef\xbb\xbf{}", "without a byte order mark"),  # which transformers does not read either
-        ("[" * 100_000, "not valid JSON"),
-        ("[]", "must hold a JSON object"),
-        ('{"architectures": 5}', "must be a list"),
+        ({"config.json": None}, "is missing"),
+        ({"config.json": "\xff"}, "not valid JSON"),
+        # Which transformers does not read either.
+        ({"config.json": "\xef\xbb\xbf{}"}, "without a byte order mark"),
+        ({"config.json": "[" * 100_000}, "not valid JSON"),
+        ({"config.json": "[]"}, "must hold a JSON object"),
+        ({"config.json": '{"architectures": 5}'}, "must be a list"),
+        ({WEIGHTS: ""}, NOT_COMPLETE),
+        ({WEIGHTS: (1 << 62).to_bytes(8, "little").decode("latin-1")}, NOT_COMPLETE),
+        ({WEIGHTS: header({"dtype": "F32"})}, NOT_COMPLETE),
+        ({WEIGHTS: header({"dtype": "F32", "shape": [1], "data_offsets": [0, 4]})}, NOT_COMPLETE),
+        (index({"a": "../../x.safetensors"}), "not a safetensors file beside it"),
+        (index({"a": "m-1.safetensors"}), "lacks 1 of 1 weight files, first 'm-1"),
+        (index({"a": "x" * 300 + ".safetensors"}), "lacks 1 of 1 weight files"),
+        (index({}), "has no weight_map"),
+        (index({"a": 1}), "has no weight_map"),
+        # Directories that are something else, with the way out.
+        ({"config.json": None, "snapshots/0a/config.json": "{}"}, "below: give '.*snapshots/0a'"),
+        ({"config.json": None, "molmo/config.json": "{}"}, "below: give '.*molmo'"),
+        ({"config.json": None, "models--allenai--x/refs/main": "0a"}, "root of a Hugging Face"),
+        ({"config.json": None, "adapter_config.json": "{}"}, "LoRA adapters: merge"),
+        ({"config.json": None, "model-q4.gguf": ""}, "gguf files are not read"),
+        ({WEIGHTS: None, "pytorch_model.bin": ""}, "bin files are not read"),
+        ({WEIGHTS: POINTER}, "Git LFS pointer.*git lfs pull"),
+        # Without a tokenizer, or with a broken data file.
+        ({"tokenizer.json": None}, r"no tokenizer \(tokenizer\.json\)"),
+        ({"tokenizer.json": None, "vocab.json": "{}"}, "no tokenizer"),
+        ({"tokenizer.json": POINTER}, "Git LFS pointer"),
+        ({"tokenizer.json": None, "tokenizer.model": POINTER}, "Git LFS pointer"),
+        ({"tokenizer.json": '{"cut": '}, "not valid JSON"),
+        ({"tokenizer.json": "{}"}, r"tokenizer\.json without a vocabulary"),
+        ({"tokenizer_config.json": "\xef\xbb\xbf{}"}, "tokenizer_config.json' .*byte order mark"),
+        ({"generation_config.json": "{"}, "generation_config.json' is not valid JSON"),
+        ({"preprocessor_config.json": "->"}, "preprocessor_config.json' is a symbolic link to a"),
     ],
 )
-def test_broken_config(tmp_path: Path, content: str | None, message: str) -> None:
-    if content is not None:
-        (tmp_path / "config.json").write_text(content, encoding="latin-1")
+def test_what_is_wrong_with_a_directory_is_named(
+    tmp_path: Path, files: dict[str, str | None], message: str
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text(TOKENIZER)
+    write_sparse(tmp_path / WEIGHTS, {"x": ("BF16", (2, 2))})
+    for name, content in files.items():
+        path = tmp_path / name
+        path.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if content == "->":
+            path.symlink_to("nothing")
+        elif content is not None:
+            path.write_text(content, encoding="latin-1")
     with pytest.raises(ModelError, match=message):
         read_config(tmp_path)
-
-
-def header(tensor: Any) -> bytes:
-    raw = json.dumps({"t": tensor}).encode()
-    return len(raw).to_bytes(8, "little") + raw
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        (1 << 62).to_bytes(8, "little"),
-        header({"dtype": "F32"}),
-        header({"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}),  # cut off
-    ],
-)
-def test_broken_headers(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(content)
-    with pytest.raises(ModelError, match=r"model\.safetensors' is not a complete safetensors"):
-        tensors(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("index", "message"),
-    [
-        ({"weight_map": {"a": "../../x.safetensors"}}, "not a safetensors file beside it"),
-        ({"weight_map": {"a": "m-1.safetensors"}}, "lacks 1 of 1 weight files, first 'm-1"),
-        ({"weight_map": {"a": "x" * 300 + ".safetensors"}}, "lacks 1 of 1 weight files"),
-        ({"weight_map": {}}, "has no weight_map"),
-        ({"weight_map": {"a": 1}}, "has no weight_map"),
-    ],
-)
-def test_broken_index(tmp_path: Path, index: Any, message: str) -> None:
-    (tmp_path / INDEX).write_text(json.dumps(index))
-    with pytest.raises(ModelError, match=message):
         check_weights(tmp_path)
+        tensors(tmp_path)
+        check_data_files(tmp_path)
 
 
 def test_a_tensor_in_two_files_and_a_directory_without_weights(tmp_path: Path) -> None:
@@ -116,7 +136,6 @@ BLOCK = "model.transformer.blocks.1."
 VISION = "model.vision_backbone."
 HEAD = "model.transformer.ff_out"
 QUANTISED = {"quantization_config": {"quant_method": "compressed-tensors"}}
-TOKENIZER = '{"model": {"vocab": {"a": 0}}}'
 Stored = dict[str, tuple[str, tuple[int, ...]]]
 
 
@@ -199,12 +218,7 @@ def test_a_missing_and_a_misshapen_tensor_are_named(tmp_path: Path, name: str, t
 @pytest.mark.parametrize(
     ("scheme", "missing", "extra", "message"),
     [
-        (
-            "fp8",
-            BLOCK + "ff_out.weight_scale",
-            {},
-            f"lacks 1 tensors, first '{BLOCK}ff_out.weight_",
-        ),
+        ("fp8", BLOCK + "ff_out.weight_scale", {}, f"lacks 1 .* '{BLOCK}ff_out.weight_"),
         ("w4a16", BLOCK + "ff_out.weight_packed", {}, f"lacks 1 .* '{BLOCK}ff_out.weight'"),
         ("nvfp4", BLOCK + "ff_out.weight_global_scale", {}, "lacks 1 .* 'model.*global_scale'"),
         ("fp8", HEAD + ".weight", {HEAD + ".weight": ("F8_E4M3", (512, 256))}, "no quantised LM h"),
@@ -217,59 +231,6 @@ def test_a_quantised_checkpoint_has_every_scale_and_a_plain_head(
     stored = {name: one for name, one in quantised(scheme).items() if name != missing}
     with pytest.raises(ModelError, match=message):
         check(tmp_path, CONFIGS["7b-d"] | QUANTISED, stored | extra)
-
-
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({"snapshots/0a/config.json": "{}"}, "below: give '.*snapshots/0a'"),
-        ({"molmo/config.json": "{}"}, "below: give '.*molmo'"),
-        ({"models--allenai--x/refs/main": "0a"}, "root of a Hugging Face cache"),
-        ({"adapter_config.json": "{}", "adapter_model.safetensors": ""}, "LoRA adapters: merge"),
-        ({"model-q4.gguf": ""}, "gguf files are not read"),
-        ({"config.json": "{}", "pytorch_model.bin": ""}, "bin files are not read"),
-        ({"config.json": "{}", "model.safetensors": POINTER}, "Git LFS pointer.*git lfs pull"),
-    ],
-)
-def test_directories_that_are_something_else_are_named_with_the_way_out(
-    tmp_path: Path, files: dict[str, str], message: str
-) -> None:
-    for name, content in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(content)
-    with pytest.raises(ModelError, match=message):
-        read_config(tmp_path)
-        check_weights(tmp_path)
-        tensors(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({}, r"no tokenizer \(tokenizer\.json\)"),
-        ({"vocab.json": "{}"}, "no tokenizer"),
-        ({"tokenizer.json": POINTER}, "Git LFS pointer"),
-        ({"tokenizer.model": POINTER}, "Git LFS pointer"),
-        ({"tokenizer.json": '{"cut": '}, "not valid JSON"),
-        ({"tokenizer.json": "{}"}, r"tokenizer\.json without a vocabulary"),
-        ({"tokenizer_config.json": "\ufeff{}"}, "tokenizer_config.json' .*byte order mark"),
-        ({"generation_config.json": "{"}, "generation_config.json' is not valid JSON"),
-        ({"preprocessor_config.json": None}, "preprocessor_config.json' is a symbolic link to a"),
-    ],
-)
-def test_a_checkpoint_without_a_tokenizer_or_with_a_broken_data_file(
-    tmp_path: Path, files: dict[str, str | None], message: str
-) -> None:
-    for name, content in files.items():
-        if content is None:
-            (tmp_path / name).symlink_to("nothing")
-        else:
-            (tmp_path / name).write_text(content)
-    with pytest.raises(ModelError, match=message):
-        check_data_files(tmp_path)
 
 
 @pytest.mark.parametrize(
