@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from molmo_edge import EdgeVLM
+from molmo_edge.engine.fake import FakeEngine, FakeFactory
+from tests.engine.support import opened
 
 
 def pytest_configure() -> None:
@@ -54,6 +56,18 @@ def golden_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
     return cache(lambda name: molmo2_golden.write(tmp_path_factory.mktemp(name), name))
 
 
+@pytest.fixture
+def fake(request: pytest.FixtureRequest) -> FakeFactory:
+    """Engines that give the `ANSWERS` of the test's module."""
+    return FakeEngine.factory(request.module.ANSWERS, step_s=0.0005)
+
+
+@pytest.fixture
+def vlm(fake: FakeFactory) -> Iterator[EdgeVLM]:
+    with opened(fake) as vlm:
+        yield vlm
+
+
 STUB: dict[str, Any] = {
     "model": "stub",
     "max_model_len": 2048,
@@ -79,12 +93,10 @@ def process_vlm(cache_dir: Path) -> Iterator[EdgeVLM]:
         yield vlm
 
 
-@pytest.fixture(params=["thread", "process"])
+@pytest.fixture(params=["stub_vlm", "process_vlm"], ids=["thread", "process"])
 def real_vlm(request: pytest.FixtureRequest) -> EdgeVLM:
     """Each of the two."""
-    vlm: EdgeVLM = request.getfixturevalue(
-        {"thread": "stub_vlm", "process": "process_vlm"}[request.param]
-    )
+    vlm: EdgeVLM = request.getfixturevalue(request.param)
     return vlm
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +22,7 @@ from tests.image_files import encode
 IMAGE = np.zeros((20, 30, 3), np.uint8)
 VIDEO = Video(np.zeros((9, 20, 30, 3), np.uint8), fps=4.0)
 TIMES = (0.0, 0.5, 1.0, 1.5, 2.0)
-ANSWERS = {
+TEXTS = {
     "Point to cups": '<points coords="1 1 100 200;2 2 300 400">cups</points>',
     "How many cups are there?": 'There are 2 <points coords="0.5 1 100 200;2.0 2 300 400">cups'
     "</points>.",
@@ -35,18 +35,10 @@ def answer(turns: Sequence[Turn]) -> str:
     """What the engine sees, or an answer from the table."""
     images = [len(turn.images) for turn in turns]
     times = [turn.video.times for turn in turns if turn.video is not None]
-    return ANSWERS.get(turns[-1].text, f"{images} {times}")
+    return TEXTS.get(turns[-1].text, f"{images} {times}")
 
 
-@pytest.fixture
-def fake() -> FakeFactory:
-    return FakeEngine.factory(answer)
-
-
-@pytest.fixture
-def vlm(fake: FakeFactory) -> Iterator[EdgeVLM]:
-    with EdgeVLM(engine=fake) as vlm:
-        yield vlm
+ANSWERS = answer
 
 
 @pytest.mark.parametrize(
@@ -91,16 +83,10 @@ def test_a_conversation_has_images_in_any_turn_or_one_video(
     assert vlm.chat(turns([image], [], [image, image])).text == "[1, 0, 2] []"
     assert vlm.chat(turns([], [], [video])).text == f"[0, 0, 0] [{TIMES}]"
     added = len(fake.engine.added)
-    for wrong in (
-        turns([video, video]),
-        turns([video], [], [video]),
-        turns([image, video]),
-        turns([image], [], [video]),
-        turns([], [video], []),
-        turns([], [image], []),
-    ):
+    several = ([video, video],), ([video], [], [video]), ([image, video],), ([image], [], [video])
+    for wrong in (*several, ([], [video], []), ([], [image], [])):
         with pytest.raises(PromptError):
-            vlm.chat(wrong)
+            vlm.chat(turns(*wrong))
     assert len(fake.engine.added) == added
 
 
@@ -131,10 +117,8 @@ def test_a_family_without_video_refuses_one(vlm: EdgeVLM, fake: FakeFactory) -> 
 
 def test_points_say_in_which_image_they_are(vlm: EdgeVLM) -> None:
     answer = vlm.point([IMAGE, IMAGE], "cups")
-    assert [(one.x, one.image_index, one.t) for one in answer.points] == [
-        (0.1, 0, None),
-        (0.3, 1, None),
-    ]
+    places = [(one.x, one.image_index, one.t) for one in answer.points]
+    assert places == [(0.1, 0, None), (0.3, 1, None)]
     assert answer.draw(index=1).size == (30, 20)
     with pytest.raises(ImageError, match="nothing to look at"):
         vlm.point([], "cups")

@@ -13,10 +13,13 @@ import molmo_edge
 from molmo_edge import errors
 
 
-def test_import_loads_neither_torch_nor_vllm() -> None:
+def test_neither_import_nor_fake_engine_loads_torch_or_vllm() -> None:
     code = (
         "import sys, molmo_edge, molmo_edge.points, molmo_edge.images, molmo_edge.results, "
-        "molmo_edge.settings, molmo_edge.checkpoint_files, molmo_edge.vlm\n"
+        "molmo_edge.settings, molmo_edge.checkpoint_files\n"
+        "from molmo_edge.engine.fake import FakeEngine\n"
+        "with molmo_edge.EdgeVLM(engine=FakeEngine.factory()) as vlm:\n"
+        "    assert vlm.query(None, 'hello').text\n"
         "print([m for m in ('torch', 'vllm', 'transformers') if m in sys.modules])"
     )
     out = subprocess.run(

@@ -20,16 +20,13 @@ from tests.engine.support import FOREVER, WORDS, assert_all_ended, echo, eventua
 pytestmark = pytest.mark.timeout(60)
 
 
-@pytest.fixture
-def fake() -> FakeFactory:
-    return FakeEngine.factory(echo, step_s=0.0005)
+ANSWERS = echo
 
 
-@pytest.fixture
-def vlm(fake: FakeFactory) -> Iterator[EdgeVLM]:
-    with EdgeVLM(engine=fake) as vlm:
-        yield vlm
-        assert_all_ended(vlm, fake)
+@pytest.fixture(autouse=True)
+def _every_request_ends(vlm: EdgeVLM, fake: FakeFactory) -> Iterator[None]:
+    yield
+    assert_all_ended(vlm, fake)
 
 
 def test_deltas_join_to_the_answer(vlm: EdgeVLM) -> None:

@@ -26,17 +26,7 @@ from tests.engine.support import FOREVER, WORDS, assert_all_ended, echo, opened
 
 pytestmark = pytest.mark.timeout(60)
 IMAGE = np.zeros((20, 30, 3), np.uint8)
-
-
-@pytest.fixture
-def fake() -> FakeFactory:
-    return FakeEngine.factory(echo, step_s=0.0005)
-
-
-@pytest.fixture
-def vlm(fake: FakeFactory) -> Iterator[EdgeVLM]:
-    with opened(fake) as vlm:
-        yield vlm
+ANSWERS = echo
 
 
 def test_a_query_returns_text_tokens_and_metrics(vlm: EdgeVLM) -> None:
@@ -186,23 +176,9 @@ def test_scores_are_of_each_token_after_those_before_it(vlm: EdgeVLM, fake: Fake
     assert all(logprob < 0 for logprob in score.logprobs)
     assert len(score.greedy_token_ids) == 3
     assert len(fake.engine.added) == 3
-    wrong: list[Any] = [
-        ([], None),
-        ([1, -1], None),
-        (["a"], None),
-        ([True], None),
-        (None, None),
-        ([1], [[1], [2]]),
-        ([1], [["a"]]),
-        ([1], [[1.5]]),
-        ([1], [None]),
-        ([1], 5),
-        (np.array(5), None),
-        ([1], np.array(5)),
-        ([1], [np.array(5)]),
-        ([1] * 4096, None),
-    ]
-    for answer, candidates in wrong:
+    answers: list[Any] = [[], [1, -1], ["a"], [True], None, np.array(5), [1] * 4096]
+    others: list[Any] = [[[1], [2]], [["a"]], [[1.5]], [None], 5, np.array(5), [np.array(5)]]
+    for answer, candidates in [*((one, None) for one in answers), *(([1], one) for one in others)]:
         with pytest.raises(PromptError):
             vlm.score(None, "q", answer, candidates=candidates)
     # Images are rendered once, and nothing is asked before it is known to fit.
