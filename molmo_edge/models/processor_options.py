@@ -7,36 +7,25 @@ from typing import Any
 
 from molmo_edge.errors import ConfigError
 
-FROM_VLLM = frozenset({"truncation", "tokenizer", "device", "text_kwargs", "images_kwargs"})
-"""Added by vLLM itself; they have no meaning for Molmo's processors."""
+# Added by vLLM itself; they have no meaning for Molmo's processors.
+_FROM_VLLM = {
+    "truncation", "tokenizer", "device", "text_kwargs", "images_kwargs", "videos_kwargs",
+}  # fmt: skip
 
 
 def processor_options(
-    info: Any,
-    kwargs: Mapping[str, object],
-    known: Set[str],
-    model: str,
-    ignored: Set[str] = FROM_VLLM,
+    info: Any, kwargs: Mapping[str, object], known: Set[str], model: str
 ) -> dict[str, Any]:
-    """Return the engine's `mm_processor_kwargs`, overridden by one request's.
+    """Return the engine's `mm_processor_kwargs`, overridden by those of one request.
 
-    Args:
-        info: vLLM's processing info of the model.
-        kwargs: those of the request.
-        known: names that the model takes.
-        model: its name, for messages.
-        ignored: names that are dropped.
-
-    Raises:
-        ConfigError: an unknown name.
+    `info` is vLLM's processing info of the model, `known` the names that the model takes. Raises
+    ConfigError for an unknown name.
     """
     options = dict(info.ctx.get_merged_mm_kwargs(kwargs))
     options |= options.pop("images_kwargs", {})
-    for name in ignored:
-        options.pop(name, None)
-    if unknown := sorted(options.keys() - known):
+    if unknown := sorted(options.keys() - known - _FROM_VLLM):
         raise ConfigError(
             f"mm_processor_kwargs: unknown {', '.join(unknown)}; {model} takes "
             f"{', '.join(sorted(known))}."
         )
-    return options
+    return {name: value for name, value in options.items() if name in known}

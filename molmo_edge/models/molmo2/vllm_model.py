@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import CacheConfig, VllmConfig
+from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.inputs.engine import MultiModalInput
 from vllm.model_executor.layers.activation import MulAndSilu
@@ -41,7 +41,6 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
@@ -74,23 +73,18 @@ from molmo_edge.models.molmo2.inputs import (
 from molmo_edge.models.molmo2.prompts import frame_tokens, image_tokens
 from molmo_edge.models.molmo2.tiling import Tiling
 from molmo_edge.models.nan import checked_logits, ignore_bitmask_warning
-from molmo_edge.models.processor_options import FROM_VLLM, processor_options
+from molmo_edge.models.processor_options import processor_options
 from molmo_edge.models.prompts import bos_id
 from molmo_edge.models.tiling import candidates
 from molmo_edge.video import sample_indices
 
 # What a request or the engine may set through `mm_processor_kwargs`.
 _OPTIONS = frozenset({"max_crops"})
-_IGNORED = FROM_VLLM | {"videos_kwargs"}
 
 
 @dataclass(frozen=True)
 class PromptWithBos(TokenizeParams):  # type: ignore[misc]
-    """Tokenises text as vLLM does, after putting BOS in front of it.
-
-    Attributes:
-        bos: its text.
-    """
+    """Tokenises text as vLLM does, after putting BOS in front of it."""
 
     bos: str = ""
 
@@ -121,7 +115,7 @@ class Molmo2Info(BaseProcessingInfo):  # type: ignore[misc]
 
     def max_crops(self, kwargs: Mapping[str, object]) -> int:
         """`max_crops` with the engine's and one request's `mm_processor_kwargs`."""
-        options = processor_options(self, kwargs, _OPTIONS, "Molmo 2", _IGNORED)
+        options = processor_options(self, kwargs, _OPTIONS, "Molmo 2")
         value = options.get("max_crops", self.processing.max_crops)
         if type(value) is not int or value < 1:
             raise ConfigError(f"max_crops must be an integer of at least 1, not {value}.")
@@ -263,36 +257,20 @@ def _pixels(image: Any) -> Pixels:
 class SelfAttention(nn.Module):  # type: ignore[misc]
     """Attention of one decoder layer."""
 
-    def __init__(
-        self,
-        config: Any,
-        layer: int,
-        cache_config: CacheConfig | None,
-        quant_config: QuantizationConfig | None,
-        prefix: str,
-    ) -> None:
+    def __init__(self, vllm_config: VllmConfig, layer: int, prefix: str) -> None:
         super().__init__()
         if get_tensor_model_parallel_world_size() > 1:
             raise ConfigError("molmo_edge's Molmo 2 runs on one device: tensor_parallel_size=1.")
+        config = vllm_config.model_config.hf_config.text_config
+        linear: dict[str, Any] = {"bias": False, "quant_config": vllm_config.quant_config}
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
         self.sizes = [heads * self.head_dim, kv_heads * self.head_dim, kv_heads * self.head_dim]
+        hidden = config.hidden_size
         self.qkv_proj = QKVParallelLinear(
-            config.hidden_size,
-            self.head_dim,
-            heads,
-            kv_heads,
-            bias=False,
-            quant_config=quant_config,
-            prefix=f"{prefix}.qkv_proj",
+            hidden, self.head_dim, heads, kv_heads, prefix=f"{prefix}.qkv_proj", **linear
         )
-        self.o_proj = RowParallelLinear(
-            self.sizes[0],
-            config.hidden_size,
-            bias=False,
-            quant_config=quant_config,
-            prefix=f"{prefix}.o_proj",
-        )
+        self.o_proj = RowParallelLinear(self.sizes[0], hidden, prefix=f"{prefix}.o_proj", **linear)
         self.norm_by_head = config.qk_norm_type == "qwen3"
         q_size, k_size = (self.head_dim,) * 2 if self.norm_by_head else self.sizes[:2]
         self.q_norm = RMSNorm(q_size, eps=config.layer_norm_eps)
@@ -308,8 +286,8 @@ class SelfAttention(nn.Module):  # type: ignore[misc]
             self.head_dim,
             self.head_dim**-0.5,
             num_kv_heads=kv_heads,
-            cache_config=cache_config,
-            quant_config=quant_config,
+            cache_config=vllm_config.cache_config,
+            quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.attn",
         )
 
@@ -330,20 +308,16 @@ class SelfAttention(nn.Module):  # type: ignore[misc]
 class FeedForward(nn.Module):  # type: ignore[misc]
     """Feed-forward network of one decoder layer; the activation is that of the second half."""
 
-    def __init__(self, config: Any, quant_config: QuantizationConfig | None, prefix: str) -> None:
+    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
+        config = vllm_config.model_config.hf_config.text_config
         hidden, inner = config.hidden_size, config.intermediate_size
+        linear: dict[str, Any] = {"bias": False, "quant_config": vllm_config.quant_config}
         self.up_gate_proj = MergedColumnParallelLinear(
-            hidden,
-            [inner] * 2,
-            bias=False,
-            quant_config=quant_config,
-            prefix=f"{prefix}.up_gate_proj",
+            hidden, [inner] * 2, prefix=f"{prefix}.up_gate_proj", **linear
         )
         self.act = MulAndSilu()
-        self.down_proj = RowParallelLinear(
-            inner, hidden, bias=False, quant_config=quant_config, prefix=f"{prefix}.down_proj"
-        )
+        self.down_proj = RowParallelLinear(inner, hidden, prefix=f"{prefix}.down_proj", **linear)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         up_gate, _ = self.up_gate_proj(hidden)
@@ -354,19 +328,11 @@ class FeedForward(nn.Module):  # type: ignore[misc]
 class DecoderLayer(nn.Module):  # type: ignore[misc]
     """One block of the language model, with the norms before (Qwen 3) or after (OLMo 3)."""
 
-    def __init__(
-        self,
-        config: Any,
-        layer: int,
-        cache_config: CacheConfig | None,
-        quant_config: QuantizationConfig | None,
-        prefix: str,
-    ) -> None:
+    def __init__(self, vllm_config: VllmConfig, layer: int, prefix: str) -> None:
         super().__init__()
-        self.self_attn = SelfAttention(
-            config, layer, cache_config, quant_config, f"{prefix}.self_attn"
-        )
-        self.mlp = FeedForward(config, quant_config, f"{prefix}.mlp")
+        config = vllm_config.model_config.hf_config.text_config
+        self.self_attn = SelfAttention(vllm_config, layer, f"{prefix}.self_attn")
+        self.mlp = FeedForward(vllm_config, f"{prefix}.mlp")
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.norm_after = config.norm_after
@@ -390,13 +356,7 @@ class LanguageModel(nn.Module):  # type: ignore[misc]
             config.vocab_size + config.additional_vocab_size, config.hidden_size
         )
         self.layers = nn.ModuleList(
-            DecoderLayer(
-                config,
-                layer,
-                vllm_config.cache_config,
-                vllm_config.quant_config,
-                f"{prefix}.layers.{layer}",
-            )
+            DecoderLayer(vllm_config, layer, f"{prefix}.layers.{layer}")
             for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
