@@ -74,11 +74,7 @@ def verify_case(
     backends = {"attention_backend": language, "mm_encoder_attn_backend": vision}
     # A part of the memory, so that cases can share the card.
     room = {"gpu_memory_utilization": 0.2, "kv_cache_memory_gb": 0.5}
-    args = {
-        **room,
-        **{k: v for k, v in backends.items() if v},
-        **options.pop("engine_args", {}),
-    }
+    args = {**room, **{k: v for k, v in backends.items() if v}, **options.pop("engine_args", {})}
     return Case("verify", name, {**options, "engine_args": args})
 
 

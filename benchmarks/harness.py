@@ -35,12 +35,7 @@ CHILD = "--child"
 
 
 def run_child(
-    script: str,
-    name: str,
-    options: Mapping[str, Any],
-    *,
-    limit_s: float,
-    threads: int = 0,
+    script: str, name: str, options: Mapping[str, Any], *, limit_s: float, threads: int = 0
 ) -> dict[str, Any]:
     """Run the measurement `name` of a script in a process of its own.
 

@@ -194,11 +194,7 @@ def run(
     all_rounds, environment = [], None
     for start in range(starts):
         child = harness.run_child(
-            __file__,
-            "start",
-            {"engine": engine, **plan},
-            limit_s=limit_s + 900,
-            threads=threads,
+            __file__, "start", {"engine": engine, **plan}, limit_s=limit_s + 900, threads=threads
         )
         if not child["values"].get("rounds"):
             raise BenchmarkError(f"start {start + 1} measured nothing: {child['error']}")

@@ -13,15 +13,7 @@ import pytest
 from PIL import Image
 from pydantic import BaseModel, Field, RootModel, field_validator
 
-from molmo_edge import (
-    CountResult,
-    EdgeVLM,
-    PointResult,
-    Request,
-    Result,
-    TrackResult,
-    Video,
-)
+from molmo_edge import CountResult, EdgeVLM, PointResult, Request, Result, TrackResult, Video
 from molmo_edge.engine.fake import FakeEngine, FakeFactory
 from molmo_edge.errors import ConfigError, GenerationError, ImageError, PromptError, SamplingError
 

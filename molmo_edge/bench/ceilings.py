@@ -16,10 +16,7 @@ from molmo_edge.errors import MolmoEdgeError
 
 
 def of(
-    row: Row,
-    environment: Environment,
-    shape: shapes.ModelShape | None,
-    telemetry: TelemetrySummary,
+    row: Row, environment: Environment, shape: shapes.ModelShape | None, telemetry: TelemetrySummary
 ) -> Ceiling:
     """The ceiling of a summarised row during which the sensors were read."""
     ceiling = Ceiling(

@@ -41,11 +41,7 @@ class Target:
 
     @classmethod
     def choose(
-        cls,
-        model: str | None,
-        config: Path | None,
-        options: Mapping[str, Any],
-        default: str = STUB,
+        cls, model: str | None, config: Path | None, options: Mapping[str, Any], default: str = STUB
     ) -> Target:
         """The user's choice; without a model of an option or the settings, it is `default`."""
         given = {k: v for k, v in options.items() if v is not None}

@@ -9,9 +9,7 @@ import overhead
 import pytest
 
 
-def rounds(
-    token_s: dict[str, float],
-) -> list[dict[str, dict[str, dict[str, Any]]]]:
+def rounds(token_s: dict[str, float]) -> list[dict[str, dict[str, dict[str, Any]]]]:
     """Six rounds whose requests take known times; CPU time is the same as wall time."""
     plan = {"image_first": (0.5, 1), "text_first": (0.01, 1), "text_long": (0.01, 101)}
     one = {
