@@ -21,7 +21,7 @@ from typing import Any
 import harness
 
 from molmo_edge.bench import accuracy
-from molmo_edge.bench.tables import number, percent
+from molmo_edge.bench.tables import UNKNOWN, number, percent, table
 from molmo_edge.devices.detect import known_device
 from molmo_edge.devices.plan import Plan, plan
 from molmo_edge.devices.shapes import TOKENS_PER_FRAME, model_shape
@@ -40,18 +40,15 @@ FAMILIES = {"molmo2": "Molmo 2", "molmo": "Molmo 1"}
 
 
 def result(name: str) -> dict[str, Any]:
-    """A recorded document."""
     document: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return document
 
 
 def machine(document: Mapping[str, Any]) -> str:
-    """What a document was measured on."""
     return f"{document['device']['name']}, vLLM {document['software']['vllm']}"
 
 
 def link(name: str) -> str:
-    """Where the pages say that a figure comes from."""
     return f"`benchmarks/results/{name}.json`"
 
 
@@ -87,7 +84,7 @@ def answers() -> str:
     lines = [[name, *(_drift(rows[name].get(family, [])) for family in FAMILIES)] for name in names]
     sources = ",\n".join(map(link, (VERIFY, *H200)))
     return (
-        f"{harness.table(['largest difference of log-probability', *FAMILIES.values()], lines)}\n"
+        f"{table(['largest difference of log-probability', *FAMILIES.values()], lines)}\n\n"
         "Equal is every token of each case of `molmo-edge verify`. Where numbers are rounded, the\n"
         "reference's tokens are forced and their log-probabilities compared. Random weights; from\n"
         f"{sources}."
@@ -96,7 +93,7 @@ def answers() -> str:
 
 def _drift(cases: Sequence[Mapping[str, Any]]) -> str:
     if not cases:
-        return harness.DASH
+        return UNKNOWN
     wrong = sum(not case["ok"] for case in cases)
     worst = max(case["max_dlogprob"] for case in cases)
     if wrong:
@@ -125,7 +122,7 @@ def speed() -> str:
     ours = document["stages"]["overhead"]["7b"]["values"]["result"]["decode_tps"]
     return (
         f"{machine(document)}, batch 1, random weights, medians of {row['decode_tps']['n']}; from\n"
-        f"{link(H200[0])}:\n\n{harness.table(heads, sorted(lines))}\n"
+        f"{link(H200[0])}:\n\n{table(heads, sorted(lines))}\n\n"
         f"`EdgeVLM` decodes {harness.interval_text(ours)} of bare vLLM there, which is\n"
         f"{harness.interval_text(ours['floor'])} of itself."
     )
@@ -156,10 +153,10 @@ def ceilings() -> str:
         f"{(_plan('Molmo2-4B', device).bandwidth_bytes_s or 0) / 1e9:.0f} GB/s on {name}"
         for device, name in devices.items()
     )
-    table = harness.table(["tok/s, at most", *plans], [[k, *v] for k, v in cells.items()])
+    speeds = table(["tok/s, at most", *plans], [[k, *v] for k, v in cells.items()])
     return (
         f"{made.prompt_tokens:,} prompt and {made.output_tokens:,} answer tokens; each token reads "
-        f"blocks and LM head once, at\n{rates}:\n\n{table}"
+        f"blocks and LM head once, at\n{rates}:\n\n{speeds}"
     )
 
 
@@ -183,7 +180,6 @@ def visuals() -> str:
 
 
 def demo() -> str:
-    """The demo's accuracy."""
     document = accuracy.AccuracyDocument.model_validate(result(ACCURACY))
     environment = document.results[0].environment
     return (
@@ -194,7 +190,6 @@ def demo() -> str:
 
 
 def quantised() -> str:
-    """Quantised copies of the demo."""
     document = result(QUANTISED)
     return (
         f"{document['settings']['scenes']} scenes, {machine(document)}; from\n{link(QUANTISED)}:"
@@ -218,14 +213,13 @@ def quantised_table(rows: Sequence[Mapping[str, Any]]) -> str:
             ]
         )
     goals = [f"{accuracy.MEASURES[name]}, %" for name in accuracy.GOALS]
-    return harness.table(["weights", "MB", *goals, "equal tokens, %", "KL, nats"], lines)
+    return table(["weights", "MB", *goals, "equal tokens, %", "KL, nats"], lines)
 
 
 # Those of the benchmarks' own page.
 
 
 def overhead() -> str:
-    """EdgeVLM against bare vLLM."""
     lines = []
     gpu = result(H200[0])
     cpu = result(OVERHEAD)
@@ -238,11 +232,10 @@ def overhead() -> str:
         costs = [harness.interval_text(one, 0) for one in (cost, cost["floor"])]
         lines.append([machine(document), *texts, *costs])
     heads = ["", "decode of bare vLLM's", "floor", "µs per token", "floor"]
-    return f"{harness.table(heads, lines)}\nThe cost in µs is below the noise of both: not decided."
+    return f"{table(heads, lines)}\n\nThe cost in µs is below the noise of both: not decided."
 
 
 def preprocess() -> str:
-    """Preprocessing against plain paths."""
     document, lines = result(PREPROCESS), []
     for one in document["results"]:
         for name, measured in one["implementations"].items():
@@ -250,16 +243,14 @@ def preprocess() -> str:
                 ours = one["implementations"]["molmo_edge"]["ms"]
                 times = harness.interval_text(measured["times_ours"], 1)
                 lines.append([one["case"], harness.interval_text(ours, 0), name, times])
-    return f"{machine(document)}:\n\n" + harness.table(["", "ours, ms", "other", "× ours"], lines)
+    return f"{machine(document)}:\n\n" + table(["", "ours, ms", "other", "× ours"], lines)
 
 
 def render(page: str) -> str:
-    """The page with its blocks written anew."""
     return BLOCK.sub(lambda m: f"{m[1]}{globals()[m[2]]().rstrip()}\n{m[3]}", page)
 
 
 def main() -> int:
-    """Rewrite or check the pages."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing")
     check, different = parser.parse_args().check, False

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import json
 import os
 import statistics
 import sys
@@ -27,15 +28,14 @@ from pathlib import Path
 from typing import Any
 
 import harness
-from harness import DASH
 
 from molmo_edge.bench import scenarios
 from molmo_edge.bench.cases import standard
 from molmo_edge.bench.document import Document
 from molmo_edge.bench.environment import Target
 from molmo_edge.bench.measure import Bench, RunOptions
-from molmo_edge.bench.tables import number
-from molmo_edge.errors import BenchmarkError, MolmoEdgeError
+from molmo_edge.bench.tables import UNKNOWN, number, percent, table
+from molmo_edge.errors import BenchmarkError
 
 KIND = "gpu-check"
 SEVEN_B = {"model": "allenai/Molmo-7B-D-0924", "load_format": "dummy", "max_model_len": 4096}
@@ -63,7 +63,6 @@ class Case:
 
     @property
     def function(self) -> str:
-        """The name in `MEASUREMENTS`."""
         return "copy" if self.name == "copy" else self.stage
 
 
@@ -147,7 +146,6 @@ def with_backends(case: Case, language: str | None, vision: str | None) -> Case:
 
 
 def verify(emit: harness.Emit, options: Mapping[str, Any]) -> None:
-    """Verdicts for one combination of dtype, backends, KV cache and weights."""
     from molmo_edge.reference import verify as verification
 
     arguments = dict(options)
@@ -214,8 +212,7 @@ def decode(emit: harness.Emit, options: Mapping[str, Any]) -> None:
                 },
             )
 
-    engine = dict(options["engine"])
-    target = Target(engine.pop("model"), options=engine)
+    target = Target(options=options["engine"])
     # Engines start side by side. The shared lock ends with the start; the exclusive one, got when
     # no other engine starts or is measured, with the process.
     with Path(__file__).open() as turn:
@@ -240,8 +237,7 @@ def overhead(emit: harness.Emit, options: Mapping[str, Any]) -> None:
 
 def start(emit: harness.Emit, options: Mapping[str, Any]) -> None:
     """Process start to first token: disk caches absent, then present."""
-    engine = dict(options["engine"])
-    target = Target(engine.pop("model"), options=engine)
+    target = Target(options=options["engine"])
     bench = Bench(
         standard()[:1],
         RunOptions(max_tokens=8, ignore_eos=True, starts=options["starts"]),
@@ -257,34 +253,28 @@ def start(emit: harness.Emit, options: Mapping[str, Any]) -> None:
             raise BenchmarkError(errors[0])
 
 
-MEASUREMENTS: Mapping[str, harness.Measure] = {
-    "verify": verify,
-    "copy": copy,
-    "decode": decode,
-    "overhead": overhead,
-    "start": start,
-}
+MEASUREMENTS = {one.__name__: one for one in (verify, copy, decode, overhead, start)}
 
 
 def begin(output: Path) -> dict[str, Any]:
-    """The document to continue: the file's, if it is of this machine and software, or a new one.
-
-    Raises:
-        BenchmarkError: the file is something else, or of another machine or software.
-    """
+    """The document to continue: the file's, if it is of this machine and software, or a new one."""
     fresh = harness.result(KIND, stages={})
     if not output.exists():
         return fresh
-    document = harness.read(output, KIND)
-    now, then = (
-        (one.get("software"), *(one.get("device", {}).get(k) for k in ("name", "driver")))
-        for one in (fresh, document)
-    )
-    if now != then:
-        raise BenchmarkError(
-            f"{output} was measured with other software or on another device; choose another file"
+    try:
+        document: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
+        then, now = (
+            (one["format"], one["software"], one["device"]["name"], one["device"]["driver"])
+            for one in (document, fresh)
         )
-    return document
+        if then == now:
+            return document
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise BenchmarkError(
+        f"{output} is no result of this script, or was measured with other software or on another "
+        "device; choose another file"
+    )
 
 
 def run(
@@ -340,9 +330,10 @@ def run(
 
 
 def markdown(document: Mapping[str, Any]) -> str:
-    """Machine, software, and a table for each stage that has cases."""
     device, software = document["device"], document["software"]
-    head = [f"{device['name']}, driver {device['driver'] or DASH}, CUDA {device['cuda'] or DASH}"]
+    head = [
+        f"{device['name']}, driver {device['driver'] or UNKNOWN}, CUDA {device['cuda'] or UNKNOWN}"
+    ]
     head += [f"{name} {version}" for name, version in software.items() if version]
     parts = ["; ".join(head)]
     for stage, (heads, rows_of) in TABLES.items():
@@ -351,10 +342,10 @@ def markdown(document: Mapping[str, Any]) -> str:
         rows = [[*row, ""] for row in rows_of(values)]
         for name, one in results.items():
             if one["status"] != "ok":
-                reason = " ".join((one["error"] or DASH).split())[-160:]
-                rows.append([name, *[DASH] * (len(heads) - 1), f"{one['status']}: {reason}"])
+                reason = " ".join((one["error"] or UNKNOWN).split())[-160:]
+                rows.append([name, *[UNKNOWN] * (len(heads) - 1), f"{one['status']}: {reason}"])
         if rows:
-            parts.append(f"### {stage}\n\n{harness.table([*heads, 'problem'], rows)}")
+            parts.append(f"### {stage}\n\n{table([*heads, 'problem'], rows)}")
     return "\n\n".join(parts)
 
 
@@ -371,7 +362,7 @@ def verify_rows(values: Values) -> Iterator[list[str]]:
 def decode_rows(values: Values) -> Iterator[list[str]]:
     copied = values.get("copy", {}).get("bandwidth_bytes_s")
     if copied:
-        yield ["copy", DASH, DASH, f"{copied / 1e9:.0f} GB/s", *[DASH] * 4]
+        yield ["copy", UNKNOWN, UNKNOWN, f"{copied / 1e9:.0f} GB/s", *[UNKNOWN] * 4]
     for name, one in values.items():
         if "2 crops" in one:
             few, many = one["2 crops"], one.get("13 crops") or one.get("9 crops", {})
@@ -381,7 +372,7 @@ def decode_rows(values: Values) -> Iterator[list[str]]:
                 name,
                 number(speed, 1),
                 number(step and step / 1e9, 2),
-                DASH if fraction is None else f"{fraction:.0%}",
+                percent(fraction),
                 number(few["ttft_s"]["median"], 3),
                 number(many.get("ttft_s", {}).get("median"), 3),
                 number(one.get("video-64", {}).get("ttft_s", {}).get("median"), 3),
@@ -428,29 +419,26 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="engines at once")
     arguments = parser.parse_args()
     stages = [name.strip() for name in arguments.stages.split(",")]
-    try:
-        if unknown := sorted(set(stages) - set(LIMITS_S)):
-            raise BenchmarkError(f"unknown stage {unknown[0]}; choose from {', '.join(LIMITS_S)}")
-        cases = [
-            with_backends(case, arguments.attention, arguments.vision)
-            for case in (cuda_cases() if arguments.device == "cuda" else cpu_cases())
-            if case.stage in stages
-        ]
-        usual = sum(LIMITS_S[stage] for stage in stages)
-        scale = (arguments.seconds or usual) / usual
-        document = run(
-            cases,
-            arguments.output,
-            limits_s={stage: scale * LIMITS_S[stage] for stage in stages},
-            threads=int(arguments.device == "cpu"),
-            jobs=arguments.jobs,
-        )
-    except MolmoEdgeError as exc:
-        sys.exit(f"error: {exc}")
+    if unknown := sorted(set(stages) - set(LIMITS_S)):
+        raise BenchmarkError(f"unknown stage {unknown[0]}; choose from {', '.join(LIMITS_S)}")
+    cases = [
+        with_backends(case, arguments.attention, arguments.vision)
+        for case in (cuda_cases() if arguments.device == "cuda" else cpu_cases())
+        if case.stage in stages
+    ]
+    usual = sum(LIMITS_S[stage] for stage in stages)
+    scale = (arguments.seconds or usual) / usual
+    document = run(
+        cases,
+        arguments.output,
+        limits_s={stage: scale * LIMITS_S[stage] for stage in stages},
+        threads=int(arguments.device == "cpu"),
+        jobs=arguments.jobs,
+    )
     print(markdown(document))
     statuses = [one["status"] for stage in document["stages"].values() for one in stage.values()]
     sys.exit(0 if all(status in DONE for status in statuses) else 1)
 
 
 if __name__ == "__main__":
-    main()
+    harness.start(main)

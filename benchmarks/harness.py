@@ -22,15 +22,13 @@ from typing import Any
 import numpy as np
 
 from molmo_edge.bench import document as documents
-from molmo_edge.bench import tables
 from molmo_edge.bench.environment import detected_device
 from molmo_edge.engine.vllm_args import versions
-from molmo_edge.errors import BenchmarkError, ConfigError, EngineStartError, MolmoEdgeError
+from molmo_edge.errors import ConfigError, EngineStartError, MolmoEdgeError
 
 Emit = Callable[[str, Any], None]
 Measure = Callable[[Emit, Mapping[str, Any]], None]
 
-DASH = tables.UNKNOWN
 CHILD = "--child"
 
 
@@ -39,12 +37,9 @@ def run_child(
 ) -> dict[str, Any]:
     """Run the measurement `name` of a script in a process of its own.
 
-    `threads` holds a CPU engine to so many threads, bound to no core; 0 is vLLM's choice. Where
-    other programs compute too, OpenMP threads wait for each other at the end of every kernel far
-    longer than the kernel takes; one thread does not.
-
-    Returns `status` ("ok", "unusable" if the device or vLLM refuses the settings, "failed" or
-    "timeout"), `seconds`, `error` and `values`, the last value of each name emitted.
+    `threads` are those of a CPU engine, bound to no core; 0 is vLLM's choice. The result has
+    `status` ("ok", "unusable" if the device or vLLM refuses the settings, "failed" or "timeout"),
+    `seconds`, `error` and `values`, the last value of each name emitted.
     """
     with tempfile.TemporaryDirectory(prefix="molmo-edge-benchmark-") as directory:
         lines, log = Path(directory, "lines"), Path(directory, "log")
@@ -131,10 +126,9 @@ def median_interval(values: Sequence[float], *, seed: int = 0) -> dict[str, Any]
 
 
 def paired_ratio(ours: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
-    """Ours ÷ other of measurements taken in turns: the median of the pairs' own ratios.
+    """Ours ÷ other of measurements in turns: the median of the pairs' own ratios.
 
-    A disturbed pair moves it little, and slow drift of the machine, which touches both halves of a
-    pair, not at all.
+    A disturbed pair moves it little, and slow drift of the machine not at all.
     """
     ratios = [a / b for a, b in zip(ours, other, strict=True)]
     medians = {"ours": float(np.median(ours)), "other": float(np.median(other))}
@@ -147,11 +141,6 @@ def interval_text(interval: Mapping[str, Any], digits: int = 3) -> str:
     if interval["low"] is None:
         return text
     return f"{text} ({interval['low']:.{digits}f} to {interval['high']:.{digits}f})"
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return tables.table(heads, rows) + "\n"
 
 
 def result(kind: str, **content: Any) -> dict[str, Any]:
@@ -168,22 +157,19 @@ def result(kind: str, **content: Any) -> dict[str, Any]:
     }
 
 
-def write(document: Mapping[str, Any], path: Path) -> None:
-    """Write a result atomically; BenchmarkError if the place cannot be written."""
-    documents.write(f"{json.dumps(document, indent=1, default=str)}\n", path)
-
-
-def read(path: Path, kind: str) -> dict[str, Any]:
-    """Read a result of one kind; BenchmarkError if the file is something else."""
-    try:
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if document["format"] == f"molmo-edge-{kind}":
-            return document
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise BenchmarkError(f"{path} is not a result of this script; choose another file")
+def write(document: Mapping[str, Any], path: Path | None) -> None:
+    """Write a result atomically where `--output` named a file."""
+    if path is not None:
+        documents.write(f"{json.dumps(document, indent=1, default=str)}\n", path)
 
 
 def progress(text: str) -> None:
-    """One line on standard error."""
     print(text, file=sys.stderr, flush=True)
+
+
+def start(main: Callable[[], object]) -> None:
+    """Run a script; an error of molmo_edge is one line on standard error."""
+    try:
+        main()
+    except MolmoEdgeError as exc:
+        sys.exit(f"error: {exc}")

@@ -28,11 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import harness
-from harness import DASH
 
 from molmo_edge.bench.cases import Case, fresh, standard
-from molmo_edge.bench.environment import CACHES_OFF
-from molmo_edge.errors import BenchmarkError, MolmoEdgeError
+from molmo_edge.bench.tables import UNKNOWN, table
+from molmo_edge.errors import BenchmarkError
 
 DECODE_RATIO, TTFT_RATIO, COST_US = 0.97, 1.05, 100.0
 """Promised against bare vLLM: minimum of decode speed, maxima of TTFT and CPU time per token."""
@@ -102,7 +101,7 @@ def measure_start(emit: harness.Emit, options: Mapping[str, Any]) -> None:
     case, rounds, number = standard()[0], [], 0
     plan = {"image_first": (True, 1), "text_first": (False, 1),
             "text_long": (False, options["tokens"])}  # fmt: skip
-    with EdgeVLM(**{**options["engine"], **CACHES_OFF}) as vlm:
+    with EdgeVLM(**{**options["engine"], "enable_prefix_caching": False}) as vlm:
         emit("environment", dict(vlm.environment))
         ends = time.monotonic() + options["limit_s"]
         for turn in range(WARM_UP + options["pairs"]):
@@ -185,11 +184,7 @@ def run(
     limit_s: float = LIMIT_S,
     threads: int = 0,
 ) -> dict[str, Any]:
-    """Measure and return the result document; `engine` has keyword arguments of `EdgeVLM`.
-
-    `starts` are fresh processes, `pairs` the rounds in each, `tokens` those of a long answer. After
-    `limit_s` seconds of a start no further round begins.
-    """
+    """Measure; `engine` has keyword arguments of `EdgeVLM`, the rest is that of the options."""
     plan = {"pairs": pairs, "tokens": tokens, "limit_s": limit_s}
     all_rounds, environment = [], None
     for start in range(starts):
@@ -211,7 +206,7 @@ def run(
     )
 
 
-def table(figures: Mapping[str, Any]) -> str:
+def markdown(figures: Mapping[str, Any]) -> str:
     """Markdown: ours against bare `vllm.LLM`, with the noise floor beside every figure."""
     rows = []
     for title, name, digits in (
@@ -221,9 +216,9 @@ def table(figures: Mapping[str, Any]) -> str:
     ):
         one = figures[name]
         texts = [harness.interval_text(each, digits) for each in (one, one["floor"])]
-        sides = f"{one['ours']:.3f}, {one['other']:.3f}" if "ours" in one else DASH
+        sides = f"{one['ours']:.3f}, {one['other']:.3f}" if "ours" in one else UNKNOWN
         rows.append([title, *texts, sides])
-    return harness.table(["", "ratio or cost", "bare against itself", "ours, bare"], rows)
+    return table(["", "ratio or cost", "bare against itself", "ours, bare"], rows)
 
 
 def main() -> None:
@@ -238,22 +233,18 @@ def main() -> None:
     parser.add_argument("--time-limit", type=float, default=LIMIT_S, help="seconds of each start")
     parser.add_argument("--output", type=Path, help="JSON file for the result")
     arguments = parser.parse_args()
-    try:
-        document = run(
-            {"model": arguments.model, **arguments.options},
-            starts=arguments.starts,
-            pairs=arguments.pairs,
-            tokens=arguments.tokens,
-            threads=arguments.threads,
-            limit_s=arguments.time_limit,
-        )
-        print(table(document["result"]))
-        if arguments.output is not None:
-            harness.write(document, arguments.output)
-    except MolmoEdgeError as exc:
-        sys.exit(f"error: {exc}")
+    document = run(
+        {"model": arguments.model, **arguments.options},
+        starts=arguments.starts,
+        pairs=arguments.pairs,
+        tokens=arguments.tokens,
+        threads=arguments.threads,
+        limit_s=arguments.time_limit,
+    )
+    print(markdown(document["result"]))
+    harness.write(document, arguments.output)
     sys.exit(0 if document["result"]["passed"] else 1)
 
 
 if __name__ == "__main__":
-    main()
+    harness.start(main)

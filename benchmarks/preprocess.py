@@ -16,7 +16,6 @@ import importlib.util
 import os
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any
 import harness
 import numpy as np
 
-from molmo_edge.errors import MolmoEdgeError
+from molmo_edge.bench.tables import table
 
 SIZES = ((480, 640), (1080, 1920), (3000, 4000))
 CROPS = 12
@@ -172,20 +171,11 @@ def main() -> None:
                 f"{row['max_pixel_difference']:.1e}",
             ])  # fmt: skip
     heads = ["implementation", "ms", "÷ ours", "CPU ms", "largest difference"]
-    print(harness.table(heads, rows))
-    if arguments.output is not None:
-        document = harness.result(
-            "preprocess",
-            threads=arguments.threads,
-            max_crops=CROPS,
-            molmo2_max_crops=MOLMO2_CROPS,
-            results=results,
-        )
-        try:
-            harness.write(document, arguments.output)
-        except MolmoEdgeError as exc:
-            sys.exit(f"error: {exc}")
+    print(table(heads, rows))
+    settings = {"max_crops": CROPS, "molmo2_max_crops": MOLMO2_CROPS}
+    document = harness.result("preprocess", threads=arguments.threads, **settings, results=results)
+    harness.write(document, arguments.output)
 
 
 if __name__ == "__main__":
-    main()
+    harness.start(main)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from molmo_edge.bench.environment import Target, detected_device
 from molmo_edge.bench.scenes import random_scene
 from molmo_edge.checkpoint_files import tensors
 from molmo_edge.engine.vllm_args import cache_root
-from molmo_edge.errors import ConfigError, EngineStartError, MolmoEdgeError
+from molmo_edge.errors import ConfigError, EngineStartError
 from molmo_edge.models.hub import locate
 from molmo_edge.quantize import quantize
 from molmo_edge.quantize.formats import FORMATS, unpack
@@ -111,17 +110,13 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=200, help="scenes to ask about")
     parser.add_argument("--output", type=Path, help="JSON file for the result")
     given = parser.parse_args()
-    try:
-        with tempfile.TemporaryDirectory(prefix="molmo-edge-quantised-") as work:
-            original = locate(given.model, cache_root(resolve({}).settings))
-            rows = run(original, Path(work), given.scenes)
-        print(figures.quantised_table(rows))
-        if given.output is not None:
-            settings = {"model": given.model, "scenes": given.scenes}
-            harness.write(harness.result("quantised", settings=settings, rows=rows), given.output)
-    except MolmoEdgeError as exc:
-        sys.exit(f"error: {exc}")
+    with tempfile.TemporaryDirectory(prefix="molmo-edge-quantised-") as work:
+        original = locate(given.model, cache_root(resolve({}).settings))
+        rows = run(original, Path(work), given.scenes)
+    print(figures.quantised_table(rows))
+    settings = {"model": given.model, "scenes": given.scenes}
+    harness.write(harness.result("quantised", settings=settings, rows=rows), given.output)
 
 
 if __name__ == "__main__":
-    main()
+    harness.start(main)

@@ -29,6 +29,7 @@ import psutil
 from PIL import Image
 
 from molmo_edge import EdgeVLM, Request
+from molmo_edge.bench.tables import table
 from molmo_edge.engine.fake import FakeEngine
 from molmo_edge.errors import InputError, QueueFull, RequestCancelled, RequestTimeout
 
@@ -83,12 +84,10 @@ class Soak:
                 self.unexpected[f"{end}: {error}"] += 1
 
     def check(self, text: str) -> None:
-        """An answer must be the first one."""
         if text != self.expected:
             raise AssertionError("wrong answer")
 
     def run_thread(self, seed: int) -> None:
-        """Requests one after another."""
         dice = random.Random(seed)
         while time.monotonic() < self.until:
             kind = dice.choice(list(KINDS))
@@ -199,11 +198,10 @@ def main() -> None:
     rows += [[f"UNEXPECTED {end}", str(count)] for end, count in outcome["unexpected"].items()]
     first, last = outcome["samples"][0], outcome["samples"][-1]
     rows += [[name, f"{first[name]} → {last[name]}"] for name in ("rss_mib", "threads", "files")]
-    print(harness.table([f"{outcome['requests']} requests ended with", "count"], rows))
-    if arguments.output is not None:
-        settings = {"minutes": arguments.minutes, "engine": arguments.engine}
-        document = harness.result("soak", settings=settings, environment=environment, **outcome)
-        harness.write(document, arguments.output)
+    print(table([f"{outcome['requests']} requests ended with", "count"], rows))
+    settings = {"minutes": arguments.minutes, "engine": arguments.engine}
+    document = harness.result("soak", settings=settings, environment=environment, **outcome)
+    harness.write(document, arguments.output)
     sys.exit(1 if outcome["unexpected"] or outcome["state"] != "ready" else 0)
 
 

@@ -5,7 +5,7 @@ from steady state, ``document`` keeps the result, ``report`` and ``compare`` sho
 adds memory bandwidth and power; ``drift`` compares answers instead of speeds;
 ``accuracy`` asks about drawn ``scenes``.
 
-    target = Target.choose("stub", None, {})
+    target = Target.choose(model="stub")
     bench = Bench(cases.standard(), RunOptions.choose(target.random_weights))
     document = scenarios.run(bench, target.open, ["report"])
     report.write(document, result_path(Path("bench-results"), target.name))

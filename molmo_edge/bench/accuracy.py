@@ -5,13 +5,12 @@ Scenes and questions follow from a seed: every model and configuration answers t
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -68,8 +67,6 @@ class Measure(Part):
 
 
 class Mistake(Part):
-    """A wrong answer."""
-
     question: str
     right: str
     answer: str
@@ -111,7 +108,6 @@ class Question(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The question for people."""
         return f"{self.request.verb}: {self.request.text}"
 
 
@@ -217,11 +213,7 @@ def _other_images() -> list[Image.Image]:
 
 
 def score(question: Question, answer: Any) -> dict[str, tuple[float, float]]:
-    """Measure → what an answer reaches, and of how much.
-
-    Args:
-        answer: what `EdgeVLM` returns for the question's request.
-    """
+    """Measure → what the answer of `EdgeVLM` reaches, and of how much."""
     name, right = question.measure, question.right
     if name.startswith("counts"):
         point = (answer.number == right, 1)
@@ -248,7 +240,7 @@ def score(question: Question, answer: Any) -> dict[str, tuple[float, float]]:
         return {name: (followed, len(TIMES))}
     words = re.findall(r"\w+", answer.text.lower())
     if name == "caption":
-        pairs = {(color, noun.removesuffix("s")) for color, noun in pairwise(words)}
+        pairs = {(color, noun.removesuffix("s")) for color, noun in itertools.pairwise(words)}
         pairs = {(color, kind) for color, kind in pairs if color in COLORS and kind in KINDS}
         return {name: (2 * len(pairs & right), len(pairs) + len(right))}
     if name == "yes_no":
@@ -269,31 +261,24 @@ def _nearest(
     ]
 
 
-def supported(request: Request[Any], supports: Callable[[str], bool]) -> bool:
-    """Whether a model takes the request."""
-    several = isinstance(request.image, list) and len(request.image) > 1
-    needs = {request.verb: True, "images": several, "video": request.video is not None}
-    return all(supports(name) for name, needed in needs.items() if needed)
-
-
 def evaluate(
     vlm: Any, name: str, asked: Iterator[Question], progress: Callable[[str], object]
 ) -> Accuracy:
-    """Accuracy of an engine in those of the questions that it supports.
-
-    Raises:
-        MolmoEdgeError: a request failed.
-    """
-    began = time.monotonic()
+    """Accuracy in the questions that the engine supports; raises the error of a failed request."""
+    began, numbers = time.monotonic(), itertools.count()
     waiting: dict[int, Question] = {}
     totals = {measure: np.zeros(2) for measure in MEASURES}
     mistakes: dict[str, list[Mistake]] = defaultdict(list)
 
     def requests() -> Iterator[Request[Any]]:
-        possible = (one for one in asked if supported(one.request, vlm.supports))
-        for number, question in enumerate(possible):
-            waiting[number] = question
-            yield question.request
+        for question in asked:
+            request = question.request
+            needed = [request.verb]
+            needed += ["images"] if isinstance(request.image, list) and request.image[1:] else []
+            needed += ["video"] if request.video is not None else []
+            if all(map(vlm.supports, needed)):
+                waiting[next(numbers)] = question
+                yield request
 
     for number, answer in vlm.iter_batch(requests()):
         if isinstance(answer, MolmoEdgeError):
@@ -309,14 +294,14 @@ def evaluate(
                 mistakes[measure].append(mistake)
     measures = {
         measure: Measure(value=reached / of if of else None, of=int(of))
-        for measure, (reached, of) in ((key, total.tolist()) for key, total in totals.items())
+        for measure, (reached, of) in totals.items()
     }
-    known = {goal: measures[goal].value for goal in GOALS}
+    known = [(name, value) for name in GOALS if (value := measures[name].value) is not None]
     return Accuracy(
         name=name,
         passed=all(
-            value is None or (value <= GOALS[goal] if "extra" in goal else value >= GOALS[goal])
-            for goal, value in known.items()
+            (value <= GOALS[goal]) if "extra" in goal else value >= GOALS[goal]
+            for goal, value in known
         ),
         seconds=time.monotonic() - began,
         environment=environment.of(vlm),
@@ -330,21 +315,14 @@ def run(
     *,
     scenes: int = 200,
     seed: int = 0,
-    open_engine: Callable[[Target], AbstractContextManager[Any]] = lambda target: target.open(True),
     progress: Callable[[str], object] = lambda text: None,
     save: Callable[[AccuracyDocument], object] = lambda document: None,
 ) -> AccuracyDocument:
-    """Accuracy of every configuration, saved after each.
-
-    Engines have their prefix cache on: an image has several questions.
-
-    Raises:
-        MolmoEdgeError: an engine could not be started, or a request failed.
-    """
+    """Accuracy of every configuration, saved after each; raises what an engine or request does."""
     document = AccuracyDocument(created=now(), scenes=scenes, seed=seed)
     for name, target in chosen.items():
         progress(f"starting {name}")
-        with open_engine(target) as vlm:
+        with target.open(True) as vlm:  # with prefix cache: an image has several questions
             document.results.append(evaluate(vlm, name, questions(scenes, seed), progress))
         save(document)
     return document
@@ -357,36 +335,30 @@ LEGEND = (
 
 
 def markdown(document: AccuracyDocument) -> str:
-    """The accuracy as a Markdown page: a column for each configuration."""
-    return tables.page(_parts(document))
-
-
-def _parts(document: AccuracyDocument) -> Iterator[str]:
-    software = environment.software_line(document.results[0].environment)
     models = {result.environment.model.name or UNKNOWN for result in document.results}
-    yield f"# Accuracy of {tables.escape(', '.join(sorted(models)))} on drawn scenes"
-    yield tables.items([f"{document.scenes} scenes of seed {document.seed}", software])
-    yield table(document)
+    software = environment.software_line(document.results[0].environment)
     verdicts = [
         f"{result.name}: goals {'reached' if result.passed else 'MISSED'}, {result.seconds:.0f} s"
         for result in document.results
     ]
-    yield tables.items([*verdicts, LEGEND])
+    return tables.page(
+        [
+            f"# Accuracy of {tables.escape(', '.join(sorted(models)))} on drawn scenes",
+            tables.items([f"{document.scenes} scenes of seed {document.seed}", software]),
+            table(document),
+            tables.items([*verdicts, LEGEND]),
+        ]
+    )
 
 
 def table(document: AccuracyDocument) -> str:
     """The measures, of how many, the goals, and a column for each configuration."""
     heads = ("", "of", "goal", *(result.name for result in document.results))
-    return tables.table(heads, [_line(name, document) for name in MEASURES], keep=len(heads))
-
-
-def _line(name: str, document: AccuracyDocument) -> list[str]:
-    measures = [result.measures.get(name, Measure()) for result in document.results]
-    goal = document.goals.get(name)
-    bound = "at most" if "extra" in name else "at least"
-    return [
-        MEASURES[name],
-        str(max(measure.of for measure in measures)),
-        UNKNOWN if goal is None else f"{bound} {goal:.0%}",
-        *(UNKNOWN if one.value is None else f"{one.value:.1%}" for one in measures),
-    ]
+    lines = []
+    for name, title in MEASURES.items():
+        measures = [result.measures.get(name, Measure()) for result in document.results]
+        of, goal = max(measure.of for measure in measures), document.goals.get(name)
+        bound = f"at {'most' if 'extra' in name else 'least'} "
+        wanted = UNKNOWN if goal is None else bound + tables.percent(goal)
+        lines.append([title, str(of), wanted, *(tables.percent(one.value, 1) for one in measures)])
+    return tables.table(heads, lines, keep=len(heads))

@@ -26,8 +26,7 @@ DEFAULT_QUESTION = "Describe this image in detail."
 
 @dataclass(frozen=True)
 class Case:
-    """One question, with an image, a video or neither, and the values a right answer holds, in
-    order."""
+    """One question, and the values a right answer holds, in order."""
 
     name: str
     title: str
@@ -80,11 +79,7 @@ def drawn_video(frames: int) -> Case:
 
 
 def own(paths: Sequence[Path], question: str | None = None) -> tuple[Case, ...]:
-    """A case for each image file of the user's.
-
-    Raises:
-        BenchmarkError: a file is missing or is not an image that molmo_edge loads.
-    """
+    """A case for each image file of the user's; BenchmarkError for what cannot be loaded."""
     cases = []
     for number, path in enumerate(paths, 1):
         try:
@@ -111,17 +106,13 @@ def fresh(image: Image.Image, number: int) -> Image.Image:
 
 
 def count_matches(expected: Sequence[str], answer: str) -> int:
-    """How many of the expected numbers the answer holds in the expected order.
-
-    Years or an error in between neither help nor spoil the rest.
-    """
+    """How many of the expected numbers the answer holds in order, whatever is in between."""
     numbers = [float(word) for word in re.findall(r"\d+(?:\.\d+)?", answer)]
     pairs = SequenceMatcher(None, [float(value) for value in expected], numbers, autojunk=False)
     return sum(block.size for block in pairs.get_matching_blocks())
 
 
 def shipped(name: str) -> Image.Image:
-    """An image of the package's."""
     data = resources.files("molmo_edge.bench").joinpath("data", name).read_bytes()
     with Image.open(BytesIO(data)) as image:
         return image.convert("RGB")

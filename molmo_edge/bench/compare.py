@@ -34,11 +34,9 @@ class Comparison:
     remarks: Sequence[str]
 
     def table(self) -> str:
-        """The lines as a Markdown table."""
         return tables.table(["", *self.heads], [[k, *cells] for k, cells in self.lines.items()])
 
     def details(self) -> str:
-        """The flags and remarks as a Markdown list."""
         flags = [f"not comparable: {text}" for text in self.flags.values()]
         return tables.warnings([*flags, *self.remarks])
 
@@ -50,11 +48,16 @@ def compare(documents: Sequence[Document]) -> Comparison:
     columns = [dict(_cells(document, documents[0], cases)) for document in documents]
     lines = {title: [column[title] for column in columns] for title in columns[0]}
     known = {title: cells for title, cells in lines.items() if {*cells} != {UNKNOWN}}
-    return Comparison(heads, known, differences(documents, heads), remarks(documents, heads))
+    remarks = [
+        f"{head}: {row.title} {row.unsteady}"
+        for head, document in zip(heads, documents, strict=True)
+        for row in case_rows(document)
+        if row.unsteady
+    ]
+    return Comparison(heads, known, differences(documents, heads), remarks)
 
 
 def head_names(documents: Sequence[Document]) -> list[str]:
-    """A distinct heading for each result."""
     heads: list[str] = []
     for place, document in enumerate(documents, 1):
         environment = document.environment
@@ -79,7 +82,9 @@ def _cells(
     yield "warm-up mean tok/s", number(overall(document, "request_tps", "cold").mean)
     yield "steady mean tok/s", number(overall(document, "request_tps", "steady").mean)
     yield "decode tok/s, steady", interval(overall(document, "output_tps", "steady"))
-    yield "decode against first", UNKNOWN if document is first else _ratio(document, first)
+    ratio = stats.ratio_interval(_values(document, "output_tps"), _values(first, "output_tps"))
+    text = "x{:.2f} [{:.2f}, {:.2f}]".format(*ratio) if ratio and document is not first else UNKNOWN
+    yield "decode against first", text
     yield "TTFT ms, median", number(overall(document, "ttft_s", "steady").median, 0, 1000)
     yield "fraction of bandwidth", percent(_ceiling(document, "bandwidth_share"))
     yield "joules per token", number(_ceiling(document, "joules_per_token"), 3)
@@ -119,11 +124,6 @@ def overall(document: Document, metric: str, phase: str) -> Summary:
             summaries: dict[str, Summary] = getattr(row, phase)
             return summaries.get(metric, Summary())
     return stats.summarize(_values(document, metric, phase)) or Summary()
-
-
-def _ratio(document: Document, first: Document) -> str:
-    ratio = stats.ratio_interval(_values(document, "output_tps"), _values(first, "output_tps"))
-    return UNKNOWN if ratio is None else "x{:.2f} [{:.2f}, {:.2f}]".format(*ratio)
 
 
 def _ceiling(document: Document, name: str) -> float | None:
@@ -177,13 +177,3 @@ def differences(documents: Sequence[Document], heads: Sequence[str]) -> dict[str
     if incomplete := [h for h, d in zip(heads, documents, strict=True) if not d.complete]:
         flags["completeness"] = f"incomplete: {', '.join(incomplete)}"
     return flags
-
-
-def remarks(documents: Sequence[Document], heads: Sequence[str]) -> list[str]:
-    """The rows without a steady state."""
-    return [
-        f"{head}: {row.title} {row.unsteady}"
-        for head, document in zip(heads, documents, strict=True)
-        for row in case_rows(document)
-        if row.unsteady
-    ]

@@ -67,10 +67,7 @@ class Model(Part):
 
 
 class Environment(Part):
-    """Everything about the run that is not the measurement.
-
-    ``software`` maps package names, and "python", to versions; ``other`` keeps what has no field.
-    """
+    """``software`` maps packages, and "python", to versions; ``other`` keeps what has no field."""
 
     software: dict[str, str | None] = Field(default_factory=dict)
     device: Device = Field(default_factory=Device)
@@ -103,8 +100,6 @@ class Sample(Part):
 
 
 class Wave(Part):
-    """One batch as a whole."""
-
     iteration: int
     wall_s: float
     output_tokens: int
@@ -136,9 +131,8 @@ class Warmup(Part):
 class CacheProof(Part):
     """Whether reuse could have flattered the row.
 
-    ``cached_tokens`` is the largest number of prompt tokens the engine took from its cache in
-    any request. ``proved`` is true if it agrees with ``mode``, which the row claims, and null if
-    the engine did not count.
+    ``cached_tokens`` are the most that the engine took from its cache in any request. ``proved`` is
+    whether that agrees with ``mode``, which the row claims; null if the engine did not count.
     """
 
     mode: Literal["on", "off"]
@@ -206,12 +200,10 @@ class Row(Part):
 
     @property
     def succeeded(self) -> list[Sample]:
-        """The samples without an error."""
         return [sample for sample in self.samples if sample.error is None]
 
     @property
     def steady_from(self) -> int | None:
-        """The first steady iteration."""
         return self.warmup.start if self.warmup else None
 
     @property
@@ -229,8 +221,6 @@ class Row(Part):
 
 
 class Scenario(Part):
-    """One kind of measurement."""
-
     name: str
     title: str
     complete: bool = False
@@ -239,20 +229,15 @@ class Scenario(Part):
 
 
 class Startup(Part):
-    """From nothing to the first answer; stages as the engine reports them."""
-
     stages: dict[str, float | None] = Field(default_factory=dict)
     first_request: Sample | None = None
 
 
 def now() -> str:
-    """The time as documents have it: ISO 8601, UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 class Document(Part):
-    """A whole benchmark result."""
-
     format: Literal["molmo-edge-bench"] = "molmo-edge-bench"
     version: Literal[1] = 1
     label: str | None = None
@@ -267,16 +252,11 @@ class Document(Part):
 
 
 def dumps(document: Part) -> str:
-    """The document as JSON text."""
     return document.model_dump_json(indent=1) + "\n"
 
 
 def write(content: str | bytes, path: Path) -> None:
-    """Replace a file atomically.
-
-    Raises:
-        BenchmarkError: the directory cannot be made or written.
-    """
+    """Replace a file atomically; BenchmarkError if the directory cannot be made or written."""
     try:
         write_file(path, content)
     except OSError as exc:
@@ -287,7 +267,7 @@ def write(content: str | bytes, path: Path) -> None:
 
 
 def save(document: Part, page: str, path: Path) -> None:
-    """Write the document, and its Markdown page beside it; same errors as :func:`write`."""
+    """Write the document, and its Markdown page beside it."""
     write(dumps(document), path)
     write(page, path.with_suffix(".md"))
 
@@ -295,8 +275,7 @@ def save(document: Part, page: str, path: Path) -> None:
 def result_path(output: Path, label: str) -> Path:
     """``output`` if it is a ``.json`` file, else a file in that directory named by time and label.
 
-    Raises:
-        BenchmarkError: the place cannot be written; better known before a long run than after.
+    Raises BenchmarkError if it cannot be written: better known before a long run than after.
     """
     name = re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-.")[:60] or "result"
     stamp = datetime.now(UTC).strftime("%Y-%m-%d-%H%M%S")
@@ -308,11 +287,7 @@ def result_path(output: Path, label: str) -> Path:
 
 
 def load(path: Path) -> Document:
-    """Read and check a result document.
-
-    Raises:
-        BenchmarkError: the file cannot be read, or is not a result of this version of the format.
-    """
+    """Read a result; BenchmarkError if the file is unreadable or not one of this format."""
     try:
         return Document.model_validate_json(path.read_bytes())
     except OSError as exc:

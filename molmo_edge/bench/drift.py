@@ -9,8 +9,7 @@ divergence and for the positions of its points.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, Literal
 
@@ -145,10 +144,7 @@ def compare(
 
 
 def divergence(reference: Mapping[int, float], other: Mapping[int, float]) -> float:
-    """KL(reference || other) in nats over the reference's candidates and the rest as one.
-
-    Lumping the rest can only lower a divergence, so this is a lower bound of the full one.
-    """
+    """KL(reference || other) in nats, of which lumping the rest gives a lower bound."""
     total, left_a, left_b = 0.0, 1.0, 1.0
     for token, a in reference.items():
         b = other[token]
@@ -180,19 +176,12 @@ def run(
     max_tokens: int = 64,
     min_equal: float = 0.95,
     max_kl: float = 0.05,
-    open_engine: Callable[[Target], AbstractContextManager[Any]] = lambda target: target.open(True),
     progress: Callable[[str], object] = lambda text: None,
     save: Callable[[DriftDocument], object] = lambda document: None,
 ) -> DriftDocument:
     """Drift of every later configuration against the first; saved after each.
 
-    A configuration passes with at least the fraction ``min_equal`` of equal greedy tokens and at
-    most ``max_kl`` nats of mean divergence. Engines have their prefix cache on: scoring an answer
-    is a request for each of its tokens.
-
-    Raises:
-        BenchmarkError: there is only one configuration.
-        MolmoEdgeError: an engine could not be started, or a prompt failed.
+    Raises BenchmarkError if there is only one configuration, and what an engine or prompt raises.
     """
     reference, *others = chosen
     if not others:
@@ -201,7 +190,8 @@ def run(
             "--kv-cache-dtype auto,fp8"
         )
     progress(f"reference: {reference}")
-    with open_engine(chosen[reference]) as vlm:
+    # With prefix cache: scoring an answer is a request for each of its tokens.
+    with chosen[reference].open(True) as vlm:
         known = answer_all(vlm, cases, max_tokens=max_tokens)
         document = DriftDocument(
             created=now(),
@@ -213,7 +203,7 @@ def run(
         )
     for other in others:
         progress(other)
-        with open_engine(chosen[other]) as vlm:
+        with chosen[other].open(True) as vlm:
             drift = compare(vlm, other, known, max_tokens, min_equal, max_kl)
         document.drifts.append(drift)
         save(document)
@@ -228,38 +218,34 @@ LEGEND = (
 )
 
 
-def _line(case: CaseDrift) -> list[str]:
-    points = f"{case.points_reference}/{case.points_other}"
-    return [
-        case.name,
-        str(case.tokens),
-        f"{case.equal_greedy:.1%}",
-        number(case.first_divergence, 0),
-        f"{case.mean_abs_dlogprob:.2g}",
-        f"{case.max_abs_dlogprob:.2g}",
-        f"{case.mean_kl:.2g}",
-        UNKNOWN if points == "0/0" else points,
-        number(case.mean_px),
-    ]
-
-
 def markdown(document: DriftDocument) -> str:
-    """The drift as a Markdown page: for each configuration a table and a verdict."""
-    return tables.page(_parts(document))
-
-
-def _parts(document: DriftDocument) -> Iterator[str]:
+    """For each configuration a table and a verdict."""
     model = document.environment.model
     weights = " (random weights: says nothing about trained ones)" if model.random_weights else ""
-    yield f"# Drift of {tables.escape(model.name or UNKNOWN)}{weights}"
-    yield tables.items([environment.software_line(document.environment)])
+    parts = [f"# Drift of {tables.escape(model.name or UNKNOWN)}{weights}"]
+    parts.append(tables.items([environment.software_line(document.environment)]))
     for drift in document.drifts:
+        lines = []
+        for case in drift.cases:
+            points = f"{case.points_reference}/{case.points_other}"
+            lines.append(
+                [
+                    case.name,
+                    str(case.tokens),
+                    f"{case.equal_greedy:.1%}",
+                    number(case.first_divergence, 0),
+                    f"{case.mean_abs_dlogprob:.2g}",
+                    f"{case.max_abs_dlogprob:.2g}",
+                    f"{case.mean_kl:.2g}",
+                    UNKNOWN if points == "0/0" else points,
+                    number(case.mean_px),
+                ]
+            )
         verdict = (
             f"{drift.other} against {document.reference}: {drift.equal_greedy:.1%} equal greedy "
             f"tokens (at least {document.min_equal:.0%}), mean KL {drift.mean_kl:.2g} (at most "
             f"{document.max_kl:g}): {'passed' if drift.passed else 'FAILED'}"
         )
-        yield f"## {tables.escape(drift.other)}"
-        yield tables.table(HEADS, [_line(case) for case in drift.cases])
-        yield tables.items([verdict])
-    yield tables.items([LEGEND])
+        parts += [f"## {tables.escape(drift.other)}", tables.table(HEADS, lines)]
+        parts.append(tables.items([verdict]))
+    return tables.page([*parts, tables.items([LEGEND])])

@@ -17,10 +17,6 @@ from molmo_edge.errors import BenchmarkError
 from molmo_edge.models.hub import DEMO, STUB, STUBS
 from molmo_edge.settings import resolve
 
-CACHES_OFF: dict[str, Any] = {"enable_prefix_caching": False}
-CACHES_ON: dict[str, Any] = {"enable_prefix_caching": True}
-"""Settings of the two engines. Only fresh images miss the encoder's cache: it has no switch."""
-
 PACKAGES = {"vllm": "vLLM", "torch": "torch", "transformers": "transformers",
             "molmo_edge": "molmo_edge", "python": "Python"}  # fmt: skip
 """Keys of ``Environment.software``, and the names to print."""
@@ -40,47 +36,39 @@ class Target:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def choose(
-        cls, model: str | None, config: Path | None, options: Mapping[str, Any], default: str = STUB
-    ) -> Target:
+    def choose(cls, default: str = STUB, *, config: Path | None = None, **options: Any) -> Target:
         """The user's choice; without a model of an option or the settings, it is `default`."""
         given = {k: v for k, v in options.items() if v is not None}
-        resolved = resolve({**given, "model": model}, config=config)
+        resolved = resolve(given, config=config)
         settings = resolved.settings
+        given.pop("model", None)
         if settings.load_format != "auto":
             given["load_format"] = settings.load_format
         return cls(settings.model if "model" in resolved.by_user else default, config, given)
 
     @classmethod
-    def variants(
-        cls, model: str | None, config: Path | None, options: Mapping[str, Any]
-    ) -> dict[str, Target]:
-        """The choices of a user who gave one option several values, by label, in their order.
+    def variants(cls, **options: Any) -> dict[str, Target]:
+        """The choices of a user who gave one option several values, separated by commas, by label.
 
-        Values are separated by commas. Without any, the one choice by its name. Without a model of
-        an option or the settings, it is the demo: answers of random weights say nothing.
-
-        Raises:
-            BenchmarkError: more than one option has several values.
+        Without a model of an option or the settings, it is the demo: answers of random weights say
+        nothing. Raises BenchmarkError if more than one option has several values.
         """
-        given: dict[str, Any] = {"model": model, **options}
-        several = [name for name, value in given.items() if "," in str(value)]
+        several = [name for name in options if name != "config" and "," in str(options[name])]
         if len(several) > 1:
             raise BenchmarkError(
                 f"{' and '.join(several)} have several values; give them to one option only"
             )
         if not several:
-            target = cls.choose(model, config, options, DEMO)
+            target = cls.choose(DEMO, **options)
             return {target.name: target}
-        chosen = {}
-        for value in map(str.strip, given[several[0]].split(",")):
-            one = {**given, several[0]: integer_or_text(value)}
-            chosen[f"{several[0]}={value}"] = cls.choose(one.pop("model"), config, one, DEMO)
-        return chosen
+        [name] = several
+        return {
+            f"{name}={value}": cls.choose(DEMO, **{**options, name: integer_or_text(value)})
+            for value in map(str.strip, options[name].split(","))
+        }
 
     @property
     def name(self) -> str:
-        """A short name for labels and files."""
         name = self.model or (self.config.stem if self.config else "default")
         return name.rstrip("/").rsplit("/", 1)[-1]
 
@@ -90,13 +78,15 @@ class Target:
         return self.model in STUBS or self.options.get("load_format") == "dummy"
 
     def arguments(self, caches: bool | None) -> dict[str, Any]:
-        """Keyword arguments of ``EdgeVLM``, its caches on, off or (None) as configured."""
+        """Keyword arguments of ``EdgeVLM``, its caches on, off or (None) as configured.
+
+        Only fresh images miss the encoder's cache: it has no switch.
+        """
         config = {} if self.config is None else {"config": str(self.config)}
-        switch = {} if caches is None else CACHES_ON if caches else CACHES_OFF
+        switch = {} if caches is None else {"enable_prefix_caching": caches}
         return {"model": self.model, **self.options, **config, **switch}
 
     def open(self, caches: bool) -> AbstractContextManager[Any]:
-        """Build the engine."""
         from molmo_edge import EdgeVLM
 
         vlm: AbstractContextManager[Any] = EdgeVLM(**self.arguments(caches))
@@ -104,10 +94,7 @@ class Target:
 
     def start_command(self, image: Path | None = None) -> tuple[str, ...]:
         """The command of a fresh process for the cold-start scenario."""
-        start = {
-            "engine": self.arguments(None),
-            "image": None if image is None else str(image.resolve()),
-        }
+        start = {"engine": self.arguments(None), "image": image and str(image.resolve())}
         return (sys.executable, "-m", "molmo_edge.bench.coldstart", json.dumps(start))
 
 
@@ -132,11 +119,9 @@ def of(vlm: Any) -> Environment:
 
 
 def detected_device() -> Device:
-    """The device that the engine runs on, as the document has it."""
     return Device.model_validate(vllm_args.engine_device().as_dict())
 
 
 def software_line(environment: Environment) -> str:
-    """The versions in one line, for every printed table."""
     known = environment.software
     return ", ".join(f"{label} {known.get(name) or 'unknown'}" for name, label in PACKAGES.items())

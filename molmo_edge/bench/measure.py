@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -53,13 +53,8 @@ SAVE_EVERY_S = 5.0
 class RunOptions:
     """How long to measure, and with which requests.
 
-    Attributes:
-        iterations, max_iterations: of a row; beyond the minimum, until its interval is narrow.
-        time_limit_s: of each scenario. Its rows have equal parts of it, and end with them.
-        batches, users: sizes of batches, and numbers of concurrent users.
-        fps: of the camera, frames per second.
-        starts: cold starts with disk caches present.
-        frames: numbers of frames of the videos.
+    Beyond ``iterations`` a row goes on until its interval is narrow. Rows have equal parts of a
+    scenario's time limit. ``starts`` are cold starts with disk caches present.
     """
 
     iterations: int = 10
@@ -76,10 +71,9 @@ class RunOptions:
 
     @classmethod
     def choose(cls, random_weights: bool, quick: bool = False, **values: Any) -> RunOptions:
-        """The given options that are not None; defaults depend on the weights.
+        """The given options that are not None, and defaults for the weights.
 
-        Random weights never end an answer by themselves, so their answers have a fixed length, as
-        those of a quick run have; and the stub is tried by people who wait.
+        Random weights never end an answer by themselves, and the stub is tried by people who wait.
         """
         known = {name: value for name, value in values.items() if value is not None}
         defaults: dict[str, Any] = {"max_iterations": 2 * known.get("iterations", cls.iterations)}
@@ -128,14 +122,12 @@ class Bench:
         return None if case.image is None else fresh(case.image, next(self._numbers))
 
     def save_now(self) -> None:
-        """Save the document as it is."""
         self.save(self.document)
         self._saved_at = self.clock()
 
     @contextmanager
     def scenario(self, name: str, title: str) -> Iterator[None]:
-        """A failure inside is noted, and raised only if the engine is gone; rows measured before
-        it stay."""
+        """A failure inside is noted, and raised only if the engine is gone."""
         scenario = Scenario(name=name, title=title)
         self.document.scenarios.append(scenario)
         try:
@@ -168,10 +160,7 @@ class Bench:
         ``caches`` is what the row claims about reuse; ``None``: nothing.
         """
         row = Row(
-            name=case.name,
-            title=title or case.title,
-            conditions=dict(conditions),
-            prompt=case.question,
+            name=case.name, title=title or case.title, conditions=conditions, prompt=case.question
         )
         self.document.scenarios[-1].rows.append(row)
         sampler = Sampler() if self.sensors else None
@@ -190,7 +179,7 @@ class Bench:
             summarise(row)
             row.counts.setdefault("failed", len(row.samples) - len(row.succeeded))
             if caches is not None:
-                row.caches = cache_proof(row, caches)
+                row.caches = cache_proof(row, "on" if caches else "off")
             if sampler is not None:
                 shape = None if self.vlm is None else self.vlm.shape
                 row.ceiling = ceilings.of(row, self.document.environment, shape, sampler.summary())
@@ -220,7 +209,6 @@ class Bench:
         return sample
 
     def sampling(self, case: Case) -> dict[str, Any]:
-        """The options of a request."""
         crops = {} if case.max_crops is None else {"max_crops": case.max_crops}
         return {
             "max_tokens": self.options.max_tokens,
@@ -247,18 +235,17 @@ class Bench:
     def repeat(self, row: Row, once: Callable[[int], None]) -> None:
         """Call ``once(iteration)``, which adds to ``row``, until there is a reason to stop.
 
-        Raises:
-            BenchmarkError: several iterations in a row failed altogether.
+        Raises BenchmarkError if several iterations in a row failed altogether.
         """
         deadline = self.clock() + self.row_limit_s
         for iteration in itertools.count():
             once(iteration)
             recent = [s for s in row.samples if s.iteration > iteration - FAILURES_IN_A_ROW]
             if iteration + 1 >= FAILURES_IN_A_ROW and all(s.error for s in recent):
-                raise BenchmarkError(
-                    f"{FAILURES_IN_A_ROW} iterations in a row failed: {recent[-1].error}"
-                )
-            if iteration + 1 >= self.options.iterations and is_narrow(row):
+                error = recent[-1].error
+                raise BenchmarkError(f"{FAILURES_IN_A_ROW} iterations in a row failed: {error}")
+            speeds = [speed for _, speed in speeds_of(row)]
+            if iteration + 1 >= self.options.iterations and stats.is_narrow(speeds):
                 row.stopped = "narrow"
             elif iteration + 1 >= self.options.max_iterations:
                 row.stopped = "cap"
@@ -269,7 +256,6 @@ class Bench:
 
 
 def message(exc: BaseException) -> str:
-    """The error as documents have it."""
     return f"{type(exc).__name__}: {exc}"
 
 
@@ -283,13 +269,6 @@ def sample_of(result: Result, iteration: int) -> Sample:
             computed = sample.prompt_tokens - (sample.cached_tokens or 0)
             sample.prompt_tps = computed / sample.prefill_s
     return sample
-
-
-def is_narrow(row: Row) -> bool:
-    """Whether the row is steady and its mean speed known well enough."""
-    speeds = [speed for _, speed in speeds_of(row)]
-    start = stats.steady_state(speeds).start
-    return start is not None and stats.narrow_enough(speeds[start:])
 
 
 def speeds_of(row: Row) -> list[tuple[int, float]]:
@@ -328,12 +307,9 @@ def _summaries(samples: Sequence[Sample], waves: Sequence[Wave]) -> dict[str, Su
     return {name: summary for name, summary in summaries.items() if summary is not None}
 
 
-def cache_proof(row: Row, on: bool) -> CacheProof:
+def cache_proof(row: Row, mode: Literal["on", "off"]) -> CacheProof:
     """Compare what the row claims about reuse with the engine's own counter."""
     counts = [s.cached_tokens for s in row.succeeded if s.cached_tokens is not None]
-    proved = None
-    if counts and len(counts) == len(row.succeeded):
-        proved = (max(counts) > 0) is on
-    return CacheProof(
-        mode="on" if on else "off", cached_tokens=max(counts, default=None), proved=proved
-    )
+    counted = counts and len(counts) == len(row.succeeded)
+    proved = (mode == "on") is (max(counts) > 0) if counted else None
+    return CacheProof(mode=mode, cached_tokens=max(counts, default=None), proved=proved)

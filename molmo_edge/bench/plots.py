@@ -6,7 +6,7 @@ Each function draws documents on axes and returns the caption of what it drew.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -133,21 +133,11 @@ def devices(documents: Sequence[Document], axes: Axes) -> str:
     return "Output tokens over whole request time, all iterations; bars of one standard deviation."
 
 
-PLOTS: dict[str, Callable[[Sequence[Document], Axes], str]] = {
-    "speed": speed,
-    "latencies": latencies,
-    "waterfall": waterfall,
-    "concurrency": concurrency,
-    "devices": devices,
-}
+PLOTS = {draw.__name__: draw for draw in (speed, latencies, waterfall, concurrency, devices)}
 
 
 def figures(documents: Sequence[Document]) -> dict[str, tuple[Figure, str]]:
-    """Every plot the documents have something for, and its caption, by name.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-    """
+    """Every plot the documents have something for, and its caption, by name."""
     try:
         from matplotlib.figure import Figure as Canvas
     except ImportError as exc:

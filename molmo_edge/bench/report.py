@@ -82,7 +82,6 @@ PAGE_ONLY = ("preproc ms", "ttft p99", "itl ms", "itl p99")
 
 
 def grid(scenario: Scenario, *, full: bool = True) -> str:
-    """The scenario's rows, without columns in which nothing is known."""
     heads = [head for head in COLUMNS if full or head not in PAGE_ONLY]
     lines = [[COLUMNS[head](row) for head in heads] for row in scenario.rows]
     return tables.table(heads, lines, keep=3)
@@ -152,12 +151,10 @@ def head(document: Document) -> Iterator[str]:
 
 
 def terminal(document: Document) -> str:
-    """A result in Markdown for a terminal."""
     return tables.page(_parts(document, full=False))
 
 
 def markdown(document: Document) -> str:
-    """A result as one Markdown page."""
     name = document.label or document.environment.model.name or ""
     title = f"# Benchmark {tables.escape(name)}".rstrip()
     return tables.page([title, *_parts(document, full=True)])
@@ -223,8 +220,7 @@ figure svg { width: 100%; height: auto; }
 def html(documents: Sequence[Document]) -> str:
     """One page about one or more results; with several, the comparison comes first.
 
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
+    Raises MissingDependencyError if matplotlib is not installed.
     """
     names = head_names(documents)
     title = f"Benchmark: {', '.join(names)}"

@@ -66,7 +66,6 @@ def rows_of(name: str, bench: Bench) -> list[Callable[[], None]]:
 
 
 def image_cases(bench: Bench) -> list[Case]:
-    """The cases that have an image; BenchmarkError if there are none."""
     cases = [case for case in bench.cases if case.image is not None]
     if not cases:
         raise BenchmarkError("this scenario needs at least one image; give --image")
@@ -74,11 +73,7 @@ def image_cases(bench: Bench) -> list[Case]:
 
 
 def choose(names: Sequence[str]) -> list[str]:
-    """These scenarios, or those of "all", in the order in which each engine is built once.
-
-    Raises:
-        BenchmarkError: a name is not a scenario.
-    """
+    """These scenarios, or those of "all", in the order in which each engine is built once."""
     for name in names:
         if name not in (*SCENARIOS, "all"):
             raise BenchmarkError(
@@ -88,12 +83,9 @@ def choose(names: Sequence[str]) -> list[str]:
 
 
 def run(bench: Bench, open_engine: Open, names: Sequence[str] = ("report",)) -> Document:
-    """Run scenarios; the document says what is missing, if anything is.
+    """Run scenarios; the document says what is missing, after Ctrl-C too.
 
-    Ctrl-C ends the run but not the result, which comes back with ``complete`` false.
-
-    Raises:
-        MolmoEdgeError: the first engine could not be started, or a scenario is unknown.
+    Raises MolmoEdgeError if the first engine could not be started, or a scenario is unknown.
     """
     chosen, document = choose(names), bench.document
     try:

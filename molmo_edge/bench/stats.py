@@ -38,13 +38,9 @@ RULES = {
 
 
 def summarize(values: Sequence[float]) -> Summary | None:
-    """Summarize a series in its own unit; ``None`` for an empty series.
+    """Summarize a series in its own unit; what needs more samples than there are is ``None``.
 
-    ``std`` is the sample deviation (n - 1), percentiles interpolate linearly, and the interval
-    bounds the mean. What needs more samples than there are is ``None``.
-
-    Raises:
-        ValueError: a value is NaN or infinite.
+    ``std`` is the sample deviation (n - 1), and the interval bounds the mean.
     """
     series = np.asarray(values, dtype=float)
     if not series.size:
@@ -113,10 +109,11 @@ def steady_state(speeds: Sequence[float]) -> Warmup:
     return Warmup(start=start if series.size - start >= MIN_STEADY else None, slowed=faster)
 
 
-def narrow_enough(steady: Sequence[float]) -> bool:
-    """Whether the interval of the mean lies within ``WIDTH`` of it on both sides."""
-    interval = mean_interval(steady)
-    if interval is None or len(steady) < MIN_STEADY:
+def is_narrow(speeds: Sequence[float]) -> bool:
+    """Whether there is a steady state, and its mean is known within ``WIDTH`` on both sides."""
+    start = steady_state(speeds).start
+    interval = None if start is None else mean_interval(speeds[start:])
+    if interval is None:
         return False
-    mean = float(np.mean(steady))
-    return max(mean - interval[0], interval[1] - mean) <= WIDTH * abs(mean)
+    mean = float(np.mean(speeds[start:]))
+    return max(mean - interval[0], interval[1] - mean) <= WIDTH * mean

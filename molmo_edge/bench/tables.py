@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 from markdown_it import MarkdownIt
-from rich.console import Console, JustifyMethod
+from rich.console import JustifyMethod
 from rich.markdown import Markdown, TableDataElement
 
 from molmo_edge.bench.document import Summary
@@ -20,9 +20,9 @@ def number(value: float | None, digits: int = 1, scale: float = 1.0) -> str:
     return UNKNOWN if value is None else f"{value * scale:.{digits}f}"
 
 
-def percent(value: float | None) -> str:
+def percent(value: float | None, digits: int = 0) -> str:
     """A fraction as a percentage, or a dash."""
-    return UNKNOWN if value is None else f"{value:.0%}"
+    return UNKNOWN if value is None else f"{value:.{digits}%}"
 
 
 def interval(summary: Summary) -> str:
@@ -51,7 +51,6 @@ def table(heads: Sequence[str], lines: Sequence[Sequence[str]], *, keep: int = 1
 
 
 def items(lines: Iterable[str]) -> str:
-    """A list."""
     return "\n".join(f"- {escape(line)}" for line in lines)
 
 
@@ -73,13 +72,10 @@ class _Cell(TableDataElement):
         self.content.overflow = "fold"
 
 
-class _Page(Markdown):
+class Page(Markdown):
+    """A page that rich prints on a terminal."""
+
     elements: ClassVar = {**Markdown.elements, "td_open": _Cell}
-
-
-def show(markdown: str, console: Console) -> None:
-    """Print a page on a terminal."""
-    console.print(_Page(markdown))
 
 
 def html(markdown: str) -> str:

@@ -27,7 +27,6 @@ from molmo_edge.cli.common import (
     ConfigOption,
     JsonOption,
     ProfileOption,
-    console,
     messages,
     show,
     with_options,
@@ -84,16 +83,6 @@ class TargetOptions:
     max_num_seqs: Annotated[int | None, Option(help="Requests decoded together.")] = None
     profile: ProfileOption = None
 
-    def target(self) -> Target:
-        """The engine, not yet started."""
-        options = dict(vars(self))
-        return Target.choose(options.pop("model"), options.pop("config"), options)
-
-    def variants(self) -> dict[str, Target]:
-        """Label → engine for each value of the option that has several."""
-        options = dict(vars(self))
-        return Target.variants(options.pop("model"), options.pop("config"), options)
-
 
 @dataclass(frozen=True)
 class MeasureOptions:
@@ -143,7 +132,7 @@ def bench(
     if ctx.invoked_subcommand is not None:
         return
     names = scenarios.choose(scenario or ["report"])
-    target = engine.target()
+    target = Target.choose(**vars(engine))
     chosen = case_set.own(image, question) if image else case_set.standard()
     if quick:
         chosen = (case_set.small(chosen[0]),)
@@ -169,15 +158,8 @@ def bench(
 
 def output_result(document: documents.Part, page: str, path: Path, as_json: bool) -> None:
     """Print a result, and where its files are."""
-    write(documents.dumps(document)) if as_json else print_page(page)
+    write(documents.dumps(document)) if as_json else show(tables.Page(page))
     messages.print(f"written: {path} and {path.with_suffix('.md').name}", soft_wrap=True)
-
-
-def print_page(page: str) -> None:
-    """Print Markdown as a terminal shows it."""
-    with console.capture() as shown:
-        tables.show(page, console)
-    write(shown.get())
 
 
 @app.command(name="compare")
@@ -195,7 +177,7 @@ def compare_results(
     if as_json:
         write(json.dumps(asdict(made), indent=1, ensure_ascii=False) + "\n")
     else:
-        print_page(tables.page([made.table(), made.details()]))
+        show(tables.Page(tables.page([made.table(), made.details()])))
     if strict and made.flags:
         raise typer.Exit(1)
 
@@ -229,7 +211,7 @@ def drift_command(
 
     One option has several values, the reference first: --kv-cache-dtype auto,fp8.
     """
-    chosen = engine.variants()
+    chosen = Target.variants(**vars(engine))
     path = documents.result_path(output, f"drift-{next(iter(chosen.values())).name}")
     document = drifts.run(
         chosen,
@@ -259,7 +241,7 @@ def accuracy_command(
 
     One option may have several values, such as --kv-cache-dtype auto,fp8: a column for each.
     """
-    chosen = engine.variants()
+    chosen = Target.variants(**vars(engine))
     path = documents.result_path(output, f"accuracy-{next(iter(chosen.values())).name}")
     with working("Starting …") as update:
         document = accuracies.run(

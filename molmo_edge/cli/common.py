@@ -130,7 +130,6 @@ class SamplingOptions:
     timeout: Annotated[float | None, typer.Option(help="Seconds for one answer.")] = None
 
     def given(self) -> dict[str, Any]:
-        """What the user gave; the library chooses the rest."""
         return {name: v for name, v in vars(self).items() if v is not None}
 
 
@@ -138,7 +137,6 @@ class Commands(TyperGroup):
     """Turns errors of molmo_edge and of output into one line and exit status 2."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Parse the arguments and run the command."""
         try:
             if sys.stdout is None:
                 raise OSError("standard output is closed")
@@ -148,7 +146,6 @@ class Commands(TyperGroup):
             sys.exit(2)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
         try:
             return super().invoke(ctx)
         except OSError as exc:  # here, as a broken pipe would be exit status 1
@@ -228,7 +225,6 @@ def notice(vlm: EdgeVLM) -> str | None:
 
 
 def warn_notice(vlm: EdgeVLM) -> None:
-    """Print the notice of a built-in model on standard error."""
     if text := notice(vlm):
         warn(text)
 
@@ -279,7 +275,6 @@ def warn(text: str, style: str = "yellow") -> None:
 
 
 def result_dict(result: Result) -> dict[str, Any]:
-    """A result as plain values for JSON."""
     return {
         "text": result.text,
         "finish_reason": result.finish_reason,

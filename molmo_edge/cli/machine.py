@@ -25,7 +25,7 @@ from molmo_edge.devices.profiles import load_profile, profile_names, select_prof
 from molmo_edge.errors import ModelError
 
 if TYPE_CHECKING:
-    from molmo_edge.devices.plan import Plan, VisualPlan
+    from molmo_edge.devices.plan import Plan
 
 app = typer.Typer()
 config_app = typer.Typer(help="The settings and the source of each.")
@@ -127,8 +127,16 @@ def _plan_lines(plan: Plan) -> Iterator[RenderableType]:
         f"Request  {plan.prompt_tokens:,} prompt and {plan.output_tokens:,} output tokens, KV "
         f"cache {plan.kv_cache_dtype}: {plan.kv_bytes_per_token:,} bytes per token"
     )
-    if plan.visuals is not None:
-        yield Text(_visual_lines(plan.visuals))
+    if (visuals := plan.visuals) is not None:
+        images = ", ".join(f"{size} {tokens:,}" for size, tokens in visuals.image_tokens.items())
+        encode, prefill = visuals.encode_bytes / 1e9, visuals.prefill_bytes / 1e9
+        yield Text(
+            f"Images   {images} tokens\n"
+            f"Video    {visuals.frames} frames, {visuals.seconds:g} s at 2 frames/s, in "
+            f"{visuals.max_model_len:,} tokens\n"
+            f"Peak     at most {encode:.1f} GB to encode and {prefill:.1f} GB to prefill "
+            f"{visuals.max_model_len:,} tokens"
+        )
     table = Table("precision", box=SIMPLE)
     names = ("weights\nGB", "longest\nrequest", "requests\nthat fit", "GB per\nstep", "tok/s",
              f"tok/s of\n{plan.batch} together")  # fmt: skip
@@ -147,17 +155,6 @@ def _plan_lines(plan: Plan) -> Iterator[RenderableType]:
     yield table
     notes = [f"{row.precision}: {row.note}" for row in plan.rows if row.note]
     yield Text("\n".join(f"· {note}" for note in [*notes, *plan.notes]))
-
-
-def _visual_lines(visuals: VisualPlan) -> str:
-    images = ", ".join(f"{size} {tokens:,}" for size, tokens in visuals.image_tokens.items())
-    return (
-        f"Images   {images} tokens\n"
-        f"Video    {visuals.frames} frames, {visuals.seconds:g} s at 2 frames/s, in "
-        f"{visuals.max_model_len:,} tokens\n"
-        f"Peak     at most {visuals.encode_bytes / 1e9:.1f} GB to encode and "
-        f"{visuals.prefill_bytes / 1e9:.1f} GB to prefill {visuals.max_model_len:,} tokens"
-    )
 
 
 def _number(value: float | None, scale: float = 1, form: str = ",.0f") -> str:

@@ -185,16 +185,7 @@ def test_the_command_has_a_column_for_each_value(
 
     monkeypatch.setattr(Target, "open", build)
     path = tmp_path / "a.json"
-    arguments = [
-        "accuracy",
-        "--scenes",
-        str(SCENES),
-        "--seed",
-        str(SEED),
-        "--output",
-        str(path),
-        "--model",
-    ]
+    arguments = f"accuracy --scenes {SCENES} --seed {SEED} --output {path} --model".split()
     run = CliRunner().invoke(cli.app, [*arguments, "good,bad"], env={"COLUMNS": "160"})
     assert run.exit_code == 0, run.output
     assert "model=good" in run.stdout and "model=bad" in run.stdout
@@ -204,5 +195,4 @@ def test_the_command_has_a_column_for_each_value(
     assert "| objects found | " in page and " | at least 90% | 100.0% | 0.0% |" in page
     strict = [CliRunner().invoke(cli.app, [*arguments, one, "--strict"]) for one in ("good", "bad")]
     assert [one.exit_code for one in strict] == [0, 1]
-    refused = CliRunner().invoke(cli.app, ["accuracy", "--model", "a,b", "--dtype", "c,d"])
-    assert refused.exit_code == 2 and "model and dtype have several values" in refused.stderr
+    assert CliRunner().invoke(cli.app, [*arguments, "a,b", "--dtype", "c,d"]).exit_code == 2

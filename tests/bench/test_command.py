@@ -62,7 +62,7 @@ def test_no_arguments_measure_the_three_cases_on_the_stub(
 
 
 def test_caches_are_off_unless_the_scenario_is_about_them() -> None:
-    target = Target.choose("m", None, {"max_crops": 4, "dtype": None})
+    target = Target.choose(model="m", max_crops=4, dtype=None)
     off = {"enable_prefix_caching": False}
     assert target.arguments(False) == {"model": "m", "max_crops": 4, **off}
     assert target.arguments(True)["enable_prefix_caching"] is True
@@ -73,17 +73,17 @@ def test_a_model_from_the_environment_or_a_file_beats_the_stub(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("MOLMO_EDGE_MODEL", raising=False)
-    assert Target.choose(None, None, {}).random_weights
-    assert not Target.choose(None, None, {}, default=DEMO).random_weights
+    assert Target.choose().random_weights
+    assert not Target.choose(DEMO).random_weights
     Path(".env").write_text("MOLMO_EDGE_MODEL=m\nMOLMO_EDGE_LOAD_FORMAT=dummy\n")
-    assert Target.choose(None, None, {}).model == "m"
-    assert Target.choose("n", None, {}).random_weights
+    assert Target.choose().model == "m"
+    assert Target.choose(model="n").random_weights
     Path(".env").unlink()
     assert Target("m", None, {"load_format": "dummy"}).random_weights
     Path("thor.toml").write_text('model = "of-the-file"')
-    assert Target.choose(None, Path("thor.toml"), {}).model == "of-the-file"
+    assert Target.choose(config=Path("thor.toml")).model == "of-the-file"
     monkeypatch.setenv("MOLMO_EDGE_MODEL", "/models/molmo")
-    assert Target.choose(None, None, {}).model == "/models/molmo"
+    assert Target.choose().model == "/models/molmo"
 
 
 def test_json_of_the_users_own_image_goes_to_standard_output_alone(

@@ -71,18 +71,18 @@ def test_points_are_compared_in_pixels_and_answers_by_their_first_difference() -
 
 def test_one_option_varies_and_its_first_value_is_the_reference() -> None:
     given = {"kv_cache_dtype": "auto, fp8", "precision": "bf16"}
-    variants = Target.variants("m", None, given)
+    variants = Target.variants(model="m", **given)
     assert list(variants) == ["kv_cache_dtype=auto", "kv_cache_dtype=fp8"]
     options = variants["kv_cache_dtype=fp8"].options
     assert options == {"precision": "bf16", "kv_cache_dtype": "fp8"}
-    crops = Target.variants("m", None, {"max_crops": "1,4"})
+    crops = Target.variants(model="m", max_crops="1,4")
     assert [target.options["max_crops"] for target in crops.values()] == [1, 4]
-    models = Target.variants("m,n", None, {})
+    models = Target.variants(model="m,n")
     assert [target.model for target in models.values()] == ["m", "n"]
-    assert Target.variants("m", None, {}) == {"m": Target("m")}
-    assert list(Target.variants(None, None, {})) == ["demo"]
+    assert Target.variants(model="m") == {"m": Target("m")}
+    assert list(Target.variants(model=None, config=None)) == ["demo"]
     with pytest.raises(BenchmarkError, match="dtype and precision have several"):
-        Target.variants("m", None, {"dtype": "a,b", "precision": "c,d"})
+        Target.variants(model="m", dtype="a,b", precision="c,d")
     with pytest.raises(BenchmarkError, match="several values, the reference first"):
         drift.run({"m": Target("m")}, [CASE])
 
@@ -90,16 +90,14 @@ def test_one_option_varies_and_its_first_value_is_the_reference() -> None:
 @pytest.mark.parametrize(
     ("shift", "max_kl", "passed"), [(0.0, 0.05, True), (-0.5, 0.05, False), (-0.5, 1.0, True)]
 )
-def test_the_verdict_follows_the_bounds(shift: float, max_kl: float, passed: bool) -> None:
+def test_the_verdict_follows_the_bounds(
+    shift: float, max_kl: float, passed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engines = {"auto": Scoring(), "fp8": Scoring(shift=shift)}
+    monkeypatch.setattr(Target, "open", lambda self, _: engines[self.options["kv_cache_dtype"]])
     saved: list[drift.DriftDocument] = []
-    result = drift.run(
-        Target.variants("m", None, {"kv_cache_dtype": "auto,fp8"}),
-        [CASE],
-        max_kl=max_kl,
-        open_engine=lambda target: engines[target.options["kv_cache_dtype"]],
-        save=saved.append,
-    )
+    variants = Target.variants(model="m", kv_cache_dtype="auto,fp8")
+    result = drift.run(variants, [CASE], max_kl=max_kl, save=saved.append)
     assert [one.passed for one in result.drifts] == [passed] and saved == [result]
     text = drift.markdown(result)
     assert "## kv_cache_dtype=fp8" in text and ("passed" if passed else "FAILED") in text

@@ -37,7 +37,7 @@ def test_decode_is_what_the_long_answer_takes_beyond_the_short_one() -> None:
     assert figures["ttft_s"]["median"] == pytest.approx(1.0)
     assert figures["cost_us"]["median"] == pytest.approx(50.0)
     assert figures["decode_tps"]["floor"]["median"] == pytest.approx(0.995)
-    assert "| CPU µs per token, ours − bare | 50.0" in overhead.table(figures)
+    assert "| CPU µs per token, ours − bare | 50.0" in overhead.markdown(figures)
     assert figures["passed"] and figures["equal_texts"] == 1.0 and figures["equal_prompts"]
 
 
