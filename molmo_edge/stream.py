@@ -139,7 +139,7 @@ def wait_any(streams: Collection[Stream]) -> None:
     loop = next(iter(streams))._loop
     loop.check_may_wait()
     left = [left for one in streams if (left := one._request.left_s()) is not None]
-    loop.wait(lambda: any(one.done for one in streams), min(left, default=None))
+    loop.changed.wait(lambda: any(one.done for one in streams), min(left, default=None))
     for one in streams:
         if one._request.left_s() == 0:
             loop.cancel(one._request, timed_out())

@@ -72,11 +72,11 @@ class EngineLoop:
         # Guards what follows; reentrant, since a finalizer may run while it is held.
         self._lock = threading.RLock()
         self._state = State.STARTING
-        self._cause: BaseException | None = None
+        self.cause: BaseException | None = None  # what killed the engine
         self._drain = False
         self._gone = False  # the engine's memory is freed
         self._in_flight = 0  # requests that the engine has or will have
-        self._changed = Waiters()  # for one of the above to change
+        self.changed = Waiters()  # for one of the above to change
         self._engine: Engine | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._active: dict[str, PendingRequest] = {}  # the engine thread's alone
@@ -91,11 +91,6 @@ class EngineLoop:
         since = self._quiet_since
         stalled = since is not None and time.monotonic() - since > self._stall_s
         return State.STALLED if stalled and self._state is State.READY else self._state
-
-    @property
-    def cause(self) -> BaseException | None:
-        """What killed the engine; None unless DEAD."""
-        return self._cause
 
     @property
     def engine(self) -> Engine:
@@ -141,17 +136,17 @@ class EngineLoop:
             except RuntimeError as exc:
                 _LIVE.discard(self)
                 raise EngineStartError("The system has no thread left for the engine.") from exc
-        self._changed.wait(lambda: self._state is not State.STARTING)
+        self.changed.wait(lambda: self._state is not State.STARTING)
         # After whatever the engine's own modules registered, so that at exit it runs first.
         atexit.unregister(_close_all)
         atexit.register(_close_all)
         if self.state is State.DEAD:
-            if isinstance(self._cause, MolmoEdgeError):
-                raise self._cause
+            if isinstance(self.cause, MolmoEdgeError):
+                raise self.cause
             raise EngineStartError(
-                f"The engine could not be built: {type(self._cause).__name__}. The chained error "
+                f"The engine could not be built: {type(self.cause).__name__}. The chained error "
                 "says why."
-            ) from self._cause
+            ) from self.cause
         self.check()
 
     def submit(self, request: PendingRequest, *, wait: bool = False) -> None:
@@ -164,19 +159,15 @@ class EngineLoop:
         """
         self.check_may_wait()
         while not self._try_submit(request, wait):
-            if not self._changed.wait(self._may_submit, request.left_s()):
+            if not self.changed.wait(self._may_submit, request.left_s()):
                 raise timed_out()
 
     async def async_submit(self, request: PendingRequest, *, wait: bool = False) -> None:
         """`submit` without blocking the event loop."""
         self.check_may_wait()
         while not self._try_submit(request, wait):
-            if not await self._changed.async_wait(self._may_submit, request.left_s()):
+            if not await self.changed.async_wait(self._may_submit, request.left_s()):
                 raise timed_out()
-
-    def wait(self, ready: Callable[[], bool], timeout: float | None) -> None:
-        """Wait for `ready()`, which is looked at when a request ends, or for `timeout` seconds."""
-        self._changed.wait(ready, timeout)
 
     def cancel(self, request: PendingRequest, error: MolmoEdgeError | None = None) -> None:
         """End a request early; from any thread, also when it has ended already."""
@@ -209,12 +200,12 @@ class EngineLoop:
                 results.append(function(self._engine))
             except BaseException as exc:
                 errors.append(exc)
-            self._changed.wake()
+            self.changed.wake()
 
         with self._lock:
             self.check()
             self._inbox.put(run)
-        self._changed.wait(lambda: bool(results or errors))
+        self.changed.wait(lambda: bool(results or errors))
         if errors:
             error = errors.pop()
             if type(error).__module__.startswith("vllm."):
@@ -232,11 +223,11 @@ class EngineLoop:
         self._inbox.put(lambda: None)  # wakes the thread
         if threading.current_thread() is self._thread:
             return False
-        return self._changed.wait(lambda: self._gone, timeout)
+        return self.changed.wait(lambda: self._gone, timeout)
 
     async def async_gone(self) -> None:
         """Wait for the end that `close` began."""
-        await self._changed.async_wait(lambda: self._gone)
+        await self.changed.async_wait(lambda: self._gone)
 
     def _is_owner(self) -> bool:
         """False in a forked child, where the engine's thread does not exist."""
@@ -258,7 +249,7 @@ class EngineLoop:
             self._drain = self._drain and drain
             if self._thread.ident is None:  # never started; `_run` looks at the state first
                 self._state, self._gone = State.CLOSED, True
-        self._changed.wake()
+        self.changed.wake()
 
     def _try_submit(self, request: PendingRequest, wait: bool) -> bool:
         self._check_owner()  # before the lock, which a forked child may have inherited locked
@@ -281,13 +272,13 @@ class EngineLoop:
 
     def _end_error(self) -> MolmoEdgeError:
         """The error of whatever the engine's end leaves unanswered."""
-        if self._cause is None:
+        if self.cause is None:
             return EngineClosedError("The engine was closed before the request finished.")
         error = EngineDeadError(
-            f"The engine died: {type(self._cause).__name__}. {advice(self._cause)}"
+            f"The engine died: {type(self.cause).__name__}. {advice(self.cause)}"
             "The chained error says why; restart() builds a new one."
         )
-        error.__cause__ = self._cause
+        error.__cause__ = self.cause
         return error
 
     # The engine's thread.
@@ -300,7 +291,7 @@ class EngineLoop:
                 with self._lock:
                     if self._state is State.STARTING:
                         self._state = State.READY
-                self._changed.wake()
+                self.changed.wake()
                 self._serve()
         except BaseException as exc:
             cause = exc
@@ -371,15 +362,15 @@ class EngineLoop:
         if self._active.pop(request.request_id, None) is not None:
             with self._lock:
                 self._in_flight -= 1
-            self._changed.wake()
+            self.changed.wake()
 
     def _end(self, cause: BaseException | None) -> None:
         """The last thing the thread does: wake every waiter, then free the engine."""
         with self._lock:
-            self._cause = cause
+            self.cause = cause
             if self._state in (State.STARTING, State.READY):
                 self._state = State.CLOSING if cause is None else State.DEAD
-        self._changed.wake()
+        self.changed.wake()
         engine, self._engine = self._engine, None
         if engine is not None:
             self._run_commands()
@@ -398,7 +389,7 @@ class EngineLoop:
             if self._state is State.CLOSING:
                 self._state = State.CLOSED
             self._gone = True
-        self._changed.wake()
+        self.changed.wake()
 
 
 # Engines whose threads run; their threads hold them anyway.

@@ -94,7 +94,7 @@ def test_an_interrupted_call_leaves_the_next_one_right(interrupted: Interrupted,
     with opened(fake, max_queue=1 if kind == "room" else 8) as vlm:
         other = vlm.stream(None, "q", **FOREVER) if kind == "room" else None
         waits = {
-            "room": lambda: eventually(lambda: vlm._loop._changed._waiters),
+            "room": lambda: eventually(lambda: vlm._loop.changed._waiters),
             "call": lambda: time.sleep(0.05),
         }
         wait = waits.get(kind, lambda: fake.wait_for("step", 20))
@@ -119,7 +119,7 @@ def test_interrupts_at_random_moments_leave_no_lock_and_no_request(
             hits += interrupted(calls[kind], lambda: time.sleep(dice.random() * 0.004))
             assert vlm.query(None, f"n{i}", timeout=60).text == f"n{i} {WORDS}"
         assert_all_ended(vlm, fake)
-        assert vlm._loop._changed._waiters == []
+        assert vlm._loop.changed._waiters == []
         eventually(lambda: _LIVE - before == {vlm._loop})
     assert hits > 30
 

@@ -122,7 +122,7 @@ def test_a_full_queue_refuses_at_once_or_waits_for_room_until_the_deadline() -> 
         with pytest.raises(RequestTimeout):
             vlm.query(None, "c", timeout=0.02)
         with meanwhile(lambda: vlm.query(None, "d", timeout=100).text) as answer:
-            eventually(lambda: vlm._loop._changed._waiters)
+            eventually(lambda: vlm._loop.changed._waiters)
             step.set()
         assert answer.result() == f"d {WORDS}"
         assert [s.result().text for s in held] == [f"a {WORDS}", f"b {WORDS}"]
@@ -138,6 +138,6 @@ def test_waiting_for_room_ends_with_the_engine() -> None:
     requests = [Request(None, t) for t in "abc"]
     with opened(fake, max_queue=1) as vlm:
         with meanwhile(lambda: vlm.batch(requests, return_exceptions=True)) as results:
-            eventually(lambda: vlm._loop._changed._waiters)
+            eventually(lambda: vlm._loop.changed._waiters)
             step.set()
         assert [type(end) for end in results.result()] == [EngineDeadError] * 3
