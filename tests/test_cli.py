@@ -23,7 +23,7 @@ from molmo_edge import EdgeVLM
 from molmo_edge.bench.scenes import Scene, Shape
 from molmo_edge.cli import common, verbs
 from molmo_edge.cli.app import main
-from molmo_edge.engine.fake import FakeEngine, FakeFactory
+from molmo_edge.engine.fake import FakeFactory
 from molmo_edge.models.hub import DEMO, DEMO_DIRECTORY, NOTICES, STUBS
 from molmo_edge.video import VideoLimits, load_video, write_video
 
@@ -58,11 +58,6 @@ class Ended:
 
 
 Run = Callable[..., Ended]
-
-
-@pytest.fixture
-def fake() -> FakeFactory:
-    return FakeEngine.factory(ANSWERS)
 
 
 @pytest.fixture

@@ -105,12 +105,10 @@ def test_refused_files_are_image_errors(name: str, tmp_path: Path) -> None:
         assert (name in str(caught.value)) == (image is path)
 
 
-@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "bmp"])
-def test_an_image_over_the_pixel_cap_is_refused_from_its_header(
-    kind: str, little_memory: None
-) -> None:
-    with pytest.raises(ImageError, match=r"pixels|DecompressionBomb"):
-        load(REFUSED[f"huge.{kind}"])
+def test_an_image_over_the_pixel_cap_is_refused_from_its_header(little_memory: None) -> None:
+    for kind in ("jpeg", "png", "webp", "bmp"):
+        with pytest.raises(ImageError, match=r"pixels|DecompressionBomb"):
+            load(REFUSED[f"huge.{kind}"])
 
 
 def test_files_decode_as_pillow_decodes_them() -> None:
@@ -153,14 +151,6 @@ def test_metadata_bombs_take_no_time() -> None:
 
 
 # Paths
-
-
-@pytest.mark.parametrize(
-    "url", ["http://host/a.png", "  HTTPS://host/a", "file:///etc/a", "data:image/png,A", ""]
-)
-def test_nothing_is_fetched(url: str) -> None:
-    with pytest.raises(ImageError, match="fetches nothing"):
-        load(url)
 
 
 @pytest.mark.parametrize(
@@ -284,12 +274,9 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(mode: str) -> None:
     for column, value in enumerate(values):
         image.putpixel((column, 0), value)
     assert [pixel[0] for pixel in pixels(load(image))] == [round(value / 257) for value in values]
-
-
-@pytest.mark.parametrize("value", [-1, 65536, 2**31 - 1])
-def test_values_beyond_sixteen_bits_are_refused(value: int) -> None:
-    with pytest.raises(ImageError, match=r"0\.\.65535"):
-        load(Image.new("I", (2, 2), value))
+    for value in (-1, 65536, 2**31 - 1):
+        with pytest.raises(ImageError, match=r"0\.\.65535"):
+            load(Image.new("I", (2, 2), value))
 
 
 # PIL images and arrays
@@ -331,6 +318,8 @@ def test_lazy_images_of_other_formats_are_not_decoded(
 @pytest.mark.parametrize(
     ("image", "why"),
     [
+        *((url, "fetches nothing") for url in ("http://host/a.png", "  HTTPS://host/a", "")),
+        *((url, "fetches nothing") for url in ("file:///etc/a", "data:image/png,A")),
         (None, "type NoneType"),
         (["a.png"], "type list"),
         (np.zeros((4, 5, 3), np.float32), r"float32 of shape \(4, 5, 3\)"),
@@ -339,9 +328,8 @@ def test_lazy_images_of_other_formats_are_not_decoded(
         (np.zeros((0, 5, 3), np.uint8), "empty"),
         (np.broadcast_to(np.uint8(0), (100_000, 100_000, 3)), "max_image_pixels"),
     ],
-    ids=["none", "list", "float", "rgba", "object", "empty", "huge-view"],
 )
-def test_other_types_and_arrays_are_refused_by_type_and_shape(image: Any, why: str) -> None:
+def test_urls_other_types_and_arrays_are_refused(image: Any, why: str) -> None:
     with pytest.raises(ImageError, match=why):
         load(image)
 

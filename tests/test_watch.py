@@ -37,9 +37,11 @@ from molmo_edge.errors import (
 )
 from molmo_edge.images import ImageLimits, load
 from molmo_edge.watch import Camera, Seen
+from tests.engine.support import eventually, meanwhile
 from tests.image_files import encode
 
 cv2 = pytest.importorskip("cv2")
+ANSWERS = "A cup."
 
 
 def image(value: int = 0) -> np.ndarray:
@@ -53,16 +55,8 @@ def value(seen: Seen) -> int:
 @pytest.fixture(autouse=True)
 def _no_thread_is_left() -> Iterator[None]:
     yield
-    deadline = time.monotonic() + 5
-    while left := [t.name for t in threading.enumerate() if t.name == "molmo-edge-camera"]:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.01)
-
-
-@pytest.fixture
-def vlm() -> Iterator[EdgeVLM]:
-    with EdgeVLM(engine=FakeEngine.factory("A cup.")) as vlm:
-        yield vlm
+    names = {"molmo-edge-camera"}
+    eventually(lambda: names.isdisjoint(thread.name for thread in threading.enumerate()))
 
 
 class Source:
@@ -181,6 +175,9 @@ def test_frames_of_a_window_are_as_far_apart_as_max_fps_says(vlm: EdgeVLM) -> No
     assert all(gap >= 1 / 20 for gap in np.diff(last.video.timestamps)[:-1])
 
 
+FILLED = ["array", "bytearray", "memoryview", "file", "lazy", "path", "painted", "over a buffer"]
+
+
 def refilled(kind: str, directory: Path) -> Iterator[Any]:
     """Frames of values 0 to 2, all in the memory, or file, of the first."""
     array, grey = image(), np.zeros((8, 12), np.uint8)
@@ -207,9 +204,7 @@ def refilled(kind: str, directory: Path) -> Iterator[Any]:
         yield Image.open(file) if kind == "lazy" else sources[kind]
 
 
-@pytest.mark.parametrize(
-    "kind", ["array", "bytearray", "memoryview", "file", "lazy", "path", "painted", "over a buffer"]
-)
+@pytest.mark.parametrize("kind", FILLED)
 def test_a_buffer_that_is_filled_again_does_not_change_a_frame(kind: str, tmp_path: Path) -> None:
     def answer(turns: Any) -> str:
         frames = turns[0].video.frames if turns[0].video else turns[0].images
@@ -264,13 +259,11 @@ def test_watch_points_counts_and_draws() -> None:
         [counted] = asyncio.run(count())
         assert counted.count is not None and counted.count.number == 1
         assert counted.points is counted.count.points
-        for wrong, error in (
-            ({"point": "a", "count": "b"}, ConfigError),
-            ({"question": "q", "point": "a"}, ConfigError),
-            ({"point": ""}, PromptError),
-            ({"count": "<"}, PromptError),
-        ):
-            with pytest.raises(error):
+        for wrong in ({"point": "a", "count": "b"}, {"question": "q", "point": "a"}):
+            with pytest.raises(ConfigError):
+                vlm.watch(frames, **wrong)
+        for wrong in ({"point": ""}, {"count": "<"}):
+            with pytest.raises(PromptError):
                 vlm.watch(frames, **wrong)
 
 
@@ -297,8 +290,7 @@ def test_latency_counts_the_wait_for_earlier_frames() -> None:
     with contextlib.closing(Camera([image(1), image(2)])) as camera:
         first = camera.next_frame()
         assert first is not None and camera._reader is not None
-        while not camera._reader._waiting:
-            time.sleep(0.001)
+        eventually(lambda: camera._reader and camera._reader._waiting)
         answered = first.answered(None, None)
         second = camera.next_frame()
         assert second is not None and second.captured_s <= answered.answered_s
@@ -378,11 +370,8 @@ def test_ctrl_c_while_waiting_for_a_frame_leaves_nothing_behind(vlm: EdgeVLM) ->
         signal.pthread_kill(main, signal.SIGINT)
         camera.end()
 
-    interrupter = threading.Thread(target=interrupt)
-    interrupter.start()
-    with pytest.raises(KeyboardInterrupt):
+    with meanwhile(interrupt), pytest.raises(KeyboardInterrupt):
         next(vlm.watch(camera, frame_timeout=None))
-    interrupter.join()
     assert camera.closed == 1
     assert [value(one) for one in vlm.watch([image(1), image(2)])] == [1, 2]
 
@@ -409,12 +398,8 @@ def test_a_frame_that_cannot_be_rendered_does_not_end_the_watch_but_a_question_d
             with pytest.raises(PromptError):
                 list(seen)
         else:
-            assert [isinstance(one.error, InputError) for one in seen] == [
-                False,
-                True,
-                False,
-                False,
-            ]
+            refused = [isinstance(one.error, InputError) for one in seen]
+            assert refused == [False, True, False, False]
 
 
 def test_what_would_fail_for_every_frame_is_refused_at_once(vlm: EdgeVLM) -> None:
@@ -504,13 +489,18 @@ def test_opencv_frames_are_converted_to_rgb_and_the_device_is_released(
     assert [(value(one), one.index, one.skipped) for one in seen] == [(1, 0, 1), (2, 1, 3)]
 
 
-def test_a_broken_frame_does_not_end_a_video_file(vlm: EdgeVLM, tmp_path: Path) -> None:
-    path = tmp_path / "clip.mp4"
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 500.0, (64, 48))
-    noise = np.random.default_rng(0).integers(0, 256, (12, 48, 64, 3), np.uint8)
-    for frame in noise:
+def write_clip(path: Path, codec: str, fps: float, frames: np.ndarray) -> Path:
+    size = frames.shape[2], frames.shape[1]
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), fps, size)
+    for frame in frames:
         writer.write(frame)
     writer.release()
+    return path
+
+
+def test_a_broken_frame_does_not_end_a_video_file(vlm: EdgeVLM, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (12, 48, 64, 3), np.uint8)
+    path = write_clip(tmp_path / "clip.mp4", "mp4v", 500.0, noise)
     data = path.read_bytes()
     third, sixth = len(data) // 3, len(data) // 6
     path.write_bytes(data[:third] + bytes(sixth) + data[third + sixth :])
@@ -519,11 +509,8 @@ def test_a_broken_frame_does_not_end_a_video_file(vlm: EdgeVLM, tmp_path: Path) 
 
 
 def test_a_video_file_is_played_at_its_own_speed_and_ends(vlm: EdgeVLM, tmp_path: Path) -> None:
-    path = tmp_path / "clip.avi"
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 20.0, (32, 24))
-    for i in range(8):
-        writer.write(np.full((24, 32, 3), 30 * i, np.uint8))
-    writer.release()
+    frames = np.stack([np.full((24, 32, 3), 30 * i, np.uint8) for i in range(8)])
+    path = write_clip(tmp_path / "clip.avi", "MJPG", 20.0, frames)
     began = time.monotonic()
     seen = list(vlm.watch(path))
     assert time.monotonic() - began >= 6 / 20

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -15,33 +11,6 @@ from tests.engine.support import opened
 
 pytestmark = pytest.mark.timeout(60)
 IMAGE = np.zeros((8, 8, 3), np.uint8)
-
-
-def test_it_loads_neither_torch_nor_vllm() -> None:
-    script = (
-        "import sys\n"
-        "from molmo_edge import EdgeVLM\n"
-        "from molmo_edge.engine.fake import FakeEngine\n"
-        "with EdgeVLM(engine=FakeEngine.factory()) as vlm:\n"
-        "    assert vlm.query(None, 'hello').text\n"
-        "loaded = {'torch', 'vllm', 'transformers'} & set(sys.modules)\n"
-        "assert not loaded, loaded\n"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
-
-
-@pytest.mark.parametrize(
-    ("answers", "answer"),
-    [
-        ("Always.", "Always."),
-        ({"a": "A.", "": "Else."}, "A."),
-        ({"b": "B.", "": "Else."}, "Else."),
-        (lambda turns: f"{len(turns)} turns", "1 turns"),
-    ],
-)
-def test_answers_come_from_a_string_a_mapping_or_a_function(answers: Any, answer: str) -> None:
-    with opened(FakeEngine.factory(answers)) as vlm:
-        assert vlm.query(None, "a").text == answer
 
 
 def test_max_tokens_stop_strings_and_the_context_end_an_answer() -> None:
@@ -61,10 +30,8 @@ def test_max_tokens_stop_strings_and_the_context_end_an_answer() -> None:
 def test_log_probabilities_are_aligned_with_tokens() -> None:
     with opened(FakeEngine.factory("one two")) as vlm:
         result = vlm.query(None, "q", logprobs=3)
-        assert result.logprobs is not None and result.top_logprobs is not None
-        for token, logprob, top in zip(
-            result.token_ids, result.logprobs, result.top_logprobs, strict=True
-        ):
+        logprobs, tops = result.logprobs or (), result.top_logprobs or ()
+        for token, logprob, top in zip(result.token_ids, logprobs, tops, strict=True):
             assert top[token] == logprob < 0
         assert vlm.query(None, "q").logprobs is None
 
@@ -86,12 +53,3 @@ def test_it_refuses_what_the_real_engine_refuses(
         with pytest.raises(kind):
             vlm.query(image, text)
         assert vlm.query(None, "hello").text == "Hello."
-
-
-def test_it_takes_images_in_any_turn_of_the_user() -> None:
-    image = {"type": "image", "image": IMAGE}
-    content = [image, image, {"type": "text", "text": "what?"}]
-    last = [{"role": role, "content": "hello"} for role in ("user", "assistant")]
-    with opened(FakeEngine.factory()) as vlm:
-        result = vlm.chat([*last, {"role": "user", "content": content}])
-    assert result.metrics.image_tokens == 2 * 144
