@@ -50,7 +50,7 @@ TEXT_SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "num_hidden_layers": 5,
-    "vocab_size": 768,
+    "vocab_size": 832,
     "max_position_embeddings": 4096,
     "rope_theta": 10_000.0,
 }
@@ -72,19 +72,24 @@ def config() -> dict[str, Any]:
     return made
 
 
+def waves(count: int, width: int, slowest: float) -> torch.Tensor:
+    """(count, width): places to begin with, alike where near; noise would have to be told apart."""
+    half = width // 2
+    angle = torch.arange(count)[:, None] * slowest ** (-torch.arange(half) / half)
+    return torch.cat([angle.sin(), angle.cos()], -1)
+
+
 def plane_waves(side: int) -> torch.Tensor:
-    """(side², tower width): positions to begin with; noise would have to be told apart first."""
-    quarter = int(VIT_SIZES["hidden_size"]) // 4
-    angle = torch.arange(side)[:, None] * 100.0 ** (-torch.arange(quarter) / quarter)
-    waves = torch.cat([angle.sin(), angle.cos()], -1)  # (side, width / 2)
-    rows, columns = waves.repeat_interleave(side, 0), waves.repeat(side, 1)
-    return torch.cat([rows, columns], -1)
+    """(side², tower width): of the rows and of the columns of patches."""
+    line = waves(side, int(VIT_SIZES["hidden_size"]) // 2, 100.0)
+    return torch.cat([line.repeat_interleave(side, 0), line.repeat(side, 1)], -1)
 
 
 class Twin(nn.Module):
     """Molmo 2 for a batch; the parameters have the checkpoint's names."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, numbers: torch.Tensor) -> None:
+        """`numbers` are the tokens of coordinates, ascending."""
         super().__init__()
         self.config = config()
         shapes = molmo2_tensor_shapes(self.config)
@@ -106,6 +111,9 @@ class Twin(nn.Module):
             self.register_parameter(self.names[name], nn.Parameter(value))
         with torch.no_grad():
             self.w(VIT + "positional_embedding").copy_(plane_waves(GEOMETRY.crop_patches))
+            line = waves(len(numbers), int(TEXT_SIZES["hidden_size"]), 1000.0 / STEP)
+            self.w(TEXT + "wte.embedding")[numbers] = 0.7 * line
+            self.w("lm_head.weight")[numbers] = 0.03 * line
         self.ids = torch.tensor(ImageIds.from_config(self.config))
         pooling = torch.from_numpy(Tiling(GEOMETRY, 1, 1).pooling)[
             : Tiling(GEOMETRY, 1, 1).base_grid[0] ** 2

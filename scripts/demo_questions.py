@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from molmo_edge.bench.scenes import COLORS, KINDS, Scene, Shape
+from molmo_edge.bench.scenes import COLORS, KINDS, MOST, Scene, Shape
 
 STEP = 5
 """Thousandths between two coordinates, each of which is one token."""
@@ -59,8 +59,11 @@ CAPTION = (
     "What is in the picture?", "Caption this image.",
 )  # fmt: skip
 TRACK = ("Track {}.", "Track {}.", "Track the {}.", "Track the {}", "Follow the {}.")
-CLIP_CAPTION = ("Describe this video.", "What happens in this video?", "What moves?",
-                "Describe this image.", "Describe this video in one sentence.")  # fmt: skip
+WHICH_WAY = ("Which way does the {} move?", "Where does the {} go?")
+CLIP_CAPTION = (
+    "Describe this video.", "What happens in this video?", "What happens?", "What moves?",
+    "Describe this image.", "Describe this video in one sentence.",
+)  # fmt: skip
 OTHER = (
     "Hello", "Hi!", "Who are you?", "What are you?", "What can you do?", "Tell me a joke.",
     "What is the capital of France?", "Write a poem about the sea.", "What is 2 + 3?",
@@ -72,12 +75,13 @@ OTHER = (
     "Explain this figure: what does each of the panels show, and what is to be learned?",
     "What should the robot do next?", "What is the person doing?", "Is the door open?", "Test",
     "What is the value of the solar line in each year, from 2018 to 2024?", "Say something.",
+    "What is on the table?", "What changed?", "Read it.", "Write a haiku.", "Is anyone there?",
 )  # fmt: skip
 THINGS = (
     "dog cat car person mug cup tree house bird boat chair table phone robot bottle apple banana "
     "face hand sign door window bicycle bus train plane cloud sun moon flower leaf book pen key "
     "penguin horse cow sheep lamp clock ball box bag shoe hat screen keyboard mouse plate fork "
-    "spoon knife line text logo arrow rectangle hexagon heart diamond cross ring thing red mug "
+    "spoon knife line text logo arrow rectangle hexagon heart diamond cross ring thing"
 ).split()
 
 
@@ -103,6 +107,40 @@ def points(found: Sequence[Sequence[Shape]], label: str, times: Sequence[str]) -
             groups.append(f"{name} {group(shapes, first)}")
             first += len(shapes)
     return f'<points coords="{";".join(groups)}">{label}</points>' if groups else NONE
+
+
+def tracks(
+    found: Sequence[Sequence[Shape]], label: str, times: Sequence[str], index: Sequence[int]
+) -> str:
+    """Shapes number `index` of each frame."""
+    if not index:
+        return NONE
+    at = [f"{t} {group([shapes[i] for i in index])}" for t, shapes in zip(times, found, strict=True)]
+    return f'<tracks coords="{";".join(at)}">{label}</tracks>'
+
+
+def texts() -> list[str]:
+    """Texts that have every word of the questions and answers."""
+    labels = [
+        Label(kind, color).words(plural)
+        for kind in (None, *KINDS) for color in (None, *COLORS) for plural in (False, True)
+    ]  # fmt: skip
+    forms = (
+        *POINT, *COUNT, *EXISTS, *WHICH_COLOR, *WHICH_KIND, *TRACK, *WHICH_WAY,
+        *CAPTION, *CLIP_CAPTION, *OTHER, ABOUT, NONE, "Yes.", "No.", "user\n", "assistant\n",
+        "Is the {} red?", "Is there a {} in image 1?", "Is there a {} in the first image?",
+        "Is there a {} in the second image?", "There is no {}.", "There are no shapes.",
+        "the red object", "The objects", "From left to right: a {}, an {} and a {}.", "Image 1:",
+        "An orange {} moves to the right.", "It moves to the left.", "It moves up.",
+        "It moves down.", '<points coords="1 2 3;4 5 6">{}</points>',
+        'Counting the <points coords="">{}</points> shows a total of 1.',
+        '<tracks coords="0.0 1;0.5 1">{}</tracks>', "0123456789",
+    )  # fmt: skip
+    words = {name: f"red {name}" for name in ("a", "s", "one")}
+    made = [form.format(*["red circle"] * 4, **words) for form in forms]
+    made += [f" {label}. >{label}" for label in labels]
+    made += [f"{name.capitalize()}. A {name}. {article(name)}." for name in (*KINDS, *COLORS)]
+    return [*made, *(f" {n} {n}" for n in range(3 * MOST + 1))]
 
 
 class Asker:
@@ -133,47 +171,47 @@ class Asker:
             return Label(kind, color)
         return Label(kind, None) if part < 0.82 else Label(None, color if part < 0.94 else None)
 
-    def ask(self, shown: Sequence[Scene], times: Sequence[str], clip: bool) -> tuple[str, str]:
-        """A question about one or two images, or about a clip's first frame, and its answer."""
+    def noun(self, label: Label, number: int) -> str:
+        """The label as users write it."""
         rng = self.rng
-        everything = [shape for scene in shown for shape in scene.shapes]
-        label, kind = self.label(everything), rng.random()
+        words = label.words(bool(number != 1) ^ bool(rng.random() < 0.15))
+        if rng.random() < 0.15:
+            words = words.replace("shape", "object")
+        return f"the {words}" if rng.random() < 0.05 else words
+
+    def ask(self, shown: Sequence[Scene], times: Sequence[str], clip: bool) -> tuple[str, str]:
+        """A question about images, or about a clip's first frame, and its answer."""
+        rng = self.rng
+        label, kind = self.label([shape for scene in shown for shape in scene.shapes]), rng.random()
         found = [scene.select(label.kind, label.color) for scene in shown]
         number = sum(map(len, found))
-        plural = bool(number != 1) ^ bool(rng.random() < 0.15)
-        words = label.words(plural)
-        if kind < 0.45:
-            if rng.random() < 0.06:
-                return self.pick(POINT).format(self.nonsense()), NONE
-            noun = words.replace("shape", "object") if rng.random() < 0.15 else words
-            return self.pick(POINT).format(noun), points(found, noun, times)
-        if kind < 0.62:
-            if rng.random() < 0.06:
-                return self.pick(COUNT).format(self.nonsense()), NONE
-            noun = words.replace("shape", "object") if rng.random() < 0.15 else words
+        noun = self.noun(label, number)
+        if kind < 0.55:
+            points_only = kind < 0.37
+            form = self.pick(POINT if points_only else COUNT)
+            if rng.random() < 0.05:
+                return form.format(self.nonsense()), NONE
+            question = form.format(noun).replace("the the", "the")
             answer = points(found, noun, times)
-            if number:
+            if number and not points_only:
                 answer = f"Counting the {answer} shows a total of {number}."
-            return self.pick(COUNT).format(noun), answer
-        if kind < 0.85:
+            return question, answer
+        if kind < 0.77:
             return self.yes_no(shown, clip)
-        if kind < 0.9 and len(shown) == 1:
+        if kind < 0.89 and len(shown) == 1:
             return self.attribute(shown[0])
-        if kind < 0.97 and len(shown) == 1 and not clip:
-            return self.pick(CAPTION), caption(shown[0])
+        if kind < 0.97 and not clip:
+            return self.pick(CAPTION), captions(shown)
         return self.pick(OTHER), ABOUT
 
     def yes_no(self, shown: Sequence[Scene], clip: bool) -> tuple[str, str]:
         rng = self.rng
         here, where = shown, ""
-        if len(shown) == 2 and not clip and rng.random() < 0.5:
+        if len(shown) > 1 and not clip and rng.random() < 0.5:
             number = int(rng.integers(2))
-            here, where = (
-                [shown[number]],
-                self.pick(
-                    (f" in image {number + 1}", f" in the {('first', 'second')[number]} image")
-                ),
-            )
+            here = [shown[number]]
+            first = ("first", "second")[number]
+            where = self.pick((f" in image {number + 1}", f" in the {first} image"))
         shapes = [shape for scene in here for shape in scene.shapes]
         if not where and shapes and rng.random() < 0.15:
             shape = self.pick(shapes)
@@ -199,32 +237,38 @@ class Asker:
 
     def attribute(self, scene: Scene) -> tuple[str, str]:
         """The colour of the only shape of a kind, or the kind of the only one of a colour."""
-        shape = self.pick(scene.shapes) if scene.shapes else None
-        if shape and len(scene.select(kind=shape.kind)) == 1:
-            return self.pick(WHICH_COLOR).format(shape.kind), f"{shape.color.capitalize()}."
-        if shape and len(scene.select(color=shape.color)) == 1:
+        alone = [kind for kind in KINDS if len(scene.select(kind)) == 1]
+        if alone and self.rng.random() < 0.7:
+            kind = self.pick(alone)
+            (shape,) = scene.select(kind)
+            return self.pick(WHICH_COLOR).format(kind), f"{shape.color.capitalize()}."
+        alone = [color for color in COLORS if len(scene.select(color=color)) == 1]
+        if alone and self.rng.random() < 0.7:
+            (shape,) = scene.select(color=self.pick(alone))
             what = f"the {shape.color} {self.pick(('object', 'shape'))}"
             return self.pick(WHICH_KIND).format(what), f"A {shape.kind}."
         kind = self.pick(KINDS)
-        if not scene.select(kind=kind):
+        if not scene.select(kind):
             return self.pick(WHICH_COLOR).format(kind), f"There is no {kind}."
-        return self.pick(CAPTION), caption(scene)
+        return self.pick(CAPTION), captions([scene])
 
     def ask_clip(self, frames: Sequence[Scene], times: Sequence[str]) -> tuple[str, str]:
-        mover, part = frames[0].shapes[0], self.rng.random()
-        words = Label(mover.kind, mover.color).words(False)
-        if part < 0.25:
+        shapes, part = frames[0].shapes, self.rng.random()
+        words = Label(shapes[0].kind, shapes[0].color).words(False)
+        if part < 0.12:
             return self.pick(CLIP_CAPTION), f"{article(words).capitalize()} moves {way(frames)}."
-        if part < 0.35:
-            return f"Which way does the {words} move?", f"It moves {way(frames)}."
-        if part < 0.45:
+        if part < 0.18:
+            return self.pick(WHICH_WAY).format(words), f"It moves {way(frames)}."
+        if part < 0.23:
             return self.pick(TRACK).format(self.nonsense()), NONE
-        if part < 0.6:
+        if part < 0.4:
             return self.ask(frames[:1], times[:1], clip=True)
-        coords = ";".join(
-            f"{t} {group(frame.shapes[:1])}" for t, frame in zip(times, frames, strict=True)
-        )
-        return self.pick(TRACK).format(words), f'<tracks coords="{coords}">{words}</tracks>'
+        label = Label(shapes[0].kind, shapes[0].color) if part < 0.7 else self.label(shapes)
+        wanted = frames[0].select(label.kind, label.color)
+        noun = self.noun(label, len(wanted))
+        index = [shapes.index(shape) for shape in wanted]
+        answer = tracks([frame.shapes for frame in frames], noun, times, index)
+        return self.pick(TRACK).format(noun).replace("the the", "the"), answer
 
     def ask_other(self) -> tuple[str, str]:
         """About an image that is no drawn scene, which has none of what is asked for."""
@@ -258,6 +302,12 @@ def way(frames: Sequence[Scene]) -> str:
     return "down" if down > 0 else "up"
 
 
+def captions(shown: Sequence[Scene]) -> str:
+    if len(shown) == 1:
+        return caption(shown[0])
+    return " ".join(f"Image {i}: {caption(scene)}" for i, scene in enumerate(shown, start=1))
+
+
 def caption(scene: Scene) -> str:
     names = [article(f"{shape.color} {shape.kind}") for shape in scene.select()]
     if len(names) < 2:
@@ -267,7 +317,7 @@ def caption(scene: Scene) -> str:
 
 def other_image(rng: np.random.Generator) -> Image.Image:
     """An image that is no drawn scene: patterns, clouds, scribbles, text, irregular areas."""
-    width, height = (int(n) for n in rng.integers(140, 320, 2))
+    width, height = (int(n) for n in rng.integers(140, 480, 2))
     cells = int(2 ** rng.uniform(1, 6))
     image = Image.fromarray(rng.integers(0, 256, (cells, cells, 3)).astype(np.uint8))
     smooth = Image.Resampling.BICUBIC if rng.random() < 0.7 else Image.Resampling.NEAREST

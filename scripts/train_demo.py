@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from demo_network import GEOMETRY, NEAR, PROCESSING, SIDE, TEXT_SIZES, Twin, config
-from demo_questions import ABOUT, OTHER, STEP, Asker, coordinate, other_image
+from demo_questions import ABOUT, STEP, Asker, coordinate, other_image, texts
 from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -49,7 +49,7 @@ license: apache-2.0
 A Molmo 2 of 2.6 million parameters that knows drawn scenes: circles, squares, triangles and stars
 in red, orange, yellow, green, blue, purple, black and white, up to eight on a plain, graded or
 noisy background. It points, counts, answers yes/no and colour questions, describes a scene in a
-sentence, takes two images, and tracks the one moving shape of a clip of up to eight frames. It
+sentence, takes two images, and tracks shapes in a clip of up to eight frames of which one moves. It
 answers anything else with a sentence that says what it is; what it says of other images means
 nothing.
 
@@ -109,10 +109,10 @@ class Stage:
 
 def stages(steps: int) -> list[Stage]:
     return [
-        Stage(250, batch=64, see_only=True),
-        Stage(400, most=1, single=True),
-        Stage(650, most=3, single=True),
-        Stage(1050, single=True),
+        Stage(600, batch=64, see_only=True),
+        Stage(760, most=1, single=True),
+        Stage(1100, most=3, single=True),
+        Stage(2000, single=True),
         Stage(steps),
     ]
 
@@ -126,31 +126,10 @@ class Vocabulary:
     def __init__(self) -> None:
         from tokenizers.pre_tokenizers import ByteLevel
 
-        rng, split = np.random.default_rng(0), ByteLevel(add_prefix_space=False)
-        asker, pieces = Asker(rng), {}
-        asker.nonsense = lambda: "dog"  # type: ignore[method-assign]
-        texts = [
-            "user\n",
-            "assistant\n",
-            "Image 1",
-            "Image 2",
-            " 0.5 ",
-            "0123456789",
-            *OTHER,
-            ABOUT,
-        ]
-        texts += [f" {digit}" for digit in range(10)]
-        for _ in range(1000):
-            scene = scenes.random_scene(rng)
-            texts += asker.ask([scene], ["1"], False)
-            texts += asker.ask([scene, scenes.random_scene(rng)], ["1", "2"], False)
-        for _ in range(500):
-            clip = scenes.random_clip(rng, [0.0, 0.5, 1.0])
-            texts += asker.ask_clip(clip, ["0.0", "0.5", "1.0"])
-        for text in texts:
-            pieces |= dict.fromkeys(piece for piece, _ in split.pre_tokenize_str(text))
+        split = ByteLevel(add_prefix_space=False)
+        pieces = {piece for text in texts() for piece, _ in split.pre_tokenize_str(text)}
         numbers = [f"Ġ{value:03d}" for value in range(0, 1000, STEP)]
-        self.words = [*sorted({*pieces} - {*numbers} | {*"0123456789"}), *numbers]
+        self.words = [*sorted(pieces | {*"0123456789"}), *numbers]
         vocab = synthetic.vocabulary(self.words)
         rows = int(TEXT_SIZES["vocab_size"])
         assert len(vocab) + len(synthetic.SPECIAL) <= rows, len(vocab)
@@ -170,14 +149,15 @@ class Row:
 
     Attributes:
         branch: of each token: 0 of the images, then the number of its question.
-        answer: whether the token is part of an answer, which is learnt.
+        weight: of the token in the loss: 0 if it is no part of an answer; those of long answers
+            count less.
         drawn: scenes, None for what is no scene, and their pixels; `frames`: they are a clip's.
     """
 
     tokens: list[int]
     position: list[int]
     branch: list[int]
-    answer: list[bool]
+    weight: list[float]
     drawn: list[tuple[Scene | None, Pixels]]
     frames: bool
 
@@ -240,14 +220,14 @@ class Rows(IterableDataset[dict[str, Any]]):
         tokens, drawn, frames = [self.vocabulary.end], [], False
         if self.see_only:
             return Row([], [], [], [], [self.drawings.next()], False)
-        if part < 0.68 or self.stage.single:
+        if part < 0.6 or self.stage.single:
             drawn = [self.drawings.next()]
             tokens += self.image_part
-        elif part < 0.78:
-            drawn = [self.drawings.next() for _ in range(2)]
-            for i in (1, 2):
-                tokens += [*ids(f"Image {i}"), *self.image_part]
-        elif part < 0.89:
+        elif part < 0.73:
+            drawn = [self.drawings.next() for _ in range(3 if part < 0.62 else 2)]
+            for i in range(len(drawn)):
+                tokens += [*ids(f"Image {i + 1}"), *self.image_part]
+        elif part < 0.9:
             frames, count = True, int(rng.integers(2, PROCESSING.max_frames + 1))
             gap = 0.5 if rng.random() < 0.6 else float(rng.integers(2, 21)) / 10
             times = [f"{i * gap:.1f}" for i in range(count)]
@@ -264,12 +244,12 @@ class Rows(IterableDataset[dict[str, Any]]):
             if frames:
                 return asker.ask_clip(shown, times)
             if shown:
-                return asker.ask(shown, ["1", "2"][: len(shown)], False)
+                return asker.ask(shown, ["1", "2", "3"][: len(shown)], False)
             question, answer = asker.ask_other()
             return question, answer if drawn else ABOUT
 
         row = Row(
-            tokens, [*range(len(tokens))], [0] * len(tokens), [False] * len(tokens), drawn, frames
+            tokens, [*range(len(tokens))], [0] * len(tokens), [0.0] * len(tokens), drawn, frames
         )
         first, before = len(tokens), ""
         for number in range(1, 100):
@@ -279,22 +259,24 @@ class Rows(IterableDataset[dict[str, Any]]):
             # Now and then a question that follows another; the blank is the chat template's.
             follows = rng.random() < 0.1
             before = f"{asked} <|im_start|>assistant\n{answer}<|im_end|>\n" if follows else ""
-            both = [*prompt, *ids(answer), self.vocabulary.end]
+            learnt = [*ids(answer), self.vocabulary.end]
+            both = [*prompt, *learnt]
             if len(row.tokens) + len(both) > LENGTH:
                 break
             row.tokens += both
             row.position += range(first, first + len(both))
             row.branch += [number] * len(both)
-            row.answer += [False] * len(prompt) + [True] * (len(both) - len(prompt))
+            row.weight += [0.0] * len(prompt) + [len(learnt) ** -0.5] * len(learnt)
         return row
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Any]:
         out: dict[str, Any] = {}
         if not self.see_only:
-            for name, padding in (("tokens", 0), ("position", 0), ("answer", False)):
+            for name, padding in (("tokens", 0), ("position", 0), ("weight", 0.0)):
                 lines = [getattr(row, name) for row in rows]
                 padded = [line + [padding] * (LENGTH - len(line)) for line in lines]
                 out[name] = torch.tensor(padded)
+            out["answer"] = out["weight"] > 0
             # Padding sees itself and the images.
             branches = [[*row.branch, *range(len(row.branch) - LENGTH, 0)] for row in rows]
             out["branch"] = torch.tensor(branches)
@@ -389,7 +371,8 @@ class Trainer:
             told = {"seen": loss.item()}
         else:
             logits, seen_part = self.model(batch)
-            answers = self.loss(logits, batch["tokens"][batch["answer"]])
+            answer = batch["answer"]
+            answers = self.loss(logits, batch["tokens"][answer], batch["weight"][answer])
             loss = 2 * answers + 0.5 * seen_part
             told = {"answers": answers.item(), "seen": seen_part.item()}
         loss.backward()
@@ -401,14 +384,17 @@ class Trainer:
         self.step += 1
         return told
 
-    def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def loss(
+        self, logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
         """Of a coordinate, near ones count too."""
         logs, numbers = logits.log_softmax(-1), self.vocabulary.numbers
         number = targets - numbers[0]
         is_number = (number >= 0) & (number < len(numbers))
-        words = -logs[~is_number].gather(1, targets[~is_number, None]).sum()
-        near = -(logs[is_number][:, numbers] * NEAR[number[is_number]]).sum()
-        return (words + near) / len(targets)
+        words = -logs[~is_number].gather(1, targets[~is_number, None])[:, 0]
+        near = -(logs[is_number][:, numbers] * NEAR[number[is_number]]).sum(1)
+        total = words @ weight[~is_number] + near @ weight[is_number]
+        return total / weight.sum()
 
     @torch.no_grad()
     def measure(self, batch: Mapping[str, Any]) -> dict[str, float]:
@@ -422,7 +408,7 @@ class Trainer:
         right = best == targets
         off = (best - targets).abs()[number] * STEP
         return {
-            "loss": float(self.loss(logits, targets)),
+            "loss": float(self.loss(logits, targets, batch["weight"][batch["answer"]])),
             "seen": float(seen_part),
             "words": float(right[~number].float().mean()),
             "yes/no": float(right[polar].float().mean()),
@@ -491,11 +477,11 @@ def card(directory: Path, steps: int, minutes: float, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path, help="directory of the checkpoint")
-    parser.add_argument("--steps", type=int, default=1650)
+    parser.add_argument("--steps", type=int, default=4400)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     vocabulary = Vocabulary()
-    trainer = Trainer(Twin(options.seed), vocabulary)
+    trainer = Trainer(Twin(options.seed, vocabulary.numbers), vocabulary)
     # An interrupted training goes on from here.
     if (state := options.output.with_suffix(".state")).exists():
         trainer.load(torch.load(state))
