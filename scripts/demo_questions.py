@@ -115,7 +115,9 @@ def tracks(
     """Shapes number `index` of each frame."""
     if not index:
         return NONE
-    at = [f"{t} {group([shapes[i] for i in index])}" for t, shapes in zip(times, found, strict=True)]
+    at = [
+        f"{t} {group([shapes[i] for i in index])}" for t, shapes in zip(times, found, strict=True)
+    ]
     return f'<tracks coords="{";".join(at)}">{label}</tracks>'
 
 

@@ -107,14 +107,15 @@ class Stage:
     single: bool = False
 
 
-def stages(steps: int) -> list[Stage]:
-    return [
-        Stage(600, batch=64, see_only=True),
-        Stage(760, most=1, single=True),
-        Stage(1100, most=3, single=True),
-        Stage(2000, single=True),
-        Stage(steps),
-    ]
+ROUNDS = (4400, 5400)
+"""Steps at which the rate of learning has fallen to nothing."""
+STAGES = (
+    Stage(600, batch=64, see_only=True),
+    Stage(760, most=1, single=True),
+    Stage(1100, most=3, single=True),
+    Stage(2000, single=True),
+    *map(Stage, ROUNDS),
+)
 
 
 class Vocabulary:
@@ -451,9 +452,10 @@ def loader(rows: Rows) -> Iterator[dict[str, Any]]:
     return iter(DataLoader(rows, batch_size=None, num_workers=1, prefetch_factor=4))
 
 
-def rate_at(step: int, steps: int) -> float:
-    """Rises, stays, and falls to nothing over the second half."""
-    return min(0.5, (step + 1) / 100, (steps - step) / steps)
+def rate_at(step: int) -> float:
+    """Rises, stays, and falls to nothing at the end of each round."""
+    end = next(end for end in ROUNDS if step < end)
+    return min(0.5, (step + 1) / 100, (end - step) / end)
 
 
 def listed(told: Mapping[str, float]) -> str:
@@ -477,7 +479,6 @@ def card(directory: Path, steps: int, minutes: float, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path, help="directory of the checkpoint")
-    parser.add_argument("--steps", type=int, default=4400)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     vocabulary = Vocabulary()
@@ -487,17 +488,17 @@ def main() -> None:
         trainer.load(torch.load(state))
     held_out = next(iter(Rows(vocabulary, options.seed + 1000, Stage(0, batch=64))))
     stage = batches = None
-    while trainer.step < options.steps:
+    while trainer.step < ROUNDS[-1]:
         began = time.monotonic()
-        now = next(s for s in stages(options.steps) if trainer.step < s.until)
+        now = next(s for s in STAGES if trainer.step < s.until)
         if now != stage:
             stage, batches = now, loader(Rows(vocabulary, options.seed + trainer.step, now))
-        rate = rate_at(trainer.step, options.steps) * (2 if stage.see_only else 1)
+        rate = rate_at(trainer.step) * (2 if stage.see_only else 1)
         told = trainer.learn(next(batches), rate, stage.see_only)
         trainer.seconds += time.monotonic() - began
         if trainer.step % 20 == 0:
             print(f"{trainer.step}, {trainer.seconds:.0f} s: {listed(told)}", flush=True)
-        if trainer.step % 200 == 0 or trainer.step == options.steps:
+        if trainer.step % 200 == 0:
             print(f"held out: {listed(trainer.measure(held_out))}", flush=True)
             torch.save(trainer.state(), state)
             write(trainer.model, vocabulary, options.output)
