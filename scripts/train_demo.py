@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from molmo_edge.bench import accuracy, scenes
 from molmo_edge.bench.environment import Target
 from molmo_edge.bench.scenes import COLORS, KINDS, Scene
+from molmo_edge.models.hub import write_digests
 from molmo_edge.models.molmo2 import synthetic
 from molmo_edge.models.molmo2.config import ImageIds
 from molmo_edge.models.molmo2.image_processor import frame_patches
@@ -446,6 +447,8 @@ def write(model: Twin, vocabulary: Vocabulary, directory: Path) -> None:
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     tensors = {name: model.w(name).detach().bfloat16() for name in model.names}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "model.safetensors").chmod(0o644)
+    write_digests(directory)
 
 
 def loader(rows: Rows) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 from molmo_edge.bench.document import Device, Environment, Model
 from molmo_edge.engine import vllm_args
 from molmo_edge.errors import BenchmarkError
-from molmo_edge.models.hub import DEMO, STUB, STUBS
+from molmo_edge.models.hub import DEMO, STUB, STUBS, locate_cached
 from molmo_edge.settings import resolve
 
 PACKAGES = {"vllm": "vLLM", "torch": "torch", "transformers": "transformers",
@@ -51,7 +51,11 @@ class Target:
         """The choices of a user who gave one option several values, separated by commas, by label.
 
         Without a model of an option or the settings, it is the demo: answers of random weights say
-        nothing. Raises BenchmarkError if more than one option has several values.
+        nothing.
+
+        Raises:
+            BenchmarkError: more than one option has several values, or two are the same.
+            ModelError: one of several models is not there.
         """
         several = [name for name in options if name != "config" and "," in str(options[name])]
         if len(several) > 1:
@@ -62,10 +66,17 @@ class Target:
             target = cls.choose(DEMO, **options)
             return {target.name: target}
         [name] = several
-        return {
+        values = [value.strip() for value in options[name].split(",")]
+        if len({*values}) < len(values):
+            raise BenchmarkError(f"{name} has the same value twice: {options[name]}")
+        chosen = {
             f"{name}={value}": cls.choose(DEMO, **{**options, name: integer_or_text(value)})
-            for value in map(str.strip, options[name].split(","))
+            for value in values
         }
+        if name == "model":  # now, not when its turn comes
+            for value in values:
+                locate_cached(value, vllm_args.cache_root(resolve({}).settings))
+        return chosen
 
     @property
     def name(self) -> str:

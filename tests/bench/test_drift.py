@@ -13,7 +13,7 @@ from PIL import Image
 from molmo_edge.bench import drift
 from molmo_edge.bench.cases import Case
 from molmo_edge.bench.environment import Target
-from molmo_edge.errors import BenchmarkError
+from molmo_edge.errors import BenchmarkError, ModelError
 from molmo_edge.results import Result, Score
 from tests.bench.double import DoubleVLM
 
@@ -77,12 +77,16 @@ def test_one_option_varies_and_its_first_value_is_the_reference() -> None:
     assert options == {"precision": "bf16", "kv_cache_dtype": "fp8"}
     crops = Target.variants(model="m", max_crops="1,4")
     assert [target.options["max_crops"] for target in crops.values()] == [1, 4]
-    models = Target.variants(model="m,n")
-    assert [target.model for target in models.values()] == ["m", "n"]
+    models = Target.variants(model="stub,demo")
+    assert [target.model for target in models.values()] == ["stub", "demo"]
     assert Target.variants(model="m") == {"m": Target("m")}
     assert list(Target.variants(model=None, config=None)) == ["demo"]
     with pytest.raises(BenchmarkError, match="dtype and precision have several"):
         Target.variants(model="m", dtype="a,b", precision="c,d")
+    with pytest.raises(BenchmarkError, match="same value twice"):
+        Target.variants(model="demo, demo")
+    with pytest.raises(ModelError, match="'nowhere' is not a directory"):
+        Target.variants(model="demo,nowhere")
     with pytest.raises(BenchmarkError, match="several values, the reference first"):
         drift.run({"m": Target("m")}, [CASE])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,15 @@ import molmo_edge
 from molmo_edge.engine.doctor import diagnose
 from molmo_edge.errors import ModelError
 from molmo_edge.models import hub
-from molmo_edge.models.molmo2.synthetic import write_checkpoint
 
 ROOT = Path(molmo_edge.__file__).parent
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 def cut(path: Path) -> None:
@@ -28,6 +35,11 @@ def cut(path: Path) -> None:
         lambda directory: cut(directory / "model.safetensors"),
         lambda directory: cut(directory / "tokenizer.json"),
         lambda directory: (directory / "config.json").write_text('{"model_type": "molmo3"}'),
+        lambda directory: (directory / "generation_config.json").write_text("{}"),
+        lambda directory: flip(directory / "model.safetensors"),
+        lambda directory: (directory / hub.DIGESTS).unlink(),
+        lambda directory: (directory / hub.DIGESTS).write_bytes(b"\xff"),
+        lambda directory: (directory / hub.DIGESTS).write_bytes(b""),
         lambda directory: (directory / "model.safetensors").unlink(),
         lambda directory: (directory / "tokenizer.json").unlink(),
         lambda directory: (directory / "preprocessor_config.json").unlink(),
@@ -36,7 +48,7 @@ def cut(path: Path) -> None:
 def test_a_damaged_demo_is_a_model_error_that_says_what_to_do(
     damage: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory = write_checkpoint(tmp_path / "demo")
+    directory = Path(shutil.copytree(hub.DEMO_DIRECTORY, tmp_path / "demo"))
     monkeypatch.setattr(hub, "DEMO_DIRECTORY", directory)
     assert hub.locate("demo", tmp_path / "cache") == directory
     damage(directory)
