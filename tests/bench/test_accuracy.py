@@ -184,6 +184,9 @@ def test_the_command_has_a_column_for_each_value(
         return engine(truth if target.model == "good" else lambda question: "What?")
 
     monkeypatch.setattr(Target, "open", build)
+    monkeypatch.chdir(tmp_path)
+    for name in ("good", "bad"):
+        Path(name).mkdir()
     path = tmp_path / "a.json"
     arguments = f"accuracy --scenes {SCENES} --seed {SEED} --output {path} --model".split()
     run = CliRunner().invoke(cli.app, [*arguments, "good,bad"], env={"COLUMNS": "160"})
