@@ -89,6 +89,11 @@ def article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
+def fill(form: str, noun: str) -> str:
+    """The form of a question about a noun, which may have an article of its own."""
+    return form.format(noun).replace("the the", "the")
+
+
 def coordinate(fraction: float) -> str:
     return f"{min(round(fraction * 1000 / STEP) * STEP, 995):03d}"
 
@@ -193,11 +198,10 @@ class Asker:
             form = self.pick(POINT if points_only else COUNT)
             if rng.random() < 0.05:
                 return form.format(self.nonsense()), NONE
-            question = form.format(noun).replace("the the", "the")
             answer = points(found, noun, times)
             if number and not points_only:
                 answer = f"Counting the {answer} shows a total of {number}."
-            return question, answer
+            return fill(form, noun), answer
         if kind < 0.77:
             return self.yes_no(shown, clip)
         if kind < 0.89 and len(shown) == 1:
@@ -270,7 +274,7 @@ class Asker:
         noun = self.noun(label, len(wanted))
         index = [shapes.index(shape) for shape in wanted]
         answer = tracks([frame.shapes for frame in frames], noun, times, index)
-        return self.pick(TRACK).format(noun).replace("the the", "the"), answer
+        return fill(self.pick(TRACK), noun), answer
 
     def ask_other(self) -> tuple[str, str]:
         """About an image that is no drawn scene, which has none of what is asked for."""

@@ -11,6 +11,7 @@ many times longer.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +31,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from molmo_edge.bench import accuracy, scenes
 from molmo_edge.bench.environment import Target
 from molmo_edge.bench.scenes import COLORS, KINDS, Scene
-from molmo_edge.models.hub import write_digests
+from molmo_edge.bench.tables import percent
+from molmo_edge.models.hub import DIGESTS
 from molmo_edge.models.molmo2 import synthetic
 from molmo_edge.models.molmo2.config import ImageIds
 from molmo_edge.models.molmo2.image_processor import frame_patches
@@ -204,7 +206,6 @@ class Rows(IterableDataset[dict[str, Any]]):
 
     def __init__(self, vocabulary: Vocabulary, seed: int, stage: Stage) -> None:
         self.vocabulary, self.seed, self.stage = vocabulary, seed, stage
-        self.batch, self.see_only = stage.batch, stage.see_only
         self.image_ids = ImageIds.from_config(config())
         whole = Tiling(GEOMETRY, 1, 1)
         self.image_part = image_tokens(whole, self.image_ids, PROCESSING).tolist()
@@ -213,14 +214,14 @@ class Rows(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         rng = np.random.default_rng([self.seed, worker.id if worker else 0])
-        self.drawings = Drawings(rng, 50 * self.batch, self.stage.most)
+        self.drawings = Drawings(rng, 50 * self.stage.batch, self.stage.most)
         while True:
-            yield self.collate([self.row(rng) for _ in range(self.batch)])
+            yield self.collate([self.row(rng) for _ in range(self.stage.batch)])
 
     def row(self, rng: np.random.Generator) -> Row:
         asker, ids, part = Asker(rng), self.vocabulary.ids, rng.random()
         tokens, drawn, frames = [self.vocabulary.end], [], False
-        if self.see_only:
+        if self.stage.see_only:
             return Row([], [], [], [], [self.drawings.next()], False)
         if part < 0.6 or self.stage.single:
             drawn = [self.drawings.next()]
@@ -273,7 +274,7 @@ class Rows(IterableDataset[dict[str, Any]]):
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Any]:
         out: dict[str, Any] = {}
-        if not self.see_only:
+        if not self.stage.see_only:
             for name, padding in (("tokens", 0), ("position", 0), ("weight", 0.0)):
                 lines = [getattr(row, name) for row in rows]
                 padded = [line + [padding] * (LENGTH - len(line)) for line in lines]
@@ -448,7 +449,12 @@ def write(model: Twin, vocabulary: Vocabulary, directory: Path) -> None:
     tensors = {name: model.w(name).detach().bfloat16() for name in model.names}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "model.safetensors").chmod(0o644)
-    write_digests(directory)
+    digests = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
+        for path in sorted(directory.iterdir())
+        if path.suffix in (".json", ".jinja", ".safetensors")
+    ]
+    (directory / DIGESTS).write_text("".join(digests))
 
 
 def loader(rows: Rows) -> Iterator[dict[str, Any]]:
@@ -470,7 +476,7 @@ def card(directory: Path, steps: int, minutes: float, seed: int) -> None:
     document = accuracy.run({"demo": Target(str(directory))}, scenes=400)
     measures = document.results[0].measures
     lines = [
-        f"| {title} | {measures[name].value:.1%} | {measures[name].of} |"
+        f"| {title} | {percent(measures[name].value, 1)} | {measures[name].of} |"
         for name, title in accuracy.MEASURES.items()
     ]
     text = CARD.format(

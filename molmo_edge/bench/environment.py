@@ -74,8 +74,9 @@ class Target:
             for value in values
         }
         if name == "model":  # now, not when its turn comes
+            root = vllm_args.cache_root(resolve({}).settings)
             for value in values:
-                locate_cached(value, vllm_args.cache_root(resolve({}).settings))
+                locate_cached(value, root)
         return chosen
 
     @property

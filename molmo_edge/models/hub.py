@@ -93,16 +93,6 @@ def _check_demo() -> Path:
     return DEMO_DIRECTORY
 
 
-def write_digests(directory: Path) -> None:
-    """Write the digests of a directory's files, in the form of ``sha256sum``."""
-    lines = [
-        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
-        for path in sorted(directory.iterdir())
-        if path.suffix in (".json", ".jinja", ".safetensors")
-    ]
-    (directory / DIGESTS).write_text("".join(lines))
-
-
 def _is_hub_name(model: str) -> bool:
     """Whether it is a hub name, not a directory. Raises ModelError if it is neither."""
     mode = file_mode(expand_home(model))
