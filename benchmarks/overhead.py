@@ -62,7 +62,9 @@ def ask_bare(vlm: Any, image: Any, text: str, tokens: int) -> Answer:
     """By `LLM.generate`, in the thread that owns the engine."""
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+    params = SamplingParams(
+        temperature=0.0, max_tokens=tokens, ignore_eos=True, skip_reading_prefix_cache=True
+    )
 
     def generate(engine: Any) -> Any:
         prompt: dict[str, Any] = {"prompt": f"User: {text} Assistant:"}

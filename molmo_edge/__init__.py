@@ -20,6 +20,7 @@ _WHERE = {
     "Request": "molmo_edge.requests",
     "Stream": "molmo_edge.stream",
     "Result": "molmo_edge.results",
+    "Choice": "molmo_edge.results",
     "Metrics": "molmo_edge.results",
     "Score": "molmo_edge.results",
     "Point": "molmo_edge.points",
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from molmo_edge.points import TrackResult as TrackResult
     from molmo_edge.points import parse_points as parse_points
     from molmo_edge.requests import Request as Request
+    from molmo_edge.results import Choice as Choice
     from molmo_edge.results import Metrics as Metrics
     from molmo_edge.results import Result as Result
     from molmo_edge.results import Score as Score

@@ -107,14 +107,20 @@ class Renderer(Protocol):
     def render(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> Rendered:
         """Convert turns to engine input. Raises InputError for unusable input.
 
-        Options: ``max_crops`` (None: the engine's).
+        Options: ``max_crops`` (None: the engine's); ``reuse_prefix``, as in `Sampling`.
+        """
+
+    def encode(self, answer: str) -> list[int]:
+        """Return the tokens of an answer, with the space or the like that answers begin with.
+
+        Raises PromptError for special tokens in it, PromptTooLongError for one that cannot fit.
         """
 
 
 class Engine(Renderer, Protocol):
     """One engine; built, stepped and closed in one thread.
 
-    `render` and `check_schema` alone may be called from any thread.
+    `render`, `encode` and `check_schema` alone may be called from any thread.
     """
 
     info: EngineInfo

@@ -29,7 +29,7 @@ from molmo_edge.errors import (
 from molmo_edge.images import ImageLike, ImageLimits, load
 from molmo_edge.interface import PROMPTS, Turn
 from molmo_edge.points import CountResult, PointResult, TrackResult, parse_points
-from molmo_edge.results import Result
+from molmo_edge.results import Choice, Result
 from molmo_edge.sampling import Sampling
 from molmo_edge.settings import EdgeSettings, describe, plain
 from molmo_edge.video import Clip, VideoLike
@@ -47,6 +47,8 @@ CAPTION_PROMPTS: Mapping[str, str] = {
     "normal": "Describe this image.",
     "long": "Describe this image in detail.",
 }
+# vLLM scores at most 128 tokens in one place.
+MAX_CHOICES = 100
 ONE_VIDEO = "A conversation can have images, or one video, but not both."
 
 
@@ -83,6 +85,20 @@ class VideoOptions(Options, total=False):
     video: VideoLike | None
 
 
+class ChoiceOptions(TypedDict, total=False):
+    """Options of `EdgeVLM.choose`, which generates nothing.
+
+    Attributes:
+        video: path, bytes or `Video`, in place of images.
+        max_crops: high-resolution crops of the image, at least 1; fewer answer sooner.
+        timeout: seconds for the whole choice.
+    """
+
+    video: VideoLike | None
+    max_crops: int | None
+    timeout: float | None
+
+
 class Request(Generic[A_co]):
     """One item of a batch: a question, as `EdgeVLM.query` takes it.
 
@@ -99,6 +115,7 @@ class Request(Generic[A_co]):
         self.video = options.pop("video", None)
         self.options: Mapping[str, Any] = options
         self.messages: Sequence[Mapping[str, Any] | Turn] = question(image, text, self.video)
+        self.choices: Sequence[str] = ()
 
     @staticmethod
     def chat(messages: Sequence[Mapping[str, Any]], **options: Unpack[Options]) -> Request[Result]:
@@ -136,6 +153,20 @@ class Request(Generic[A_co]):
         """The way through a video of what a label names."""
         options.setdefault("max_tokens", 2048)
         return Request(None, label, video=video, **options)._as("track")
+
+    @staticmethod
+    def choose(
+        image: Images | None,
+        text: str | Sequence[Mapping[str, Any]],
+        choices: Sequence[str],
+        **options: Unpack[ChoiceOptions],
+    ) -> Request[Choice]:
+        """The most likely of several answers."""
+        request = Request(image, cast(str, text), **cast(VideoOptions, options))._as("choose")
+        request.choices = choices
+        if not isinstance(text, str) and image is None and request.video is None:
+            request.messages = text
+        return request
 
     def _as(self, verb: str) -> Request[Any]:
         self.verb = verb
@@ -232,15 +263,19 @@ _UNREADABLE = (
 )
 
 
-def check_options(options: Mapping[str, Any], max_crops_limit: int | None) -> CheckedOptions:
+def check_options(
+    options: Mapping[str, Any], max_crops_limit: int | None, known: type = Options
+) -> CheckedOptions:
     """Check the options of a request. Raises SamplingError for an unknown name or a wrong value.
 
     `max_crops_limit` is the engine's own `max_crops`, for which its memory was planned; None where
-    there is none.
+    there is none. `known` has the names.
     """
     for name in options:
-        if name not in Options.__annotations__:
-            hint = did_you_mean(name, Options.__annotations__)
+        if name not in known.__annotations__:
+            hint = did_you_mean(name, known.__annotations__)
+            if name in Options.__annotations__:
+                hint = " choose() generates nothing; it takes video, max_crops and timeout."
             if name in EdgeSettings.model_fields:
                 hint = " It is a setting of EdgeVLM, for all requests."
             if name == "video":
@@ -405,6 +440,33 @@ def read_labels(given: object) -> list[str]:
             "A label contains '<', '>', control characters or lone surrogates; use plain words."
         )
     return labels
+
+
+def check_choices(given: object) -> dict[str, str]:
+    """Return the choices, as given → without space around them. Raises PromptError."""
+    if not isinstance(given, list | tuple) or not all(isinstance(one, str) for one in given):
+        raise PromptError("Give the choices as a list of strings.")
+    if not 2 <= len(given) <= MAX_CHOICES:
+        raise PromptError(f"Give 2 to {MAX_CHOICES} choices, not {len(given)}.")
+    choices = {one: one.strip() for one in given}
+    kinds = [set(map(unicodedata.category, one)) for one in choices.values()]
+    # Format characters (Cf) join letters of Persian, Hindi and emoji; alone they are nothing.
+    if any(kind <= {"Cf", "Zs"} for kind in kinds):
+        raise PromptError("A choice is empty.")
+    if any(kind & {"Cc", "Cs"} for kind in kinds):
+        raise PromptError("A choice contains control characters or lone surrogates.")
+    if len(set(choices.values())) < len(given):
+        raise PromptError("Two choices are equal.")
+    return choices
+
+
+def token_tree(answers: Iterable[Sequence[int]]) -> dict[tuple[int, ...], list[int]]:
+    """Return each beginning of the answers → the tokens that follow it; the empty one first."""
+    tree: dict[tuple[int, ...], list[int]] = {}
+    for ids in answers:
+        for i, token in enumerate(ids):
+            tree.setdefault(tuple(ids[:i]), []).append(token)
+    return tree
 
 
 def refuse_special(ids: Sequence[int], special: Mapping[int, str]) -> None:

@@ -1,12 +1,13 @@
-"""Results of requests: `Result`, `Score` and `Metrics`, frozen values.
+"""Results of requests: `Result`, `Choice`, `Score` and `Metrics`, frozen values.
 
 Times are seconds on the monotonic clock, counts are tokens; unknown is None, never 0.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -76,6 +77,71 @@ class Result:
 
     def __str__(self) -> str:
         return self.text
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The most likely of several given answers.
+
+    Attributes:
+        choice: the most likely one; of equally likely ones the first.
+        probabilities: choice → probability, in the order given; they add up to 1.
+        outside: probability, before that normalisation, of answers that begin with none of them.
+        metrics: of the first request, with `e2e_s` of the whole; `output_tokens` is the number of
+            requests.
+        environment: versions and settings that produced it.
+    """
+
+    choice: str
+    probabilities: Mapping[str, float]
+    outside: float
+    metrics: Metrics = Metrics()
+    environment: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return self.choice
+
+    @classmethod
+    def of(
+        cls,
+        answers: Mapping[str, Sequence[int]],
+        scores: Mapping[tuple[int, ...], Mapping[int, float]],
+        results: Sequence[Result],
+    ) -> Choice:
+        """Read a choice out of scored tokens.
+
+        Args:
+            answers: choice → its tokens.
+            scores: beginning of an answer → log-probabilities of the tokens that follow it.
+            results: those of the requests that scored them.
+        """
+        logprobs = {
+            choice: sum(scores[tuple(ids[:i])][token] for i, token in enumerate(ids))
+            for choice, ids in answers.items()
+        }
+        highest = max(logprobs.values())
+        # Relative to the highest, as long answers have probabilities below the smallest float.
+        weights = {choice: math.exp(one - highest) for choice, one in logprobs.items()}
+        total = sum(weights.values())
+        # One that continues another is part of it.
+        starts = {tuple(ids) for ids in answers.values()}
+        inside = sum(
+            math.exp(logprobs[choice])
+            for choice, ids in answers.items()
+            if not any(tuple(ids[:i]) in starts for i in range(1, len(ids)))
+        )
+        return cls(
+            choice=max(weights, key=weights.__getitem__),
+            probabilities={choice: one / total for choice, one in weights.items()},
+            outside=max(0.0, 1 - inside),
+            metrics=replace(
+                results[0].metrics,
+                e2e_s=max(one.metrics.e2e_s or 0.0 for one in results),
+                output_tokens=len(results),
+                request_tps=None,
+            ),
+            environment=results[0].environment,
+        )
 
 
 @dataclass(frozen=True)

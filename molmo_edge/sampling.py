@@ -37,7 +37,8 @@ class Sampling(BaseModel):
         json_schema: a JSON Schema that the answer must follow.
         ignore_eos: continue after the end-of-text token; for benchmarks.
         logprob_token_ids: tokens whose log-probabilities to return instead of those of the most
-            likely ones; used by `EdgeVLM.score`.
+            likely ones; used by `EdgeVLM.choose` and `EdgeVLM.score`.
+        reuse_prefix: read the KV cache of earlier requests with the same beginning.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -53,3 +54,4 @@ class Sampling(BaseModel):
     json_schema: dict[str, Any] | None = None
     ignore_eos: bool = False
     logprob_token_ids: tuple[int, ...] = ()
+    reuse_prefix: bool = False

@@ -103,7 +103,8 @@ class EdgeSettings(BaseModel):
         attention_backend: vLLM's backend for the language model.
         mm_encoder_attn_backend: vLLM's backend for the vision tower.
         enforce_eager: run without torch.compile and CUDA graphs.
-        enable_prefix_caching: reuse the KV cache of equal prompt beginnings.
+        enable_prefix_caching: reuse the KV cache of equal prompt beginnings; `choose` and `score`
+            do in any case.
         speculation: ``ngram`` drafts tokens from the prompt.
         engine: ``thread`` runs in this process; ``process`` in a child process, for applications
             whose own Python code is busy (the main script must be importable).

@@ -14,8 +14,9 @@ import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Generic, Literal, Self, TypeAlias, TypeVar, Unpack, overload
+from typing import Any, Generic, Literal, Self, TypeAlias, TypeVar, Unpack, cast, overload
 
 from molmo_edge.checkpoint_files import read_config
 from molmo_edge.devices.detect import DeviceInfo
@@ -50,11 +51,13 @@ from molmo_edge.points import CountResult, PointResult, TrackResult
 from molmo_edge.requests import (
     CAPTION_PROMPTS,
     CheckedOptions,
+    ChoiceOptions,
     Images,
     Length,
     Options,
     Request,
     VideoOptions,
+    check_choices,
     check_length,
     check_options,
     check_token_ids,
@@ -63,8 +66,9 @@ from molmo_edge.requests import (
     numbered,
     read_labels,
     read_turns,
+    token_tree,
 )
-from molmo_edge.results import Result, Score
+from molmo_edge.results import Choice, Result, Score
 from molmo_edge.settings import EdgeSettings, Resolved, plain
 from molmo_edge.stream import AStream, Stream, wait_any
 from molmo_edge.video import Clip, VideoLike, VideoLimits, load_video
@@ -74,6 +78,8 @@ from molmo_edge.watch import Camera, Seen, Source, arun, run
 A = TypeVar("A")
 T = TypeVar("T")
 Labels: TypeAlias = list[str] | tuple[str, ...]
+# Beginning of an answer → token → its log-probability after it.
+Scores: TypeAlias = Mapping[tuple[int, ...], Mapping[int, float]]
 
 
 class WatchOptions(Options, total=False):
@@ -261,6 +267,33 @@ class EdgeVLM:
             for one in opened.values():
                 one.stream.cancel()
 
+    def choose(
+        self,
+        image: Images | None,
+        text: str | Sequence[Mapping[str, Any]],
+        choices: Sequence[str],
+        **options: Unpack[ChoiceOptions],
+    ) -> Choice:
+        """Choose the most likely of several answers, and say how likely each is.
+
+        A choice is as probable as all of its tokens are, one after the other. Its first token is
+        scored by the prefill of the prompt; what follows the beginnings that choices have, in one
+        more step. Requests about the same image share its prefill.
+
+        Args:
+            text: the question, or a conversation as `chat` takes it; then no image and no video.
+            choices: 2 to 100 answers as the model would write them. One that begins another, as
+                "red" does "red cup", is at least as probable.
+            options: see `ChoiceOptions`.
+
+        Raises:
+            PromptError: a choice is empty or equal to another one, or has control characters or
+                special tokens.
+            SamplingError: another option, such as temperature.
+            As `query`.
+        """
+        return self._answer(Request.choose(image, text, choices, **options))
+
     def score(
         self,
         image: Images | None,
@@ -272,8 +305,8 @@ class EdgeVLM:
     ) -> Score:
         """Teacher-forced log-probabilities of an answer's tokens; what drift is measured with.
 
-        Each token is one request that follows the tokens before it, so that the KV cache is read as
-        in decoding; with `enable_prefix_caching` all but the first cost one token.
+        Each token is one request that follows the tokens before it and shares the prefill of the
+        first, so that the KV cache is read as in decoding.
 
         Args:
             text: the question, or a conversation as `chat` takes it; then no image and no video.
@@ -300,32 +333,26 @@ class EdgeVLM:
             else Request.chat(text, max_tokens=1)
         )
         options, loop = self._check(asked), self._loop
-        turns = self._read(asked)
-        rendered = self._render(loop, turns, options)
-        if rendered.prompt_tokens is not None:
-            longest = rendered.prompt_tokens + len(ids) - 1
-            check_length(longest, loop.engine.info.max_model_len)
-        streams: list[Stream] = []
-        with ExitStack() as stack:
-            for i, token in enumerate(ids):
-                scored = tuple(dict.fromkeys([token, *others[i]]))
-                one = options.model_copy(update={"logprob_token_ids": scored})
-                stream = self._submit(loop, replace(rendered, answer=ids[:i]), one, wait=True)
-                streams.append(stack.enter_context(stream))
-                streams[0].result()  # the others share its prefix
-            results = [stream.result() for stream in streams]
-        entries = [result.top_logprobs[0] for result in results if result.top_logprobs]
-        return Score(
-            token_ids=tuple(ids),
-            logprobs=tuple(entry[token] for token, entry in zip(ids, entries, strict=True)),
-            candidates=tuple(
-                {token: entry[token] for token in scored}
-                for scored, entry in zip(others, entries, strict=True)
-            ),
-            prompt_token_ids=streams[0].prompt_token_ids or (),
-            # Each request generated one token greedily, which is not among the answer's.
-            greedy_token_ids=tuple(result.token_ids[0] for result in results),
-        )
+        options = options.model_copy(update={"reuse_prefix": True})
+        rendered = self._render(loop, self._read(asked), options)
+        tree = {tuple(ids[:i]): [token, *others[i]] for i, token in enumerate(ids)}
+
+        def read(scores: Scores, results: Sequence[Result]) -> Score:
+            entries = list(scores.values())
+            return Score(
+                token_ids=tuple(ids),
+                logprobs=tuple(entry[token] for token, entry in zip(ids, entries, strict=True)),
+                candidates=tuple(
+                    {token: entry[token] for token in scored}
+                    for scored, entry in zip(others, entries, strict=True)
+                ),
+                prompt_token_ids=tuple(rendered.token_ids or ()),
+                # The most likely token is scored too.
+                greedy_token_ids=tuple(max(entry, key=entry.__getitem__) for entry in entries),
+            )
+
+        (first, *rest), scored = self._scoring(loop, rendered, options, tree, read)
+        return _Opened(loop, self._submit(loop, first, wait=True), scored, rest).answer()
 
     # Questions, for asyncio.
 
@@ -334,6 +361,16 @@ class EdgeVLM:
     ) -> Result:
         """`query` for asyncio; cancelling the task frees the sequence."""
         return await self._aanswer(Request(image, text, **options))
+
+    async def achoose(
+        self,
+        image: Images | None,
+        text: str | Sequence[Mapping[str, Any]],
+        choices: Sequence[str],
+        **options: Unpack[ChoiceOptions],
+    ) -> Choice:
+        """`choose` for asyncio."""
+        return await self._aanswer(Request.choose(image, text, choices, **options))
 
     def astream(self, image: Images | None, text: str, **options: Unpack[VideoOptions]) -> AStream:
         """`stream` for asyncio: ``async for`` over it, or ``await`` it for the `Stream`."""
@@ -400,7 +437,7 @@ class EdgeVLM:
     # Tasks with Molmo's own prompts.
 
     def supports(self, verb: str) -> bool:
-        """Whether the model can do it: query, chat, caption, point, count, track, images, video.
+        """Whether the model can query, chat, choose, caption, point, count, track, images, video.
 
         ``"images"``: several in one request; ``"video"``: the argument of that name.
         """
@@ -667,8 +704,13 @@ class EdgeVLM:
             )
         if request.verb not in ("query", "chat"):
             self._require(request.verb)
+        if request.verb == "choose":
+            check_choices(request.choices)
+            options = check_options(request.options, self._max_crops, ChoiceOptions)
+            return options.model_copy(update={"max_tokens": 1, "reuse_prefix": True})
         request.prompt(PROMPTS)
-        return check_options(request.options, self._max_crops)
+        reuse = {"reuse_prefix": bool(self.environment.get("prefix_caching"))}
+        return check_options(request.options, self._max_crops).model_copy(update=reuse)
 
     def _read(self, request: Request[Any]) -> list[Turn]:
         """Load images and video; the prompt of a task becomes the text."""
@@ -677,7 +719,7 @@ class EdgeVLM:
             raise ImageError("A caption describes one image: give one, not none or several.")
         if request.verb in PROMPTS and not turns[0].images and turns[0].video is None:
             raise ImageError("There is nothing to look at: give an image, images or a video.")
-        if request.verb not in ("query", "chat"):
+        if request.verb not in ("query", "chat", "choose"):
             own = {} if self.family is None else self.family.prompts
             turns = [replace(turns[0], text=request.prompt({**PROMPTS, **own}))]
         return turns
@@ -712,33 +754,72 @@ class EdgeVLM:
     def _open(self, request: Request[A], *, wait: bool = False) -> _Opened[A]:
         """Prepare a request in this thread and submit it; `wait` for room in a full queue."""
         checked, loop = self._check(request), self._loop
-        turns = self._read(request)
-        rendered = self._render(loop, turns, checked)
-        return _Opened(self._submit(loop, rendered, checked, wait=wait), request.reader(turns))
+        (first, *rest), read = self._prepare(loop, request, checked)
+        return _Opened(loop, self._submit(loop, first, wait=wait), read, rest)
 
     async def _aopen(self, request: Request[A], *, wait: bool = False) -> _Opened[A]:
         """`_open` for asyncio; the request is prepared in another thread."""
         checked, loop = self._check(request), self._loop
-
-        def prepare() -> tuple[PendingRequest, Callable[[Result], A]]:
-            turns = self._read(request)
-            rendered = self._render(loop, turns, checked)
-            return self._pending(loop, rendered, checked), request.reader(turns)
-
         try:
             async with asyncio.timeout(checked.timeout):
                 with mapped("render"):  # there may be no thread left
-                    pending, read = await asyncio.to_thread(prepare)
+                    (first, *rest), read = await asyncio.to_thread(
+                        self._prepare, loop, request, checked
+                    )
         except TimeoutError:
             raise timed_out() from None
-        stream = Stream(loop, pending)
-        await loop.async_submit(pending, wait=wait)
-        return _Opened(stream, read)
+        stream = Stream(loop, first)
+        await loop.async_submit(first, wait=wait)
+        return _Opened(loop, stream, read, rest)
 
-    def _submit(
-        self, loop: EngineLoop, rendered: Rendered, options: CheckedOptions, *, wait: bool = False
-    ) -> Stream:
-        request = self._pending(loop, rendered, options)
+    def _prepare(
+        self, loop: EngineLoop, request: Request[A], options: CheckedOptions
+    ) -> tuple[list[PendingRequest], Callable[..., A]]:
+        """Return what to submit, the first alone and before the others, and what reads it."""
+        turns = self._read(request)
+        rendered = self._render(loop, turns, options)
+        if request.verb != "choose":
+            return [self._pending(loop, rendered, options)], request.reader(turns)
+        with mapped("render"):
+            answers = {
+                choice: loop.engine.encode(text)
+                for choice, text in check_choices(request.choices).items()
+            }
+        if not all(answers.values()) or len(set(map(tuple, answers.values()))) < len(answers):
+            raise PromptError("A choice has no tokens, or the tokens of another one.")
+        tree = token_tree(answers.values())
+        choice = cast(Callable[..., A], partial(Choice.of, answers))
+        return self._scoring(loop, rendered, options, tree, choice)
+
+    def _scoring(
+        self,
+        loop: EngineLoop,
+        rendered: Rendered,
+        options: CheckedOptions,
+        tree: Mapping[tuple[int, ...], Iterable[int]],
+        read: Callable[[Scores, Sequence[Result]], A],
+    ) -> tuple[list[PendingRequest], Callable[..., A]]:
+        """Requests of one token that score what follows each beginning of an answer in `tree`.
+
+        Also returns what reads their results: it calls `read` with the log-probabilities by
+        beginning, and the results.
+        """
+        if rendered.prompt_tokens is not None:
+            longest = rendered.prompt_tokens + max(map(len, tree))
+            check_length(longest, loop.engine.info.max_model_len)
+        requests = []
+        for beginning, following in tree.items():
+            scored = {"logprob_token_ids": tuple(dict.fromkeys(following))}
+            one = options.model_copy(update=scored)
+            requests.append(self._pending(loop, replace(rendered, answer=beginning), one))
+
+        def read_scores(*results: Result) -> A:
+            tops = [top for result in results for top in result.top_logprobs or ()]
+            return read(dict(zip(tree, tops, strict=True)), results)
+
+        return requests, read_scores
+
+    def _submit(self, loop: EngineLoop, request: PendingRequest, *, wait: bool = False) -> Stream:
         # Before it is submitted, so that Ctrl-C in between leaves nothing in the engine.
         stream = Stream(loop, request)
         try:
@@ -753,7 +834,9 @@ class EdgeVLM:
         with mapped("render"):
             if options.json_schema is not None:
                 engine.check_schema(options.json_schema)
-            return engine.render(turns, {"max_crops": options.max_crops})
+            return engine.render(
+                turns, {"max_crops": options.max_crops, "reuse_prefix": options.reuse_prefix}
+            )
 
     def _pending(
         self, loop: EngineLoop, rendered: Rendered, options: CheckedOptions
@@ -850,16 +933,31 @@ class EdgeVLM:
 
 @dataclass(frozen=True)
 class _Opened(Generic[A]):
-    """A request in flight, and how its result becomes the answer."""
+    """A request in flight, those that share its prefill, and how their results become the answer.
 
+    The others are submitted, all at once, when the first is done.
+    """
+
+    loop: EngineLoop
     stream: Stream
-    read: Callable[[Result], A]
+    read: Callable[..., A]
+    rest: Sequence[PendingRequest]
 
     def answer(self) -> A:
-        return self.read(self.stream.result())
+        first = self.stream.result()
+        with ExitStack() as stack:
+            others = [stack.enter_context(Stream(self.loop, one)) for one in self.rest]
+            for one in self.rest:
+                self.loop.submit(one, wait=True)
+            return self.read(first, *(one.result() for one in others))
 
     async def aanswer(self) -> A:
-        return self.read(await self.stream.aresult())
+        first = await self.stream.aresult()
+        with ExitStack() as stack:
+            others = [stack.enter_context(Stream(self.loop, one)) for one in self.rest]
+            for one in self.rest:
+                await self.loop.async_submit(one, wait=True)
+            return self.read(first, *[await one.aresult() for one in others])
 
 
 def _settle(answers: Mapping[int, Any], return_exceptions: bool) -> list[Any]:

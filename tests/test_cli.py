@@ -30,6 +30,7 @@ from molmo_edge.video import VideoLimits, load_video, write_video
 MUG = '<point x="61.5" y="40.4" alt="mug">mug</point>'
 ANSWERS = {
     "What is it?": "A cup.",
+    "Is it open?": "yes",
     "Point to mug": MUG,
     "Point to unicorn": "There are none.",
     "How many mugs are there?": f"Counting the {MUG} shows a total of 1.",
@@ -112,6 +113,22 @@ def test_ask_prints_the_answer_alone_on_standard_output(run: Run, image: Path) -
     assert (ended.status, ended.out, ended.err) == (0, "A cup.\n", "")
     # An answer is never interpreted as markup.
     assert run("ask", image, "Else?").out == "Something [bold]else[/bold].\n"
+
+
+def test_choose_prints_probabilities_and_ends_with_0_for_the_first_choice(
+    run: Run, image: Path, built: list[dict[str, Any]]
+) -> None:
+    ended = run("choose", image, "Is it open?", "yes", "no")
+    assert (ended.status, ended.err) == (0, "")
+    for part in ("yes", "0.99", "no", "0.00", "other answers"):
+        assert part in ended.out
+    ended = run("choose", "Is it open?", "no", "yes", "--image", image, "--json")
+    assert (ended.status, ended.json["choice"]) == (1, "yes")
+    assert list(ended.json["probabilities"]) == ["no", "yes"]
+    assert ended.json["metrics"]["image_tokens"] == 144
+    built.clear()
+    assert run("choose", image, "Is it open?", "yes").status == 2
+    assert built == []
 
 
 def test_ask_reads_an_image_from_standard_input(run: Run, image: Path) -> None:
@@ -429,8 +446,8 @@ def test_wrong_usage_is_exit_status_2(run: Run, arguments: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["ask", "caption", "chat", "point", "count", "track", "watch", "verify", "doctor", "plan",
-     "profiles", "config show", "warmup", "fetch", "quantize"],
+    ["ask", "choose", "caption", "chat", "point", "count", "track", "watch", "verify", "doctor",
+     "plan", "profiles", "config show", "warmup", "fetch", "quantize"],
 )  # fmt: skip
 def test_every_command_helps_with_examples(run: Run, command: str) -> None:
     ended = run(*command.split(), "--help")

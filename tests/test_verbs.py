@@ -95,6 +95,7 @@ def test_every_verb_has_a_twin_for_asyncio_with_the_same_answer(
     calls: list[tuple[str, Any]] = [
         ("chat", (messages,)),
         ("caption", (photo, "long")),
+        ("choose", (photo, "What?", ["Something.", "Nothing."])),
         ("point", (photo, "spoon")),
         ("point", (photo, ["spoon", "unicorn"])),
         ("count", (photo, "cups")),

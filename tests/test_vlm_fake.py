@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -12,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from molmo_edge import EdgeVLM, Request, Result
+from molmo_edge import Choice, EdgeVLM, Request, Result
 from molmo_edge.engine.fake import FakeEngine, FakeFactory
 from molmo_edge.errors import (
     GenerationError,
     ImageError,
     InputError,
     PromptError,
+    PromptTooLongError,
     RequestTimeout,
     SamplingError,
 )
@@ -183,3 +185,103 @@ def test_scores_are_of_each_token_after_those_before_it(vlm: EdgeVLM, fake: Fake
             vlm.score(None, "q", answer, candidates=candidates)
     # Images are rendered once, and nothing is asked before it is known to fit.
     assert len(fake.engine.added) == 3 and fake.calls["render"] == 2
+
+
+def test_a_choice_takes_one_request_for_each_beginning(vlm: EdgeVLM, fake: FakeFactory) -> None:
+    choice = vlm.choose(IMAGE, "q", ["yes", "no", "unsure"])
+    assert len(fake.engine.added) == choice.metrics.output_tokens == 1
+    assert choice.metrics.prompt_tokens == 144 + 4 and choice.environment is not None
+    assert list(choice.probabilities) == ["yes", "no", "unsure"]
+    assert vlm.choose(None, "q", ["the cup", "the mug", "a mug"]).metrics.output_tokens == 3
+    messages = [{"role": "user", "content": "q"}]
+    assert vlm.choose(None, messages, [f"q {WORDS}", "q one", " no\n"]).choice == "q one"
+    assert fake.calls["render"] == 3
+
+
+def test_choices_are_answered_in_batches_and_by_asyncio(vlm: EdgeVLM, fake: FakeFactory) -> None:
+    requests: list[Any] = [
+        Request.choose(IMAGE, "q", ["q two", "q one", "q three"]),
+        Request(None, "q"),
+        Request.choose(None, "q", ["yes"]),
+        Request.choose(None, [{"role": "user", "content": "q"}], ["no", "q one"]),
+    ]
+
+    async def asynchronously() -> tuple[Choice, list[Any]]:
+        batch = await vlm.abatch(requests, return_exceptions=True)
+        return await vlm.achoose(IMAGE, "q", ["q two", "q one", "q three"]), batch
+
+    batch = vlm.batch(requests, return_exceptions=True)
+    alone, other = asyncio.run(asynchronously())
+    for answers in (batch, other):
+        assert [type(one) for one in answers] == [Choice, Result, PromptError, Choice]
+        assert str(answers[0]) == str(answers[3]) == "q one"
+        assert answers[0].probabilities == alone.probabilities
+    assert_all_ended(vlm, fake)
+
+
+@pytest.mark.parametrize(
+    ("choices", "options", "error", "message"),
+    [
+        ([], {}, PromptError, "2 to 100 choices, not 0"),
+        (["yes"], {}, PromptError, "2 to 100"),
+        ([f"number {i}" for i in range(1000)], {}, PromptError, "not 1000"),
+        (["yes", " yes "], {}, PromptError, "equal"),
+        (["yes", "\u200d"], {}, PromptError, "empty"),
+        (["yes", " "], {}, PromptError, "empty"),
+        (["yes", "n\no"], {}, PromptError, "control"),
+        (["yes", "\ud800"], {}, PromptError, "surrogates"),
+        (["yes", "<|endoftext|>"], {}, PromptError, "special tokens"),
+        (["yes", 5], {}, PromptError, "strings"),
+        ("yes", {}, PromptError, "list of strings"),
+        (None, {}, PromptError, "list of strings"),
+        (["yes", "no " * 5000], {}, PromptTooLongError, "max_model_len"),
+        (["yes", "no"], {"temperature": 0.5}, SamplingError, "generates nothing"),
+        (["yes", "no"], {"json_schema": {"type": "string"}}, SamplingError, "generates nothing"),
+        (["yes", "no"], {"max_tokens": 5}, SamplingError, "generates nothing"),
+        (["yes", "no"], {"timeuot": 5}, SamplingError, "timeout"),
+        (["yes", "no"], {"timeout": -1}, SamplingError, "timeout"),
+    ],
+)
+def test_bad_choices_are_refused_and_the_next_call_works(
+    vlm: EdgeVLM, fake: FakeFactory, choices: Any, options: Any, error: Any, message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        vlm.choose(None, "q", choices, **options)
+    assert fake.engine.added == []
+    assert str(vlm.choose(None, "q", ["no", "q one"])) == "q one"
+    with pytest.raises(PromptError, match="text"):
+        vlm.choose(IMAGE, [{"role": "user", "content": "q"}], ["yes", "no"])
+
+
+def test_a_choice_ends_at_its_deadline_and_when_its_task_is_cancelled() -> None:
+    hold = threading.Event()
+    fake = FakeEngine.factory(echo, holds={"step": hold})
+    with opened(fake) as vlm:
+        with pytest.raises(RequestTimeout):
+            vlm.choose(None, "q", ["q one", "q two"], timeout=0.2)
+
+        async def cancelled() -> None:
+            task = asyncio.create_task(vlm.achoose(None, "q", ["q one", "q two"]))
+            await asyncio.to_thread(fake.wait_for, "step")
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+        asyncio.run(cancelled())
+        hold.set()
+        assert_all_ended(vlm, fake)
+        assert str(vlm.choose(None, "q", ["q one", "q two"])) == "q one"
+
+
+def test_probabilities_are_normalised_and_what_continues_a_choice_is_part_of_it() -> None:
+    answers = {"red": [1], "red cup": [1, 2], "blue": [3]}
+    scores = {(): {1: math.log(0.5), 3: math.log(0.3)}, (1,): {2: math.log(0.4)}}
+    results = [Result("", "length", (1,))] * 2
+    choice = Choice.of(answers, scores, results)
+    assert choice.probabilities == pytest.approx({"red": 0.5, "red cup": 0.2, "blue": 0.3})
+    assert choice.outside == pytest.approx(0.2) and choice.choice == "red"
+    # Answers less probable than the smallest float.
+    far = {(): {1: -2000.0, 3: -2001.0}, (1,): {2: -1.0}}
+    assert Choice.of(answers, far, results).probabilities["red"] == pytest.approx(
+        1 / (1 + 2 / math.e)
+    )

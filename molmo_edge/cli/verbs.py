@@ -1,4 +1,4 @@
-"""The commands that start an engine: ask, caption, chat, point, count, track, watch, warmup."""
+"""The commands that start an engine: ask, choose, caption, chat, point, count, track, watch, …"""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ from molmo_edge.errors import ConfigError, InputError, RequestError
 from molmo_edge.files import file_mode, replacing
 from molmo_edge.images import SUFFIXES
 from molmo_edge.points import CountResult, Point, PointResult, TrackResult
+from molmo_edge.requests import check_choices
 from molmo_edge.stream import Stream
 from molmo_edge.watch import Camera
 
@@ -81,6 +82,42 @@ def ask(
         else:
             warn_notice(vlm)
             _print_stream(stream)
+
+
+@app.command(
+    epilog=examples(
+        'molmo-edge choose door.jpg "Is the door open?" yes no && echo open',
+        'molmo-edge choose photo.jpg "What is on the table?" "a cup" "a plate" nothing --json',
+        'molmo-edge choose "Did it move?" yes no --image before.jpg --image after.jpg',
+    )
+)
+@with_options
+def choose(
+    words: Annotated[list[str], image_and("QUESTION CHOICE...", "the question; answers to it")],
+    engine: EngineOptions,
+    media: MediaOptions,
+    timeout: Annotated[float | None, typer.Option(help="Seconds for the choice.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Choose the likeliest of several answers. Exit status 0 for the first of them, else 1."""
+    about, [question, *choices] = media.load(engine, words, most=None)
+    check_choices(choices)
+    with engine.open() as vlm:
+        choice = vlm.choose(text=question, choices=choices, timeout=timeout, **about)
+        table = Table("choice", "probability")
+        for name, probability in choice.probabilities.items():
+            chosen = "bold" if name == choice.choice else ""
+            table.add_row(Text(name, chosen), Text(f"{probability:.4f}", chosen))
+        line = f"{choice}; {choice.outside:.4f} for other answers"
+        data = {
+            "choice": choice.choice,
+            "probabilities": choice.probabilities,
+            "outside": choice.outside,
+            "metrics": dataclasses.asdict(choice.metrics),
+        }
+        output(data, table, Text(line), as_json=as_json, vlm=vlm)
+    if choice.choice != choices[0]:
+        raise typer.Exit(1)
 
 
 @app.command(

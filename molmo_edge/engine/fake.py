@@ -17,6 +17,7 @@ real engine checks them; images and videos are accepted as by Molmo 2.
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 import time
@@ -163,6 +164,10 @@ class FakeEngine:
         known = None if image_tokens else ids
         return Rendered(prompt, total, image_tokens, known, answer_prefix=" ")
 
+    def encode(self, answer: str) -> list[int]:
+        refuse_special([i for i, name in _SPECIAL.items() if name in answer], _SPECIAL)
+        return [_token(piece) for piece in self._split.findall(f" {answer}")]
+
     def check_schema(self, schema: Mapping[str, Any]) -> None:
         """Accept any schema; answers are scripted."""
 
@@ -172,6 +177,10 @@ class FakeEngine:
         self.prompts.append(question)
         self.added.append(request_id)
         pieces = self._split.findall(" " + answer)
+        given = len(rendered.answer)
+        # After the beginning of the scripted answer comes its next token, after others the end.
+        begins = [_token(piece) for piece in pieces[:given]] == list(rendered.answer)
+        pieces = pieces[given:] if begins else []
         room = self.info.max_model_len - prompt_tokens - len(rendered.answer)
         self.running[request_id] = _Request(pieces, sampling, min(sampling.max_tokens, room))
 
@@ -247,7 +256,7 @@ class _Request:
         scored = [*sampling.logprob_token_ids, *range(1, sampling.logprobs or 0)]
         if not scored and not sampling.logprobs:
             return update
-        logprobs = {one: -(1 + one % 7) / 8 for one in [token, *scored]}
+        logprobs = {one: math.log(0.9 if one == token else 0.001) for one in [token, *scored]}
         return update._replace(logprobs=[logprobs[token]], top_logprobs=[logprobs])
 
 

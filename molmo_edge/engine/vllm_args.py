@@ -168,7 +168,8 @@ def plan_build(
         "max_num_seqs": settings.max_num_seqs,
         "load_format": settings.load_format,
         "seed": settings.seed,
-        "enable_prefix_caching": settings.enable_prefix_caching,
+        # Each request says whether it reads the cache, see `Sampling.reuse_prefix`.
+        "enable_prefix_caching": True,
         # Images are preprocessed in the caller's thread, in any order; vLLM's cache needs its own.
         "mm_processor_cache_gb": 0,
         "trust_remote_code": False,
@@ -222,7 +223,9 @@ def plan_build(
         "max_crops": max_crops if family.crops else None,
         "resize": settings.resize if family.crops else None,
         "max_frames": max_frames or None,
-        "prefix_caching": bool(args["enable_prefix_caching"]),
+        "prefix_caching": bool(
+            settings.engine_args.get("enable_prefix_caching", settings.enable_prefix_caching)
+        ),
         "speculation": settings.speculation,
         "engine": settings.engine,
         "eager": bool(args.get("enforce_eager", False)),

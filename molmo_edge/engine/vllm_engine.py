@@ -77,6 +77,12 @@ class VllmEngine:
             raise EngineClosedError("The engine is closed; an engine cannot be reopened.")
         return renderer.render(turns, options)
 
+    def encode(self, answer: str) -> list[int]:
+        renderer = self.renderer
+        if renderer is None:
+            raise EngineClosedError("The engine is closed; an engine cannot be reopened.")
+        return renderer.encode(answer)
+
     def check_schema(self, schema: Mapping[str, Any]) -> None:
         """Raise SamplingError unless the configured backend and llguidance accept the schema.
 
@@ -179,6 +185,7 @@ def sampling_params(sampling: Sampling) -> Any:
         logprobs=sampling.logprobs,
         logprob_token_ids=list(sampling.logprob_token_ids) or None,
         ignore_eos=sampling.ignore_eos,
+        skip_reading_prefix_cache=not sampling.reuse_prefix,
         structured_outputs=None if schema is None else StructuredOutputsParams(json=dict(schema)),
         output_kind=RequestOutputKind.DELTA,
     )

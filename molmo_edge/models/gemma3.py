@@ -5,6 +5,7 @@ Images of a turn stand before its text, in order. Gemma 3 has no pointing of its
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ class Gemma3:
     """Gemma 3 with vision (4B, 12B, 27B)."""
 
     name = "gemma3"
-    verbs = frozenset({"query", "chat", "caption", "images"})
+    verbs = frozenset({"query", "chat", "choose", "caption", "images"})
     prompts: Mapping[str, str] = {}
     # 256 tokens each; engine_args={"limit_mm_per_prompt": {"image": …}} sets another limit.
     max_images = 16
@@ -92,6 +93,7 @@ class Gemma3Renderer:
         self._control = control_tokens(self._tokenizer)
         self._longest_token = max(map(len, self._tokenizer.get_vocab()))
         self._lock = threading.Lock()
+        self._number = itertools.count()
 
     def render(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> Rendered:
         """See `Engine.render`."""
@@ -112,9 +114,12 @@ class Gemma3Renderer:
             for turn in turns:
                 refuse_special(self._encode(turn.text), self._control)
             _, prompt = self._renderer.render_messages(_messages(turns), self._params)
-            tokens = {"prompt_token_ids": self._encode(prompt["prompt"])}
+            tokens: dict[str, Any] = {"prompt_token_ids": self._encode(prompt["prompt"])}
             if images := prompt.get("multi_modal_data"):
                 tokens["multi_modal_data"] = images
+                if not options.get("reuse_prefix"):  # or vLLM hashes the pixels
+                    names = [f"image-{next(self._number)}" for _ in range(n_images)]
+                    tokens["multi_modal_uuids"] = {"image": names}
             # Before the pixels are touched: a prompt that does not fit costs nothing.
             total = len(tokens["prompt_token_ids"]) + n_images * self._tokens_per_image
             check_length(total, self._max_model_len, n_images)
@@ -125,6 +130,14 @@ class Gemma3Renderer:
         # The line breaks between two images are one token, which both placeholders count.
         image_positions = {p.offset + i for p in places for i in range(p.length)}
         return Rendered(rendered, len(ids), len(image_positions), ids)
+
+    def encode(self, answer: str) -> list[int]:
+        """See `Renderer.encode`."""
+        check_length(len(answer) // self._longest_token, self._max_model_len)
+        with self._lock:
+            ids = self._encode(answer)
+        refuse_special(ids, self._control)
+        return ids
 
     def _encode(self, text: str) -> list[int]:
         encoded = self._tokenizer(text, add_special_tokens=False, verbose=False)

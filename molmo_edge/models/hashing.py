@@ -26,11 +26,12 @@ def digest(images: Iterable[npt.NDArray[np.uint8]], *facts: object) -> str:
 
 
 class ImageHasher:
-    """Hashes for one engine: without prefix caching nothing is reused, and a number will do."""
+    """Hashes for one engine: for a request that reuses nothing a number will do, at no cost."""
 
-    def __init__(self, prefix_caching: bool) -> None:
-        self._hashing = prefix_caching
+    def __init__(self) -> None:
         self._number = itertools.count()
 
-    def __call__(self, images: Iterable[npt.NDArray[np.uint8]], *facts: object) -> str:
-        return digest(images, *facts) if self._hashing else f"image-{next(self._number)}"
+    def __call__(
+        self, reuse: object, images: Iterable[npt.NDArray[np.uint8]], *facts: object
+    ) -> str:
+        return digest(images, *facts) if reuse else f"image-{next(self._number)}"

@@ -6,7 +6,7 @@ import threading
 from typing import Any
 
 from molmo_edge.errors import ModelError
-from molmo_edge.requests import check_length
+from molmo_edge.requests import check_length, refuse_special
 
 # Longest token of any vocabulary in use, in characters: 128 spaces, in Qwen2's.
 _LONGEST_TOKEN = 128
@@ -45,3 +45,9 @@ class TextEncoder:
         with self._lock:
             encoded = self._tokenizer(text, add_special_tokens=False, verbose=False)
         return list(encoded["input_ids"])
+
+    def plain(self, text: str) -> list[int]:
+        """`text`, but raises PromptError for special tokens."""
+        ids = self.text(text)
+        refuse_special(ids, self.special)
+        return ids

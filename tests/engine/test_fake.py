@@ -36,6 +36,17 @@ def test_log_probabilities_are_aligned_with_tokens() -> None:
         assert vlm.query(None, "q").logprobs is None
 
 
+def test_a_scripted_answer_is_the_choice() -> None:
+    script = {"Open?": "no", "Where?": "on the desk", "": "What?"}
+    with opened(FakeEngine.factory(script)) as vlm:
+        assert str(vlm.choose(None, "Open?", ["yes", "no"])) == "no"
+        assert str(vlm.choose(None, "Where?", ["on the table", "under it", "on the desk"])) == (
+            "on the desk"
+        )
+        even = vlm.choose(None, "Else?", ["yes", "no"])
+        assert even.choice == "yes" and even.probabilities == {"yes": 0.5, "no": 0.5}
+
+
 @pytest.mark.parametrize(
     ("image", "text", "kind"),
     [

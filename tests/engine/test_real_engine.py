@@ -16,6 +16,7 @@ import torch
 from pydantic import BaseModel, Field
 
 from molmo_edge import EdgeVLM, Request
+from molmo_edge.engine.pending import PendingRequest
 from molmo_edge.errors import (
     ConfigError,
     GenerationError,
@@ -133,6 +134,39 @@ def test_scores_are_those_of_generation(real_vlm: EdgeVLM) -> None:
     assert score.logprobs == pytest.approx(result.logprobs, abs=1e-2)
     assert all(set(c) == {0, 1} for c in score.candidates)
     assert len(score.prompt_token_ids) == result.metrics.prompt_tokens
+
+
+def test_choices_share_one_prefill_which_other_requests_do_not_read(
+    real_vlm: EdgeVLM, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[PendingRequest] = []
+
+    def record(self: EdgeVLM, *args: Any) -> PendingRequest:
+        made.append(pending(self, *args))
+        return made[-1]
+
+    pending = EdgeVLM._pending
+    monkeypatch.setattr(EdgeVLM, "_pending", record)
+    choices = ["This is", "This was", "That is it"]
+    real_vlm.reset_caches()
+    first = real_vlm.choose(photo, "Which?", choices)
+    assert first.choice == "This is"
+    cached = [one.result().metrics.cached_tokens or 0 for one in made]
+    assert cached[0] == 0 and min(cached[1:]) > 300 and len(cached) == first.metrics.output_tokens
+    single = real_vlm.choose(photo, "What else?", ["This", "N"])
+    assert single.metrics.output_tokens == 1 and (single.metrics.cached_tokens or 0) > 300
+    for one in (real_vlm.query(photo, "Which?"), real_vlm.query(photo, "Which?")):
+        assert (one.text, one.metrics.cached_tokens) == (TEXT, 0)
+    requests = [Request.choose(photo, "Which?", choices) for _ in range(3)]
+    for choice in real_vlm.batch(requests):
+        assert choice.probabilities == pytest.approx(first.probabilities, abs=1e-2)
+
+
+def test_choices_that_cannot_be_scored_are_refused(stub_vlm: EdgeVLM, photo: np.ndarray) -> None:
+    for wrong, error in ((["yes", "<im_patch>"], PromptError), (["a", "b " * 3000], InputError)):
+        with pytest.raises(error):
+            stub_vlm.choose(photo, "Which?", wrong)
+    assert stub_vlm.choose(photo, "Which?", ["N", "This"]).choice == "This"
 
 
 def test_the_plan_is_that_of_the_engines_settings(stub_vlm: EdgeVLM) -> None:

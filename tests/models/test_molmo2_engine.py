@@ -15,6 +15,8 @@ import pytest
 
 from molmo_edge import EdgeVLM, Request, Result, Video
 from molmo_edge.errors import PromptError, PromptTooLongError, VideoError
+from molmo_edge.reference.molmo2 import ReferenceMolmo2
+from molmo_edge.reference.molmo2_inputs import Molmo2Processor
 from tests import molmo2_golden as golden
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -107,6 +109,24 @@ def test_a_shared_first_image_is_not_reused_where_the_second_differs(vlm: EdgeVL
     assert not same(after, vlm.query([first, others[0]], "Compare.", **OPTIONS))
     again = vlm.query([first, others[1]], "Compare.", **OPTIONS)
     assert same(again, alone) and (again.metrics.cached_tokens or 0) > 700
+
+
+def test_choices_are_as_probable_as_the_reference_says(vlm: EdgeVLM, directory: Path) -> None:
+    image, text = golden.image(60, 300, 200), "Which?"
+    choices = ["red", "red cup", "blue", "red mug"]
+    prompt, inputs = Molmo2Processor(directory)([("user", text)], [image], None)
+    reference, logprobs = ReferenceMolmo2.load(directory), []
+    for choice in choices:
+        ids = list(choice.encode())
+        rows = reference.logits([*prompt, *ids], inputs)[len(prompt) - 1 : -1].log_softmax(-1)
+        logprobs.append(float(rows[range(len(ids)), ids].sum()))
+        assert logprobs[-1] == pytest.approx(sum(vlm.score(image, text, ids).logprobs), abs=BOUND)
+    total = sum(map(math.exp, logprobs))
+    expected = [math.exp(one) / total for one in logprobs]
+    vlm.reset_caches()
+    result = vlm.choose(image, text, choices)
+    assert list(result.probabilities.values()) == pytest.approx(expected, abs=BOUND)
+    assert result.outside == pytest.approx(1 - math.exp(logprobs[0]) - math.exp(logprobs[2]))
 
 
 def test_a_first_frame_is_not_reused_where_a_later_time_differs(vlm: EdgeVLM) -> None:

@@ -33,7 +33,7 @@ class Molmo:
     """AllenAI's Molmo 1 (7B-D, 7B-O, 72B)."""
 
     name = "molmo"
-    verbs = frozenset({"query", "chat", "caption", "point", "count"})
+    verbs = frozenset({"query", "chat", "choose", "caption", "point", "count"})
     prompts: Mapping[str, str] = {}
     # Molmo 1 was trained on single images.
     max_images = 1
@@ -106,7 +106,7 @@ class MolmoRenderer:
         self._encoder = PromptEncoder(tokenizer, self._max_model_len)
         self._ids = ImageTokenIds.from_vocab(tokenizer.get_vocab())
         self._image_processor = image_processor
-        self._hash = ImageHasher(engine.vllm_config.cache_config.enable_prefix_caching)
+        self._hash = ImageHasher()
 
     def render(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> Rendered:
         """See `Engine.render`."""
@@ -133,13 +133,20 @@ class MolmoRenderer:
         check_length(total, self._max_model_len, 1)
         ids = [self._encoder.bos, *tiling.tokens(self._ids).tolist(), *text_ids]
         tensors, place = self._tensors(processor.inputs(pixels))
+        digest = self._hash(
+            options.get("reuse_prefix"), [pixels], processor.max_crops, processor.resize
+        )
         prompt = mm_input(
             prompt_token_ids=ids,
             mm_kwargs=tensors,
-            mm_hashes={"image": [self._hash([pixels], processor.max_crops, processor.resize)]},
+            mm_hashes={"image": [digest]},
             mm_placeholders={"image": [place]},
         )
         return Rendered(prompt, total, tiling.n_tokens, ids, ANSWER_PREFIX)
+
+    def encode(self, answer: str) -> list[int]:
+        """See `Renderer.encode`."""
+        return self._encoder.plain(ANSWER_PREFIX + answer)
 
     def _tensors(self, inputs: ImageInputs) -> tuple[Any, Any]:
         """vLLM's keyword items and placeholder range for one image."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from molmo_edge.errors import ModelError
 from molmo_edge.interface import Turn
 from molmo_edge.models.prompts import TextEncoder
-from molmo_edge.requests import check_turns, refuse_special
+from molmo_edge.requests import check_turns
 
 IMAGE_TOKENS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<|image|>")
 ONE_IMAGE = (
@@ -52,6 +52,4 @@ class PromptEncoder(TextEncoder):
         """
         check_turns(turns)
         text = "".join(f" {turn.role.capitalize()}: {turn.text}" for turn in turns) + " Assistant:"
-        ids = self.text(text)
-        refuse_special(ids, self.special)
-        return ids
+        return self.plain(text)

@@ -24,7 +24,9 @@ class Molmo2:
     """AllenAI's Molmo 2 (4B, 8B, O-7B, ER, VideoPoint)."""
 
     name = "molmo2"
-    verbs = frozenset({"query", "chat", "caption", "point", "count", "track", "images", "video"})
+    verbs = frozenset(
+        {"query", "chat", "choose", "caption", "point", "count", "track", "images", "video"}
+    )
     prompts: Mapping[str, str] = {"point": "Point to {}."}
     # As many as the context holds.
     max_images = 10_000
@@ -97,7 +99,7 @@ class Molmo2Renderer:
         self._ids = ImageIds.from_config(model.hf_config.to_dict())
         self._processing = Processing.read(Path(model.model))
         self._max_crops = max_crops
-        self._hash = ImageHasher(engine.vllm_config.cache_config.enable_prefix_caching)
+        self._hash = ImageHasher()
 
     def render(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> Rendered:
         """See `Engine.render`."""
@@ -105,16 +107,24 @@ class Molmo2Renderer:
 
         text = self._encoder.encode(turns)
         images = [image for turn in turns for image in turn.images]
+        reuse = options.get("reuse_prefix")
         if images:
-            return self._with_images(images, text, options.get("max_crops") or self._max_crops)
+            max_crops = options.get("max_crops") or self._max_crops
+            return self._with_images(images, text, max_crops, reuse)
         for turn in turns:
             if turn.video is not None:
-                return self._with_video(turn.video, text)
+                return self._with_video(turn.video, text, reuse)
         ids = [self._encoder.bos, *text]
         check_length(len(ids), self._max_model_len)
         return Rendered(tokens_input(ids), len(ids), 0, ids)
 
-    def _with_images(self, images: Sequence[Any], text: list[int], max_crops: int) -> Rendered:
+    def encode(self, answer: str) -> list[int]:
+        """See `Renderer.encode`."""
+        return self._encoder.plain(answer)
+
+    def _with_images(
+        self, images: Sequence[Any], text: list[int], max_crops: int, reuse: object
+    ) -> Rendered:
         from molmo_edge.models.molmo2.inputs import engine_input, image_visuals
 
         # Before the pixels are touched: a prompt that does not fit costs nothing.
@@ -127,11 +137,11 @@ class Molmo2Renderer:
         ids = self._prompt(pieces, text, "images")
         pixels = [np.asarray(image) for image in images]
         visuals = image_visuals(pixels, tilings)
-        digest = self._hash(pixels, max_crops)
+        digest = self._hash(reuse, pixels, max_crops)
         prompt, n_tokens = engine_input(ids, self._ids, "image", visuals, digest)
         return Rendered(prompt, len(ids), n_tokens, ids)
 
-    def _with_video(self, clip: Any, text: list[int]) -> Rendered:
+    def _with_video(self, clip: Any, text: list[int], reuse: object) -> Rendered:
         from molmo_edge.models.molmo2.inputs import engine_input, frame_visuals
 
         frame = frame_tokens(self._ids, self._processing).tolist()
@@ -141,7 +151,7 @@ class Molmo2Renderer:
             pieces.append([*time, *frame])
         ids = self._prompt(pieces, text, "frames")
         visuals = frame_visuals(clip.frames, self._processing.geometry)
-        digest = self._hash(clip.frames, "video")
+        digest = self._hash(reuse, clip.frames, "video")
         prompt, n_tokens = engine_input(ids, self._ids, "video", visuals, digest)
         return Rendered(prompt, len(ids), n_tokens, ids)
 
