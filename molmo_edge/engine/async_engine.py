@@ -148,7 +148,7 @@ class AsyncEngine(VllmEngine):
     def add(self, request_id: str, rendered: Rendered, sampling: Sampling) -> None:
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        prompt, params = engine_prompt(rendered), sampling_params(sampling)
+        prompt, params = engine_prompt(rendered), sampling_params(sampling, self.speculative)
         try:
             outputs = self.run(self.llm.add_request(request_id, prompt, params))
         except (EngineDeadError, EngineError) as exc:

@@ -205,6 +205,8 @@ def plan_build(
             "prompt_lookup_max": 4,
         }
     args |= settings.engine_args
+    if "speculative_config" in args:
+        args.setdefault("max_logprobs", -1)  # see `sampling_params`
     chosen = "engine_args.compilation_config" in resolved.by_user
     compilation = {} if chosen else args.get("compilation_config", {})
     if settings.speculation == "ngram" and _GRAPH_SIZES in compilation:

@@ -60,6 +60,7 @@ class VllmEngine:
     Attributes:
         llm: the `vllm.LLM`, None after `close`.
         core: its `LLMEngine`, None after `close`.
+        speculative: whether tokens are drafted.
         info, renderer: set by `build`.
     """
 
@@ -70,6 +71,7 @@ class VllmEngine:
         self.llm = llm
         self.core = core
         self._nan_token = nan_token(core.model_config.hf_config)
+        self.speculative = core.vllm_config.speculative_config is not None
 
     def render(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> Rendered:
         renderer = self.renderer
@@ -112,7 +114,8 @@ class VllmEngine:
 
     def add(self, request_id: str, rendered: Rendered, sampling: Sampling) -> None:
         try:
-            self.core.add_request(request_id, engine_prompt(rendered), sampling_params(sampling))
+            params = sampling_params(sampling, self.speculative)
+            self.core.add_request(request_id, engine_prompt(rendered), params)
         except BaseException:
             # vLLM's detokenizer may know the request already.
             self.core.abort_request([request_id])
@@ -170,20 +173,24 @@ def engine_prompt(rendered: Rendered) -> Any:
     return {**rendered.prompt, "prompt_token_ids": ids}
 
 
-def sampling_params(sampling: Sampling) -> Any:
-    """Return vLLM's SamplingParams."""
+def sampling_params(sampling: Sampling, speculative: bool) -> Any:
+    """Return vLLM's SamplingParams; `speculative`: whether the engine drafts tokens."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     schema = sampling.json_schema
+    scored = list(sampling.logprob_token_ids) or None
+    # An engine that drafts ignores `logprob_token_ids`: then the whole vocabulary is scored.
+    every = speculative and scored is not None
     return SamplingParams(
         max_tokens=sampling.max_tokens,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         seed=sampling.seed,
         stop=list(sampling.stop) or None,
-        logprobs=sampling.logprobs,
-        logprob_token_ids=list(sampling.logprob_token_ids) or None,
+        logprobs=-1 if every else sampling.logprobs,
+        logprob_token_ids=None if every else scored,
+        detokenize=not every,
         ignore_eos=sampling.ignore_eos,
         skip_reading_prefix_cache=not sampling.reuse_prefix,
         structured_outputs=None if schema is None else StructuredOutputsParams(json=dict(schema)),

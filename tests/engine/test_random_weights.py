@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from molmo_edge import EdgeVLM, Result
+from molmo_edge import Choice, EdgeVLM, Result, Score
 from molmo_edge.errors import InputError, RequestCancelled
 from molmo_edge.models.molmo2.synthetic import write_checkpoint
 from molmo_edge.stream import Stream
@@ -54,6 +54,12 @@ def ask(vlm: EdgeVLM, i: int) -> Stream:
     return vlm.stream(image, text, max_tokens=48, ignore_eos=True, logprobs=1, **options)
 
 
+def score_tokens(vlm: EdgeVLM) -> tuple[Choice, Score]:
+    choices, candidates = ["red mug", "red cup", "blue"], [[7], []]
+    choice = vlm.choose(IMAGES[0], "Which?", choices, max_crops=1)
+    return choice, vlm.score(None, "q", [5, 6], candidates=candidates)
+
+
 @pytest.fixture(scope="module")
 def alone(random_vlm: EdgeVLM) -> list[Result]:
     """Each request with the engine to itself."""
@@ -92,11 +98,11 @@ def test_requests_at_once_equal_the_same_alone_whatever_their_neighbours_do(
 
 
 def test_drafts_and_a_cached_prefix_change_no_token(
-    settings: dict[str, Any], alone: list[Result]
+    settings: dict[str, Any], random_vlm: EdgeVLM, alone: list[Result]
 ) -> None:
     with EdgeVLM(
         **settings,
-        max_num_seqs=1,
+        max_num_seqs=2,
         speculation="ngram",
         enable_prefix_caching=True,
         engine_args={"disable_log_stats": False},
@@ -107,6 +113,17 @@ def test_drafts_and_a_cached_prefix_change_no_token(
                 result = vlm.query(image, text, max_tokens=48, ignore_eos=True, **options)
                 assert result.token_ids == alone[i].token_ids
                 assert bool(result.metrics.cached_tokens) == bool(again)
+        # Scored beside another request's drafts.
+        with vlm.stream(*REQUESTS[1][:2], ignore_eos=True, max_tokens=1000, logprobs=1) as drafting:
+            next(drafting)
+            choice, score = score_tokens(vlm)
+            assert not drafting.done
+        choice_alone, score_alone = score_tokens(random_vlm)
+        assert choice.probabilities == pytest.approx(choice_alone.probabilities, abs=1e-3)
+        assert choice.outside == pytest.approx(choice_alone.outside, abs=1e-3)
+        assert score.logprobs == pytest.approx(score_alone.logprobs, abs=1e-3)
+        assert score.candidates[0] == pytest.approx(score_alone.candidates[0], abs=1e-3)
+        assert score.greedy_token_ids == score_alone.greedy_token_ids
 
         def drafted(engine: Any) -> tuple[float, float]:
             from vllm.v1.metrics.reader import get_metrics_snapshot
