@@ -11,8 +11,16 @@ import itertools
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    Callable,
+    Generator,
+    Iterable,
+    Mapping,
+    Sequence,
+)
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -389,50 +397,66 @@ class EdgeVLM:
         return self._astream(Request.chat(messages, **options))
 
     @overload
-    async def abatch(self, requests: Iterable[Request[A]]) -> list[A]: ...
+    async def abatch(
+        self, requests: Iterable[Request[A]] | AsyncIterable[Request[A]]
+    ) -> list[A]: ...
 
     @overload
     async def abatch(
-        self, requests: Iterable[Request[A]], *, return_exceptions: bool
+        self,
+        requests: Iterable[Request[A]] | AsyncIterable[Request[A]],
+        *,
+        return_exceptions: bool,
     ) -> list[A | MolmoEdgeError]: ...
 
     async def abatch(
-        self, requests: Iterable[Request[A]], *, return_exceptions: bool = False
+        self,
+        requests: Iterable[Request[A]] | AsyncIterable[Request[A]],
+        *,
+        return_exceptions: bool = False,
     ) -> list[A] | list[A | MolmoEdgeError]:
         """`batch` for asyncio; one request at a time is prepared, all others are answered."""
         answers = {index: answer async for index, answer in self.aiter_batch(requests)}
         return _settle(answers, return_exceptions)
 
     async def aiter_batch(
-        self, requests: Iterable[Request[A]]
+        self, requests: Iterable[Request[A]] | AsyncIterable[Request[A]]
     ) -> AsyncGenerator[tuple[int, A | MolmoEdgeError], None]:
-        """`iter_batch` for asyncio; to leave the loop early, use ``contextlib.aclosing``."""
-        waiting, most = numbered(requests), 2 * self.settings.max_num_seqs
-        preparing = asyncio.Lock()
-        tasks: set[asyncio.Task[tuple[int, A | MolmoEdgeError]]] = set()
+        """`iter_batch` for asyncio; to leave the loop early, use ``contextlib.aclosing``.
 
-        async def answer(index: int, request: Request[A]) -> tuple[int, A | MolmoEdgeError]:
+        Other threads advance an iterable that is not an async one, so it may block.
+        """
+        preparing = asyncio.Lock()
+        tasks: set[asyncio.Task[tuple[int, A | MolmoEdgeError] | None]] = set()
+
+        async def answer() -> tuple[int, A | MolmoEdgeError] | None:
+            item = None
             try:
                 async with preparing:
-                    opened = await self._aopen(request, wait=True)
-                return index, await opened.aanswer()
+                    if (item := await anext(source, None)) is None:
+                        return None
+                    opened = await self._aopen(item[1], wait=True)
+                return item[0], await opened.aanswer()
             except MolmoEdgeError as exc:
-                return index, exc
+                if item is None:  # the iterable's own
+                    raise
+                return item[0], exc
 
-        try:
-            while True:
-                while len(tasks) < most and (item := next(waiting, None)) is not None:
-                    tasks.add(asyncio.create_task(answer(*item)))
-                if not tasks:
-                    return
-                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    tasks.remove(task)
-                    yield task.result()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        async with aclosing(_taken(requests)) as source:
+            try:
+                tasks = {
+                    asyncio.create_task(answer()) for _ in range(2 * self.settings.max_num_seqs)
+                }
+                while tasks:
+                    done, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
+                        if (one := task.result()) is not None:
+                            tasks.add(asyncio.create_task(answer()))
+                            yield one
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
 
     # Tasks with Molmo's own prompts.
 
@@ -958,6 +982,20 @@ class _Opened(Generic[A]):
             for one in self.rest:
                 await self.loop.async_submit(one, wait=True)
             return self.read(first, *[await one.aresult() for one in others])
+
+
+async def _taken(
+    requests: Iterable[Request[A]] | AsyncIterable[Request[A]],
+) -> AsyncGenerator[tuple[int, Request[A]], None]:
+    """Index and request of a batch. Raises as `numbered`."""
+    if isinstance(requests, AsyncIterable):
+        index = itertools.count()
+        async for request in requests:
+            yield next(index), request
+        return
+    waiting = numbered(requests)
+    while (item := await asyncio.to_thread(next, waiting, None)) is not None:
+        yield item
 
 
 def _settle(answers: Mapping[int, Any], return_exceptions: bool) -> list[Any]:

@@ -136,6 +136,10 @@ def test_a_batch_can_yield_answers_as_they_finish_and_be_left_early(
     assert {str(one) for i, one in seen.items() if i > 2} < {f"q{n} {WORDS}" for n in range(100)}
     assert len(taken) < 40  # taken as there is room
     assert_all_ended(vlm, fake)
+    failing = (Request(None, "q", **FOREVER) if n < 3 else 1 / 0 for n in itertools.count())
+    with pytest.raises(ZeroDivisionError):
+        vlm.batch(failing)  # type: ignore[arg-type]
+    assert_all_ended(vlm, fake)
     late = Request(None, "late", timeout=0.05, **FOREVER)
     assert [type(one) for _, one in vlm.iter_batch([late])] == [RequestTimeout]
 

@@ -6,7 +6,8 @@ import asyncio
 import gc
 import itertools
 import threading
-from collections.abc import Awaitable, Callable
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from typing import Any
 
@@ -19,6 +20,7 @@ from molmo_edge.errors import (
     EngineClosedError,
     EngineDeadError,
     EngineError,
+    ImageError,
     PromptError,
     QueueFull,
     RequestTimeout,
@@ -66,8 +68,64 @@ def test_a_batch_is_taken_as_there_is_room_and_ends_when_its_iterable_fails() ->
         with pytest.raises(ZeroDivisionError):
             await vlm.abatch(failing)  # type: ignore[arg-type]
 
+        async def refused() -> AsyncIterator[Request]:
+            yield Request(None, "q", **FOREVER)
+            raise ImageError("the iterable's own")
+
+        with pytest.raises(ImageError, match="the iterable's own"):
+            await vlm.abatch(refused(), return_exceptions=True)
+
     taken = itertools.count()
     run(FakeEngine.factory(echo), body, max_num_seqs=2)
+
+
+def test_an_iterable_may_block_or_be_an_async_one() -> None:
+    """The event loop releases the generator: blocked, it never would."""
+    release = threading.Event()
+
+    def blocking() -> Iterator[Request]:
+        yield Request(None, "a")
+        release.wait()
+        yield Request(None, "b")
+
+    async def asynchronous() -> AsyncIterator[Request]:
+        for text in "ab":
+            await asyncio.sleep(0)
+            yield Request(None, text)
+
+    async def body(vlm: EdgeVLM) -> None:
+        async with aclosing(vlm.aiter_batch(blocking())) as answers:
+            assert [(await anext(answers))[0]] == [0]  # while the second is awaited
+            release.set()
+            assert [(index, str(one)) async for index, one in answers] == [(1, f"b {WORDS}")]
+        assert [str(one) for one in await vlm.abatch(asynchronous())] == [
+            f"{text} {WORDS}" for text in "ab"
+        ]
+
+    run(FakeEngine.factory(echo), body)
+
+
+@pytest.mark.parametrize("form", ["iter_batch", "aiter_batch"])
+def test_a_long_batch_keeps_no_images(form: str) -> None:
+    alive: list[weakref.ref[Any]] = []
+    most = 2 * 4 + 2  # in flight, being prepared, and being yielded
+
+    def requests() -> Iterator[Request]:
+        for _ in range(1000):
+            image = np.zeros((8, 8, 3), np.uint8)
+            alive[:] = [one for one in alive if one() is not None] + [weakref.ref(image)]
+            assert len(alive) <= most
+            yield Request(image, "q", max_tokens=2)
+
+    async def body(vlm: EdgeVLM) -> None:
+        assert len([index async for index, _ in vlm.aiter_batch(requests())]) == 1000
+
+    fake = FakeEngine.factory(echo)
+    if form == "aiter_batch":
+        run(fake, body, max_num_seqs=4)
+    else:
+        with opened(fake, max_num_seqs=4) as vlm:
+            assert len(list(vlm.iter_batch(requests()))) == 1000
 
 
 def test_tasks_that_share_a_stream_share_one_request() -> None:
