@@ -105,7 +105,8 @@ class EdgeSettings(BaseModel):
         enforce_eager: run without torch.compile and CUDA graphs.
         enable_prefix_caching: reuse the KV cache of equal prompt beginnings; `choose` and `score`
             do in any case.
-        speculation: ``ngram`` drafts tokens from the prompt.
+        speculation: ``ngram`` drafts tokens from the prompt, ``format`` those that the form of a
+            pointing answer dictates; greedy answers stay the same.
         engine: ``thread`` runs in this process; ``process`` in a child process, for applications
             whose own Python code is busy (the main script must be importable).
         max_queue: requests in flight, running or waiting, before new ones are refused.
@@ -139,7 +140,7 @@ class EdgeSettings(BaseModel):
     mm_encoder_attn_backend: Text | None = None
     enforce_eager: bool | None = None
     enable_prefix_caching: bool = False
-    speculation: Literal["off", "ngram"] = "off"
+    speculation: Literal["off", "ngram", "format"] = "off"
     engine: Literal["thread", "process"] = "thread"
     max_queue: Annotated[int, Field(ge=1)] = 256
     stall_s: Annotated[float, Field(gt=0)] = 120.0

@@ -30,6 +30,7 @@ from molmo_edge.devices.shapes import SHORTEST, ModelShape, frames_within, model
 from molmo_edge.devices.specs import GIB
 from molmo_edge.errors import ConfigError, MissingDependencyError
 from molmo_edge.interface import ModelFamily
+from molmo_edge.models.drafter import DRAFT_TOKENS
 from molmo_edge.models.hub import STUBS
 from molmo_edge.settings import EdgeSettings, Resolved, resolve
 
@@ -49,7 +50,7 @@ _CUDA_VARIABLES = {
     # 4 GiB: the driver's default size discards what it compiled from PTX, and compiles it again.
     "CUDA_CACHE_MAXSIZE": "4294967296",
 }
-_DRAFT_TOKENS = 3
+_NGRAM_TOKENS = 3
 _TRITON = "TRITON_ATTN"
 _GRAPH_SIZES = "cudagraph_capture_sizes"
 
@@ -196,22 +197,19 @@ def plan_build(
         "kv_cache_memory_bytes": _kv_room(settings, resolved.by_user, shape, max_model_len),
     }
     args |= {key: value for key, value in optional.items() if value is not None}
-    if settings.speculation == "ngram":
-        args["speculative_config"] = {
-            # Drafts from the prompt; `ngram_gpu` keeps scheduling asynchronous.
-            "method": "ngram_gpu" if device.kind == "cuda" else "ngram",
-            "num_speculative_tokens": _DRAFT_TOKENS,
-            "prompt_lookup_min": 2,
-            "prompt_lookup_max": 4,
-        }
+    drafts = _drafts(settings, device, family)
+    if drafts:
+        args["speculative_config"] = drafts
     args |= settings.engine_args
     if "speculative_config" in args:
         args.setdefault("max_logprobs", -1)  # see `sampling_params`
     chosen = "engine_args.compilation_config" in resolved.by_user
     compilation = {} if chosen else args.get("compilation_config", {})
-    if settings.speculation == "ngram" and _GRAPH_SIZES in compilation:
+    if drafts and _GRAPH_SIZES in compilation:
         # The profile's, for drafted steps: a token and its drafts each.
-        drafted = [size * (1 + _DRAFT_TOKENS) for size in compilation[_GRAPH_SIZES]]
+        drafted = [
+            size * (1 + drafts["num_speculative_tokens"]) for size in compilation[_GRAPH_SIZES]
+        ]
         args["compilation_config"] = {**compilation, _GRAPH_SIZES: drafted}
     environment = {
         "model": settings.model,
@@ -247,6 +245,31 @@ def engine_environment(settings: EdgeSettings, device: DeviceInfo) -> dict[str, 
         # Nothing leaves the machine.
         "VLLM_NO_USAGE_STATS": "1",
     }
+
+
+def _drafts(settings: EdgeSettings, device: DeviceInfo, family: ModelFamily) -> dict[str, Any]:
+    """Return vLLM's `speculative_config`; empty without speculation."""
+    if settings.speculation == "format":
+        if "point" not in family.verbs:
+            raise ConfigError(
+                f"speculation format drafts the form of pointing answers, which {family.name} does "
+                "not write; use ngram or off."
+            )
+        # vLLM schedules synchronously with a proposer of ours.
+        return {
+            "method": "custom_class",
+            "model": "molmo_edge.models.drafter.FormatProposer",
+            "num_speculative_tokens": DRAFT_TOKENS,
+        }
+    if settings.speculation == "ngram":
+        return {
+            # Drafts from the prompt; `ngram_gpu` keeps scheduling asynchronous.
+            "method": "ngram_gpu" if device.kind == "cuda" else "ngram",
+            "num_speculative_tokens": _NGRAM_TOKENS,
+            "prompt_lookup_min": 2,
+            "prompt_lookup_max": 4,
+        }
+    return {}
 
 
 def _lacks_avx512(device: DeviceInfo) -> bool:

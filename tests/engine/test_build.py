@@ -239,6 +239,13 @@ def test_drafts_come_with_graphs_of_their_size_unless_the_user_set_them(molmo: P
     assert result["speculative_config"] == drafts
 
 
+def test_drafts_of_forms_are_for_models_that_point(molmo: Path, tmp_path: Path) -> None:
+    drafts = args(THOR, molmo, speculation="format")["speculative_config"]
+    assert drafts["method"] == "custom_class" and drafts["num_speculative_tokens"] > 1
+    with pytest.raises(ConfigError, match="gemma3 does not write; use ngram or off"):
+        args(LAPTOP, write(tmp_path, GEMMA), speculation="format")
+
+
 # The environment.
 
 
