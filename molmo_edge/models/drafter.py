@@ -24,9 +24,7 @@ _TAIL_TOKENS = 96  # several points, or frames of a track
 _LONGER_TOKENS = 384, 2048  # back to the start of a tag; read at its end
 
 # How a token within a form may end. Few words of prose do.
-_ENDS = re.compile(
-    r'(?:[\d.;"=<>/ ]|\b(?:[xy]|alt|coords|points?|tracks|shows|a|total|of))\Z'
-)
+_ENDS = re.compile(r'(?:[\d.;"=<>/ ]|\b(?:[xy]|alt|coords|points?|tracks|shows|a|total|of))\Z')
 _START = re.compile(r"<(points?|tracks)( [^ ]*)?\Z")
 _PERCENT = re.compile(r' ([xy])(\d*)="(?:(\d\d)|\d{1,3}\.\d("(?: \w*=?"?)?)?)\Z')
 _ALT = re.compile(r' alt="([^"<>]*)("[^"]*)\Z')
