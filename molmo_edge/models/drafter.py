@@ -10,6 +10,7 @@ Nothing is kept between steps but the texts of tokens and the tokens of drafts.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -104,7 +105,7 @@ def _in_coords(tail: str) -> str:
     elif not re.search(r" \d{1,2} \d{3,4} \d{3,4}\Z", tail):
         return ""
     numbers = [int(id) for id in ids if id != ";"]
-    if "<tracks" in tail or any(a >= b for a, b in zip(numbers, numbers[1:], strict=False)):
+    if "<tracks" in tail or any(a >= b for a, b in itertools.pairwise(numbers)):
         # A track's number stays: a frame has those of the frame before.
         earlier = [i for i, id in enumerate(ids[:-1]) if id == ids[-1]]
         if earlier:
