@@ -89,7 +89,8 @@ def _kinds(
     crops = family is None or family.crops
     size = _SMALL if family is None or family.max_images > 0 else None
     max_crops = 1 if crops else None
-    yield "text", [_request(0, tokens)]
+    # Once with log-probabilities, whose kernel vLLM compiles when they are first requested.
+    yield "text", [_request(0, tokens, logprobs=1)]
     if size is not None:
         yield "global view" if crops else "image", [_request(0, tokens, size, max_crops)]
         if crops:
@@ -104,14 +105,20 @@ def _kinds(
 
 
 def _request(
-    seed: int, tokens: int, size: tuple[int, int] | None = None, max_crops: int | None = None
+    seed: int,
+    tokens: int,
+    size: tuple[int, int] | None = None,
+    max_crops: int | None = None,
+    logprobs: int | None = None,
 ) -> Request:
     """Another image and text for each seed: a cache would hide the cost of the first."""
     image = None
     if size is not None:
         image = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
     text = f"Describe this. {seed}"
-    return Request(image, text, max_tokens=tokens, ignore_eos=True, max_crops=max_crops)
+    return Request(
+        image, text, max_tokens=tokens, ignore_eos=True, max_crops=max_crops, logprobs=logprobs
+    )
 
 
 def _run(

@@ -40,6 +40,16 @@ def test_turns_are_in_the_reference_format(encoder: PromptEncoder, tokenizer: An
     assert text("A?", "B.", "C?") == " User: A? Assistant: B. User: C? Assistant:"
 
 
+def test_the_tokens_of_an_answer_follow_those_of_its_prompt(
+    encoder: PromptEncoder, tokenizer: Any
+) -> None:
+    for answer in (" yes", " the red mug", " 5"):
+        whole = tokenizer(f" User: What? Assistant:{answer}", add_special_tokens=False)["input_ids"]
+        assert encoder.encode(conversation("What?")) + encoder.plain(answer) == whole
+    with pytest.raises(PromptError, match="special tokens"):
+        encoder.plain(" yes<|endoftext|>")
+
+
 @pytest.mark.parametrize(
     "text",
     ["<im_patch>", "a <|image|> b", "x<|endoftext|>", "<im_start><im_col>", "|<EXTRA_TOKENS_3>|"],
