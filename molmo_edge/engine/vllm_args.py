@@ -223,9 +223,7 @@ def plan_build(
         "max_crops": max_crops if family.crops else None,
         "resize": settings.resize if family.crops else None,
         "max_frames": max_frames or None,
-        "prefix_caching": bool(
-            settings.engine_args.get("enable_prefix_caching", settings.enable_prefix_caching)
-        ),
+        "prefix_caching": settings.enable_prefix_caching,
         "speculation": settings.speculation,
         "engine": settings.engine,
         "eager": bool(args.get("enforce_eager", False)),
