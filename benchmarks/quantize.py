@@ -23,26 +23,32 @@ from molmo_edge.bench.cases import Case
 from molmo_edge.bench.environment import Target, detected_device
 from molmo_edge.bench.scenes import random_scene
 from molmo_edge.checkpoint_files import tensors
+from molmo_edge.devices.shapes import part_of
 from molmo_edge.engine.vllm_args import cache_root
 from molmo_edge.errors import ConfigError, EngineStartError
 from molmo_edge.models.hub import locate
 from molmo_edge.quantize import quantize
-from molmo_edge.quantize.formats import FORMATS, unpack
+from molmo_edge.quantize.formats import FORMATS, HEADS, unpack
 from molmo_edge.settings import resolve
 
 COPIES = {
-    "fp8": ("fp8", False),
-    "w4a16": ("w4a16", False),
-    "w4a16, calibrated": ("w4a16", True),
-    "nvfp4": ("nvfp4", False),
-    "nvfp4, calibrated": ("nvfp4", True),
+    "fp8": ("fp8", "none", False),
+    "fp8, head fp8": ("fp8", "fp8", False),
+    "w4a16": ("w4a16", "none", False),
+    "w4a16, calibrated": ("w4a16", "none", True),
+    "w4a16, head fp8, calibrated": ("w4a16", "fp8", True),
+    "w4a16, head w8a16, calibrated": ("w4a16", "w8a16", True),
+    "w4a16, head w4a16, calibrated": ("w4a16", "w4a16", True),
+    "nvfp4": ("nvfp4", "none", False),
+    "nvfp4, calibrated": ("nvfp4", "none", True),
+    "nvfp4, head fp8, calibrated": ("nvfp4", "fp8", True),
 }
-"""Scheme, and whether to calibrate it with drawn scenes."""
+"""Scheme, LM head, and whether to calibrate them with drawn scenes."""
 CALIBRATION_SCENES, DRIFT_SCENES = 16, 8
 MAX_TOKENS = 128
 
 
-def unpacked(original: Path, copy: Path, scheme: str) -> Path:
+def unpacked(original: Path, copy: Path, scheme: str, head: str) -> Path:
     """An unquantised checkpoint, beside the copy, with the values of its weights."""
     out = copy.with_name(f"{copy.name}, unpacked")
     shutil.copytree(original, out)
@@ -51,7 +57,9 @@ def unpacked(original: Path, copy: Path, scheme: str) -> Path:
         for layer in [n.removesuffix(".weight_scale") for n in stored if "weight_scale" in n]:
             names = [n for n in stored if n.startswith(f"{layer}.weight")]
             parts = {name.removeprefix(f"{layer}."): stored.pop(name) for name in names}
-            stored[f"{layer}.weight"] = unpack(parts, FORMATS[scheme])
+            form = FORMATS[scheme] if part_of(layer + ".") == "blocks" else HEADS[head]
+            assert form is not None
+            stored[f"{layer}.weight"] = unpack(parts, form)
         save_file(stored, out / path.name, metadata={"format": "pt"})
     return out
 
@@ -70,12 +78,13 @@ def run(original: Path, work: Path, scenes: int) -> list[dict[str, Any]]:
         draw(number).save(images / f"{number}.png")
     total = sum(tensor.nbytes for tensor in tensors(original))
     targets = {"original": (Target(str(original)), total)}
-    for name, (scheme, calibrate) in COPIES.items():
+    for name, (scheme, head, calibrate) in COPIES.items():
         harness.progress(f"quantising: {name}")
-        made = quantize(original, work / name, scheme, calibrate=images if calibrate else None)
+        seen = images if calibrate else None
+        made = quantize(original, work / name, scheme, head=head, calibrate=seen)
         directory = made.directory
         if detected_device().kind == "cpu":
-            directory = unpacked(original, directory, scheme)
+            directory = unpacked(original, directory, scheme, head)
         targets[name] = Target(str(directory)), made.out_bytes
     targets["FP8 KV cache"] = Target(str(original), options={"kv_cache_dtype": "fp8"}), total
     cases = [

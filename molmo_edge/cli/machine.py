@@ -70,6 +70,9 @@ def plan(
     ] = None,
     profile: ProfileOption = None,
     kv_cache_dtype: Annotated[str | None, typer.Option(help="auto, fp8, …")] = None,
+    head: Annotated[
+        str | None, typer.Option(help="LM head after `quantize`: fp8, w8a16 or w4a16.")
+    ] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt, image included.")] = 1210,
     output_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 190,
     batch: Annotated[int | None, typer.Option(help="Concurrent requests.")] = None,
@@ -101,8 +104,9 @@ def plan(
     directory = locate(name, root) if name in STUBS else locate_cached(name, root)
     if directory is None and name not in KNOWN:
         raise ModelError(f"'{name}' is not on this machine: molmo-edge fetch {name}")
+    shape = replace(model_shape(directory or name), name=name)
     made = planning.plan(
-        replace(model_shape(directory or name), name=name),
+        shape if head is None else shape.with_head(head),
         about,
         profile=chosen,
         settings=planning_settings(resolved),
@@ -125,7 +129,8 @@ def _plan_lines(plan: Plan) -> Iterator[RenderableType]:
         f"Profile  {plan.profile_reason}\n"
         f"Choice   {plan.chosen or 'nothing fits'}: {plan.chosen_reason}\n"
         f"Request  {plan.prompt_tokens:,} prompt and {plan.output_tokens:,} output tokens, KV "
-        f"cache {plan.kv_cache_dtype}: {plan.kv_bytes_per_token:,} bytes per token"
+        f"cache {plan.kv_cache_dtype}: {plan.kv_bytes_per_token:,} bytes per token\n"
+        f"LM head  {'bf16' if plan.head == 'none' else plan.head}"
     )
     if (visuals := plan.visuals) is not None:
         images = ", ".join(f"{size} {tokens:,}" for size, tokens in visuals.image_tokens.items())

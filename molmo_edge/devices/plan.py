@@ -69,6 +69,7 @@ class Plan:
     prompt_tokens: int  # decode attends to the prompt and half of the output
     output_tokens: int
     batch: int  # concurrent requests in decode_tps_batch
+    head: str  # precision of the LM head, "none" for BF16
     usable_bytes: int | None  # memory for weights and KV cache
     bandwidth_bytes_s: float | None
     rows: tuple[PrecisionPlan, ...]
@@ -174,6 +175,7 @@ def plan(
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
         batch=batch,
+        head=shape.head_precision,
         usable_bytes=usable,
         bandwidth_bytes_s=bandwidth,
         rows=tuple(rows),

@@ -10,13 +10,14 @@ import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from molmo_edge.checkpoint_files import FLOATS, Tensor, read_config, tensors
 from molmo_edge.devices.tensors import (
     KNOWN,
+    TEXT,
     Shapes,
     gemma3_tensor_shapes,
     molmo2_tensor_shapes,
@@ -27,7 +28,12 @@ from molmo_edge.files import file_mode
 from molmo_edge.settings import PRECISIONS as REQUESTS
 
 PRECISIONS = tuple(name for name in REQUESTS if name != "auto")
-"""Of the language model's dense weights; embeddings, head and tower stay BF16 in all of them."""
+"""Of the blocks' dense weights; embeddings and tower stay BF16 in all of them."""
+
+HEADS = ("none", "fp8", "w8a16", "w4a16")
+"""Precisions of the LM head; "none" is BF16."""
+
+_HEAD_NAMES = {"molmo": TEXT + "ff_out", "molmo2": "lm_head"}  # in checkpoints
 
 # compressed-tensors' formats of dense weights.
 _FORMATS = {"nvfp4-pack-quantized": "nvfp4", "float-quantized": "fp8", "naive-quantized": "fp8"}
@@ -47,13 +53,14 @@ KV_DTYPES: Mapping[str, tuple[int, int]] = {
 def matrix_bytes(precision: str, rows: int, cols: int) -> int:
     """Bytes of one weight matrix with its scales, as vLLM keeps them.
 
-    Scales are float32 per output row (fp8), BF16 per group of 128 columns (w4a16), and FP8 per
-    group of 16 (nvfp4).
+    Scales are float32 per output row (fp8), BF16 per group of 128 columns (w8a16, w4a16), and FP8
+    per group of 16 (nvfp4).
     """
     values = rows * cols
     return {
         "bf16": 2 * values,
         "fp8": values + 4 * rows,
+        "w8a16": values + 2 * rows * math.ceil(cols / 128),
         "w4a16": values // 2 + 2 * rows * math.ceil(cols / 128),
         "nvfp4": values // 2 + rows * math.ceil(cols / 16),
     }[precision]
@@ -108,6 +115,8 @@ class ModelShape:
     block_params: int  # of all of the decoder
     block_bytes: Mapping[str, int]  # of the decoder, by precision
     stored: str | None  # precision of a quantised checkpoint
+    head_bytes: Mapping[str, int]  # of the LM head, by precision
+    head_precision: str = "none"
     measured: bool  # whether read from headers rather than derived from config.json
     activations: Activations | None = None  # of a Molmo 2; vLLM bounds those of other models
 
@@ -125,7 +134,7 @@ class ModelShape:
 
         Raises ModelError for a quantised checkpoint of a kind that only its files can size.
         """
-        return self._blocks(precision) + 2 * (self.embedding + self.head + self.tower)
+        return self._blocks(precision) + self._head + 2 * (self.embedding + self.tower)
 
     def decode_bytes(self, precision: str) -> int:
         """Bytes of weights read for every generated token: blocks and head.
@@ -133,7 +142,7 @@ class ModelShape:
         Of the embedding one row is read, and the tower only when an image comes in. See
         `weight_bytes` for errors.
         """
-        return self._blocks(precision) + 2 * (self.head or self.embedding)
+        return self._blocks(precision) + (self._head or 2 * self.embedding)
 
     def bytes_by_precision(self, *, float32: bool = False) -> dict[str, int]:
         """Bytes of all weights at each precision this very checkpoint can be loaded in.
@@ -145,6 +154,7 @@ class ModelShape:
             sizes[name] = total = self.weight_bytes(name)
             if float32:
                 sizes[name] += total if name == "bf16" else total - self._blocks(name)
+                sizes[name] -= 0 if self.head_precision == "none" else self._head
         return sizes
 
     def kv_bytes(self, tokens: int, kv_cache_dtype: str) -> int:
@@ -177,6 +187,23 @@ class ModelShape:
                 break
             limit = max(SHORTEST, limit - 1024)
         return limit
+
+    def with_head(self, precision: str) -> ModelShape:
+        """The shape with the LM head at a precision of `HEADS`.
+
+        Raises ModelError where the head is the embedding or the checkpoint is quantised already.
+        """
+        if precision not in HEADS:
+            raise ModelError(f"unknown LM head {precision!r}: expected {', '.join(HEADS)}")
+        if not self.head:
+            raise ModelError(f"the LM head of {self.name} is its embedding and stays as it is")
+        if self.stored is not None:
+            raise ModelError(f"{self.name} is quantised, with its LM head as stored")
+        return replace(self, head_precision=precision)
+
+    @property
+    def _head(self) -> int:
+        return self.head_bytes[self.head_precision]
 
     def _blocks(self, precision: str) -> int:
         if precision not in self.block_bytes:
@@ -233,7 +260,7 @@ def _sizes_read() -> Iterator[None]:
 def _shape(name: str, config: Mapping[str, Any], files: list[Tensor]) -> ModelShape:
     counts = _counts((part_of(name), size) for name, size in inventory(config).items())
     with _sizes_read():
-        stored = stored_precision(config)
+        stored, head = stored_precision(config), stored_head(config)
         if config["model_type"] == "gemma3":
             attention = _gemma3(config["text_config"])
         else:
@@ -241,8 +268,16 @@ def _shape(name: str, config: Mapping[str, Any], files: list[Tensor]) -> ModelSh
     if files and stored is None:
         counts = _counts((part_of(tensor.name), tensor.shape) for tensor in files)
     elif files:  # packed matrices hide their shapes, so only the bytes are the files'
-        counts["block_bytes"] = {stored: _stored_bytes(files)}
-    return ModelShape(name=name, **attention, **counts, stored=stored, measured=bool(files))
+        counts["block_bytes"] = {stored: _stored_bytes(files, "blocks")}
+        counts["head_bytes"] = {head or "none": _stored_bytes(files, "head")}
+    return ModelShape(
+        name=name,
+        **attention,
+        **counts,
+        stored=stored,
+        head_precision=head or "none",
+        measured=bool(files),
+    )
 
 
 def _molmo(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -295,22 +330,31 @@ def _gemma3(text: Mapping[str, Any]) -> dict[str, Any]:
 def _counts(parts: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, Any]:
     """Parameters of each part, and bytes of the blocks, of tensors given as part and shape."""
     params = dict.fromkeys(("embedding", "head", "tower", "blocks"), 0)
-    block_bytes = dict.fromkeys(PRECISIONS, 0)
+    block_bytes, head_bytes = dict.fromkeys(PRECISIONS, 0), dict.fromkeys(HEADS, 0)
     for part, shape in parts:
         size = math.prod(shape)
         params[part] += size
         if part == "blocks":
             for name in PRECISIONS:
                 block_bytes[name] += matrix_bytes(name, *shape) if len(shape) == 2 else 2 * size
-    return {"block_params": params.pop("blocks"), "block_bytes": block_bytes, **params}
+        elif part == "head":
+            head_bytes = {
+                name: matrix_bytes("bf16" if name == "none" else name, *shape) for name in HEADS
+            }
+    return {
+        "block_params": params.pop("blocks"),
+        "block_bytes": block_bytes,
+        "head_bytes": head_bytes,
+        **params,
+    }
 
 
-def _stored_bytes(files: Iterable[Tensor]) -> int:
-    """Bytes of a quantised checkpoint's blocks; what is not quantised becomes BF16."""
+def _stored_bytes(files: Iterable[Tensor], part: str) -> int:
+    """Bytes of a part of a quantised checkpoint; what is not quantised becomes BF16."""
     return sum(
         2 * t.numel if t.dtype in FLOATS and t.name.endswith((".weight", ".bias")) else t.nbytes
         for t in files
-        if part_of(t.name) == "blocks"
+        if part_of(t.name) == part
     )
 
 
@@ -339,11 +383,50 @@ def stored_precision(config: Mapping[str, Any]) -> str | None:
     try:
         method = str(quant.get("quant_method", "unknown")).lower()
         form = str(quant.get("format", method))
-        if method == "compressed-tensors" and form == "pack-quantized":
+        if method == "compressed-tensors" and form in ("pack-quantized", "mixed-precision"):
             group, *_ = quant["config_groups"].values()
-            return f"w{int(group['weights']['num_bits'])}a16"
+            return _group_precision(group, form)
     except (AttributeError, LookupError, TypeError, ValueError) as exc:
         raise ModelError(
             "config.json has a broken quantization_config. Download it again."
         ) from exc
+    return _FORMATS.get(form, form)
+
+
+def stored_head(config: Mapping[str, Any]) -> str | None:
+    """Precision of the LM head in a Molmo checkpoint of compressed-tensors, None if not quantised.
+
+    A layer is quantised as the group says that targets it by name or, like all linear layers, by
+    class, unless it is ignored. Raises ModelError for a broken `quantization_config`.
+    """
+    quant, name = config.get("quantization_config"), _HEAD_NAMES.get(str(config.get("model_type")))
+    if not quant or name is None:
+        return None
+    try:
+        if quant.get("quant_method") != "compressed-tensors" or _named(quant.get("ignore"), name):
+            return None
+        groups = list(quant.get("config_groups", {}).values())
+        for target in (name, "Linear"):
+            for group in groups:
+                if _named(group.get("targets"), target):
+                    return _group_precision(group, str(quant.get("format")))
+    except (AttributeError, LookupError, TypeError, ValueError, re.error) as exc:
+        raise ModelError(
+            "config.json has a broken quantization_config. Download it again."
+        ) from exc
+    return None
+
+
+def _named(targets: Iterable[str] | None, name: str) -> bool:
+    """Whether a layer or class is among names and, after "re:", regular expressions."""
+    return any(
+        re.match(target[3:], name) is not None if target.startswith("re:") else target == name
+        for target in targets or ()
+    )
+
+
+def _group_precision(group: Mapping[str, Any], form: str) -> str:
+    form = str(group.get("format") or form)
+    if form == "pack-quantized":
+        return f"w{int(group['weights']['num_bits'])}a16"
     return _FORMATS.get(form, form)

@@ -123,13 +123,17 @@ def plan_build(
             "mm_encoder_attn_backend FLASHINFER attends within packed sequences only, which this "
             "vision tower does not have; use TORCH_SDPA, TRITON_ATTN or FLASH_ATTN."
         )
-    if device.kind == "cpu" and shape.stored == "nvfp4":
-        raise ConfigError("vLLM's CPU backend has no kernel for nvfp4 checkpoints; it needs a GPU.")
-    if device.kind == "cpu" and shape.stored == "w4a16" and float32:
+    quantised = {shape.stored, shape.head_precision}
+    for scheme in ("nvfp4", "w8a16"):
+        if device.kind == "cpu" and scheme in quantised:
+            raise ConfigError(
+                f"vLLM's CPU backend has no kernel for {scheme} checkpoints; it needs a GPU."
+            )
+    if device.kind == "cpu" and "w4a16" in quantised and float32:
         raise ConfigError(
             "vLLM's CPU kernel for w4a16 checkpoints has no float32; use dtype=bfloat16."
         )
-    if device.kind == "cpu" and shape.stored == "w4a16" and _lacks_avx512(device):
+    if device.kind == "cpu" and "w4a16" in quantised and _lacks_avx512(device):
         raise ConfigError("vLLM's CPU kernel for w4a16 checkpoints needs AVX-512.")
     # A profile's longest request is lowered to what fits, so the shortest must fit.
     by_user = "max_model_len" in resolved.by_user

@@ -14,9 +14,11 @@ from molmo_edge.checkpoint_files import (
     check_weights,
     tensors,
 )
-from molmo_edge.devices.shapes import inventory, part_of, stored_precision
+from molmo_edge.devices.shapes import inventory, part_of, stored_head, stored_precision
 from molmo_edge.devices.tensors import gemma3_name
 from molmo_edge.errors import ModelError
+
+_HEADS = ("fp8", "w8a16", "w4a16", "nvfp4")  # quantised as a linear layer of vLLM's
 
 
 def check_files(config: Mapping[str, Any], directory: Path, load_format: str) -> None:
@@ -29,14 +31,20 @@ def check_files(config: Mapping[str, Any], directory: Path, load_format: str) ->
     check_data_files(directory)
     if load_format == "dummy" or "sharded" in load_format:
         return
-    stored = tensors(directory)
+    stored, head = tensors(directory), stored_head(config)
     for tensor in stored:
-        if tensor.dtype not in FLOATS and part_of(tensor.name) in ("embedding", "head"):
+        refused = ("embedding",) if head in _HEADS else ("embedding", "head")
+        if tensor.dtype not in FLOATS and part_of(tensor.name) in refused:
             raise ModelError(
-                f"'{tensor.name}' is quantised, and vLLM's model of this family has no quantised "
-                "LM head or embedding. Quantise the original again with lm_head among the ignored "
-                "layers, or with `molmo-edge quantize`."
+                f"'{tensor.name}' is quantised in a way that is not supported: the LM head can be "
+                f"{', '.join(_HEADS)} of compressed-tensors, the embedding nothing. Quantise the "
+                "original again with it among the ignored layers, or with `molmo-edge quantize`."
             )
+    if head in _HEADS and all(t.dtype in FLOATS for t in stored if part_of(t.name) == "head"):
+        raise ModelError(
+            "config.json says that the LM head is quantised, and it is not. Add its name to the "
+            "ignored layers of the quantization_config."
+        )
     if config["model_type"] == "gemma3":
         # Some files repeat the embedding as the head that it is.
         named = [replace(tensor, name=gemma3_name(tensor.name)) for tensor in stored]

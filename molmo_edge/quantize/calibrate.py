@@ -5,6 +5,7 @@ The inverse is applied where the inputs come from, so that the model computes th
     att_proj, ff_proj   the norm before them (not where norms come after, as in Molmo-7B-O)
     attn_out            the value rows of att_proj; query heads that share them share the scale
     ff_out              the rows of ff_proj that are not the gate's
+    LM head             the norm before it
 
 A column's scale is a power of the root mean square of its input; each layer's exponent is the one
 of a small grid with the least error. After "AWQ: Activation-aware Weight Quantization" (Lin et al.,
@@ -88,8 +89,15 @@ class _Streamed(ReferenceModel[Any]):
             states[i] = self._block(x, self._new_cache(), number, self._masks[i])
         return self._w
 
+    def run_head(self, states: list[torch.Tensor]) -> torch.Tensor:
+        """Run the final norm and the head over the last block's outputs; returns its weight."""
+        self._w = self._read(TEXT + "ln_f.") | self._read(self.LM_HEAD + ".")
+        for x in states:
+            self._linear(self._rms_norm(x, TEXT + "ln_f"), self.LM_HEAD)
+        return self._w[self.LM_HEAD + ".weight"]
+
     def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        if name.startswith(BLOCKS):
+        if name.startswith((BLOCKS, self.LM_HEAD)):
             self.moments[name] = self.moments.get(name, 0) + x.square().mean(0)
         return super()._linear(x, name)
 
@@ -144,10 +152,11 @@ def calibrate(
     config: Mapping[str, Any],
     tensors: Sequence[Tensor],
     form: Format,
+    head: Format | None,
     prompts: Sequence[Prompt],
     progress: Callable[[int, int, str], object],
 ) -> Calibration:
-    """Choose every layer's scales from its inputs; `progress` counts blocks."""
+    """Choose scales of the blocks' layers, and of a head with groups; `progress` counts blocks."""
     model: _Streamed
     if config.get("model_type") == "molmo2":
         model = _StreamedMolmo2(config, tensors)
@@ -185,6 +194,13 @@ def calibrate(
                 norm = {"att_proj": "attn_norm", "ff_proj": "ff_norm"}[layer]
                 factors[f"{block}{norm}.weight"].append(1 / scale)
         progress(number + 1, text.layers, f"calibrated block {number + 1} of {text.layers}")
+    if head is not None and head.group:
+        weight = model.run_head(states)
+        square = model.moments[model.LM_HEAD]
+        scale = best_scale(weight, square, square.sqrt(), head)
+        importance[model.LM_HEAD] = square / scale.square()
+        factors[model.LM_HEAD + ".weight"].append(scale)
+        factors[TEXT + "ln_f.weight"].append(1 / scale)
     names = {_short(tensor.name): tensor.name for tensor in tensors}
     return Calibration(
         {names.get(name, name): parts for name, parts in factors.items()},

@@ -33,8 +33,14 @@ class Format:
 
     @property
     def quantization_scheme(self) -> Any:
-        """compressed-tensors' `QuantizationScheme`."""
-        return preset_name_to_scheme(self.preset, ["Linear"])
+        """compressed-tensors' `QuantizationScheme` of all linear layers."""
+        return self.scheme_of("Linear")
+
+    def scheme_of(self, *targets: str) -> Any:
+        """The same for layers by class, name, or "re:" and a regular expression."""
+        scheme = preset_name_to_scheme(self.preset, list(targets))
+        scheme.format = self.compression
+        return scheme
 
     @property
     def compressor(self) -> Any:
@@ -58,6 +64,17 @@ FORMATS: Mapping[str, Format] = {
         "tensor; activations are not quantised",
     ),
 }  # fmt: skip
+
+HEADS: Mapping[str, Format | None] = {
+    "none": None,
+    "fp8": FORMATS["fp8"],
+    "w8a16": Format(
+        "W8A16", "pack-quantized", 8, 128, torch.bfloat16,
+        "symmetric 8-bit integers with a scale per 128 columns; activations are not quantised",
+    ),
+    "w4a16": FORMATS["w4a16"],
+}  # fmt: skip
+"""How the LM head can be stored; None is bfloat16."""
 
 
 # compressed-tensors compiles one small function of NVFP4's, which needs a C++ compiler.

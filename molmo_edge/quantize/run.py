@@ -1,7 +1,7 @@
 """Write a quantised copy of a checkpoint.
 
-Linear layers of the language model are stored in compressed-tensors formats, everything else in
-bfloat16. Each file of the original becomes one of the copy.
+Linear layers of the language model, and its head where asked, are stored in compressed-tensors
+formats, everything else in bfloat16. Each file of the original becomes one of the copy.
 """
 
 from __future__ import annotations
@@ -33,15 +33,18 @@ from molmo_edge.models.molmo2.config import check_layout as check_molmo2
 from molmo_edge.models.synthetic import write_json
 from molmo_edge.quantize.calibrate import Calibration, read_prompts
 from molmo_edge.quantize.calibrate import calibrate as run_calibration
-from molmo_edge.quantize.formats import FORMATS, Format, pack
+from molmo_edge.quantize.formats import FORMATS, HEADS, Format, pack
 from molmo_edge.reference.checkpoint import tower_of
 
 # Linear layers of the language model. Every MLP ends in `.ff_out` and so does the LM head.
 _QUANTIZED = re.compile(
     r"model\.transformer\.blocks\.\d+\.(self_attn\.|mlp\.)?(att_proj|attn_out|ff_proj|ff_out)\.weight"
 )
-# The vision tower and the LM head, by the checkpoint's names and by vLLM's.
-_IGNORED = ["re:.*vision_backbone.*", r"re:^model\.transformer\.ff_out$", "lm_head"]
+# Of Molmo 1 and 2.
+_HEAD = re.compile(r"(model\.transformer\.ff_out|lm_head)\.weight")
+_VISION = "re:.*vision_backbone.*"
+# The head by the checkpoints' names and by vLLM's.
+_HEAD_TARGETS = r"re:^model\.transformer\.ff_out$", "lm_head"
 _SPARE_BYTES = 64 << 20  # for everything but weights
 # Everything of the original but weights and code is copied.
 _DATA_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
@@ -55,6 +58,7 @@ class Quantized:
 
     Attributes:
         directory: of the new checkpoint.
+        scheme, head: how blocks and LM head are stored.
         relative_errors: layer → Frobenius norm of (stored - original) over that of the original;
             after calibration, each column is weighted with the mean square of its inputs.
         in_bytes, out_bytes: of all weights.
@@ -68,6 +72,7 @@ class Quantized:
     out_bytes: int
     seconds: float
     images: int = 0
+    head: str = "none"
 
 
 def quantize(
@@ -75,6 +80,7 @@ def quantize(
     out: str | Path,
     scheme: str,
     *,
+    head: str = "none",
     calibrate: str | Path | None = None,
     progress: Progress = lambda done, total, name: None,
 ) -> Quantized:
@@ -82,7 +88,8 @@ def quantize(
 
     Linear layers of the language model are stored as `scheme` says (``"fp8"``, ``"w4a16"`` or
     ``"nvfp4"``), rounded to nearest with the scale of each group searched for the least squared
-    error; everything else becomes bfloat16. Memory holds one file of the copy at a time.
+    error; the LM head as `head` says (``"fp8"``, ``"w8a16"``, ``"w4a16"`` or ``"none"``);
+    everything else becomes bfloat16. Memory holds one file of the copy at a time.
 
     `calibrate` is a directory of typical images (JPEG, PNG, WebP or BMP; up to 16 are used), for
     the 4-bit schemes. The model processes them in float32 on the CPU with the weights of one block
@@ -97,15 +104,17 @@ def quantize(
     which the next run deletes.
 
     Raises:
-        QuantizeError: unknown scheme, output exists, not enough disk space, a checkpoint that is
-            quantised already or contains NaN or infinity; no images in `calibrate`, an unreadable
-            one, or a scheme that gains nothing from calibration.
+        QuantizeError: unknown scheme or head, output exists, not enough disk space, a checkpoint
+            that is quantised already or contains NaN or infinity; no images in `calibrate`, an
+            unreadable one, or a scheme that gains nothing from calibration.
         ModelError: no readable Molmo checkpoint, or one that lacks tensors.
     """
     began = time.monotonic()
     if scheme not in FORMATS:
         raise QuantizeError(f"Unknown scheme '{scheme}'; expected one of {', '.join(FORMATS)}.")
-    form = FORMATS[scheme]
+    if head not in HEADS:
+        raise QuantizeError(f"Unknown LM head '{head}'; expected one of {', '.join(HEADS)}.")
+    form, head_form = FORMATS[scheme], HEADS[head]
     source, out = expand_home(checkpoint), expand_home(out).absolute()
     if file_mode(out):
         raise QuantizeError(f"'{out}' exists already. Give another output, or remove it.")
@@ -117,27 +126,29 @@ def quantize(
             "size, whatever their column's scale. Leave it out, or use w4a16 or nvfp4."
         )
     config = read_config(source)
-    tensors = read_tensors(source, config, form)
+    tensors = read_tensors(source, config)
+    formats = choose_formats(tensors, form, head_form)
     prompts = [] if calibrate is None else read_prompts(source, expand_home(calibrate))
     try:
         with replacing(out) as work:
-            check_disk(out.parent, tensors, form)
+            check_disk(out.parent, tensors, formats)
             work.mkdir()
             calibration = Calibration()
             if prompts:
-                calibration = run_calibration(config, tensors, form, prompts, progress)
-            errors, out_bytes = write_weights(work, tensors, form, calibration, progress)
-            write_data_files(source, work, config, form)
+                calibration = run_calibration(config, tensors, form, head_form, prompts, progress)
+            errors, out_bytes = write_weights(work, tensors, formats, calibration, progress)
+            write_data_files(source, work, config, form, head_form)
             in_bytes = sum(tensor.nbytes for tensor in tensors)
             seconds = time.monotonic() - began
-            result = Quantized(out, scheme, errors, in_bytes, out_bytes, seconds, len(prompts))
+            images = len(prompts)
+            result = Quantized(out, scheme, errors, in_bytes, out_bytes, seconds, images, head)
             (work / "README.md").write_text(model_card(source.name, result), encoding="utf-8")
     except (OSError, SafetensorError) as exc:
         raise QuantizeError(f"'{out}' cannot be written: {exc}") from exc
     return result
 
 
-def read_tensors(directory: Path, config: Mapping[str, Any], form: Format) -> list[Tensor]:
+def read_tensors(directory: Path, config: Mapping[str, Any]) -> list[Tensor]:
     """The tensors of an unquantised checkpoint that fits its `config`, by their headers."""
     molmo2 = config.get("model_type") == "molmo2"
     (check_molmo2 if molmo2 else check_molmo)(config)
@@ -153,19 +164,32 @@ def read_tensors(directory: Path, config: Mapping[str, Any], form: Format) -> li
     else:
         shapes = tensor_shapes(config, tower_of({one.name: one.shape for one in stored}))
     check_tensors(stored, shapes)
-    for name, shape in shapes.items():
-        if form.group and _QUANTIZED.fullmatch(name) and shape[1] % form.group:
-            raise QuantizeError(
-                f"'{name}' has {shape[1]} columns, not a multiple of the {form.group} that share a "
-                "scale. Use --scheme fp8."
-            )
     return stored
 
 
-def check_disk(directory: Path, tensors: Sequence[Tensor], form: Format) -> None:
+def choose_formats(
+    tensors: Sequence[Tensor], form: Format, head: Format | None
+) -> dict[str, Format]:
+    """The formats of tensors that are quantised, by name."""
+    formats = {}
+    for tensor in tensors:
+        is_head = _HEAD.fullmatch(tensor.name)
+        chosen = head if is_head else form if _QUANTIZED.fullmatch(tensor.name) else None
+        if chosen is None:
+            continue
+        if chosen.group and tensor.shape[1] % chosen.group:
+            raise QuantizeError(
+                f"'{tensor.name}' has {tensor.shape[1]} columns, not a multiple of the "
+                f"{chosen.group} that share a scale. Use {'--head' if is_head else '--scheme'} fp8."
+            )
+        formats[tensor.name] = chosen
+    return formats
+
+
+def check_disk(directory: Path, tensors: Sequence[Tensor], formats: Mapping[str, Format]) -> None:
     # One bit per value is more than any format's scales take.
     needed = _SPARE_BYTES + sum(
-        tensor.numel * (form.bits + 1 if _QUANTIZED.fullmatch(tensor.name) else 16) // 8
+        tensor.numel * (formats[tensor.name].bits + 1 if tensor.name in formats else 16) // 8
         for tensor in tensors
     )
     free = shutil.disk_usage(directory).free
@@ -179,7 +203,7 @@ def check_disk(directory: Path, tensors: Sequence[Tensor], form: Format) -> None
 def write_weights(
     work: Path,
     tensors: Sequence[Tensor],
-    form: Format,
+    formats: Mapping[str, Format],
     calibration: Calibration,
     progress: Progress,
 ) -> tuple[dict[str, float], int]:
@@ -197,10 +221,10 @@ def write_weights(
                     raise QuantizeError(f"'{tensor.name}' contains NaN or infinity.")
                 for factor in calibration.factors.get(tensor.name, ()):
                     value = value.float() * factor
-                if _QUANTIZED.fullmatch(tensor.name):
+                if tensor.name in formats:
                     layer = tensor.name.removesuffix(".weight")
                     importance = calibration.importance.get(layer, 1.0)
-                    parts, errors[layer] = pack(value, form, importance)
+                    parts, errors[layer] = pack(value, formats[tensor.name], importance)
                     stored |= {f"{layer}.{suffix}": part for suffix, part in parts.items()}
                 else:
                     stored[tensor.name] = value.to(torch.bfloat16)
@@ -215,17 +239,30 @@ def write_weights(
     return errors, out_bytes
 
 
-def write_data_files(source: Path, work: Path, config: Mapping[str, Any], form: Format) -> None:
+def write_data_files(
+    source: Path, work: Path, config: Mapping[str, Any], form: Format, head: Format | None
+) -> None:
     """Copy everything but weights and code; config.json gets the quantisation."""
     for pattern in _DATA_FILES:
         for path in source.glob(pattern):
             if path.name != INDEX:
                 shutil.copyfile(path, work / path.name)
+    groups, ignored, compression = (
+        {"group_0": form.quantization_scheme},
+        [_VISION],
+        form.compression,
+    )
+    if head is None:
+        ignored += _HEAD_TARGETS
+    else:
+        groups["group_1"] = head.scheme_of(*_HEAD_TARGETS)
+        if head.compression != compression:
+            compression = "mixed-precision"
     quantization = QuantizationConfig(
-        config_groups={"group_0": form.quantization_scheme},
-        format=form.compression,
+        config_groups=groups,
+        format=compression,
         quantization_status="compressed",
-        ignore=_IGNORED,
+        ignore=ignored,
     ).model_dump(mode="json", exclude_none=True)
     dtype = "dtype" if "dtype" in config else "torch_dtype"  # of newer and older files
     extra = {dtype: "bfloat16", "quantization_config": quantization}
@@ -234,18 +271,21 @@ def write_data_files(source: Path, work: Path, config: Mapping[str, Any], form: 
 
 def model_card(base: str, result: Quantized) -> str:
     """Markdown: how the copy was made."""
-    form, errors = FORMATS[result.scheme], result.relative_errors
+    form, head, errors = FORMATS[result.scheme], HEADS[result.head], result.relative_errors
+    loader = "as it is" if head is None else "with molmo_edge installed, for the LM head"
     worst = max(errors, key=lambda name: errors[name])
     return f"""# {base}, {result.scheme}
 
-Made from `{base}` by molmo_edge {__version__} (`molmo-edge quantize`, scheme `{result.scheme}`).
+Made from `{base}` by molmo_edge {__version__} (`molmo-edge quantize`, scheme `{result.scheme}`,
+LM head `{result.head}`).
 The original's licence and terms of use hold for this copy too.
 
 - Linear layers of the language model: {form.summary}.
-- Vision tower, embeddings, norms, biases and LM head: bfloat16.
+- LM head: {head.summary if head else "bfloat16"}.
+- Vision tower, embeddings, norms and biases: bfloat16.
 - Calibration images: {result.images or "none"}.
 - Weights: {result.in_bytes / 1e9:.2f} GB → {result.out_bytes / 1e9:.2f} GB.
-- Format: compressed-tensors, `{form.compression}`; vLLM loads it as it is.
+- Format: compressed-tensors; vLLM loads it {loader}.
 - Relative error of a layer's weights: median {statistics.median(errors.values()):.4f}, largest
   {errors[worst]:.4f} in `{worst}`. It says nothing about answers: measure those with
   `molmo-edge bench drift` against the original.

@@ -85,7 +85,12 @@ def test_scales_change_no_answer(
 ) -> None:
     form = FORMATS["w4a16"]
     known = calibrate(
-        read_config(outliers), tensors(outliers), form, [prompt], lambda done, total, name: None
+        read_config(outliers),
+        tensors(outliers),
+        form,
+        form,
+        [prompt],
+        lambda done, total, name: None,
     )
     scaled = {name: tensor.float() for name, tensor in tensors_of(outliers).items()}
     for name in scaled:
@@ -93,7 +98,9 @@ def test_scales_change_no_answer(
             scaled[name] = scaled[name] * factor
     layers = {name.split(".")[-2] for name in known.factors if name in scaled}
     norms = set() if model.config.norm_after else {"attn_norm", "ff_norm"}
-    assert layers == {"att_proj", "attn_out", "ff_proj", "ff_out"} | norms
+    head = model.LM_HEAD.split(".")[-1]
+    assert layers == {"att_proj", "attn_out", "ff_proj", "ff_out", head, "ln_f"} | norms
+    assert model.LM_HEAD + ".weight" in known.factors
     assert any(f.max() > 1.5 * f.min() for parts in known.factors.values() for f in parts)
     changed = reference(outliers, scaled).logits(*prompt)
     assert torch.allclose(changed, expected, atol=1e-3)

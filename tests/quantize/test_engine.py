@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 from molmo_edge import EdgeVLM
+from molmo_edge.checkpoint_files import read_json
 from molmo_edge.devices.detect import detect
 from molmo_edge.models.molmo.synthetic import write_checkpoint
 from molmo_edge.models.molmo2 import synthetic as molmo2
+from molmo_edge.models.synthetic import write_json
 from molmo_edge.quantize import quantize
 from molmo_edge.quantize.formats import FORMATS, unpack
 from molmo_edge.reference.verify import synthetic_image
@@ -64,6 +66,11 @@ def matrices(vlm: EdgeVLM) -> dict[str, torch.Tensor]:
                 eye = torch.eye(module.input_size, dtype=torch.bfloat16) * (largest if fp8 else 1)
                 rows = module.quant_method.apply(module, eye, None)
                 layers[f"model.transformer.blocks.{at[1]}.{names[at[2]]}"] = rows.T.contiguous()
+            elif name == "lm_head":
+                fp8 = getattr(module, "weight", None) is not None
+                eye = torch.eye(module.input_size, dtype=torch.bfloat16) * (largest if fp8 else 1)
+                rows = worker.model_runner.model.logits_processor(module, eye)
+                layers["lm_head"] = rows.T.contiguous()
         return layers
 
     (layers,) = vlm.in_engine_thread(lambda engine: engine.run(engine.llm.collective_rpc(compute)))
@@ -79,11 +86,20 @@ def expected_matrix(parts: Mapping[str, torch.Tensor], scheme: str) -> torch.Ten
 
 
 @pytest.mark.parametrize(
-    ("family", "scheme", "calibrated"),
-    [("molmo", "w4a16", True), ("molmo", "fp8", False), ("molmo2", "fp8", False)],
+    ("family", "scheme", "head", "calibrated"),
+    [
+        ("molmo", "w4a16", "fp8", True),
+        ("molmo", "fp8", "fp8", False),
+        ("molmo2", "fp8", "w4a16", False),
+    ],
 )
 def test_the_engine_computes_with_the_stored_weights(
-    family: str, scheme: str, calibrated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    scheme: str,
+    head: str,
+    calibrated: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Bit for bit, and the model answers."""
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
@@ -97,7 +113,14 @@ def test_the_engine_computes_with_the_stored_weights(
         original = molmo2.write_checkpoint(tmp_path / "original", config, seed=3)
     Image.fromarray(synthetic_image(60, 80, 5)).save(tmp_path / "0.png")
     images = tmp_path if calibrated else None
-    directory = quantize(original, tmp_path / "out", scheme, calibrate=images).directory
+    out = tmp_path / "out"
+    directory = quantize(original, out, scheme, head=head, calibrate=images).directory
+    if scheme == head:  # as other tools write it, which do not know the head's name in vLLM
+        config = read_json(directory / "config.json")
+        groups = config["quantization_config"]["config_groups"]
+        assert groups.pop("group_1")["weights"] == groups["group_0"]["weights"]
+        config["quantization_config"]["ignore"].append("lm_head")
+        write_json(directory, {"config.json": config})
     with EdgeVLM(
         directory,
         engine="process",
@@ -110,7 +133,9 @@ def test_the_engine_computes_with_the_stored_weights(
         image = Image.new("RGB", (64, 48))
         assert vlm.query(image, "x", max_tokens=2, ignore_eos=True).metrics.output_tokens == 2
     tensors = tensors_of(directory)
-    assert len(layers) == 8
+    assert len(layers) == 9
     for layer, matrix in layers.items():
-        parts = layer_of(tensors, layer)
-        assert torch.equal(matrix, expected_matrix(parts, scheme)), layer
+        is_head = layer == "lm_head"
+        name = "model.transformer.ff_out" if is_head and family == "molmo" else layer
+        parts = layer_of(tensors, name)
+        assert torch.equal(matrix, expected_matrix(parts, head if is_head else scheme)), layer

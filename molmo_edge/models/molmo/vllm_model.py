@@ -8,7 +8,9 @@ What stock vLLM computes differently from AllenAI's reference, and what corrects
    backends cut by the query's length (`PoolingAttention`);
 3. a prompt that is already token ids is decoded, re-encoded and given a second BOS
    (`_postprocess_prompt`);
-4. `max_crops` reaches the pixels but not the token count (`MolmoInfo`).
+4. `max_crops` reaches the pixels but not the token count (`MolmoInfo`);
+
+5. a quantised LM head is not recognised (`models/head.py`).
 
 NaN is marked (`models/nan.py`).
 """
@@ -35,6 +37,8 @@ from vllm.multimodal.processing import (
     PromptUpdateDetails,
 )
 
+from molmo_edge.devices.tensors import TEXT
+from molmo_edge.models.head import quantised_head
 from molmo_edge.models.molmo.image_processor import MolmoImageProcessor, processor_of
 from molmo_edge.models.molmo.prompts import ImageTokenIds
 from molmo_edge.models.molmo.tiling import largest_tiling, tiling_for
@@ -151,6 +155,11 @@ class MolmoForCausalLM(stock.MolmoForCausalLM):  # type: ignore[misc]
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         ignore_bitmask_warning()
+        config = self.config
+        vocabulary = config.embedding_size or config.vocab_size
+        head = quantised_head(vllm_config, vocabulary, config.hidden_size, TEXT + "ff_out")
+        if head is not None:
+            self.lm_head = head
         pooling = self.vision_backbone.image_pooling_2d
         self.set_submodule(
             "vision_backbone.image_pooling_2d.attn",

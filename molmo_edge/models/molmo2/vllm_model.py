@@ -12,7 +12,8 @@ What stock vLLM computes differently from AllenAI's reference, and what corrects
 5. frames of a video are embedded with other start and end tokens than the prompt has: here the
    embeddings are those of the prompt's own tokens;
 6. linear layers are built without their names, so that a quantised checkpoint cannot leave some of
-   them out (`SelfAttention`, `FeedForward`);
+   them out (`SelfAttention`, `FeedForward`), and a quantised LM head is not recognised
+   (`models/head.py`);
 7. `prompt_logprobs` and penalties read logits of image tokens, which have none (`compute_logits`).
 """
 
@@ -61,6 +62,7 @@ from vllm.sequence import IntermediateTensors
 from molmo_edge.errors import ConfigError
 from molmo_edge.models import attention
 from molmo_edge.models.hashing import digest
+from molmo_edge.models.head import quantised_head
 from molmo_edge.models.molmo2.config import ImageIds, Processing
 from molmo_edge.models.molmo2.inputs import (
     FRAMES_AT_ONCE,
@@ -405,7 +407,8 @@ class Molmo2ForConditionalGeneration(stock.Molmo2ForConditionalGeneration):  # t
                 vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model")
             )
         self.img_patch_id = config.image_patch_id
-        self.lm_head = ParallelLMHead(text.vocab_size, text.hidden_size)
+        sizes = text.vocab_size, text.hidden_size
+        self.lm_head = quantised_head(vllm_config, *sizes, "lm_head") or ParallelLMHead(*sizes)
         self.logits_processor = LogitsProcessor(text.vocab_size)
         if vllm_config.model_config.is_mm_prefix_lm:
             self._check_attention(vllm_config.cache_config.cache_dtype)
