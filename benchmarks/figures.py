@@ -128,32 +128,39 @@ def speed() -> str:
     )
 
 
-def _plan(model: str, device: str) -> Plan:
-    return plan(model_shape(f"allenai/{model}"), known_device(device))
+def _plan(model: str, device: str, head: str = "none") -> Plan:
+    return plan(model_shape(f"allenai/{model}").with_head(head), known_device(device))
 
 
 def ceilings() -> str:
     """The table of `molmo-edge plan`."""
     models, devices = ("Molmo2-4B", "Molmo-7B-D-0924"), {"thor": "Thor", "rtx5080": "RTX 5080"}
-    plans = {f"{m}, {name}": _plan(m, device) for m in models for device, name in devices.items()}
     forms = {
-        "bf16": "BF16",
-        "fp8": 'precision="fp8"',
-        "w4a16": "W4A16, quantised",
-        "nvfp4": "NVFP4, quantised",
+        ("bf16", "none"): "BF16",
+        ("fp8", "none"): 'precision="fp8"',
+        ("w4a16", "none"): "W4A16, quantised",
+        ("w4a16", "fp8"): "the same, LM head FP8",
+        ("w4a16", "w4a16"): "the same, LM head W4A16",
+        ("nvfp4", "none"): "NVFP4, quantised",
+        ("nvfp4", "fp8"): "the same, LM head FP8",
     }
-    cells: dict[str, list[str]] = {title: [] for title in forms.values()}
-    for made in plans.values():
-        for row in made.rows:
-            if row.precision in forms:
+    plans = [f"{model}, {name}" for model in models for name in devices.values()]
+    lines = []
+    for (precision, head), title in forms.items():
+        cells = []
+        for model in models:
+            for device in devices:
+                rows = _plan(model, device, head).rows
+                row = next(row for row in rows if row.precision == precision)
                 known = number(row.decode_tps, 1 if (row.decode_tps or 0) < 100 else 0)
-                cells[forms[row.precision]].append(known if row.fits else "does not fit")
-    made = plans["Molmo2-4B, Thor"]
+                cells.append(known if row.fits else "does not fit")
+        lines.append([title, *cells])
+    made = _plan("Molmo2-4B", "thor")
     rates = " and ".join(
         f"{(_plan('Molmo2-4B', device).bandwidth_bytes_s or 0) / 1e9:.0f} GB/s on {name}"
         for device, name in devices.items()
     )
-    speeds = table(["tok/s, at most", *plans], [[k, *v] for k, v in cells.items()])
+    speeds = table(["tok/s, at most", *plans], lines)
     return (
         f"{made.prompt_tokens:,} prompt and {made.output_tokens:,} answer tokens; each token reads "
         f"blocks and LM head once, at\n{rates}:\n\n{speeds}"

@@ -221,7 +221,7 @@ def test_a_missing_and_a_misshapen_tensor_are_named(tmp_path: Path, name: str, t
         ("fp8", BLOCK + "ff_out.weight_scale", {}, f"lacks 1 .* '{BLOCK}ff_out.weight_"),
         ("w4a16", BLOCK + "ff_out.weight_packed", {}, f"lacks 1 .* '{BLOCK}ff_out.weight'"),
         ("nvfp4", BLOCK + "ff_out.weight_global_scale", {}, "lacks 1 .* 'model.*global_scale'"),
-        ("fp8", HEAD + ".weight", {HEAD + ".weight": ("F8_E4M3", (512, 256))}, "no quantised LM h"),
+        ("fp8", HEAD + ".weight", {HEAD + ".weight": ("F8_E4M3", (512, 256))}, "not supported"),
         ("fp8", None, {BLOCK + "att_proj.lora_A.weight": ("BF16", (8, 256))}, "merge_and_unload"),
     ],
 )
@@ -231,6 +231,21 @@ def test_a_quantised_checkpoint_has_every_scale_and_a_plain_head(
     stored = {name: one for name, one in quantised(scheme).items() if name != missing}
     with pytest.raises(ModelError, match=message):
         check(tmp_path, CONFIGS["7b-d"] | QUANTISED, stored | extra)
+
+
+def test_a_quantised_head_is_accepted_where_the_configuration_says_so(tmp_path: Path) -> None:
+    form, ignored = {"format": "float-quantized", "targets": ["Linear"]}, ["lm_head", "re:.*vision"]
+    quant = QUANTISED["quantization_config"] | {"config_groups": {"a": form}, "ignore": ignored}
+    config = CONFIGS["7b-d"] | {"quantization_config": quant}
+    plain = quantised("fp8")
+    shape = plain[HEAD + ".weight"][1]
+    scale = {HEAD + ".weight_scale": ("F32", (shape[0], 1))}
+    check(tmp_path, config, plain | {HEAD + ".weight": ("F8_E4M3", shape)} | scale)
+    with pytest.raises(ModelError, match="says that the LM head is quantised, and it is not"):
+        check(tmp_path, config, plain)
+    quant["config_groups"] = {"a": form | {"format": "int-quantized"}}
+    with pytest.raises(ModelError, match="not supported: the LM head can be fp8, w8a16"):
+        check(tmp_path, config, plain | {HEAD + ".weight": ("U8", shape)} | scale)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from molmo_edge.devices.shapes import model_shape, stored_precision
+from molmo_edge.devices.shapes import HEADS, model_shape, stored_head, stored_precision
 from molmo_edge.devices.tensors import KNOWN, molmo2_tensor_shapes, tensor_shapes
 from molmo_edge.errors import ModelError
 from tests.sparse_checkpoint import write_sparse
@@ -90,6 +90,46 @@ def test_tied_head_is_counted_once_and_windows_bound_the_cache() -> None:
     assert (gemma.layers, gemma.sliding_layers, gemma.sliding_window) == (62, 52, 1024)
     layer = gemma.kv_bytes(1, "bfloat16") // 62
     assert gemma.kv_bytes(4096, "bfloat16") == layer * (52 * 1024 + 10 * 4096)
+
+
+def test_a_quantised_head_has_fewer_bytes() -> None:
+    shape = model_shape("allenai/Molmo-7B-D-0924")
+    plain = shape.decode_bytes("w4a16")
+    saved = {name: plain - shape.with_head(name).decode_bytes("w4a16") for name in HEADS}
+    rows = 152064
+    assert saved["none"] == 0
+    assert saved["fp8"] == rows * (3584 - 4)
+    assert saved["w8a16"] == rows * (3584 - 2 * 28)
+    assert saved["w4a16"] == rows * (3 * 3584 // 2 - 2 * 28)
+    assert plain - saved["fp8"] == shape.with_head("fp8").decode_bytes("w4a16")
+    for model, head, message in (
+        ("allenai/Molmo2-4B", "int3", "expected none, fp8, w8a16, w4a16"),
+        ("google/gemma-3-4b-it", "fp8", "is its embedding"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            model_shape(model).with_head(head)
+
+
+@pytest.mark.parametrize(
+    ("ignore", "targets", "head"),
+    [
+        ([], ["Linear"], "fp8"),
+        (["lm_head"], ["Linear"], "fp8"),  # vLLM's name of it, not the checkpoint's
+        (["model.transformer.ff_out"], ["Linear"], None),
+        ([r"re:.*\.ff_out$"], ["Linear"], None),
+        ([], [r"re:.*blocks\.\d+"], None),
+    ],
+)
+def test_targets_and_ignored_layers_say_whether_the_head_is_quantised(
+    ignore: list[str], targets: list[str], head: str | None
+) -> None:
+    quant = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"group_0": {"targets": targets}},
+        "ignore": ignore,
+    }
+    assert stored_head({"model_type": "molmo", "quantization_config": quant}) == head
 
 
 def test_quantised_checkpoint_has_one_precision_and_the_files_bytes(tmp_path: Path) -> None:

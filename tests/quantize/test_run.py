@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from molmo_edge.devices.shapes import model_shape
+from molmo_edge.devices.shapes import matrix_bytes, model_shape
 from molmo_edge.devices.tensors import Tower
 from molmo_edge.errors import ModelError, QuantizeError
 from molmo_edge.models.molmo.synthetic import hub_config, write_checkpoint
 from molmo_edge.models.molmo2 import synthetic as molmo2
 from molmo_edge.quantize import quantize
+from molmo_edge.quantize.formats import HEADS
 from tests.quantize.support import plain_tensors, tensors_of
 
 # Relative error of round-to-nearest on normal weights, with some room.
@@ -67,6 +68,28 @@ def test_only_the_language_models_linear_layers_are_quantised(
     assert f"# {small.name}, {scheme}" in (done.directory / "README.md").read_text()
     assert [name for _, _, name in calls] == sorted(before)
     assert calls[-1][:2] == (done.in_bytes, done.in_bytes)
+
+
+@pytest.mark.parametrize("head", [name for name in HEADS if name != "none"])
+def test_the_head_is_quantised_where_asked(
+    head: str, family: tuple[Path, tuple[str, ...]], tmp_path: Path
+) -> None:
+    small, _ = family
+    name = "model.transformer.ff_out" if small.name == "small" else "lm_head"
+    plain = quantize(small, tmp_path / "plain", "nvfp4").directory
+    done = quantize(small, tmp_path / "out", "nvfp4", head=head)
+    before, after = tensors_of(small), plain_tensors(done.directory, "nvfp4", head)
+    assert before.keys() == after.keys()
+    weight = before[name + ".weight"].float()
+    error = float((after[name + ".weight"] - weight).norm() / weight.norm())
+    assert error == pytest.approx(done.relative_errors[name], rel=1e-3)
+    assert 0 < error < TYPICAL.get(head, 0.01)
+    shape = model_shape(done.directory)
+    assert (shape.stored, shape.head_precision) == ("nvfp4", head)
+    saved = model_shape(plain).decode_bytes("nvfp4") - shape.decode_bytes("nvfp4")
+    rows, columns = weight.shape
+    assert saved + 16 >= 2 * rows * columns - matrix_bytes(head, rows, columns)
+    assert f"LM head `{head}`" in (done.directory / "README.md").read_text()
 
 
 def test_the_output_contains_what_vllm_needs_and_no_code(small: Path, tmp_path: Path) -> None:
@@ -121,6 +144,8 @@ def test_too_little_disk_space_is_refused_before_anything_is_written(
 def test_a_wrong_scheme_output_or_input_is_refused(small: Path, tmp_path: Path) -> None:
     with pytest.raises(QuantizeError, match="fp8, w4a16, nvfp4"):
         quantize(small, tmp_path / "out", "int3")
+    with pytest.raises(QuantizeError, match="none, fp8, w8a16, w4a16"):
+        quantize(small, tmp_path / "out", "fp8", head="int3")
     with pytest.raises(ModelError):
         quantize(tmp_path, tmp_path / "out", "fp8")
     once = quantize(small, tmp_path / "once", "fp8").directory
