@@ -40,7 +40,13 @@ from molmo_edge.errors import BenchmarkError
 KIND = "gpu-check"
 SEVEN_B = {"model": "allenai/Molmo-7B-D-0924", "load_format": "dummy", "max_model_len": 4096}
 FOUR_B = {"model": "allenai/Molmo2-4B", "load_format": "dummy", "max_model_len": 8192}
-LIMITS_S = {"verify": 330.0, "decode": 280.0, "overhead": 120.0, "start": 170.0}
+LIMITS_S = {
+    "verify": 330.0,
+    "decode": 280.0,
+    "overhead": 120.0,
+    "start": 170.0,
+    "speculation": 240.0,
+}
 """Stages and their seconds, 15 minutes together; what does not fit is left for the next run.
 `--seconds` stretches or shrinks those of the chosen stages."""
 
@@ -114,6 +120,7 @@ def cuda_cases() -> Iterator[Case]:
     for name, engine in (("7b", {**SEVEN_B, **room}), ("stub", {"model": "stub", **room})):
         yield Case("overhead", name, {"engine": engine, **plan})
     yield Case("start", "7b", {"engine": SEVEN_B, "starts": 1})
+    yield Case("speculation", "small models", {"starts": 1, "threads": 0})
 
 
 def cpu_cases() -> Iterator[Case]:
@@ -130,6 +137,7 @@ def cpu_cases() -> Iterator[Case]:
     plan = {"starts": 1, "pairs": 3, "tokens": 65, "limit_s": 60, "threads": 1}
     yield Case("overhead", "stub", {"engine": stub, **plan})
     yield Case("start", "stub", {"engine": stub, "starts": 1})
+    yield Case("speculation", "small models", {"starts": 1, "threads": 1})
 
 
 def with_backends(case: Case, language: str | None, vision: str | None) -> Case:
@@ -253,7 +261,16 @@ def start(emit: harness.Emit, options: Mapping[str, Any]) -> None:
             raise BenchmarkError(errors[0])
 
 
-MEASUREMENTS = {one.__name__: one for one in (verify, copy, decode, overhead, start)}
+def speculation(emit: harness.Emit, options: Mapping[str, Any]) -> None:
+    """Drafted tokens against none; see `speculation.py`."""
+    from speculation import run
+
+    document = run(**options)
+    emit("async_scheduling", document["async_scheduling"])
+    emit("result", document["result"])
+
+
+MEASUREMENTS = {one.__name__: one for one in (verify, copy, decode, overhead, start, speculation)}
 
 
 def begin(output: Path) -> dict[str, Any]:
@@ -398,12 +415,23 @@ def start_rows(values: Values) -> Iterable[list[str]]:
         yield [name, number(absent, 1), number(present, 1)]
 
 
+def speculation_rows(values: Values) -> Iterator[list[str]]:
+    for one in values.values():
+        for kind, sides in one.get("result", {}).items():
+            for side in ("ngram", "format"):
+                speeds = (sides[side]["decode_tps"], sides["again"]["decode_tps"])
+                texts = [harness.interval_text(speed) for speed in speeds]
+                yield [kind, side, number(sides[side]["tokens_per_step"], 2), *texts]
+
+
 TABLES = {
     "verify": (["case", "model", "verdict", "max abs dlogprob", "bound"], verify_rows),
     "decode": (["weights, KV", "tok/s", "GB per token", "fraction of the copy's bandwidth",
                 "TTFT, 2 crops (s)", "all crops (s)", "64 frames (s)", "J/token"], decode_rows),
     "overhead": (["model", "metric", "ours against bare", "bare against itself"], overhead_rows),
     "start": (["model", "disk caches absent (s)", "present (s)"], start_rows),
+    "speculation": (["answers", "speculation", "tokens per step", "decode of off's", "floor"],
+                    speculation_rows),
 }  # fmt: skip
 
 

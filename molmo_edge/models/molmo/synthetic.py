@@ -5,7 +5,7 @@ The vision tower has its real size (0.29 billion parameters) by default.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,22 +83,27 @@ def write_checkpoint(
     weights: Weights | None = None,
     tower: Tower | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    words: Sequence[str] = (),
 ) -> Path:
     """Write a whole checkpoint into `directory` (created when missing) and return it.
+
+    `words` are further tokens, a leading space written as ``Ġ``.
 
     `dtype` is that of the files; bfloat16 halves the tower's 1.2 GB and loads as the same values
     in float32.
     """
     config = config or hub_config()
-    write_description(directory, config)
+    write_description(directory, config, words)
     weights = weights or random_weights(seed)
     write_weights(directory, tensor_shapes(config, tower), weights, dtype)
     return directory
 
 
-def write_description(directory: Path, config: Mapping[str, Any]) -> None:
+def write_description(
+    directory: Path, config: Mapping[str, Any], words: Sequence[str] = ()
+) -> None:
     """Write a checkpoint without its weights: configuration, processor and tokenizer."""
-    vocab = vocabulary(_PIECES)
+    vocab = vocabulary([*_PIECES, *words])
     auto_map = {
         "AutoImageProcessor": "image_preprocessing_molmo.MolmoImageProcessor",
         "AutoProcessor": "preprocessing_molmo.MolmoProcessor",
