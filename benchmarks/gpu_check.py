@@ -41,11 +41,11 @@ KIND = "gpu-check"
 SEVEN_B = {"model": "allenai/Molmo-7B-D-0924", "load_format": "dummy", "max_model_len": 4096}
 FOUR_B = {"model": "allenai/Molmo2-4B", "load_format": "dummy", "max_model_len": 8192}
 LIMITS_S = {
-    "verify": 330.0,
-    "decode": 280.0,
-    "overhead": 120.0,
+    "verify": 240.0,
+    "decode": 200.0,
+    "overhead": 100.0,
     "start": 170.0,
-    "speculation": 240.0,
+    "speculation": 190.0,
 }
 """Stages and their seconds, 15 minutes together; what does not fit is left for the next run.
 `--seconds` stretches or shrinks those of the chosen stages."""

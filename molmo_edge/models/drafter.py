@@ -27,7 +27,7 @@ _LONGER_TOKENS = 384, 2048  # back to the start of a tag; read at its end
 # How a token within a form may end. Few words of prose do.
 _ENDS = re.compile(r'(?:[\d.;"=<>/ ]|\b(?:[xy]|alt|coords|points?|tracks|shows|a|total|of))\Z')
 _START = re.compile(r"<(points?|tracks)( [^ ]*)?\Z")
-_PERCENT = re.compile(r' ([xy])(\d*)="(?:(\d\d)|\d{1,3}\.\d("(?: \w*=?"?)?)?)\Z')
+_PERCENT = re.compile(r' ([xy])(\d{0,4})="(?:(\d\d)|\d{1,3}\.\d("(?: \w*=?"?)?)?)\Z')
 _ALT = re.compile(r' alt="([^"<>]*)("[^"]*)\Z')
 _CLOSING = re.compile(r"</([^<]*)\Z")
 _COORDS = re.compile(r'(?:coords="|\A)[\d.; ]+\Z')
@@ -96,15 +96,15 @@ def _in_coords(tail: str) -> str:
     if _X.search(tail):
         return " "
     ids = _IDS.findall(tail)
+    numbers = [int(id) for id in ids if id != ";"]
     if frame := _FRAME.search(tail):
-        if not ids:
+        if not numbers:
             return " 1 "
         times = re.findall(r'[;"](\d+)\.\d ', tail)
         if times and not frame[2]:
             return "." if len(frame[1]) >= len(times[-1]) else ""
     elif not re.search(r" \d{1,2} \d{3,4} \d{3,4}\Z", tail):
         return ""
-    numbers = [int(id) for id in ids if id != ";"]
     if "<tracks" in tail or any(a >= b for a, b in itertools.pairwise(numbers)):
         # A track's number stays: a frame has those of the frame before.
         earlier = [i for i, id in enumerate(ids[:-1]) if id == ids[-1]]
@@ -112,7 +112,7 @@ def _in_coords(tail: str) -> str:
             following = ids[earlier[-1] + 1]
             return following if following == ";" else f" {following} "
         if ids[-1] == ";":
-            return f" {ids[0]} "
+            return f" {numbers[0]} "
     return f" {numbers[-1] + 1} "
 
 

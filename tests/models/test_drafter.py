@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,6 +121,39 @@ def test_no_digit_that_the_model_decides_is_drafted_and_nothing_in_prose() -> No
         assert not any(
             forced_text(PROSE[:end], lambda: PROSE, coords=coords) for end in range(len(PROSE) + 1)
         )
+
+
+def test_no_text_makes_a_draft_fail() -> None:
+    dice = random.Random(5)
+    pieces = [
+        "<points",
+        "<tracks",
+        ' coords="',
+        ' x1="',
+        ' y1="',
+        ' alt="',
+        '"',
+        ">",
+        "</",
+        ";",
+        ".",
+    ]
+    pieces += [
+        " ",
+        "1",
+        " 1",
+        " 12 ",
+        "123",
+        " 1 123 456",
+        "points>",
+        " shows a total of",
+        "९",
+        "a",
+    ]
+    for _ in range(20_000):
+        text = "".join(dice.choices(pieces, k=dice.randint(1, 12)))
+        for coords in (False, True):
+            forced_text(text, lambda text=text: text, coords=coords)  # type: ignore[misc]
 
 
 def test_rows_are_independent_and_end_with_the_context() -> None:
