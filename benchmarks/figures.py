@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import harness
-from speculation import markdown as speculation_table
 
 from molmo_edge.bench import accuracy
 from molmo_edge.bench.tables import UNKNOWN, number, percent, table
@@ -34,7 +33,6 @@ BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", r
 
 H200 = ("2026-11-27-h200-molmo2", "2026-11-27-h200")
 VERIFY, OVERHEAD = "2026-11-27-verify-cpu", "2026-11-27-overhead-cpu"
-SPECULATION = "2026-11-28-speculation-cpu"
 PREPROCESS = "2026-11-27-preprocess-cpu"
 ACCURACY, QUANTISED = "2026-11-28-demo-accuracy-cpu", "2026-11-28-demo-quantised-cpu"
 STOCK = "stock vLLM, "
@@ -242,32 +240,6 @@ def overhead() -> str:
         lines.append([machine(document), *texts, *costs])
     heads = ["", "decode of bare vLLM's", "floor", "µs per token", "floor"]
     return f"{table(heads, lines)}\n\nThe cost in µs is below the noise of both: not decided."
-
-
-def speculation() -> str:
-    """Drafted tokens against none."""
-    document = result(SPECULATION)
-    scheduling = set(document["async_scheduling"].values())
-    note = "\n\nScheduling is synchronous on every side here." if scheduling == {False} else ""
-    starts = document["settings"]["starts"]
-    return (
-        f"{machine(document)}, {starts} starts of each side; from\n{link(SPECULATION)}:\n\n"
-        f"{speculation_table(document['result'])}{note}"
-    )
-
-
-def drafted() -> str:
-    """The best of the drafts, in a line for the README."""
-    measured = result(SPECULATION)["result"]
-    points, demo, prose = (measured[kind]["format"] for kind in ("points", "demo points", "prose"))
-    return (
-        f"Small models on {machine(result(SPECULATION))} yield {points['tokens_per_step']:.2f} "
-        f"tokens per step in points of Molmo 1 and\n{demo['tokens_per_step']:.2f} in those of "
-        f"Molmo 2; decode is {points['decode_tps']['median']:.2f} and "
-        f"{demo['decode_tps']['median']:.2f} times as fast, prose\n"
-        f"{prose['decode_tps']['median']:.2f} (the same twice: "
-        f"{measured['prose']['again']['decode_tps']['median']:.2f})."
-    )
 
 
 def preprocess() -> str:
