@@ -1,0 +1,209 @@
+"""Many images at once: `EdgeVLM.batch` against inputs prepared beforehand, and `LLM.generate`.
+
+    python benchmarks/bulk.py --output benchmarks/results/bulk-cpu.json
+
+One engine answers the same images in turns, in changing order: by `EdgeVLM.batch`, which prepares
+images while the engine runs; as inputs that were all prepared before the clock started, twice, the
+second against the first being the noise floor; and by `LLM.generate`, which prepares every image
+before the first is answered. The whole is repeated in fresh processes (`--starts`). Prefix, image
+and encoder caches are off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import harness
+import numpy as np
+from PIL import Image
+
+from molmo_edge.bench.tables import table
+from molmo_edge.errors import BenchmarkError
+
+BATCH_RATIO, GENERATE_RATIO = 0.95, 1.0
+"""Promised minimum of `batch`'s rate over that of prepared inputs and of `LLM.generate`."""
+
+SIDES = ("batch", "prepared", "again", "generate")
+TEXT = "Describe this image."
+LIMIT_S = 3600.0
+WARM_UP = 4  # requests
+
+Round = Mapping[str, float]
+
+
+def noise(count: int) -> list[Image.Image]:
+    """Different images of 640 x 480 pixels."""
+    random = np.random.default_rng(0)
+    size = (480, 640, 3)
+    return [Image.fromarray(random.integers(0, 256, size, dtype=np.uint8)) for _ in range(count)]
+
+
+def answer_batch(vlm: Any, images: Sequence[Image.Image], tokens: int) -> Callable[[], list[int]]:
+    """What asks by `EdgeVLM.batch`; it returns each prompt's tokens."""
+    from molmo_edge import Request
+
+    requests = [Request(one, TEXT, max_tokens=tokens, ignore_eos=True) for one in images]
+    return lambda: [one.metrics.prompt_tokens for one in vlm.batch(requests)]
+
+
+def answer_prepared(
+    vlm: Any, images: Sequence[Image.Image], tokens: int
+) -> Callable[[], list[int]]:
+    """What hands the engine requests that are prepared here, by `EdgeVLM`'s own steps."""
+    from molmo_edge import Request
+
+    loop, pending = vlm._loop, []
+    for image in images:
+        request = Request(image, TEXT, max_tokens=tokens, ignore_eos=True)
+        options = vlm._check(request)
+        rendered = vlm._render(loop, vlm._read(request), options)
+        pending.append(vlm._pending(loop, rendered, options))
+
+    def answer() -> list[int]:
+        streams = [vlm._submit(loop, one, wait=True) for one in pending]
+        return [stream.result().metrics.prompt_tokens for stream in streams]
+
+    return answer
+
+
+def answer_generate(
+    vlm: Any, images: Sequence[Image.Image], tokens: int
+) -> Callable[[], list[int]]:
+    """What asks by `LLM.generate`, in the thread that owns the engine."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+    text = f"User: {TEXT} Assistant:"
+    if vlm.family.name == "molmo2":
+        text = f"<|image|><|im_start|>user\n{TEXT}<|im_end|>\n<|im_start|>assistant\n"
+    prompts = [{"prompt": text, "multi_modal_data": {"image": image}} for image in images]
+
+    def answer() -> list[int]:
+        outputs = vlm.in_engine_thread(
+            lambda engine: engine.llm.generate(prompts, params, use_tqdm=False)
+        )
+        return [len(one.prompt_token_ids) for one in outputs]
+
+    return answer
+
+
+PREPARE = {
+    "batch": answer_batch,
+    "prepared": answer_prepared,
+    "again": answer_prepared,
+    "generate": answer_generate,
+}
+
+
+def measure_start(emit: harness.Emit, options: Mapping[str, Any]) -> None:
+    """One process: emits its rounds, side → seconds, as they are measured."""
+    from molmo_edge import EdgeVLM
+
+    images, rounds = noise(options["images"]), []
+    with EdgeVLM(**{**options["engine"], "enable_prefix_caching": False}) as vlm:
+        emit("environment", dict(vlm.environment))
+        for side in SIDES:
+            PREPARE[side](vlm, images[:WARM_UP], options["tokens"])()
+        for turn in range(options["rounds"]):
+            seconds, prompts = {}, {}
+            for side in SIDES if turn % 2 == 0 else SIDES[::-1]:
+                answer = PREPARE[side](vlm, images, options["tokens"])
+                began = time.perf_counter()
+                prompts[side] = answer()
+                seconds[side] = time.perf_counter() - began
+            rounds.append(seconds)
+            emit("rounds", rounds)
+            emit("equal_prompts", prompts["batch"] == prompts["generate"])
+
+
+def evaluate(starts: Sequence[Sequence[Round]], images: int) -> dict[str, Any]:
+    """Rates of the sides, in images per second, and their ratios over the rounds of every start."""
+    rounds = [one for start in starts for one in start]
+    rates = {side: [images / one[side] for one in rounds] for side in SIDES}
+    out: dict[str, Any] = {
+        "rates": {side: statistics.median(values) for side, values in rates.items()},
+        "of_prepared": harness.paired_ratio(rates["batch"], rates["prepared"]),
+        "floor": harness.paired_ratio(rates["again"], rates["prepared"]),
+        "of_generate": harness.paired_ratio(rates["batch"], rates["generate"]),
+    }
+    out["passed"] = (
+        out["of_prepared"]["median"] >= BATCH_RATIO
+        and out["of_generate"]["median"] > GENERATE_RATIO
+    )
+    return out
+
+
+def run(
+    engine: Mapping[str, Any], *, starts: int, rounds: int, images: int, tokens: int, threads: int
+) -> dict[str, Any]:
+    """Measure; `engine` has keyword arguments of `EdgeVLM`, the rest is that of the options."""
+    plan = {"rounds": rounds, "images": images, "tokens": tokens}
+    all_rounds, environment, equal = [], None, True
+    for start in range(starts):
+        child = harness.run_child(
+            __file__, "start", {"engine": engine, **plan}, limit_s=LIMIT_S, threads=threads
+        )
+        values = child["values"]
+        if not values.get("rounds"):
+            raise BenchmarkError(f"start {start + 1} measured nothing: {child['error']}")
+        environment, equal = values["environment"], equal and values["equal_prompts"]
+        all_rounds.append(values["rounds"])
+        harness.progress(f"start {start + 1} of {starts}: {len(all_rounds[-1])} rounds")
+    return harness.result(
+        "bulk",
+        settings={"engine": engine, "starts": starts, "threads": threads, **plan},
+        environment=environment,
+        result={**evaluate(all_rounds, images), "equal_prompts": equal},
+        rounds=all_rounds,
+    )
+
+
+def markdown(document: Mapping[str, Any]) -> str:
+    """Markdown: the rate of `batch`, and its ratios to the other sides."""
+    figures = document["result"]
+    ratios = [harness.interval_text(figures[name]) for name in ("of_prepared", "floor")]
+    row = [
+        document["settings"]["engine"]["model"],
+        str(document["settings"]["images"]),
+        f"{figures['rates']['batch']:.1f}",
+        *ratios,
+        harness.interval_text(figures["of_generate"]),
+    ]
+    heads = ["", "images", "images/s", "÷ prepared", "floor", "÷ LLM.generate"]
+    return table(heads, [row])
+
+
+def main() -> None:
+    harness.serve_child({"start": measure_start})
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="demo", help="checkpoint directory, hub name, or stub")
+    parser.add_argument("--options", type=json.loads, default={}, help="of EdgeVLM, as JSON")
+    parser.add_argument("--starts", type=int, default=3, help="fresh processes")
+    parser.add_argument("--rounds", type=int, default=4, help="in each start")
+    parser.add_argument("--images", type=int, default=200, help="different images")
+    parser.add_argument("--tokens", type=int, default=8, help="of each answer")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU engine; 0: vLLM's choice")
+    parser.add_argument("--output", type=Path, help="JSON file for the result")
+    arguments = parser.parse_args()
+    document = run(
+        {"model": arguments.model, **arguments.options},
+        starts=arguments.starts,
+        rounds=arguments.rounds,
+        images=arguments.images,
+        tokens=arguments.tokens,
+        threads=arguments.threads,
+    )
+    print(markdown(document))
+    harness.write(document, arguments.output)
+    sys.exit(0 if document["result"]["passed"] else 1)
+
+
+if __name__ == "__main__":
+    harness.start(main)
