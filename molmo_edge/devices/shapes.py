@@ -203,6 +203,11 @@ class ModelShape:
 
     @property
     def _head(self) -> int:
+        if self.head_precision not in self.head_bytes:
+            raise ModelError(
+                f"the size of {self.name}'s LM head as {self.head_precision} is not known without "
+                "its safetensors files"
+            )
         return self.head_bytes[self.head_precision]
 
     def _blocks(self, precision: str) -> int:
@@ -338,9 +343,8 @@ def _counts(parts: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, Any]:
             for name in PRECISIONS:
                 block_bytes[name] += matrix_bytes(name, *shape) if len(shape) == 2 else 2 * size
         elif part == "head":
-            head_bytes = {
-                name: matrix_bytes("bf16" if name == "none" else name, *shape) for name in HEADS
-            }
+            head_bytes = {name: matrix_bytes(name, *shape) for name in (*HEADS[1:], "nvfp4")}
+            head_bytes["none"] = 2 * size
     return {
         "block_params": params.pop("blocks"),
         "block_bytes": block_bytes,

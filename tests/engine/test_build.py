@@ -175,6 +175,10 @@ def test_four_bits_need_a_quantised_checkpoint_which_is_loaded_as_it_is(tmp_path
         plan(THOR, checkpoint, precision="fp8")
     with pytest.raises(ConfigError, match="needs AVX-512"):
         plan(OLD_LAPTOP, checkpoint)
+    head = {"targets": ["re:.*ff_out$"], "weights": {"num_bits": 8}}
+    stored["config_groups"] = {"group_0": {"weights": {"num_bits": 4}}, "group_1": head}
+    with pytest.raises(ConfigError, match="no kernel for w8a16"):
+        plan(LAPTOP, write(tmp_path, {**MOLMO, "quantization_config": stored}))
 
 
 @pytest.mark.parametrize(
