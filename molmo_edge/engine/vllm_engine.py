@@ -139,10 +139,14 @@ class VllmEngine:
         if self._nan_token in completion.token_ids:
             logprobs = [math.nan]
         elif completion.logprobs is not None:
-            entries = list(zip(completion.token_ids, completion.logprobs, strict=True))
-            logprobs = [entry[token].logprob for token, entry in entries]
+            flat = completion.logprobs
+            spans = map(slice, flat.start_indices, flat.end_indices)
             # vLLM puts the chosen token first, then the most likely ones.
-            top_logprobs = [{t: one.logprob for t, one in entry.items()} for _, entry in entries]
+            top_logprobs = [
+                dict(zip(flat.token_ids[s], flat.logprobs[s], strict=True)) for s in spans
+            ]
+            pairs = zip(completion.token_ids, top_logprobs, strict=True)
+            logprobs = [top[token] for token, top in pairs]
         return Update(
             output.request_id,
             completion.text,
@@ -190,6 +194,7 @@ def sampling_params(sampling: Sampling, speculative: bool) -> Any:
         stop=list(sampling.stop) or None,
         logprobs=-1 if every else sampling.logprobs,
         logprob_token_ids=None if every else scored,
+        flat_logprobs=True,
         detokenize=not every,
         ignore_eos=sampling.ignore_eos,
         skip_reading_prefix_cache=not sampling.reuse_prefix,
