@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import own_cost as own_costs
 
 from molmo_edge.bench import accuracy
 from molmo_edge.bench.tables import UNKNOWN, number, percent, table
@@ -34,6 +35,7 @@ BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", r
 H200 = ("2026-11-27-h200-molmo2", "2026-11-27-h200")
 VERIFY, OVERHEAD = "2026-11-27-verify-cpu", "2026-11-27-overhead-cpu"
 PREPROCESS = "2026-11-27-preprocess-cpu"
+OWN_COST = "2026-11-28-own-cost-cpu"
 ACCURACY, QUANTISED = "2026-11-28-demo-accuracy-cpu", "2026-11-28-demo-quantised-cpu"
 STOCK = "stock vLLM, "
 FAMILIES = {"molmo2": "Molmo 2", "molmo": "Molmo 1"}
@@ -240,6 +242,11 @@ def overhead() -> str:
         lines.append([machine(document), *texts, *costs])
     heads = ["", "decode of bare vLLM's", "floor", "µs per token", "floor"]
     return f"{table(heads, lines)}\n\nThe cost in µs is below the noise of both: not decided."
+
+
+def own_cost() -> str:
+    document = result(OWN_COST)
+    return f"{machine(document)}:\n\n{own_costs.markdown(document['result'])}"
 
 
 def preprocess() -> str:
