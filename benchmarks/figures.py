@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import bulk as bulk_rates
 import harness
 import own_cost as own_costs
 
@@ -35,7 +36,7 @@ BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", r
 H200 = ("2026-11-27-h200-molmo2", "2026-11-27-h200")
 VERIFY, OVERHEAD = "2026-11-27-verify-cpu", "2026-11-27-overhead-cpu"
 PREPROCESS = "2026-11-27-preprocess-cpu"
-OWN_COST = "2026-11-28-own-cost-cpu"
+OWN_COST, BULK = "2026-11-28-own-cost-cpu", "2026-11-28-bulk-cpu"
 ACCURACY, QUANTISED = "2026-11-28-demo-accuracy-cpu", "2026-11-28-demo-quantised-cpu"
 STOCK = "stock vLLM, "
 FAMILIES = {"molmo2": "Molmo 2", "molmo": "Molmo 1"}
@@ -247,6 +248,11 @@ def overhead() -> str:
 def own_cost() -> str:
     document = result(OWN_COST)
     return f"{machine(document)}:\n\n{own_costs.markdown(document['result'])}"
+
+
+def bulk() -> str:
+    document = result(BULK)
+    return f"{machine(document)}:\n\n{bulk_rates.markdown(document)}"
 
 
 def preprocess() -> str:
