@@ -21,6 +21,7 @@ from typing import Any
 import bulk as bulk_rates
 import harness
 import own_cost as own_costs
+from speculation import markdown as speculation_table
 
 from molmo_edge.bench import accuracy
 from molmo_edge.bench.tables import UNKNOWN, number, percent, table
@@ -35,6 +36,7 @@ BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", r
 
 H200 = ("2026-11-27-h200-molmo2", "2026-11-27-h200")
 VERIFY, OVERHEAD = "2026-11-27-verify-cpu", "2026-11-27-overhead-cpu"
+SPECULATION = "2026-11-28-speculation-cpu"
 PREPROCESS = "2026-11-27-preprocess-cpu"
 OWN_COST, BULK = "2026-11-28-own-cost-cpu", "2026-11-28-bulk-cpu"
 ACCURACY, QUANTISED = "2026-11-28-demo-accuracy-cpu", "2026-11-28-demo-quantised-cpu"
@@ -253,6 +255,19 @@ def own_cost() -> str:
 def bulk() -> str:
     document = result(BULK)
     return f"{machine(document)}:\n\n{bulk_rates.markdown(document)}"
+
+
+def speculation() -> str:
+    """Drafted tokens against none."""
+    document = result(SPECULATION)
+    starts = document["settings"]["starts"]
+    text = (
+        f"{machine(document)}, starts of each side: {starts}; from\n{link(SPECULATION)}:\n\n"
+        f"{speculation_table(document['result'], speeds=starts >= 3)}"
+    )
+    if not any(document["async_scheduling"].values()):
+        text += "\n\nvLLM schedules synchronously on every side here."
+    return text
 
 
 def preprocess() -> str:

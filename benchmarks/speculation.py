@@ -240,7 +240,7 @@ def run(starts: int, threads: int, names: Sequence[str] = tuple(SIDES)) -> dict[
     )  # fmt: skip
 
 
-def markdown(figures: Mapping[str, Any]) -> str:
+def markdown(figures: Mapping[str, Any], *, speeds: bool = True) -> str:
     rows = []
     for kind, sides in figures.items():
         for side in ("ngram", "format"):
@@ -255,7 +255,8 @@ def markdown(figures: Mapping[str, Any]) -> str:
             ])  # fmt: skip
     heads = ["", "speculation", "steps per answer, off", "steps per answer", "tokens per step",
              "accepted", "decode of off's", "floor"]  # fmt: skip
-    return table(heads, rows)
+    columns = len(heads) if speeds else len(heads) - 2
+    return table(heads[:columns], [row[:columns] for row in rows])
 
 
 def main() -> None:
