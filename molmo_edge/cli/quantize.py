@@ -32,14 +32,17 @@ def fetch(
     epilog=examples(
         "molmo-edge quantize allenai/Molmo2-4B Molmo2-4B-w4a16 --scheme w4a16",
         "molmo-edge quantize path/to/Molmo-7B-D-0924 out --scheme w4a16 --calibrate images/",
-        "molmo-edge quantize allenai/Molmo2-4B out --scheme w4a16 --head fp8",
+        "molmo-edge quantize allenai/Molmo2-4B out --scheme w4a16 --head w4a16",
     )
 )
 def quantize(
     model: Annotated[str, typer.Argument(help="Directory, hub name or demo, not quantised yet.")],
     out: Annotated[Path, typer.Argument(help="Output directory; must not exist.")],
     scheme: Annotated[str, typer.Option(help="fp8, w4a16 or nvfp4.")],
-    head: Annotated[str, typer.Option(help="LM head: none, fp8, w8a16 or w4a16.")] = "none",
+    head: Annotated[
+        str | None,
+        typer.Option(help="LM head: none, fp8, w8a16 or w4a16; fp8 by default, none with fp8."),
+    ] = None,
     calibrate: Annotated[
         Path | None,
         typer.Option(help="Directory of typical images, for w4a16 and nvfp4: smaller errors."),

@@ -76,6 +76,9 @@ HEADS: Mapping[str, Format | None] = {
 }  # fmt: skip
 """How the LM head can be stored; None is bfloat16."""
 
+DEFAULT_HEADS: Mapping[str, str] = {"fp8": "none", "w4a16": "fp8", "nvfp4": "fp8"}
+"""By scheme: the smallest head whose drift is lost in that of the blocks."""
+
 
 # compressed-tensors compiles one small function of NVFP4's, which needs a C++ compiler.
 @torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator, unused-ignore]

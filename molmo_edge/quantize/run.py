@@ -33,7 +33,7 @@ from molmo_edge.models.molmo2.config import check_layout as check_molmo2
 from molmo_edge.models.synthetic import write_json
 from molmo_edge.quantize.calibrate import Calibration, read_prompts
 from molmo_edge.quantize.calibrate import calibrate as run_calibration
-from molmo_edge.quantize.formats import FORMATS, HEADS, Format, pack
+from molmo_edge.quantize.formats import DEFAULT_HEADS, FORMATS, HEADS, Format, pack
 from molmo_edge.reference.checkpoint import tower_of
 
 # Linear layers of the language model. Every MLP ends in `.ff_out` and so does the LM head.
@@ -80,7 +80,7 @@ def quantize(
     out: str | Path,
     scheme: str,
     *,
-    head: str = "none",
+    head: str | None = None,
     calibrate: str | Path | None = None,
     progress: Progress = lambda done, total, name: None,
 ) -> Quantized:
@@ -88,8 +88,9 @@ def quantize(
 
     Linear layers of the language model are stored as `scheme` says (``"fp8"``, ``"w4a16"`` or
     ``"nvfp4"``), rounded to nearest with the scale of each group searched for the least squared
-    error; the LM head as `head` says (``"fp8"``, ``"w8a16"``, ``"w4a16"`` or ``"none"``);
-    everything else becomes bfloat16. Memory holds one file of the copy at a time.
+    error; the LM head as `head` says (``"fp8"``, ``"w8a16"``, ``"w4a16"`` or ``"none"``; by default
+    ``"fp8"`` beside 4-bit blocks); everything else becomes bfloat16. Memory holds one file of the
+    copy at a time.
 
     `calibrate` is a directory of typical images (JPEG, PNG, WebP or BMP; up to 16 are used), for
     the 4-bit schemes. The model processes them in float32 on the CPU with the weights of one block
@@ -112,6 +113,7 @@ def quantize(
     began = time.monotonic()
     if scheme not in FORMATS:
         raise QuantizeError(f"Unknown scheme '{scheme}'; expected one of {', '.join(FORMATS)}.")
+    head = DEFAULT_HEADS[scheme] if head is None else head
     if head not in HEADS:
         raise QuantizeError(f"Unknown LM head '{head}'; expected one of {', '.join(HEADS)}.")
     form, head_form = FORMATS[scheme], HEADS[head]

@@ -18,7 +18,7 @@ def test_an_unpacked_copy_has_the_stored_values_and_the_original_layout(tmp_path
         tmp_path / "original", hub_config(text=text, vit={"num_hidden_layers": 9})
     )
     copy = quantize(original, tmp_path / "copy", "w4a16").directory
-    unpacked = script.unpacked(original, copy, "w4a16")
+    unpacked = script.unpacked(original, copy, "w4a16", "fp8")
     ours, right = tensors_of(unpacked), plain_tensors(copy, "w4a16")
     assert ours.keys() == right.keys() == tensors_of(original).keys()
     assert all(torch.equal(ours[name].float(), right[name].float()) for name in right)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from molmo_edge.quantize.formats import FORMATS, HEADS, unpack
+from molmo_edge.quantize.formats import DEFAULT_HEADS, FORMATS, HEADS, unpack
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
@@ -28,12 +28,12 @@ def layer_of(tensors: dict[str, torch.Tensor], layer: str) -> dict[str, torch.Te
     }
 
 
-def plain_tensors(directory: Path, scheme: str, head: str = "none") -> dict[str, torch.Tensor]:
+def plain_tensors(directory: Path, scheme: str, head: str | None = None) -> dict[str, torch.Tensor]:
     """The checkpoint's tensors under the hub's names, by compressed-tensors' own code."""
     tensors = tensors_of(directory)
     for layer in [n.removesuffix(".weight_scale") for n in tensors if n.endswith(".weight_scale")]:
         parts = layer_of(tensors, layer)
-        form = FORMATS[scheme] if ".blocks." in layer else HEADS[head]
+        form = FORMATS[scheme] if ".blocks." in layer else HEADS[head or DEFAULT_HEADS[scheme]]
         assert form is not None
         for suffix in parts:
             del tensors[f"{layer}.{suffix}"]
