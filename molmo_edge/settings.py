@@ -106,7 +106,8 @@ class EdgeSettings(BaseModel):
         enable_prefix_caching: reuse the KV cache of equal prompt beginnings; `choose` and `score`
             do in any case.
         speculation: ``ngram`` drafts tokens from the prompt, ``format`` those that the form of a
-            pointing answer dictates; greedy answers stay the same.
+            pointing answer dictates or, with ``engine="thread"``, a JSON Schema; greedy answers
+            stay the same.
         engine: ``thread`` runs in this process; ``process`` in a child process, for applications
             whose own Python code is busy (the main script must be importable).
         max_queue: requests in flight, running or waiting, before new ones are refused.

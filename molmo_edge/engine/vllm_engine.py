@@ -14,6 +14,7 @@ from typing import Any
 
 from molmo_edge.errors import ConfigError, EngineClosedError, SamplingError
 from molmo_edge.interface import EngineInfo, Rendered, Renderer, Turn, Update
+from molmo_edge.models.drafter import expect_json
 from molmo_edge.models.nan import nan_token
 from molmo_edge.models.vllm_workarounds import llvmlite_hidden
 from molmo_edge.sampling import Sampling
@@ -114,6 +115,8 @@ class VllmEngine:
 
     def add(self, request_id: str, rendered: Rendered, sampling: Sampling) -> None:
         try:
+            if self.speculative and sampling.json_schema is not None:
+                expect_json(rendered.prompt["prompt_token_ids"], sampling.json_schema)
             params = sampling_params(sampling, self.speculative)
             self.core.add_request(request_id, engine_prompt(rendered), params)
         except BaseException:

@@ -1,19 +1,24 @@
-"""Drafts of the tokens that the form of a pointing answer dictates (`speculation="format"`).
+"""Drafts of the tokens that the form of an answer dictates (`speculation="format"`).
 
 In ``<points x1="12.3" y1="45.6" …`` the model decides the digits and little else. After each step
 vLLM calls `FormatProposer.propose`, which reads the end of every sequence as text and returns the
 tokens that must follow. vLLM checks them in its next step: a wrong draft costs time and changes no
 answer. Digits of coordinates, times and counts are never drafted; the numbers of points are.
+In an answer that follows a JSON Schema it drafts what the schema forces, such as the next key.
 
-Nothing is kept between steps but the texts of tokens and the tokens of drafts.
+Nothing that a request's end could spoil is kept between steps: the texts of tokens, the tokens of
+drafts, and how far a JSON answer was read, which is compared with its tokens each time.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import re
-from collections.abc import Callable
-from functools import lru_cache, partial
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +26,7 @@ import numpy as np
 DRAFT_TOKENS = 6
 """Maximum per step: at most five stand between two coordinates."""
 
-_TAIL_TOKENS = 96  # several points, or frames of a track
+_TAIL_TOKENS, _COORDS_TAIL_TOKENS = 48, 96  # several points, or frames of a track
 _LONGER_TOKENS = 384, 2048  # back to the start of a tag; read at its end
 
 # How a token within a form may end. Few words of prose do.
@@ -30,7 +35,6 @@ _START = re.compile(r"<(points?|tracks)( [^ ]*)?\Z")
 _PERCENT = re.compile(r' ([xy])(\d{0,4})="(?:(\d\d)|\d{1,3}\.\d("(?: \w*=?"?)?)?)\Z')
 _ALT = re.compile(r' alt="([^"<>]*)("[^"]*)\Z')
 _CLOSING = re.compile(r"</([^<]*)\Z")
-_COORDS = re.compile(r'(?:coords="|\A)[\d.; ]+\Z')
 _X = re.compile(r" \d{1,2} \d{3,4}\Z")
 _FRAME = re.compile(r'[;"](\d+)(\.\d)?\Z')
 # Numbers of points have fewer digits than their coordinates.
@@ -46,11 +50,12 @@ def forced_text(tail: str, answer: Callable[[], str], *, coords: bool) -> str:
         answer: reads back to the start of the tag.
         coords: whether tags have the attribute ``coords``, as Molmo 2's, or ``x1``, ``y1``, …
     """
-    if _COORDS.search(tail):
+    before = tail.rstrip("0123456789.; ")
+    if not before or before.endswith('coords="'):
         return _in_coords(tail)
     if "<" not in tail and '="' not in tail:
         return ""  # prose
-    if match := _PERCENT.search(tail):
+    if match := _PERCENT.search(tail[-40:]):
         axis, number, two_digits, rest = match.groups()
         if two_digits:
             return "."
@@ -116,6 +121,34 @@ def _in_coords(tail: str) -> str:
     return f" {numbers[-1] + 1} "
 
 
+@dataclass
+class JsonAnswer:
+    """A request whose answer follows a JSON Schema, found again by the tokens of its prompt."""
+
+    prompt: np.ndarray
+    schema: Mapping[str, Any]
+    matcher: Any = None  # llguidance's, built when it is first needed
+    read: list[int] = field(default_factory=list)  # by the matcher
+
+    def follows(self, tokens: np.ndarray) -> bool:
+        """Whether `tokens` are the prompt and at least one token of an answer."""
+        size = self.prompt.size
+        return (
+            tokens.size > size
+            and tokens[size - 1] == self.prompt[-1]
+            and np.array_equal(tokens[:size], self.prompt)
+        )
+
+
+# vLLM tells a proposer nothing about requests but their tokens. The last of this process.
+_JSON_ANSWERS: deque[JsonAnswer] = deque(maxlen=32)
+
+
+def expect_json(prompt: Sequence[int], schema: Mapping[str, Any]) -> None:
+    """Draft the answer to this prompt by the schema; call it in the proposer's thread."""
+    _JSON_ANSWERS.appendleft(JsonAnswer(np.array(prompt), schema))
+
+
 class FormatProposer:
     """vLLM's proposer of drafts; it runs in the thread of the model.
 
@@ -131,8 +164,12 @@ class FormatProposer:
 
             tokenizer = cached_tokenizer_from_config(model)
         self._max_model_len = int(model.max_model_len)
+        self._structured = vllm_config.structured_outputs_config
+        self._tokenizer = tokenizer
         self._coords = model.hf_config.model_type == "molmo2"
+        self._tail = _COORDS_TAIL_TOKENS if self._coords else _TAIL_TOKENS
         self._texts: dict[int, str] = {}
+        self._ends: dict[int, bool] = {}  # whether a token within a form may be the last
         self._decode = tokenizer.decode
         self._encode = lru_cache(4096)(partial(tokenizer.encode, add_special_tokens=False))
 
@@ -155,9 +192,15 @@ class FormatProposer:
         return drafts
 
     def _draft(self, tokens: np.ndarray) -> list[int]:
-        if not _ENDS.search(self._text(tokens[-1:])):
+        for one in _JSON_ANSWERS:
+            if one.follows(tokens):
+                return self._forced_json(one, tokens[one.prompt.size :].tolist())
+        last = int(tokens[-1])
+        if (ends := self._ends.get(last)) is None:
+            ends = self._ends[last] = _ENDS.search(self._text(tokens[-1:])) is not None
+        if not ends:
             return []
-        tail = self._text(tokens[-_TAIL_TOKENS:])
+        tail = self._text(tokens[-self._tail :])
 
         def answer() -> str:
             text = tail
@@ -168,6 +211,40 @@ class FormatProposer:
 
         text = forced_text(tail, answer, coords=self._coords)
         return self._encode(text) if text else []
+
+    def _forced_json(self, one: JsonAnswer, answer: list[int]) -> list[int]:
+        if one.matcher is None:
+            one.matcher = self._json_matcher(one.schema)
+        if answer[: len(one.read)] != one.read:  # of another request with this prompt
+            one.matcher.reset()
+            one.read = []
+        unread = answer[len(one.read) :]
+        if one.matcher.try_consume_tokens(unread) < len(unread):
+            one.matcher.reset()
+            one.read = []
+            return []
+        one.read = answer
+        forced: list[int] = one.matcher.compute_ff_tokens()
+        return forced
+
+    def _json_matcher(self, schema: Mapping[str, Any]) -> Any:
+        from llguidance import LLMatcher
+        from vllm.v1.structured_output.backend_guidance import serialize_guidance_grammar
+        from vllm.v1.structured_output.backend_types import StructuredOutputOptions
+
+        grammar = serialize_guidance_grammar(
+            StructuredOutputOptions.JSON,
+            json.dumps(schema),
+            self._structured.disable_any_whitespace,
+            self._structured.disable_additional_properties,
+        )
+        return LLMatcher(self._json_tokenizer, grammar, log_level=0)
+
+    @cached_property
+    def _json_tokenizer(self) -> Any:
+        from llguidance.hf import from_tokenizer
+
+        return from_tokenizer(self._tokenizer, len(self._tokenizer))
 
     def _text(self, tokens: np.ndarray) -> str:
         texts, ids = self._texts, tokens.tolist()

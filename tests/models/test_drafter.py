@@ -14,7 +14,8 @@ import pytest
 
 from molmo_edge import CountResult, EdgeVLM
 from molmo_edge.bench.accuracy import questions
-from molmo_edge.models.drafter import FormatProposer, forced_text
+from molmo_edge.models import hub
+from molmo_edge.models.drafter import DRAFT_TOKENS, FormatProposer, expect_json, forced_text
 
 MOLMO = (
     ' Counting the <points x1="12.3" y1="45.6" x2="22.3" y2="5.6" x3="33.1" y3="50.0" x4="61.3" '
@@ -74,7 +75,9 @@ def proposer(tokenizer: Any, model_type: str, max_model_len: int = 4096) -> Form
     model = SimpleNamespace(
         max_model_len=max_model_len, hf_config=SimpleNamespace(model_type=model_type)
     )
-    return FormatProposer(SimpleNamespace(model_config=model), tokenizer)
+    structured = SimpleNamespace(disable_any_whitespace=True, disable_additional_properties=True)
+    config = SimpleNamespace(model_config=model, structured_outputs_config=structured)
+    return FormatProposer(config, tokenizer)
 
 
 def replay(drafter: FormatProposer, tokenizer: Tokenizer, text: str) -> tuple[float, list[str]]:
@@ -169,6 +172,29 @@ def test_rows_are_independent_and_end_with_the_context() -> None:
     assert [tokenizer.decode(draft) for draft in drafts] == [".", '" y1="', "", ""]
     full = proposer(tokenizer, "molmo", max_model_len=len(ids[1]) + 2)
     assert [len(draft) for draft in full.propose(sampled, lengths, rows)] == [1, 2, 0, 0]
+
+
+def test_what_a_schema_forces_is_drafted_whatever_other_requests_did() -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(hub.DEMO_DIRECTORY / "tokenizer.json"), eos_token="<|im_end|>"
+    )
+    prompt = tokenizer.encode("A mug: ")
+    expect_json(prompt, SCHEMA)
+    drafter = proposer(tokenizer, "molmo2")
+
+    def draft(text: str, before: list[int] = prompt) -> str:
+        row = np.array([[*before, *tokenizer.encode(text)]], dtype=np.int32)
+        (tokens,) = drafter.propose([[1]], np.array([row.size]), row)
+        assert len(tokens) <= DRAFT_TOKENS
+        return str(tokenizer.decode(tokens))
+
+    for text in ('{"colour":"red","number":2}', "no JSON", '{"colour":"blue","number":1}'):
+        for end in range(1, len(text)):  # the second is a request without a schema
+            drafted = draft(text[:end])
+            assert text[end:].startswith(drafted) and (drafted or text[end - 1] not in "{,u")
+    assert not draft('{"colour', tokenizer.encode("Another prompt: "))
 
 
 QUESTIONS = [question.request for question in itertools.islice(questions(1, 5), 9)]
