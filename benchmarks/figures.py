@@ -35,7 +35,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 
 H200 = ("2026-11-27-h200-molmo2", "2026-11-27-h200")
-VERIFY, OVERHEAD = "2026-11-27-verify-cpu", "2026-11-27-overhead-cpu"
+VERIFY, OVERHEAD = "2026-11-27-verify-cpu", "2026-11-28-overhead-cpu"
 SPECULATION = "2026-11-28-speculation-cpu"
 PREPROCESS = "2026-11-27-preprocess-cpu"
 OWN_COST, BULK = "2026-11-28-own-cost-cpu", "2026-11-28-bulk-cpu"

@@ -49,6 +49,9 @@ CAPTION_PROMPTS: Mapping[str, str] = {
 }
 # vLLM scores at most 128 tokens in one place.
 MAX_CHOICES = 100
+# Of all choices together: each is a request, but for beginnings that choices share.
+MAX_CHOICE_TOKENS = 1000
+MEDIA_IN_MESSAGES = "A conversation has its images and video in its messages."
 ONE_VIDEO = "A conversation can have images, or one video, but not both."
 
 
@@ -164,7 +167,9 @@ class Request(Generic[A_co]):
         """The most likely of several answers."""
         request = Request(image, cast(str, text), **cast(VideoOptions, options))._as("choose")
         request.choices = choices
-        if not isinstance(text, str) and image is None and request.video is None:
+        if not isinstance(text, str):
+            if image is not None or request.video is not None:
+                raise PromptError(MEDIA_IN_MESSAGES)
             request.messages = text
         return request
 

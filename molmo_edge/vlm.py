@@ -58,6 +58,8 @@ from molmo_edge.models.registry import family_of
 from molmo_edge.points import CountResult, PointResult, TrackResult
 from molmo_edge.requests import (
     CAPTION_PROMPTS,
+    MAX_CHOICE_TOKENS,
+    MEDIA_IN_MESSAGES,
     CheckedOptions,
     ChoiceOptions,
     Images,
@@ -249,8 +251,8 @@ class EdgeVLM:
     ) -> Generator[tuple[int, A | MolmoEdgeError], None, None]:
         """`batch` that yields (index, answer or error) as answers finish.
 
-        Requests are taken from the iterable as the engine has room for them. Leaving the loop
-        early cancels what is in flight.
+        Requests are taken from the iterable as the engine has room for them, in this thread: while
+        the iterable blocks, no answer is yielded. Leaving the loop early cancels what is in flight.
         """
         waiting, most = numbered(requests), 2 * self.settings.max_num_seqs
         opened: dict[int, _Opened[A]] = {}
@@ -284,19 +286,21 @@ class EdgeVLM:
     ) -> Choice:
         """Choose the most likely of several answers, and say how likely each is.
 
-        A choice is as probable as all of its tokens are, one after the other. Its first token is
-        scored by the prefill of the prompt; what follows the beginnings that choices have, in one
-        more step. Requests about the same image share its prefill.
+        A choice is as probable as all of its tokens are, one after the other. First tokens are
+        scored by the prefill of the prompt, which the others share: one step for each beginning
+        that choices have, `max_num_seqs` at a time. Requests about the same image share what whole
+        blocks of the KV cache hold of it (16 tokens on GPUs, 128 on CPUs).
 
         Args:
             text: the question, or a conversation as `chat` takes it; then no image and no video.
-            choices: 2 to 100 answers as the model would write them. One that begins another, as
-                "red" does "red cup", is at least as probable.
+            choices: 2 to 100 answers as the model would write them, "Yes" rather than "yes": with
+                `Choice.outside` near 1 it would have written none of them. One that begins
+                another, as "red" does "red cup", is at least as probable.
             options: see `ChoiceOptions`.
 
         Raises:
             PromptError: a choice is empty or equal to another one, or has control characters or
-                special tokens.
+                special tokens; or together they have over 1,000 tokens.
             SamplingError: another option, such as temperature.
             As `query`.
         """
@@ -334,7 +338,7 @@ class EdgeVLM:
                 "Give at least one token to score, and candidates for each token or none at all."
             )
         if not isinstance(text, str) and (image is not None or video is not None):
-            raise PromptError("A conversation has its images and video in its messages.")
+            raise PromptError(MEDIA_IN_MESSAGES)
         asked = (
             Request(image, text, video=video, max_tokens=1)
             if isinstance(text, str)
@@ -811,6 +815,11 @@ class EdgeVLM:
             }
         if not all(answers.values()) or len(set(map(tuple, answers.values()))) < len(answers):
             raise PromptError("A choice has no tokens, or the tokens of another one.")
+        if (tokens := sum(map(len, answers.values()))) > MAX_CHOICE_TOKENS:
+            raise PromptError(
+                f"The choices have {tokens} tokens; give shorter ones, of at most "
+                f"{MAX_CHOICE_TOKENS} together."
+            )
         tree = token_tree(answers.values())
         choice = cast(Callable[..., A], partial(Choice.of, answers))
         return self._scoring(loop, rendered, options, tree, choice)

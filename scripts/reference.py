@@ -10,7 +10,7 @@ from typing import Any
 
 import molmo_edge
 from molmo_edge import errors
-from molmo_edge.requests import Options, VideoOptions
+from molmo_edge.requests import ChoiceOptions, Options, VideoOptions
 from molmo_edge.sampling import Sampling
 from molmo_edge.settings import EdgeSettings
 from molmo_edge.vlm import WatchOptions
@@ -45,7 +45,8 @@ def api_page() -> str:
     """Signature and docstring of each public name and its public methods."""
     parts = ["# API", MADE, "The errors:", "    " + _tree().replace("\n", "\n    ")]
     parts += ["## Options of a request", _text(Options), _text(Sampling)]
-    parts += ["## VideoOptions", _text(VideoOptions), "## WatchOptions", _text(WatchOptions)]
+    for one in (VideoOptions, ChoiceOptions, WatchOptions):
+        parts += [f"## {one.__name__}", _text(one)]
     for name in molmo_edge.__all__:
         thing = getattr(molmo_edge, name)
         if callable(thing):

@@ -241,6 +241,9 @@ def test_a_quantised_head_is_accepted_where_the_configuration_says_so(tmp_path: 
     shape = plain[HEAD + ".weight"][1]
     scale = {HEAD + ".weight_scale": ("F32", (shape[0], 1))}
     check(tmp_path, config, plain | {HEAD + ".weight": ("F8_E4M3", shape)} | scale)
+    for wrong in (("F8_E4M3", (shape[0] - 5, shape[1])), ("U8", shape)):
+        with pytest.raises(ModelError, match="is no part of a fp8 LM head"):
+            check(tmp_path, config, plain | {HEAD + ".weight": wrong} | scale)
     with pytest.raises(ModelError, match="says that the LM head is quantised, and it is not"):
         check(tmp_path, config, plain)
     quant["config_groups"] = {"a": form | {"format": "int-quantized"}}

@@ -86,9 +86,9 @@ def ask(
 
 @app.command(
     epilog=examples(
-        'molmo-edge choose door.jpg "Is the door open?" yes no && echo open',
+        'molmo-edge choose door.jpg "Is the door open?" Yes No && echo open',
         'molmo-edge choose photo.jpg "What is on the table?" "a cup" "a plate" nothing --json',
-        'molmo-edge choose "Did it move?" yes no --image before.jpg --image after.jpg',
+        'molmo-edge choose "Did it move?" Yes No --image before.jpg --image after.jpg',
     )
 )
 @with_options
@@ -99,7 +99,11 @@ def choose(
     timeout: Annotated[float | None, typer.Option(help="Seconds for the choice.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Choose the likeliest of several answers. Exit status 0 for the first of them, else 1."""
+    """Choose the likeliest of several answers. Exit status 0 for the first of them, else 1.
+
+    Spell them as the model does, "Yes" rather than "yes": where other answers have nearly all of
+    the probability, the choice means little.
+    """
     about, [question, *choices] = media.load(engine, words, most=None)
     check_choices(choices)
     with engine.open() as vlm:

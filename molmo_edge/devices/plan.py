@@ -211,7 +211,8 @@ def _row_note(
     notes = []
     if left is not None and left < longest:
         notes.append(f"{(longest - left) / 1e9:.1f} GB too large with one full-length request")
-    if shape.stored is None and precision in ("w4a16", "nvfp4"):
+    quantised_head = shape.head_precision != "none"
+    if shape.stored is None and (precision in ("w4a16", "nvfp4") or quantised_head):
         notes.append("needs a checkpoint quantised beforehand")
     if precision == "fp8" and device.kind == "cpu":
         notes.append("emulated on CPUs, slower than BF16")

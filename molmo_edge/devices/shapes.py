@@ -50,6 +50,12 @@ KV_DTYPES: Mapping[str, tuple[int, int]] = {
 }
 
 
+# What reading a quantization_config of other types and values than expected raises.
+_BROKEN = (
+    ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, re.error,
+)  # fmt: skip
+
+
 def matrix_bytes(precision: str, rows: int, cols: int) -> int:
     """Bytes of one weight matrix with its scales, as vLLM keeps them.
 
@@ -390,7 +396,7 @@ def stored_precision(config: Mapping[str, Any]) -> str | None:
         if method == "compressed-tensors" and form in ("pack-quantized", "mixed-precision"):
             group, *_ = quant["config_groups"].values()
             return _group_precision(group, form)
-    except (AttributeError, LookupError, TypeError, ValueError) as exc:
+    except _BROKEN as exc:
         raise ModelError(
             "config.json has a broken quantization_config. Download it again."
         ) from exc
@@ -407,14 +413,15 @@ def stored_head(config: Mapping[str, Any]) -> str | None:
     if not quant or name is None:
         return None
     try:
-        if quant.get("quant_method") != "compressed-tensors" or _named(quant.get("ignore"), name):
+        method = str(quant.get("quant_method")).lower()
+        if method != "compressed-tensors" or _named(quant.get("ignore"), name):
             return None
         groups = list(quant.get("config_groups", {}).values())
         for target in (name, "Linear"):
             for group in groups:
                 if _named(group.get("targets"), target):
                     return _group_precision(group, str(quant.get("format")))
-    except (AttributeError, LookupError, TypeError, ValueError, re.error) as exc:
+    except _BROKEN as exc:
         raise ModelError(
             "config.json has a broken quantization_config. Download it again."
         ) from exc

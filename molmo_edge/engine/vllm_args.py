@@ -127,7 +127,8 @@ def plan_build(
     for scheme in ("nvfp4", "w8a16"):
         if device.kind == "cpu" and scheme in quantised:
             raise ConfigError(
-                f"vLLM's CPU backend has no kernel for {scheme} checkpoints; it needs a GPU."
+                f"vLLM's CPU backend has no kernel for {scheme} "
+                f"{'weights' if scheme == shape.stored else 'LM heads'}; it needs a GPU."
             )
     if device.kind == "cpu" and "w4a16" in quantised and float32:
         raise ConfigError(

@@ -194,7 +194,9 @@ class FormatProposer:
     def _draft(self, tokens: np.ndarray) -> list[int]:
         for one in _JSON_ANSWERS:
             if one.follows(tokens):
-                return self._forced_json(one, tokens[one.prompt.size :].tolist())
+                forced = self._forced_json(one, tokens[one.prompt.size :].tolist())
+                if forced is not None:
+                    return forced
         last = int(tokens[-1])
         if (ends := self._ends.get(last)) is None:
             ends = self._ends[last] = _ENDS.search(self._text(tokens[-1:])) is not None
@@ -212,7 +214,8 @@ class FormatProposer:
         text = forced_text(tail, answer, coords=self._coords)
         return self._encode(text) if text else []
 
-    def _forced_json(self, one: JsonAnswer, answer: list[int]) -> list[int]:
+    def _forced_json(self, one: JsonAnswer, answer: list[int]) -> list[int] | None:
+        """Return what the schema forces; None for an answer that does not follow it."""
         if one.matcher is None:
             one.matcher = self._json_matcher(one.schema)
         if answer[: len(one.read)] != one.read:  # of another request with this prompt
@@ -222,7 +225,7 @@ class FormatProposer:
         if one.matcher.try_consume_tokens(unread) < len(unread):
             one.matcher.reset()
             one.read = []
-            return []
+            return None
         one.read = answer
         forced: list[int] = one.matcher.compute_ff_tokens()
         return forced

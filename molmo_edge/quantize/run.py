@@ -114,7 +114,7 @@ def quantize(
     if scheme not in FORMATS:
         raise QuantizeError(f"Unknown scheme '{scheme}'; expected one of {', '.join(FORMATS)}.")
     head = DEFAULT_HEADS[scheme] if head is None else head
-    if head not in HEADS:
+    if not isinstance(head, str) or head not in HEADS:
         raise QuantizeError(f"Unknown LM head '{head}'; expected one of {', '.join(HEADS)}.")
     form, head_form = FORMATS[scheme], HEADS[head]
     source, out = expand_home(checkpoint), expand_home(out).absolute()

@@ -194,6 +194,7 @@ def test_unknown_model_names_the_nearest() -> None:
             [1], "fp8", PACKED, PACKED | {"config_groups": {}},
             PACKED | {"config_groups": {"group_0": {"weights": None}}},
             PACKED | {"config_groups": {"group_0": {"weights": {"num_bits": None}}}},
+            PACKED | {"config_groups": {"group_0": {"weights": {"num_bits": float("inf")}}}},
         )),
     ],
 )  # fmt: skip

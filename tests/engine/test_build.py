@@ -177,7 +177,7 @@ def test_four_bits_need_a_quantised_checkpoint_which_is_loaded_as_it_is(tmp_path
         plan(OLD_LAPTOP, checkpoint)
     head = {"targets": ["re:.*ff_out$"], "weights": {"num_bits": 8}}
     stored["config_groups"] = {"group_0": {"weights": {"num_bits": 4}}, "group_1": head}
-    with pytest.raises(ConfigError, match="no kernel for w8a16"):
+    with pytest.raises(ConfigError, match="no kernel for w8a16 LM heads"):
         plan(LAPTOP, write(tmp_path, {**MOLMO, "quantization_config": stored}))
 
 

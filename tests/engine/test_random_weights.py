@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from molmo_edge import Choice, EdgeVLM, Result, Score
-from molmo_edge.errors import InputError, RequestCancelled
+from molmo_edge.errors import InputError, RequestCancelled, SamplingError
 from molmo_edge.models.molmo2.synthetic import write_checkpoint
 from molmo_edge.stream import Stream
 from tests.engine.support import in_threads
@@ -113,6 +113,8 @@ def test_drafts_and_a_cached_prefix_change_no_token(
                 result = vlm.query(image, text, max_tokens=48, ignore_eos=True, **options)
                 assert result.token_ids == alone[i].token_ids
                 assert bool(result.metrics.cached_tokens) == bool(again)
+        with pytest.raises(SamplingError, match="cannot sample while tokens are drafted"):
+            vlm.query(None, "x", temperature=0.5)
         # Scored beside another request's drafts.
         with vlm.stream(*REQUESTS[1][:2], ignore_eos=True, max_tokens=1000, logprobs=1) as drafting:
             next(drafting)

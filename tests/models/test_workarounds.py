@@ -50,6 +50,17 @@ def test_vllms_gemma3_needs_torchvision() -> None:
     assert "torchvision" in stderr  # else drop the workaround
 
 
+def test_vllms_cpu_kernel_loses_the_temperatures_of_drafted_tokens() -> None:
+    kernels = pytest.importorskip("vllm.utils.cpu_triton_utils")
+    import torch
+    import vllm._C  # noqa: F401
+
+    expanded, ends = torch.full((3,), -7.0), torch.tensor([1, 3], dtype=torch.int32)
+    kernels._expand_kernel_impl(expanded, torch.tensor([0.5, 2.0]), ends, 0, 1)
+    # Else allow sampling with drafts again (engine/vllm_engine.py).
+    assert expanded.tolist() != [0.5, 2.0, 2.0]
+
+
 class For32:
     """A processor written for vLLM 0.32."""
 
