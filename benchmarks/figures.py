@@ -243,7 +243,8 @@ def overhead() -> str:
         texts = [harness.interval_text(one) for one in (speeds, speeds["floor"])]
         costs = [harness.interval_text(one, 0) for one in (cost, cost["floor"])]
         first = measured["ttft_s"]
-        firsts = [harness.interval_text(one) for one in (first, first["floor"])]
+        known = first["low"] is not None
+        firsts = [harness.interval_text(one) if known else "–" for one in (first, first["floor"])]
         lines.append([machine(document), *texts, *firsts, *costs])
     heads = ["", "decode of bare vLLM's", "floor", "TTFT of bare vLLM's", "floor",
              "CPU µs per token", "floor"]  # fmt: skip
