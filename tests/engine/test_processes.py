@@ -53,6 +53,7 @@ class Hanging:
     def __init__(self) -> None:
         config = SimpleNamespace(model_type="molmo", embedding_size=8)
         self.model_config = SimpleNamespace(hf_config=config)
+        self.vllm_config = SimpleNamespace(speculative_config=None)
         self.engine_core = SimpleNamespace(resources=SimpleNamespace(ctx=self))
         self.calls: list[str] = []
 
