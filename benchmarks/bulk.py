@@ -25,7 +25,6 @@ import numpy as np
 from PIL import Image
 
 from molmo_edge.bench.tables import table
-from molmo_edge.errors import BenchmarkError
 
 BATCH_RATIO, GENERATE_RATIO = 0.95, 1.0
 """Promised minimum of `batch`'s rate over that of prepared inputs and of `LLM.generate`."""
@@ -148,21 +147,16 @@ def run(
 ) -> dict[str, Any]:
     """Measure; `engine` has keyword arguments of `EdgeVLM`, the rest is that of the options."""
     plan = {"rounds": rounds, "images": images, "tokens": tokens}
-    all_rounds, environment, equal = [], None, True
-    for start in range(starts):
-        child = harness.run_child(
-            __file__, "start", {"engine": engine, **plan}, limit_s=LIMIT_S, threads=threads
-        )
-        values = child["values"]
-        if not values.get("rounds"):
-            raise BenchmarkError(f"start {start + 1} measured nothing: {child['error']}")
-        environment, equal = values["environment"], equal and values["equal_prompts"]
-        all_rounds.append(values["rounds"])
-        harness.progress(f"start {start + 1} of {starts}: {len(all_rounds[-1])} rounds")
+    options = {"engine": engine, **plan}
+    measured = harness.run_starts(
+        __file__, options, starts=starts, limit_s=LIMIT_S, threads=threads
+    )
+    all_rounds = [values["rounds"] for values in measured]
+    equal = all(values["equal_prompts"] for values in measured)
     return harness.result(
         "bulk",
         settings={"engine": engine, "starts": starts, "threads": threads, **plan},
-        environment=environment,
+        environment=measured[-1]["environment"],
         result={**evaluate(all_rounds, images), "equal_prompts": equal},
         rounds=all_rounds,
     )

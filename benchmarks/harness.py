@@ -24,7 +24,7 @@ import numpy as np
 from molmo_edge.bench import document as documents
 from molmo_edge.bench.environment import detected_device
 from molmo_edge.engine.vllm_args import versions
-from molmo_edge.errors import ConfigError, EngineStartError, MolmoEdgeError
+from molmo_edge.errors import BenchmarkError, ConfigError, EngineStartError, MolmoEdgeError
 
 Emit = Callable[[str, Any], None]
 Measure = Callable[[Emit, Mapping[str, Any]], None]
@@ -82,6 +82,20 @@ def run_child(
         elif outcome is None:
             outcome = {"status": "failed", "error": f"exit status {code}: {end}"}
     return {**outcome, "seconds": round(seconds, 2), "values": values}
+
+
+def run_starts(
+    script: str, options: Mapping[str, Any], *, starts: int, limit_s: float, threads: int
+) -> list[dict[str, Any]]:
+    """Values of the measurement "start" of a script, which emits `rounds`, in fresh processes."""
+    measured = []
+    for start in range(starts):
+        child = run_child(script, "start", options, limit_s=limit_s, threads=threads)
+        if not child["values"].get("rounds"):
+            raise BenchmarkError(f"start {start + 1} measured nothing: {child['error']}")
+        measured.append(child["values"])
+        progress(f"start {start + 1} of {starts}: {len(measured[-1]['rounds'])} rounds")
+    return measured
 
 
 def serve_child(measurements: Mapping[str, Measure]) -> None:

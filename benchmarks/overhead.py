@@ -31,7 +31,6 @@ import harness
 
 from molmo_edge.bench.cases import Case, fresh, standard
 from molmo_edge.bench.tables import UNKNOWN, table
-from molmo_edge.errors import BenchmarkError
 
 DECODE_RATIO, TTFT_RATIO, COST_US = 0.97, 1.05, 100.0
 """Promised against bare vLLM: minimum of decode speed, maxima of TTFT and CPU time per token."""
@@ -188,21 +187,16 @@ def run(
 ) -> dict[str, Any]:
     """Measure; `engine` has keyword arguments of `EdgeVLM`, the rest is that of the options."""
     plan = {"pairs": pairs, "tokens": tokens, "limit_s": limit_s}
-    all_rounds, environment = [], None
-    for start in range(starts):
-        child = harness.run_child(
-            __file__, "start", {"engine": engine, **plan}, limit_s=limit_s + 900, threads=threads
-        )
-        if not child["values"].get("rounds"):
-            raise BenchmarkError(f"start {start + 1} measured nothing: {child['error']}")
-        environment = child["values"]["environment"]
-        all_rounds.append(child["values"]["rounds"])
-        harness.progress(f"start {start + 1} of {starts}: {len(all_rounds[-1])} pairs")
+    options = {"engine": engine, **plan}
+    measured = harness.run_starts(
+        __file__, options, starts=starts, limit_s=limit_s + 900, threads=threads
+    )
+    all_rounds = [values["rounds"] for values in measured]
     figures = evaluate(all_rounds)
     return harness.result(
         "overhead",
         settings={"engine": engine, "starts": starts, "threads": threads, **plan},
-        environment=environment,
+        environment=measured[-1]["environment"],
         result=figures,
         rounds=all_rounds,
     )

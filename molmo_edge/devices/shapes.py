@@ -33,6 +33,9 @@ PRECISIONS = tuple(name for name in REQUESTS if name != "auto")
 HEADS = ("none", "fp8", "w8a16", "w4a16")
 """Precisions of the LM head; "none" is BF16."""
 
+QUANTISED_HEADS = (*HEADS[1:], "nvfp4")
+"""That a checkpoint can have; `quantize` writes no NVFP4."""
+
 _HEAD_NAMES = {"molmo": TEXT + "ff_out", "molmo2": "lm_head"}  # in checkpoints
 
 # compressed-tensors' formats of dense weights.
@@ -349,7 +352,7 @@ def _counts(parts: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, Any]:
             for name in PRECISIONS:
                 block_bytes[name] += matrix_bytes(name, *shape) if len(shape) == 2 else 2 * size
         elif part == "head":
-            head_bytes = {name: matrix_bytes(name, *shape) for name in (*HEADS[1:], "nvfp4")}
+            head_bytes = {name: matrix_bytes(name, *shape) for name in QUANTISED_HEADS}
             head_bytes["none"] = 2 * size
     return {
         "block_params": params.pop("blocks"),

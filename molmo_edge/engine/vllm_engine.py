@@ -75,16 +75,16 @@ class VllmEngine:
         self.speculative = core.vllm_config.speculative_config is not None
 
     def render(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> Rendered:
-        renderer = self.renderer
-        if renderer is None:
-            raise EngineClosedError("The engine is closed; an engine cannot be reopened.")
-        return renderer.render(turns, options)
+        return self._open_renderer().render(turns, options)
 
     def encode(self, answer: str) -> list[int]:
+        return self._open_renderer().encode(answer)
+
+    def _open_renderer(self) -> Renderer:
         renderer = self.renderer
         if renderer is None:
             raise EngineClosedError("The engine is closed; an engine cannot be reopened.")
-        return renderer.encode(answer)
+        return renderer
 
     def check_schema(self, schema: Mapping[str, Any]) -> None:
         """Raise SamplingError unless the configured backend and llguidance accept the schema.

@@ -15,11 +15,15 @@ from molmo_edge.checkpoint_files import (
     check_weights,
     tensors,
 )
-from molmo_edge.devices.shapes import inventory, part_of, stored_head, stored_precision
+from molmo_edge.devices.shapes import (
+    QUANTISED_HEADS,
+    inventory,
+    part_of,
+    stored_head,
+    stored_precision,
+)
 from molmo_edge.devices.tensors import gemma3_name
 from molmo_edge.errors import ModelError
-
-_HEADS = ("fp8", "w8a16", "w4a16", "nvfp4")  # quantised as a linear layer of vLLM's
 
 
 def check_files(config: Mapping[str, Any], directory: Path, load_format: str) -> None:
@@ -34,19 +38,15 @@ def check_files(config: Mapping[str, Any], directory: Path, load_format: str) ->
         return
     stored, head = tensors(directory), stored_head(config)
     for tensor in stored:
-        refused = ("embedding",) if head in _HEADS else ("embedding", "head")
+        refused = ("embedding",) if head in QUANTISED_HEADS else ("embedding", "head")
         if tensor.dtype not in FLOATS and part_of(tensor.name) in refused:
             raise ModelError(
                 f"'{tensor.name}' is quantised in a way that is not supported: the LM head can be "
-                f"{', '.join(_HEADS)} of compressed-tensors, the embedding nothing. Quantise the "
-                "original again with it among the ignored layers, or with `molmo-edge quantize`."
+                f"{', '.join(QUANTISED_HEADS)} of compressed-tensors, the embedding nothing. "
+                "Quantise the original again with it among the ignored layers, or with "
+                "`molmo-edge quantize`."
             )
-    if head in _HEADS and all(t.dtype in FLOATS for t in stored if part_of(t.name) == "head"):
-        raise ModelError(
-            "config.json says that the LM head is quantised, and it is not. Add its name to the "
-            "ignored layers of the quantization_config."
-        )
-    if head in _HEADS:
+    if head in QUANTISED_HEADS:
         _check_head([t for t in stored if part_of(t.name) == "head"], config, head)
     if config["model_type"] == "gemma3":
         # Some files repeat the embedding as the head that it is.
@@ -57,6 +57,11 @@ def check_files(config: Mapping[str, Any], directory: Path, load_format: str) ->
 
 def _check_head(parts: list[Tensor], config: Mapping[str, Any], head: str) -> None:
     """Raise ModelError unless each part of a quantised head has the vocabulary's rows."""
+    if all(part.dtype in FLOATS for part in parts):
+        raise ModelError(
+            "config.json says that the LM head is quantised, and it is not. Add its name to the "
+            "ignored layers of the quantization_config."
+        )
     shapes = inventory(config)
     [(rows, _)] = [shape for name, shape in shapes.items() if part_of(name) == "head"]
     dtypes = {"fp8": "F8_E4M3", "nvfp4": "U8"}

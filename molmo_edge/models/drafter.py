@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 DRAFT_TOKENS = 6
-"""Maximum per step: at most five stand between two coordinates."""
+"""Maximum per step: what stands between two coordinates, such as ``" y12="``, and one to spare."""
 
 _TAIL_TOKENS, _COORDS_TAIL_TOKENS = 48, 96  # several points, or frames of a track
 _LONGER_TOKENS = 384, 2048  # back to the start of a tag; read at its end
@@ -170,7 +170,6 @@ class FormatProposer:
         self._tail = _COORDS_TAIL_TOKENS if self._coords else _TAIL_TOKENS
         self._texts: dict[int, str] = {}
         self._ends: dict[int, bool] = {}  # whether a token within a form may be the last
-        self._decode = tokenizer.decode
         self._encode = lru_cache(4096)(partial(tokenizer.encode, add_special_tokens=False))
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -254,5 +253,5 @@ class FormatProposer:
         try:
             return "".join([texts[id] for id in ids])
         except KeyError:
-            texts.update({id: self._decode([id]) for id in ids if id not in texts})
+            texts.update({id: self._tokenizer.decode([id]) for id in ids if id not in texts})
             return "".join([texts[id] for id in ids])
