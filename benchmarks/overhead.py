@@ -10,7 +10,7 @@ floor that stands beside every ratio. The whole is repeated in fresh processes (
 
 `LLM.generate` does not report its first token, so both sides have the clock around the call: a
 request of one token is the time to first token, and decode is what a long answer takes beyond the
-median one-token answer to the same prompt. Images, slow on a CPU, come in every fourth round. The
+median one-token answer to the same prompt. Images, slow on a CPU, come in every twelfth round. The
 cost per token is the difference of the process's CPU time, engine thread and reader together; one
 thread per engine (`--threads 1`) keeps waiting OpenMP threads out of it. Every image is a new one;
 prefix, image and encoder caches are off.
@@ -39,7 +39,7 @@ SIDES = ("ours", "bare", "again")
 TEXT = "Write a short story about a robot in a garden."
 LIMIT_S = 3600.0
 WARM_UP = 2
-IMAGE_EVERY = 4
+IMAGE_EVERY = 12
 REST_S = 0.1
 """Between two requests, so that the side that ran lets its threads sleep."""
 
@@ -180,8 +180,8 @@ def run(
     engine: Mapping[str, Any],
     *,
     starts: int = 3,
-    pairs: int = 24,
-    tokens: int = 513,
+    pairs: int = 48,
+    tokens: int = 129,
     limit_s: float = LIMIT_S,
     threads: int = 0,
 ) -> dict[str, Any]:
@@ -223,8 +223,8 @@ def main() -> None:
     parser.add_argument("--model", default="stub", help="checkpoint directory, hub name, or stub")
     parser.add_argument("--options", type=json.loads, default={}, help="of EdgeVLM, as JSON")
     parser.add_argument("--starts", type=int, default=3, help="fresh processes")
-    parser.add_argument("--pairs", type=int, default=24, help="rounds in each start")
-    parser.add_argument("--tokens", type=int, default=513, help="of a long answer")
+    parser.add_argument("--pairs", type=int, default=48, help="rounds in each start")
+    parser.add_argument("--tokens", type=int, default=129, help="of a long answer")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU engine; 0: vLLM's choice")
     parser.add_argument("--time-limit", type=float, default=LIMIT_S, help="seconds of each start")
     parser.add_argument("--output", type=Path, help="JSON file for the result")
