@@ -15,13 +15,13 @@ from molmo_edge.results import Result
 
 # A reader that wakes takes the interpreter from the engine's thread, for some 0.2 ms in all. So it
 # wakes at the first delta, at the end, and between them at most this often.
-_PAUSE_S = 0.01
+_PAUSE_S = 0.02
 
 
 class Stream:
     """Iterates over text deltas: `str` pieces of whole characters that join to `Result.text`.
 
-    Tokens that come faster than every 10 ms are read several at once. Works as an iterator and as
+    Tokens that come faster than every 20 ms are read several at once. Works as an iterator and as
     an async iterator. Leaving the loop early, dropping the stream, `cancel()`, a passed deadline
     and a cancelled task each free the sequence in the engine.
 
