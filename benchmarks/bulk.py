@@ -162,19 +162,17 @@ def run(
     )
 
 
-def markdown(document: Mapping[str, Any]) -> str:
+def markdown(*documents: Mapping[str, Any]) -> str:
     """Markdown: the rate of `batch`, and its ratios to the other sides."""
-    figures = document["result"]
-    ratios = [harness.interval_text(figures[name]) for name in ("of_prepared", "floor")]
-    row = [
-        document["settings"]["engine"]["model"],
-        str(document["settings"]["images"]),
-        f"{figures['rates']['batch']:.1f}",
-        *ratios,
-        harness.interval_text(figures["of_generate"]),
-    ]
+    rows = []
+    for document in documents:
+        figures, settings = document["result"], document["settings"]
+        names = ("of_prepared", "floor", "of_generate")
+        ratios = [harness.interval_text(figures[name]) for name in names]
+        rate = f"{figures['rates']['batch']:.2g}"
+        rows.append([settings["engine"]["model"], str(settings["images"]), rate, *ratios])
     heads = ["", "images", "images/s", "÷ prepared", "floor", "÷ LLM.generate"]
-    return table(heads, [row])
+    return table(heads, rows)
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ H200 = ("2026-11-27-h200-molmo2", "2026-11-27-h200")
 VERIFY, OVERHEAD = "2026-11-27-verify-cpu", "2026-11-28-overhead-cpu"
 SPECULATION = "2026-11-28-speculation-cpu"
 PREPROCESS = "2026-11-27-preprocess-cpu"
-OWN_COST, BULK = "2026-11-28-own-cost-cpu", "2026-11-28-bulk-cpu"
+OWN_COST, BULK = "2026-11-28-own-cost-cpu", ("2026-11-28-bulk-cpu", "2026-11-28-bulk-stub-cpu")
 ACCURACY, QUANTISED = "2026-11-28-demo-accuracy-cpu", "2026-11-28-demo-quantised-cpu"
 STOCK = "stock vLLM, "
 FAMILIES = {"molmo2": "Molmo 2", "molmo": "Molmo 1"}
@@ -257,8 +257,8 @@ def own_cost() -> str:
 
 
 def bulk() -> str:
-    document = result(BULK)
-    return f"{machine(document)}:\n\n{bulk_rates.markdown(document)}"
+    documents = [result(name) for name in BULK]
+    return f"{machine(documents[0])}:\n\n{bulk_rates.markdown(*documents)}"
 
 
 def speculation() -> str:

@@ -18,7 +18,7 @@ def test_rates_are_compared_in_each_round() -> None:
     assert figures["of_generate"]["median"] == pytest.approx(1.25)
     assert figures["passed"]
     document = {"result": figures, "settings": {"engine": {"model": "demo"}, "images": 200}}
-    assert "| demo | 200 | 20.0 | 1.000 (1.000 to 1.000) |" in bulk.markdown(document)
+    assert "| demo | 200 | 20 | 1.000 (1.000 to 1.000) |" in bulk.markdown(document)
 
 
 @pytest.mark.parametrize("slower", [{"batch": 11.0}, {"generate": 9.9}])
