@@ -21,8 +21,8 @@ _PAUSE_S = 0.02
 class Stream:
     """Iterates over text deltas: `str` pieces of whole characters that join to `Result.text`.
 
-    Tokens that come faster than fifty a second are read several at once. Works as an iterator and as
-    an async iterator. Leaving the loop early, dropping the stream, `cancel()`, a passed deadline
+    Tokens that come faster than fifty a second are read several at once. Works as an iterator and
+    as an async iterator. Leaving the loop early, dropping the stream, `cancel()`, a passed deadline
     and a cancelled task each free the sequence in the engine.
 
     Raises while iterating, after the text generated before it:
