@@ -129,7 +129,7 @@ def test_a_long_batch_keeps_no_images(form: str) -> None:
 
 
 def test_tasks_that_share_a_stream_share_one_request() -> None:
-    fake = FakeEngine.factory(echo, step_s=0.001)
+    fake = FakeEngine.factory(echo, step_s=0.03)
 
     async def body(vlm: EdgeVLM) -> None:
         stream = vlm.astream(None, "q")
