@@ -156,6 +156,89 @@ def load_video(source: VideoLike, limits: VideoLimits) -> Clip:
     """
     if isinstance(source, Video):
         return _from_frames(source, limits)
+    with _opened(source, limits) as (av, file, container):
+        return _decode(av, file, container, limits)
+
+
+def frame_times(path: Path, fps: float, limits: VideoLimits) -> Iterator[float]:
+    """Seconds, from the first frame on, at which `read_frames` reads a file. Raises as it does."""
+    with _opened(path, limits) as (av, file, container):
+        index = _read_index(av, file, container, limits)
+    yield from _frame_times(index, fps)
+
+
+def read_frames(
+    path: Path, fps: float, limits: VideoLimits
+) -> Generator[tuple[float, Frame], None, None]:
+    """Decode a video file from its start; yield (seconds, the frame that is shown then).
+
+    However long the video, one frame is held in memory. One that is broken is replaced by the one
+    before it.
+
+    Args:
+        fps: how many to yield for each second.
+
+    Raises:
+        VideoError, MissingDependencyError: as `load_video`.
+    """
+    with _opened(path, limits) as (av, file, container):
+        index = _read_index(av, file, container, limits)
+        begin = float(index.ticks[index.order[0]] * index.tick)
+        newest: Any = None
+        times = _frame_times(index, fps)
+        time = next(times, None)
+        with closing(_packets(av, file, container, limits)) as packets:
+            for stamp, frame in _frames(av, packets):
+                start = float(stamp * index.tick) - begin
+                # A microsecond inside the frame: the sum may fall on either side of its start.
+                while newest is not None and time is not None and time + 1e-6 < start:
+                    yield time, _upright(newest, limits)
+                    time = next(times, None)
+                newest = frame
+        if newest is None:
+            raise VideoError("no frame of the video can be decoded")
+        while time is not None:
+            yield time, _upright(newest, limits)
+            time = next(times, None)
+
+
+def _frame_times(index: _Index, fps: float) -> Iterator[float]:
+    duration_s = float((index.end - int(index.ticks[index.order[0]])) * index.tick)
+    return (i / fps for i in range(max(1, math.ceil(duration_s * fps - 1e-6))))
+
+
+def _frames(av: Any, packets: Iterator[Any]) -> Iterator[tuple[int, Any]]:
+    """All frames that can be decoded, in the order in which they are shown, and their time stamps.
+
+    In ticks: the frames that a decoder holds back to the end do not know their length.
+    """
+    codec: Any = None
+    failures = 0
+    for packet in chain(packets, (None,)):
+        codec = codec if packet is None else packet.stream.codec_context
+        try:
+            frames = [] if codec is None else codec.decode(packet)
+            failures = 0
+        except av.FFmpegError as exc:
+            frames, failures = [], failures + 1
+            _give_up(failures, exc)
+        for frame in frames:
+            stamp = frame.pts if frame.pts is not None else frame.dts
+            if stamp is not None and not frame.is_corrupt:
+                yield stamp, frame
+
+
+def _give_up(failures: int, exc: Exception) -> None:
+    """Raise VideoError after too many failures in a row."""
+    if failures == _MAX_FAILURES:
+        raise VideoError(
+            f"{failures} frames in a row cannot be decoded; the file is damaged"
+        ) from exc
+
+
+@contextmanager
+def _opened(source: VideoLike, limits: VideoLimits) -> Iterator[tuple[Any, BinaryIO, str]]:
+    """PyAV, the file and its container."""
     decoded = "molmo_edge.Video(frames, fps=…)"
     with (
         images.named(source),
@@ -164,7 +247,18 @@ def load_video(source: VideoLike, limits: VideoLimits) -> Clip:
     ):
         images.check_bytes(file, "video", limits.max_bytes, VideoError)
         container = _container(file.read(1024))
-        return _decode(_pyav(), file, container, limits)
+        yield _pyav(), file, container
+
+
+def _read_index(av: Any, file: BinaryIO, container: str, limits: VideoLimits) -> _Index:
+    with closing(_packets(av, file, container, limits)) as packets:
+        return _index(packets, limits)
+
+
+def _upright(frame: Any, limits: VideoLimits) -> Frame:
+    _check_size(frame.width, frame.height, 1, limits)
+    pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
+    return np.ascontiguousarray(pixels)
 
 
 def write_video(path: str | Path, frames: Iterable[Frame], fps: float) -> None:
@@ -378,8 +472,7 @@ def _index(packets: Iterator[Any], limits: VideoLimits) -> _Index:
 
 
 def _decode(av: Any, file: BinaryIO, demuxer: str, limits: VideoLimits) -> Clip:
-    with closing(_packets(av, file, demuxer, limits)) as packets:
-        index = _index(packets, limits)
+    index = _read_index(av, file, demuxer, limits)
     # Seconds at which the frames begin to show, ascending; the last shows to `end`.
     starts = index.ticks[index.order] * index.tick.numerator / index.tick.denominator
     end = float(index.end * index.tick)
@@ -408,8 +501,7 @@ def _decode(av: Any, file: BinaryIO, demuxer: str, limits: VideoLimits) -> Clip:
 
     def keep(frame: Any) -> None:
         _check_size(frame.width, frame.height, len(targets), limits)
-        pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
-        kept[waiting.popleft()[0]] = np.ascontiguousarray(pixels)
+        kept[waiting.popleft()[0]] = _upright(frame, limits)
 
     newest: Any = None
     skipped = failures = 0
@@ -426,10 +518,7 @@ def _decode(av: Any, file: BinaryIO, demuxer: str, limits: VideoLimits) -> Clip:
                 failures = 0
             except av.FFmpegError as exc:
                 frames, skipped, failures = [], skipped + 1, failures + 1
-                if failures == _MAX_FAILURES:
-                    raise VideoError(
-                        f"{failures} frames in a row cannot be decoded; the file is damaged"
-                    ) from exc
+                _give_up(failures, exc)
             for frame in frames:
                 if frame.is_corrupt:
                     skipped += 1

@@ -306,6 +306,10 @@ class EdgeVLM:
         """
         return self._answer(Request.choose(image, text, choices, **options))
 
+    def check(self, request: Request[Any]) -> None:
+        """Prepare a request and ask nothing. Raises as `query` does before the engine has it."""
+        self._prepare(self._loop, request, self._check(request))
+
     def score(
         self,
         image: Images | None,

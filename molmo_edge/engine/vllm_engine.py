@@ -95,23 +95,12 @@ class VllmEngine:
         """
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
-        from vllm.v1.structured_output.backend_guidance import validate_guidance_grammar
-        from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
 
         config = self.core.vllm_config.structured_outputs_config
         params = SamplingParams(structured_outputs=StructuredOutputsParams(json=dict(schema)))
-        try:
+        with _schema_refused(config.backend):
             params.verify(self.core.model_config, None, config, self.core.get_tokenizer())
-            if config.backend == "auto":
-                validate_xgrammar_grammar(params)
-            if config.backend != "guidance":
-                validate_guidance_grammar(params)
-        except Exception as exc:  # vLLM's, or the grammar compiler's
-            raise SamplingError(
-                "vLLM's structured outputs cannot honour this json_schema; the chained exception "
-                "names the part. Remove that keyword"
-                + ("." if config.backend == "guidance" else ", or use the backend 'guidance'.")
-            ) from exc
+        refuse_schema(schema, config.backend)
 
     def add(self, request_id: str, rendered: Rendered, sampling: Sampling) -> None:
         try:
@@ -170,6 +159,33 @@ class VllmEngine:
             release_memory()
         finally:
             _ONLY_ENGINE.release()
+
+
+def refuse_schema(schema: Mapping[str, Any], backend: str = "auto") -> None:
+    """Raise SamplingError for a schema that the grammar compilers refuse; needs no engine."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+    from vllm.v1.structured_output.backend_guidance import validate_guidance_grammar
+    from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
+
+    with _schema_refused(backend):
+        params = SamplingParams(structured_outputs=StructuredOutputsParams(json=dict(schema)))
+        if backend == "auto":
+            validate_xgrammar_grammar(params)
+        if backend != "guidance":
+            validate_guidance_grammar(params)
+
+
+@contextmanager
+def _schema_refused(backend: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as exc:  # vLLM's, or the grammar compiler's
+        raise SamplingError(
+            "vLLM's structured outputs cannot honour this json_schema; the chained exception "
+            "names the part. Remove that keyword"
+            + ("." if backend == "guidance" else ", or use the backend 'guidance'.")
+        ) from exc
 
 
 def engine_prompt(rendered: Rendered) -> Any:
