@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import molmo_edge
-from molmo_edge import errors
+from molmo_edge import errors, label
 from molmo_edge.requests import ChoiceOptions, Options, VideoOptions
 from molmo_edge.sampling import Sampling
 from molmo_edge.settings import EdgeSettings
@@ -47,11 +47,13 @@ def api_page() -> str:
     parts += ["## Options of a request", _text(Options), _text(Sampling)]
     for one in (VideoOptions, ChoiceOptions, WatchOptions):
         parts += [f"## {one.__name__}", _text(one)]
-    for name in molmo_edge.__all__:
-        thing = getattr(molmo_edge, name)
-        if callable(thing):
-            parts += [f"## {name}", *_described(name, thing)]
-            parts += [part for one in _methods(thing) for part in one]
+    for module in (molmo_edge, label):
+        for name in module.__all__:
+            thing = getattr(module, name)
+            if callable(thing):
+                full = name if module is molmo_edge else f"label.{name}"
+                parts += [f"## {full}", *_described(full, thing)]
+                parts += [part for one in _methods(thing) for part in one]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

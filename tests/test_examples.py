@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ def run(name: str, *arguments: object, status: int = 0) -> str:
         [sys.executable, "-W", "error", EXAMPLES / f"{name}.py", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert done.returncode == status, done.stderr
     return done.stdout if status == 0 else done.stderr
@@ -93,6 +94,30 @@ def test_the_control_loop_keeps_its_rate_while_the_fake_engine_answers() -> None
     assert ticks + missed >= 80
     assert missed <= 20  # on a busy machine
     assert answers >= 3
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_the_quickstart_and_the_label_of_a_folder_with_the_demo(tmp_path: Path) -> None:
+    root = EXAMPLES.parent
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[0]
+    (tmp_path / "photos").mkdir()
+    shutil.copy(root / "molmo_edge" / "bench" / "data" / "scene.png", tmp_path / "photos")
+    arguments = ["", str(tmp_path / "photos"), str(tmp_path / "out"), "--count", "red circles"]
+    code += f"""
+import runpy, sys
+sys.argv = {arguments!r}
+runpy.run_path("examples/label_folder.py", run_name="__main__")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=240, cwd=root
+    )
+    said = re.findall(r"print\(.*# (.*)", code)
+    assert done.returncode == 0, done.stderr
+    *lines, labelled, row = done.stdout.splitlines()
+    assert lines == said and len(said) == 5
+    assert labelled.startswith("1 of 1 rows") and row.startswith("scene.png 3 red circles: ")
 
 
 class Node:

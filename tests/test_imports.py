@@ -19,7 +19,7 @@ ROWS = (
     ("engine",),
     ("stream", "vllm_plugin", "warmup"),
     ("vlm",),
-    ("reference", "bench"),
+    ("reference", "bench", "label"),
     ("quantize",),
     ("cli",),
 )

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from molmo_edge.cli import bench, machine, quantize, verbs, verify
+from molmo_edge.cli import bench, label, machine, quantize, verbs, verify
 from molmo_edge.cli.common import Commands, environment_line
 
 app = typer.Typer(
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _part in (verbs, verify, quantize, machine, bench):
+for _part in (verbs, label, verify, quantize, machine, bench):
     app.add_typer(_part.app)
 
 
