@@ -20,6 +20,7 @@ from typing import Any
 
 import bulk as bulk_rates
 import harness
+import label as label_rates
 import own_cost as own_costs
 from speculation import markdown as speculation_table
 
@@ -39,6 +40,7 @@ VERIFY, OVERHEAD = "2026-11-27-verify-cpu", "2026-11-28-overhead-cpu"
 SPECULATION = "2026-11-28-speculation-cpu"
 PREPROCESS = "2026-11-27-preprocess-cpu"
 OWN_COST, BULK = "2026-11-28-own-cost-cpu", ("2026-11-28-bulk-cpu", "2026-11-28-bulk-stub-cpu")
+LABEL = "2026-11-28-label-cpu"
 ACCURACY, QUANTISED = "2026-11-28-demo-accuracy-cpu", "2026-11-28-demo-quantised-cpu"
 STOCK = "stock vLLM, "
 FAMILIES = {"molmo2": "Molmo 2", "molmo": "Molmo 1"}
@@ -259,6 +261,21 @@ def own_cost() -> str:
 def bulk() -> str:
     documents = [result(name) for name in BULK]
     return f"{machine(documents[0])}:\n\n{bulk_rates.markdown(*documents)}"
+
+
+def label() -> str:
+    """Rates of labelling, its memory, and what became of runs that were killed."""
+    document = result(LABEL)
+    memory, kills, cluster = (document["result"][part] for part in ("rss", "kills", "cluster"))
+    early, late = (number(memory[rows] / 2**20, 0) for rows in ("200", "2000"))
+    return (
+        f"{machine(document)}:\n\n{label_rates.markdown(document)}\n\n"
+        f"Resident memory after 200 and 2,000 rows: {early} and {late} MiB. Killed "
+        f"{kills['kills']} times, the table of {kills['rows']:,} files has {kills['different']:,} "
+        f"different rows, {len(kills['errors'])} of them with the error of a broken file. By two "
+        f"actors of Ray {'' if cluster['equal'] and cluster['equal_killed'] else 'not '}the same "
+        f"table, also where one of them is killed ({cluster['rows']:,} rows)."
+    )
 
 
 def speculation() -> str:
