@@ -24,7 +24,10 @@ def slow_engine() -> FakeEngine:
 
 
 @pytest.mark.slow
-def test_an_actor_that_is_killed_costs_nothing(folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_an_actor_that_is_killed_costs_nothing(
+    folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # Ray's workers import this
     source = Source([str(folder(400, broken=(7,)))])
     tasks = [{"name": "what", "ask": "What is it?"}, {"count": "cups"}]
     engine = {"engine": slow_engine}
