@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -214,9 +215,10 @@ def measure_cluster(emit: harness.Emit, options: Mapping[str, Any]) -> None:
 def kill_actor(parent: int) -> int:
     """Kill one of Ray's actors below a process; return its number, 0 for none."""
     for process in psutil.Process(parent).children(recursive=True):
-        if "MapWorker" in " ".join(process.cmdline()):
-            process.kill()
-            return process.pid
+        with suppress(psutil.Error):  # it ended meanwhile
+            if "MapWorker" in " ".join(process.cmdline()):
+                process.kill()
+                return process.pid
     return 0
 
 
