@@ -1,0 +1,1 @@
+"""A lifecycle node that asks a Molmo model about the newest image."""
