@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Final, TypeAlias
+from typing import IO, Any, BinaryIO, Final, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +35,16 @@ from molmo_edge.errors import ImageError, InputError
 from molmo_edge.files import expand_home
 
 EncodedBytes: TypeAlias = bytes | bytearray | memoryview | array.array | io.BytesIO  # type: ignore[type-arg]
-ImageLike: TypeAlias = EncodedBytes | Path | str | Image.Image | npt.NDArray[np.uint8]
+
+
+@runtime_checkable
+class Figure(Protocol):
+    """A matplotlib figure."""
+
+    def savefig(self, fname: Any, /, *, format: str, bbox_inches: str) -> object: ...
+
+
+ImageLike: TypeAlias = EncodedBytes | Path | str | Image.Image | npt.NDArray[np.uint8] | Figure
 
 # What Pillow, zlib and the operating system raise over damaged or missing images, as found by
 # fuzzing; `Warning` where the application turns warnings into errors.
@@ -97,6 +106,7 @@ def load(image: ImageLike, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
               pipes and devices are refused without being opened;
             - ``numpy.ndarray``: uint8, shape (height, width, 3), channels in RGB order. OpenCV
               frames are BGR, which cannot be told from RGB: pass ``frame[..., ::-1]``;
+            - a matplotlib figure, drawn as it would be saved;
             - ``PIL.Image.Image``: any mode but ``F``, ``LAB`` and ``La``; mode ``I`` only within
               0..65535. One that is not decoded yet must be JPEG (MPO), PNG, WebP or BMP, and is
               decoded in place.
@@ -116,6 +126,10 @@ def load(image: ImageLike, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     if isinstance(image, Image.Image):
         _check_pil(image, limits)
         return _upright_rgb(image)
+    if isinstance(image, Figure):
+        with _translated("draw the figure"):
+            image.savefig(png := io.BytesIO(), format="png", bbox_inches="tight")
+        image = png
     if isinstance(image, np.ndarray) and _encoded_bytes(image) is None:
         return _from_array(image, limits)
     if isinstance(image, str) and len(image) > 100:

@@ -12,17 +12,18 @@ Text is untrusted: none makes ``parse_points`` raise, and reading takes time lin
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from molmo_edge.errors import InputError
@@ -196,6 +197,12 @@ class PointResult:
         _draw(canvas, {n: point for n, point in enumerate(self.points, 1) if shown(point)})
         return canvas
 
+    def _repr_html_(self) -> str:
+        """For notebooks: what was found, and the first images that have points."""
+        places = {point.frame or point.image_index or 0 for point in self.points}
+        images = [self.draw(index=i) for i in sorted(places)[:_SHOWN] if i < len(self.images)]
+        return _as_html(f"{self.label}: {self.count}" if self.label else self.text, images)
+
 
 @dataclass(frozen=True)
 class CountResult:
@@ -228,6 +235,9 @@ class CountResult:
     def consistent(self) -> bool | None:
         """Whether the stated number is the number of points; None unless there are both."""
         return self.points.consistent if self.points.points else None
+
+    def _repr_html_(self) -> str:
+        return self.points._repr_html_()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -314,23 +324,48 @@ class TrackResult:
             InputError: there is no clip.
             VideoError, MissingDependencyError: as `molmo_edge.video.write_video`.
         """
-        clip = self.clip
-        if clip is None:
+        if self.clip is None:
             raise InputError("There is no video to draw on: only EdgeVLM.track knows it.")
+        times = self.clip.times
+        frames = map(np.asarray, self._drawn(self.clip, range(len(times))))
+        seconds = times[-1] - times[0]
+        write_video(path, frames, (len(times) - 1) / seconds if seconds > 0 else 1.0)
+
+    def _drawn(self, clip: Clip, frames: Iterable[int]) -> Iterator[Image.Image]:
+        """Frames of the clip with their positions."""
         marks: list[dict[int, Point]] = [{} for _ in clip.frames]
         for id, track in self.tracks.items():
             for t, x, y in track:
                 if (frame := _nearest(clip.times, t)) is not None:
                     marks[frame][id] = Point(x, y)
+        for frame in frames:
+            canvas = Image.fromarray(clip.frames[frame]).resize(clip.size)
+            _draw(canvas, marks[frame])
+            yield canvas
 
-        def frames() -> Iterator[npt.NDArray[np.uint8]]:
-            for pixels, points in zip(clip.frames, marks, strict=True):
-                canvas = Image.fromarray(pixels).resize(clip.size)
-                _draw(canvas, points)
-                yield np.asarray(canvas)
+    def _repr_html_(self) -> str:
+        """For notebooks: how many there are, and frames from the first to the last."""
+        images: Iterable[Image.Image] = ()
+        if self.clip is not None:
+            last = len(self.clip.frames) - 1
+            shown = sorted({round(last * i / (_SHOWN - 1)) for i in range(_SHOWN)})
+            images = self._drawn(self.clip, shown)
+        return _as_html(f"{self.label}: {len(self.tracks)}" if self.label else self.text, images)
 
-        seconds = clip.times[-1] - clip.times[0]
-        write_video(path, frames(), (len(clip.times) - 1) / seconds if seconds > 0 else 1.0)
+
+_SHOWN = 3  # images in a notebook
+_SHOWN_PX = 640  # longest side of each
+
+
+def _as_html(text: str, images: Iterable[Image.Image]) -> str:
+    parts = [f"<p>{html.escape(text)}</p>"]
+    for image in images:
+        image.thumbnail((_SHOWN_PX, _SHOWN_PX))
+        png = io.BytesIO()
+        image.save(png, "png")
+        data = base64.b64encode(png.getvalue()).decode()
+        parts.append(f'<img src="data:image/png;base64,{data}" alt="">')
+    return "".join(parts)
 
 
 def _nearest(times: Sequence[float], t: float) -> int | None:

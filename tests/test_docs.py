@@ -33,11 +33,12 @@ PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "benchmarks" / "README.md",
+    ROOT / "ros2" / "README.md",
     ROOT / "Dockerfile.thor",
     ROOT / "Dockerfile.x86",
 ]
 OURS = ("molmo-edge", "python", "pip", "make", "docker")
-OTHERS = ("git", "cd", "unzip", "grep", "export", "source", "curl")
+OTHERS = ("colcon", "ros2", "git", "cd", "unzip", "grep", "export", "source", "curl")
 PHOTO = np.zeros((48, 64, 3), np.uint8)
 
 
@@ -120,6 +121,8 @@ def check(program: str, words: list[str]) -> None:
             assert set(names.split(",")) <= set(extras["optional-dependencies"])
     elif program == "python" and words[:2] == ["-m", "vllm.entrypoints.openai.api_server"]:
         pass  # tests/engine/test_served.py runs it
+    elif program == "python3" and words[:2] == ["-m", "venv"]:
+        pass
     elif program == "python" and words[0] == "-m":
         bench = ["bench"] if words[1] == "molmo_edge.bench" else []
         assert words[1].startswith("molmo_edge")

@@ -20,7 +20,7 @@ ROWS = (
     ("stream", "vllm_plugin", "warmup"),
     ("vlm",),
     ("reference", "bench", "label"),
-    ("quantize",),
+    ("quantize", "integrations"),
     ("cli",),
 )
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}

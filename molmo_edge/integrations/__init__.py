@@ -1,0 +1,1 @@
+"""Molmo inside the programs of others: one small module for each, with an extra of its name."""
