@@ -40,7 +40,7 @@ VERIFY, OVERHEAD = "2026-11-27-verify-cpu", "2026-11-28-overhead-cpu"
 SPECULATION = "2026-11-28-speculation-cpu"
 PREPROCESS = "2026-11-27-preprocess-cpu"
 OWN_COST, BULK = "2026-11-28-own-cost-cpu", ("2026-11-28-bulk-cpu", "2026-11-28-bulk-stub-cpu")
-LABEL = "2026-11-28-label-cpu"
+LABEL, LABEL_STUB = "2026-11-28-label-cpu", "2026-11-28-label-stub-cpu"
 ACCURACY, QUANTISED = "2026-11-28-demo-accuracy-cpu", "2026-11-28-demo-quantised-cpu"
 STOCK = "stock vLLM, "
 FAMILIES = {"molmo2": "Molmo 2", "molmo": "Molmo 1"}
@@ -269,7 +269,7 @@ def label() -> str:
     memory, kills, cluster = (document["result"][part] for part in ("rss", "kills", "cluster"))
     early, late = (number(memory[rows] / 2**20, 0) for rows in ("200", "2000"))
     return (
-        f"{machine(document)}:\n\n{label_rates.markdown(document)}\n\n"
+        f"{machine(document)}:\n\n{label_rates.markdown(document, result(LABEL_STUB))}\n\n"
         f"Resident memory after 200 and 2,000 rows: {early} and {late} MiB. Killed "
         f"{kills['kills']} times, the table of {kills['rows']:,} files has {kills['different']:,} "
         f"different rows, {len(kills['errors'])} of them with the error of a broken file. By two "

@@ -266,14 +266,17 @@ def run(
     )
 
 
-def markdown(document: Mapping[str, Any]) -> str:
+def markdown(*documents: Mapping[str, Any]) -> str:
     """Markdown: the rate of `label`, and its ratios to the other sides."""
-    figures = document["result"]["rate"]
-    ratios = [harness.interval_text(figures[name]) for name in ("of_prepared", "floor", "of_loop")]
-    settings = document["settings"]
-    row = [settings["engine"]["model"], str(settings["images"]), f"{figures['rates']['label']:.1f}"]
+    rows = []
+    for document in documents:
+        figures, settings = document["result"]["rate"], document["settings"]
+        names = ("of_prepared", "floor", "of_loop")
+        ratios = [harness.interval_text(figures[name]) for name in names]
+        rate = f"{figures['rates']['label']:.2g}"
+        rows.append([settings["engine"]["model"], str(settings["images"]), rate, *ratios])
     heads = ["", "images", "rows/s", "÷ prepared", "floor", "÷ loop over query"]
-    return table(heads, [[*row, *ratios]])
+    return table(heads, rows)
 
 
 def main() -> None:

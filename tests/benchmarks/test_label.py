@@ -21,7 +21,7 @@ def test_rates_are_compared_in_each_round() -> None:
         "result": {"rate": figures},
         "settings": {"engine": {"model": "demo"}, "images": 200},
     }
-    assert "| demo | 200 | 20.0 | 1.000 (1.000 to 1.000) |" in rates.markdown(document)
+    assert "| demo | 200 | 20 | 1.000 (1.000 to 1.000) |" in rates.markdown(document)
 
 
 @pytest.mark.parametrize("slower", [{"label": 11.0}, {"loop": 11.0}])
