@@ -74,17 +74,21 @@ def scratch(parent: Path) -> Iterator[Path]:
             with suppress(OSError), _locked(left, fcntl.LOCK_NB):  # its process is dead
                 shutil.rmtree(left)
         work = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-        lock = _lock(work)
+        held = lock(work)
     try:
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
-        os.close(lock)
+        os.close(held)
 
 
-def _lock(directory: Path, flags: int = 0) -> int:
-    """Lock a directory until the descriptor is closed, at the latest when the process ends."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+def lock(path: Path, flags: int = 0) -> int:
+    """Lock a file or directory until the descriptor that is returned is closed.
+
+    That is at the latest when the process ends. Raises OSError, with `fcntl.LOCK_NB` a
+    BlockingIOError where another process has it.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
     except BaseException:
@@ -95,7 +99,7 @@ def _lock(directory: Path, flags: int = 0) -> int:
 
 @contextmanager
 def _locked(directory: Path, flags: int = 0) -> Iterator[None]:
-    descriptor = _lock(directory, flags)
+    descriptor = lock(directory, flags)
     try:
         yield
     finally:

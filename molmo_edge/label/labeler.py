@@ -23,7 +23,7 @@ from molmo_edge.errors import (
 )
 from molmo_edge.images import ImageLike, ImageLimits, load
 from molmo_edge.label.sources import Limits, Reader, Row, pyarrow
-from molmo_edge.label.tasks import Task, read_tasks
+from molmo_edge.label.tasks import FIXED, Task, read_tasks
 from molmo_edge.points import CountResult, PointResult
 from molmo_edge.requests import Options, Request
 from molmo_edge.vlm import EdgeVLM
@@ -177,8 +177,7 @@ class _Answers:
         self._left = len(tasks)
         self._size = (0, 0)
         self.values: dict[str, Any] = {
-            **dict.fromkeys(task.name for task in tasks),
-            **dict.fromkeys(("hash", "width", "height", "finish_reason", "error")),
+            **dict.fromkeys((*FIXED[1:], *(task.name for task in tasks))),
             "tokens": 0,
             "seconds": 0.0,
         }

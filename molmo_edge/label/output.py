@@ -12,14 +12,14 @@ import sqlite3
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from blake3 import blake3
 
 from molmo_edge.errors import ConfigError
-from molmo_edge.files import expand_home, replacing
+from molmo_edge.files import expand_home, lock, replacing, scratch
 from molmo_edge.images import printable
 from molmo_edge.label.sources import Row, parquet_file, pyarrow
 
@@ -75,31 +75,39 @@ class Output:
         self._listed: deque[bytes] = deque()  # of those that follow
         with self._writing(), ExitStack() as failed:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.directory / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+            self._lock = self._take_lock()
             failed.callback(os.close, self._lock)
-            self._take_lock()
             if shutil.disk_usage(self.directory).free < MIN_FREE_BYTES:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             parts = self._read_parts(restart)
             self._old = [part.path for part in parts] if restart else []
             self._parts = [] if restart else parts
-            with replacing(self.directory / ".probe") as probe:  # it may be read-only
-                probe.touch()
-            (self.directory / ".probe").unlink()
+            with scratch(self.directory):
+                pass  # it can be written to
             failed.pop_all()
         self.done = sum(part.rows for part in self._parts)
         self.errors = sum(part.about["errors"] for part in self._parts)
 
-    def _take_lock(self) -> None:
+    def _take_lock(self) -> int:
+        file = self.directory / ".lock"
+        file.touch()
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock(file, fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
                 f"Another process is writing to {printable(self.directory)}."
             ) from None
 
-    def _writing(self) -> _Writing:
-        return _Writing(self.directory)
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Translates what writing to the directory raises."""
+        try:
+            yield
+        except OSError as exc:
+            raise ConfigError(
+                f"{printable(self.directory)} cannot be written: {exc.strerror or exc}. Parts "
+                "that are there are whole; the same command goes on with them."
+            ) from exc
 
     def _read_parts(self, restart: bool) -> list[_Part]:
         names = [one.name for one in self.directory.iterdir() if one.name[0] != "."]
@@ -185,9 +193,9 @@ class Output:
         table = pa.Table.from_pylist(self._rows, self._schema.with_metadata(metadata))
         path = self.directory / _part_name(len(self._parts))
         with self._writing():
-            while self._old:
-                self._old[-1].unlink(missing_ok=True)
-                self._old.pop()
+            for old in reversed(self._old):  # what is left after a kill begins at the first
+                old.unlink(missing_ok=True)
+            self._old = []
         with self._writing(), replacing(path) as temporary, temporary.open("wb") as file:
             pa.parquet.write_table(table, file)
             file.flush()
@@ -203,22 +211,6 @@ class Output:
             self.flush()
         finally:
             os.close(self._lock)
-
-
-class _Writing:
-    """Translates what writing to the directory raises."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, _type: object, exc: BaseException | None, _traceback: object) -> None:
-        if isinstance(exc, OSError):
-            raise ConfigError(
-                f"{printable(self._directory)} cannot be written: {exc.strerror or exc}. Parts "
-                "that are there are whole; the same command goes on with them."
-            ) from exc
 
 
 def _name(row: Row | None) -> bytes:

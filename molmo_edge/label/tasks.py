@@ -19,7 +19,7 @@ from molmo_edge.requests import Request, check_choices, check_options, read_labe
 from molmo_edge.results import Choice, Result
 from molmo_edge.settings import describe
 
-# Columns of every output, which no task may have.
+# Columns of every output, which no task may have; the first is the row's name.
 FIXED = ("row", "hash", "width", "height", "finish_reason", "tokens", "seconds", "error")
 VERBS = ("caption", "point", "count", "ask", "choose")
 
