@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,11 @@ BATCH_RATIO, GENERATE_RATIO = 0.95, 1.0
 """Promised minimum of `batch`'s rate over that of prepared inputs and of `LLM.generate`."""
 
 SIDES = ("batch", "prepared", "again", "generate")
+RATIOS = {
+    "of_prepared": ("batch", "prepared"),
+    "floor": ("again", "prepared"),
+    "of_generate": ("batch", "generate"),
+}
 TEXT = "Describe this image."
 LIMIT_S = 3600.0
 WARM_UP = 4  # requests
@@ -112,14 +115,12 @@ def measure_start(emit: harness.Emit, options: Mapping[str, Any]) -> None:
         emit("environment", dict(vlm.environment))
         for side in SIDES:
             PREPARE[side](vlm, images[:WARM_UP], options["tokens"])()
-        for turn in range(options["rounds"]):
-            seconds, prompts = {}, {}
-            for side in SIDES if turn % 2 == 0 else SIDES[::-1]:
-                answer = PREPARE[side](vlm, images, options["tokens"])
-                vlm.reset_caches()
-                began = time.perf_counter()
-                prompts[side] = answer()
-                seconds[side] = time.perf_counter() - began
+
+        def prepare(side: str) -> Callable[[], list[int]]:
+            return PREPARE[side](vlm, images, options["tokens"])
+
+        timed = harness.timed_rounds(SIDES, prepare, vlm.reset_caches, options["rounds"])
+        for seconds, prompts in timed:
             rounds.append(seconds)
             emit("rounds", rounds)
             emit("equal_prompts", prompts["batch"] == prompts["generate"])
@@ -127,14 +128,7 @@ def measure_start(emit: harness.Emit, options: Mapping[str, Any]) -> None:
 
 def evaluate(starts: Sequence[Sequence[Round]], images: int) -> dict[str, Any]:
     """Rates of the sides, in images per second, and their ratios over the rounds of every start."""
-    rounds = [one for start in starts for one in start]
-    rates = {side: [images / one[side] for one in rounds] for side in SIDES}
-    out: dict[str, Any] = {
-        "rates": {side: statistics.median(values) for side, values in rates.items()},
-        "of_prepared": harness.paired_ratio(rates["batch"], rates["prepared"]),
-        "floor": harness.paired_ratio(rates["again"], rates["prepared"]),
-        "of_generate": harness.paired_ratio(rates["batch"], rates["generate"]),
-    }
+    out = harness.rate_ratios(starts, images, RATIOS)
     out["passed"] = (
         out["of_prepared"]["median"] >= BATCH_RATIO
         and out["of_generate"]["median"] > GENERATE_RATIO
@@ -164,13 +158,7 @@ def run(
 
 def markdown(*documents: Mapping[str, Any]) -> str:
     """Markdown: the rate of `batch`, and its ratios to the other sides."""
-    rows = []
-    for document in documents:
-        figures, settings = document["result"], document["settings"]
-        names = ("of_prepared", "floor", "of_generate")
-        ratios = [harness.interval_text(figures[name]) for name in names]
-        rate = f"{figures['rates']['batch']:.2g}"
-        rows.append([settings["engine"]["model"], str(settings["images"]), rate, *ratios])
+    rows = [harness.rate_row(one["settings"], one["result"], "batch", RATIOS) for one in documents]
     heads = ["", "images", "images/s", "÷ prepared", "floor", "÷ LLM.generate"]
     return table(heads, rows)
 

@@ -15,9 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from molmo_edge.bench.environment import detected_device
 from molmo_edge.engine.vllm_args import versions
 from molmo_edge.errors import BenchmarkError, ConfigError, EngineStartError, MolmoEdgeError
 
+T = TypeVar("T")
 Emit = Callable[[str, Any], None]
 Measure = Callable[[Emit, Mapping[str, Any]], None]
 
@@ -96,6 +97,50 @@ def run_starts(
         measured.append(child["values"])
         progress(f"start {start + 1} of {starts}: {len(measured[-1]['rounds'])} rounds")
     return measured
+
+
+def timed_rounds(
+    sides: Sequence[str],
+    prepare: Callable[[str], Callable[[], T]],
+    reset: Callable[[], object],
+    count: int,
+) -> Iterator[tuple[dict[str, float], dict[str, T]]]:
+    """Time each side in turns, in changing order; yield seconds and answers of every round.
+
+    `prepare` and `reset` run before the clock starts.
+    """
+    for turn in range(count):
+        seconds, answers = {}, {}
+        for side in sides if turn % 2 == 0 else sides[::-1]:
+            answer = prepare(side)
+            reset()
+            began = time.perf_counter()
+            answers[side] = answer()
+            seconds[side] = time.perf_counter() - began
+        yield seconds, answers
+
+
+def rate_ratios(
+    starts: Sequence[Sequence[Mapping[str, float]]],
+    count: int,
+    ratios: Mapping[str, tuple[str, str]],
+) -> dict[str, Any]:
+    """Rates of the sides, `count` by seconds, and ratios of two, over the rounds of every start."""
+    rounds = [one for start in starts for one in start]
+    rates = {side: [count / one[side] for one in rounds] for side in rounds[0]}
+    return {
+        "rates": {side: float(np.median(values)) for side, values in rates.items()},
+        **{name: paired_ratio(rates[a], rates[b]) for name, (a, b) in ratios.items()},
+    }
+
+
+def rate_row(
+    settings: Mapping[str, Any], figures: Mapping[str, Any], side: str, names: Iterable[str]
+) -> list[str]:
+    """Model, images, rate of a side and its ratios: a row of a table."""
+    ratios = [interval_text(figures[name]) for name in names]
+    rate = f"{figures['rates'][side]:.2g}"
+    return [settings["engine"]["model"], str(settings["images"]), rate, *ratios]
 
 
 def serve_child(measurements: Mapping[str, Measure]) -> None:

@@ -16,7 +16,6 @@ import json
 import os
 import random
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,10 +34,15 @@ from PIL import Image
 
 from molmo_edge.bench.tables import table
 
-PREPARED_RATIO, LOOP_RATIO, RSS_RATIO = 0.95, 1.2, 1.05
-"""Promised minima of the rate over those of prepared inputs and of a loop; maximum of memory."""
+PREPARED_RATIO, LOOP_RATIO = 0.95, 1.2
+"""Promised minima of the rate over those of prepared inputs and of a loop."""
 
 SIDES = ("label", "prepared", "again", "loop")
+RATIOS = {
+    "of_prepared": ("label", "prepared"),
+    "floor": ("again", "prepared"),
+    "of_loop": ("label", "loop"),
+}
 TEXT = bulk.TEXT
 LIMIT_S = 3600.0
 BROKEN = (123, 456)
@@ -105,14 +109,13 @@ def measure_start(emit: harness.Emit, options: Mapping[str, Any]) -> None:
         for side in SIDES:
             PREPARE[side](vlm, directory, options["tokens"])()
         write_images(directory, options["images"])
-        for turn in range(options["rounds"]):
-            seconds = {}
-            for side in SIDES if turn % 2 == 0 else SIDES[::-1]:
-                answer = PREPARE[side](vlm, directory, options["tokens"])
-                vlm.reset_caches()
-                began = time.perf_counter()
-                assert answer() == options["images"]
-                seconds[side] = time.perf_counter() - began
+
+        def prepare(side: str) -> Callable[[], int]:
+            return PREPARE[side](vlm, directory, options["tokens"])
+
+        timed = harness.timed_rounds(SIDES, prepare, vlm.reset_caches, options["rounds"])
+        for seconds, answers in timed:
+            assert set(answers.values()) == {options["images"]}
             rounds.append(seconds)
             emit("rounds", rounds)
 
@@ -224,14 +227,7 @@ def kill_actor(parent: int) -> int:
 
 def evaluate(starts: Sequence[Sequence[Mapping[str, float]]], images: int) -> dict[str, Any]:
     """Rates of the sides, in rows per second, and their ratios over the rounds of every start."""
-    rounds = [one for start in starts for one in start]
-    rates = {side: [images / one[side] for one in rounds] for side in SIDES}
-    out: dict[str, Any] = {
-        "rates": {side: statistics.median(values) for side, values in rates.items()},
-        "of_prepared": harness.paired_ratio(rates["label"], rates["prepared"]),
-        "floor": harness.paired_ratio(rates["again"], rates["prepared"]),
-        "of_loop": harness.paired_ratio(rates["label"], rates["loop"]),
-    }
+    out = harness.rate_ratios(starts, images, RATIOS)
     out["passed"] = (
         out["of_prepared"]["median"] >= PREPARED_RATIO and out["of_loop"]["median"] >= LOOP_RATIO
     )
@@ -268,13 +264,10 @@ def run(
 
 def markdown(*documents: Mapping[str, Any]) -> str:
     """Markdown: the rate of `label`, and its ratios to the other sides."""
-    rows = []
-    for document in documents:
-        figures, settings = document["result"]["rate"], document["settings"]
-        names = ("of_prepared", "floor", "of_loop")
-        ratios = [harness.interval_text(figures[name]) for name in names]
-        rate = f"{figures['rates']['label']:.2g}"
-        rows.append([settings["engine"]["model"], str(settings["images"]), rate, *ratios])
+    rows = [
+        harness.rate_row(one["settings"], one["result"]["rate"], "label", RATIOS)
+        for one in documents
+    ]
     heads = ["", "images", "rows/s", "÷ prepared", "floor", "÷ loop over query"]
     return table(heads, rows)
 
