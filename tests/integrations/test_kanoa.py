@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,6 @@ def fake() -> FakeFactory:
         return f"{len(sizes)} figures of width {sizes[0][0] if sizes else 0}"
 
     return FakeEngine.factory(answer, max_model_len=2000)
-
-
-@pytest.fixture
-def vlm(fake: FakeFactory) -> Iterator[EdgeVLM]:
-    with EdgeVLM(engine=fake) as vlm:
-        yield vlm
 
 
 def figure() -> Figure:

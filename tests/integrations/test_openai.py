@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -30,12 +29,6 @@ def answer(turns: Any) -> str:
 @pytest.fixture
 def fake() -> FakeFactory:
     return FakeEngine.factory(answer, step_s=0.002)
-
-
-@pytest.fixture
-def vlm(fake: FakeFactory) -> Iterator[EdgeVLM]:
-    with EdgeVLM(engine=fake) as vlm:
-        yield vlm
 
 
 def data_url() -> str:

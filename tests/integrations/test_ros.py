@@ -7,7 +7,6 @@ import queue
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 
 from molmo_edge import EdgeVLM
-from molmo_edge.engine.fake import FakeEngine
+from molmo_edge.engine.fake import FakeEngine, FakeFactory
 
 ROS = Path(__file__).parents[2] / "ros2"
 PACKAGE = ROS / "molmo_edge_ros"
@@ -37,9 +36,8 @@ def answer(turns: Any) -> str:
 
 
 @pytest.fixture
-def vlm() -> Iterator[EdgeVLM]:
-    with EdgeVLM(engine=FakeEngine.factory(answer, step_s=0.005)) as vlm:
-        yield vlm
+def fake() -> FakeFactory:
+    return FakeEngine.factory(answer, step_s=0.005)
 
 
 def frame(red: int) -> Any:
