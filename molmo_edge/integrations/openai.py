@@ -1,18 +1,20 @@
-"""OpenAI's chat completions in process: code that was written for a server, without one.
+"""OpenAI's own clients, answered in process: code that was written for a server, without one.
 
-Extra ``openai``. The types of answers and errors are those of the ``openai`` package.
+Extra ``openai``. Only the transport below the clients is ours: it answers ``/chat/completions``
+and ``/models``.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from typing import Any, Self
+from contextlib import suppress
+from typing import Any
 
 import httpx
 import openai
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from molmo_edge.errors import (
     EngineError,
@@ -22,114 +24,117 @@ from molmo_edge.errors import (
     QueueFull,
     RequestTimeout,
 )
+from molmo_edge.requests import Options
 from molmo_edge.stream import Stream
 from molmo_edge.vlm import EdgeVLM
 
-# Arguments of `create` that change no answer here.
+# Fields of a request that change no answer here.
 _IGNORED = frozenset(
-    {"model", "user", "metadata", "store", "service_tier", "extra_headers", "extra_query",
-     "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+    {"model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+     "parallel_tool_calls"}
 )  # fmt: skip
-# Arguments that an `EdgeVLM` has too, by its names.
-_OPTIONS = {
-    "max_tokens": "max_tokens", "max_completion_tokens": "max_tokens", "temperature": "temperature",
-    "top_p": "top_p", "seed": "seed", "stop": "stop", "timeout": "timeout",
-}  # fmt: skip
-_REQUEST = httpx.Request("POST", "http://molmo-edge.invalid/v1/chat/completions")
+_numbers = itertools.count(1)
 
 
-class Client:
-    """``client.chat.completions.create(…)`` of ``openai.OpenAI``, answered by an `EdgeVLM`.
+def Client(vlm: EdgeVLM, **options: Any) -> openai.OpenAI:
+    """Return an ``openai.OpenAI`` whose ``chat.completions`` and ``models`` an `EdgeVLM` answers.
 
-    Messages are as `EdgeVLM.chat` takes them, with images as base64 ``data:`` URLs; no URL is ever
-    fetched. ``model`` is ignored. Unlike a server's, answers are greedy unless ``temperature`` is
-    given.
+    Messages are as `EdgeVLM.chat` takes them, with images and videos as base64 ``data:`` URLs; no
+    URL is ever fetched. ``model`` is ignored. Answers are greedy unless ``temperature`` is given.
+    ``extra_body`` takes other options of `EdgeVLM.chat`, such as ``max_crops``; ``timeout`` is that
+    of the whole answer.
+
+    Errors are the package's: BadRequestError for anything that this model, or molmo_edge, does not
+    do, RateLimitError when the queue is full, APITimeoutError, and InternalServerError when the
+    engine has died or the model computed NaN; while streaming, APIError for the last two.
 
     Args:
         vlm: stays open.
+        options: of ``openai.OpenAI``; by default no request is repeated and none has a timeout.
     """
-
-    def __init__(self, vlm: EdgeVLM) -> None:
-        self.chat = _Chat(Completions(vlm))
-
-
-class AsyncClient:
-    """`Client` for asyncio, as ``openai.AsyncOpenAI``."""
-
-    def __init__(self, vlm: EdgeVLM) -> None:
-        self.chat = _Chat(AsyncCompletions(vlm))
+    http = httpx.Client(transport=_Transport(vlm))
+    return openai.OpenAI(http_client=http, **{**_DEFAULTS, **options})
 
 
-class _Chat:
-    def __init__(self, completions: Any) -> None:
-        self.completions = completions
+def AsyncClient(vlm: EdgeVLM, **options: Any) -> openai.AsyncOpenAI:
+    """`Client` for asyncio: an ``openai.AsyncOpenAI``."""
+    http = httpx.AsyncClient(transport=_Transport(vlm))
+    return openai.AsyncOpenAI(http_client=http, **{**_DEFAULTS, **options})
 
 
-class Completions:
-    """What `Client.chat.completions` is."""
+_DEFAULTS: Mapping[str, Any] = {
+    "api_key": "none",
+    "base_url": "http://molmo-edge.invalid/v1",
+    "max_retries": 0,
+    "timeout": None,
+}
+
+
+class _Transport(httpx.BaseTransport, httpx.AsyncBaseTransport):  # type: ignore[misc]
+    """What answers the requests of a client."""
 
     def __init__(self, vlm: EdgeVLM) -> None:
         self._vlm = vlm
-        self._ids = itertools.count(1)
+        self._model = str(vlm.environment.get("model"))
 
-    def create(self, **arguments: Any) -> Any:
-        """Answer the last message: a ``ChatCompletion``, or with ``stream`` an iterator of chunks.
-
-        Takes ``messages``, ``max_tokens``, ``max_completion_tokens``, ``temperature``, ``top_p``,
-        ``seed``, ``stop``, ``timeout``, ``response_format``, ``stream`` and ``stream_options``.
-
-        Raises:
-            openai.BadRequestError: anything that this model, or molmo_edge, does not do.
-            openai.RateLimitError: the queue is full.
-            openai.APITimeoutError: ``timeout`` passed.
-            openai.InternalServerError: the engine has died, or the model computed NaN.
-        """
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path.endswith("/models"):
+            return self._models()
         try:
-            asked = _Asked(arguments, self._vlm, next(self._ids))
+            asked = _Asked(request, self._model)
             stream = self._vlm.chat_stream(asked.messages, **asked.options)
-            return _Chunks(asked, stream) if asked.stream else asked.completion(stream)
+            if asked.stream:
+                return _streamed(asked, stream)
+            with stream:
+                return httpx.Response(200, json=asked.completion(stream))
         except MolmoEdgeError as exc:
-            raise _translated(exc) from exc
+            return _refusal(exc)
 
-
-class AsyncCompletions(Completions):
-    """What `AsyncClient.chat.completions` is."""
-
-    async def create(self, **arguments: Any) -> Any:
-        """`Completions.create`; with ``stream`` an async iterator."""
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path.endswith("/models"):
+            return self._models()
         try:
-            asked = _Asked(arguments, self._vlm, next(self._ids))
+            asked = _Asked(request, self._model)
             stream = await self._vlm.achat_stream(asked.messages, **asked.options)
             if asked.stream:
-                return _AsyncChunks(asked, stream)
-            await _ended(stream)
-            return asked.completion(stream)
+                return _streamed(asked, stream)
+            async with stream:
+                with suppress(GenerationError):  # which `completion` meets again
+                    await stream.aresult()
+                return httpx.Response(200, json=asked.completion(stream))
         except MolmoEdgeError as exc:
-            raise _translated(exc) from exc
+            return _refusal(exc)
 
-
-async def _ended(stream: Stream) -> None:
-    """Wait for the end, which `_Asked.completion` then reads."""
-    try:
-        await stream.aresult()
-    except GenerationError:
-        return
+    def _models(self) -> httpx.Response:
+        model = {"id": self._model, "object": "model", "created": 0, "owned_by": "molmo_edge"}
+        return httpx.Response(200, json={"object": "list", "data": [model]})
 
 
 class _Asked:
-    """The checked arguments of one `create`, and what its answers have in common."""
+    """The fields of one request, and what its answers have in common.
 
-    def __init__(self, arguments: Mapping[str, Any], vlm: EdgeVLM, number: int) -> None:
-        unset = (openai.NotGiven, openai.Omit)
-        given = {k: v for k, v in arguments.items() if v is not None and not isinstance(v, unset)}
-        self.messages = [_message(one) for one in given.pop("messages", ())]
+    Attributes:
+        messages, options: of `EdgeVLM.chat`.
+        stream: whether chunks are asked for.
+    """
+
+    def __init__(self, request: httpx.Request, model: str) -> None:
+        if not request.url.path.endswith("/chat/completions"):
+            raise PromptError(f"molmo_edge answers chat completions, not {request.url.path}.")
+        given = {name: one for name, one in json.loads(request.read()).items() if one is not None}
+        messages = given.pop("messages", ())
+        # What is no list of messages is for `EdgeVLM.chat` to refuse.
+        self.messages = [*map(_message, messages)] if isinstance(messages, list) else messages
         self.stream = bool(given.pop("stream", False))
-        self.with_usage = bool(given.pop("stream_options", {}).get("include_usage"))
-        self.options: dict[str, Any] = {
-            _OPTIONS[name]: given.pop(name) for name in list(given) if name in _OPTIONS
-        }
+        told = given.pop("stream_options", None)
+        self._with_usage = isinstance(told, Mapping) and bool(told.get("include_usage"))
+        if (limit := given.pop("max_completion_tokens", None)) is not None:
+            given["max_tokens"] = limit
         if (schema := _schema(given.pop("response_format", {"type": "text"}))) is not None:
-            self.options["json_schema"] = schema
+            given["json_schema"] = schema
+        names = Options.__annotations__.keys() - {"logprobs"}  # which no answer here has
+        self.options: dict[str, Any] = {name: given.pop(name) for name in names & given.keys()}
+        self.options.setdefault("timeout", request.extensions.get("timeout", {}).get("read"))
         refused = [
             name
             for name, one in given.items()
@@ -137,49 +142,36 @@ class _Asked:
         ]
         if refused:
             raise PromptError(f"molmo_edge has no {', '.join(refused)}; leave it out.")
-        self._common = {
-            "id": f"chatcmpl-{number}",
-            "created": int(time.time()),
-            "model": str(vlm.environment.get("model")),
-        }
+        number, now = next(_numbers), int(time.time())
+        self._common = {"id": f"chatcmpl-{number}", "created": now, "model": model}
 
-    def completion(self, stream: Stream) -> ChatCompletion:
+    def completion(self, stream: Stream) -> dict[str, Any]:
+        """The answer to come, whole."""
         text, reason, usage = self._end(stream)
         message = {"role": "assistant", "content": text}
-        choice = {"index": 0, "finish_reason": reason, "message": message}
-        return ChatCompletion.model_validate(
-            {**self._common, "object": "chat.completion", "choices": [choice], "usage": usage}
-        )
+        choice = {"index": 0, "finish_reason": reason, "message": message, "logprobs": None}
+        kind = "chat.completion"
+        return {**self._common, "object": kind, "choices": [choice], "usage": usage}
 
-    def first(self) -> ChatCompletionChunk:
-        return self._chunk({"role": "assistant", "content": ""})
+    def chunk(self, delta: Mapping[str, Any], reason: str | None = None) -> bytes:
+        return self._event([{"index": 0, "delta": delta, "finish_reason": reason}], None)
 
-    def text(self, text: str) -> ChatCompletionChunk:
-        return self._chunk({"content": text})
-
-    def last(self, stream: Stream) -> list[ChatCompletionChunk]:
+    def last(self, stream: Stream) -> bytes:
         _, reason, usage = self._end(stream)
-        chunks = [self._chunk({}, reason)]
-        if self.with_usage:
-            chunks.append(self._validated([], usage))
-        return chunks
+        counted = self._event([], usage) if self._with_usage else b""
+        return self.chunk({}, reason) + counted + b"data: [DONE]\n\n"
 
-    def _chunk(self, delta: Mapping[str, Any], reason: str | None = None) -> ChatCompletionChunk:
-        return self._validated([{"index": 0, "delta": delta, "finish_reason": reason}], None)
-
-    def _validated(self, choices: list[Any], usage: Any) -> ChatCompletionChunk:
+    def _event(self, choices: list[Any], usage: Any) -> bytes:
         kind = "chat.completion.chunk"
-        return ChatCompletionChunk.model_validate(
-            {**self._common, "object": kind, "choices": choices, "usage": usage}
-        )
+        return _event({**self._common, "object": kind, "choices": choices, "usage": usage})
 
     def _end(self, stream: Stream) -> tuple[str, str, dict[str, int] | None]:
         """Text, finish reason and usage; of JSON that was cut off, what a server returns."""
         try:
             result = stream.result()
         except GenerationError as exc:
-            if "json_schema" not in self.options:
-                raise
+            for _ in stream:  # raises if not only its JSON is at fault
+                pass
             return exc.partial, "length", None
         prompt, answer = result.metrics.prompt_tokens or 0, result.metrics.output_tokens
         usage = {"prompt_tokens": prompt, "completion_tokens": answer}
@@ -187,11 +179,9 @@ class _Asked:
 
 
 def _message(given: Any) -> Any:
-    """A message as a mapping of role and content; answers of `create` are messages, too."""
-    if hasattr(given, "model_dump"):
-        given = given.model_dump()
+    """A message without fields that are None, as answers have them."""
     if not isinstance(given, Mapping):
-        return given  # which `EdgeVLM.chat` refuses
+        return given
     return {name: one for name, one in given.items() if one is not None}
 
 
@@ -207,82 +197,59 @@ def _schema(response_format: Any) -> Any:
     raise PromptError("response_format is of type text, json_object or json_schema.")
 
 
-class _Chunks:
-    """What ``create(stream=True)`` returns: an iterator that is a context, as ``openai.Stream``."""
+class _Events(httpx.SyncByteStream, httpx.AsyncByteStream):  # type: ignore[misc]
+    """An answer as server-sent events."""
 
     def __init__(self, asked: _Asked, stream: Stream) -> None:
         self._asked, self._stream = asked, stream
-        self._iterator = self._run()
 
-    def _run(self) -> Iterator[ChatCompletionChunk]:
+    def __iter__(self) -> Iterator[bytes]:
         try:
-            yield self._asked.first()
+            yield self._asked.chunk({"role": "assistant", "content": ""})
             for text in self._stream:
-                yield self._asked.text(text)
-            yield from self._asked.last(self._stream)
+                yield self._asked.chunk({"content": text})
+            yield self._asked.last(self._stream)
         except MolmoEdgeError as exc:
-            raise _translated(exc) from exc
+            yield _event(_error(exc))
 
-    def __iter__(self) -> Iterator[ChatCompletionChunk]:
-        return self._iterator
-
-    def __next__(self) -> ChatCompletionChunk:
-        return next(self._iterator)
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        try:
+            yield self._asked.chunk({"role": "assistant", "content": ""})
+            async for text in self._stream:
+                yield self._asked.chunk({"content": text})
+            yield self._asked.last(self._stream)
+        except MolmoEdgeError as exc:
+            yield _event(_error(exc))
 
     def close(self) -> None:
-        """Stop generating."""
         self._stream.cancel()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class _AsyncChunks:
-    """`_Chunks` for asyncio, as ``openai.AsyncStream``."""
-
-    def __init__(self, asked: _Asked, stream: Stream) -> None:
-        self._asked, self._stream = asked, stream
-        self._iterator = self._run()
-
-    async def _run(self) -> AsyncIterator[ChatCompletionChunk]:
-        try:
-            yield self._asked.first()
-            async for text in self._stream:
-                yield self._asked.text(text)
-            await _ended(self._stream)
-            for chunk in self._asked.last(self._stream):
-                yield chunk
-        except MolmoEdgeError as exc:
-            raise _translated(exc) from exc
-
-    def __aiter__(self) -> AsyncIterator[ChatCompletionChunk]:
-        return self._iterator
-
-    async def __anext__(self) -> ChatCompletionChunk:
-        return await anext(self._iterator)
-
-    async def close(self) -> None:
-        """Stop generating."""
+    async def aclose(self) -> None:
         self._stream.cancel()
 
-    async def __aenter__(self) -> Self:
-        return self
 
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
+def _streamed(asked: _Asked, stream: Stream) -> httpx.Response:
+    kind = {"content-type": "text/event-stream"}
+    return httpx.Response(200, headers=kind, stream=_Events(asked, stream))
 
 
-def _translated(error: MolmoEdgeError) -> openai.APIError:
-    """The error of the ``openai`` package that a server's answer would be."""
+def _event(content: Any) -> bytes:
+    return f"data: {json.dumps(content)}\n\n".encode()
+
+
+def _error(error: MolmoEdgeError) -> dict[str, Any]:
+    """The body of a server's error."""
     if isinstance(error, RequestTimeout):
-        return openai.APITimeoutError(_REQUEST)
-    kind, status = openai.BadRequestError, 400
+        raise httpx.ReadTimeout(str(error)) from error
+    about = {"message": str(error), "type": type(error).__name__, "param": None, "code": None}
+    return {"error": about}
+
+
+def _refusal(error: MolmoEdgeError) -> httpx.Response:
+    """What a server answers, for which the package raises its error."""
+    status = 400
     if isinstance(error, QueueFull):
-        kind, status = openai.RateLimitError, 429
+        status = 429
     elif isinstance(error, EngineError | GenerationError):
-        kind, status = openai.InternalServerError, 500
-    body = {"message": str(error), "type": type(error).__name__, "param": None, "code": None}
-    return kind(str(error), response=httpx.Response(status, request=_REQUEST), body=body)
+        status = 500
+    return httpx.Response(status, json=_error(error))
