@@ -1,23 +1,17 @@
-"""Every example runs as users run it, and the ROS 2 page with a stand-in for ROS."""
+"""Every example runs as users run it."""
 
 from __future__ import annotations
 
-import queue
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from molmo_edge import EdgeVLM
-from molmo_edge.engine.fake import FakeEngine
 from molmo_edge.video import VideoLimits, load_video
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -118,38 +112,3 @@ runpy.run_path("examples/label_folder.py", run_name="__main__")
     *lines, labelled, row = done.stdout.splitlines()
     assert lines == said and len(said) == 5
     assert labelled.startswith("1 of 1 rows") and row.startswith("scene.png 3 red circles: ")
-
-
-class Node:
-    """The parts of `rclpy.node.Node` that the page uses."""
-
-    def __init__(self, name: str) -> None:
-        self.published: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def create_publisher(self, kind: type, topic: str, depth: int) -> Any:
-        return SimpleNamespace(publish=lambda message: self.published.put(message.data))
-
-    def create_subscription(self, kind: type, topic: str, callback: Any, qos: Any) -> None:
-        self.callback = callback
-
-
-def test_the_node_of_the_ros_page_answers_and_stops() -> None:
-    names = ("rclpy", "rclpy.node", "rclpy.qos", "sensor_msgs", "sensor_msgs.msg", "std_msgs")
-    ros: dict[str, Any] = {name: mock.MagicMock() for name in names}
-    ros["rclpy.node"].Node = Node
-    ros["std_msgs.msg"] = SimpleNamespace(String=SimpleNamespace)
-    page = (EXAMPLES.parent / "docs" / "ros2.md").read_text(encoding="utf-8")
-    [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    content: dict[str, Any] = {"__name__": "page"}
-    with mock.patch.dict(sys.modules, ros):
-        exec(compile(code, "ros2.md", "exec"), content)
-    # Two rows of three pixels, padded to twelve bytes.
-    data = bytes(range(24))
-    message = SimpleNamespace(encoding="bgr8", height=2, width=3, step=12, data=data)
-    image = content["rgb"](message)
-    assert image.shape == (2, 3, 3) and image[1, 0].tolist() == [14, 13, 12]
-    with EdgeVLM(engine=FakeEngine.factory("Nobody.")) as vlm:
-        node = content["Eyes"](vlm)
-        node.callback(message)
-        assert node.published.get(timeout=10) == "Nobody."
-        node.stop()
