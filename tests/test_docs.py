@@ -1,6 +1,6 @@
 """Every command and code block of the README, the docs, the benchmark notes and the Dockerfiles.
 
-Python blocks run on a fake engine. Commands of molmo_edge are parsed by the command line itself,
+Python blocks run on a fake engine, those of docs/integrations.md on the demo too. Commands of molmo_edge are parsed by the command line itself,
 others are checked against the files, extras, make targets and options that they name.
 """
 
@@ -73,10 +73,10 @@ def commands(page: Path) -> list[str]:
     return [*filter(None, lines), *(code for code in quoted if code.split()[0] in OURS)]
 
 
-def test_every_block_is_python_or_bash() -> None:
+def test_every_block_is_python_bash_or_output() -> None:
     for page in PAGES:
         opened = re.findall(r"^```(\w*)$", page.read_text(), re.MULTILINE)[::2]
-        assert set(opened) <= {"python", "bash"}, page
+        assert set(opened) <= {"python", "bash", "text"}, page
 
 
 @pytest.mark.parametrize("code", [code for page in PAGES for code in blocks(page, "python")])
@@ -142,6 +142,16 @@ def test_the_generated_pages_are_current() -> None:
             f"docs/{name}: run python scripts/reference.py"
         )
     assert "| `dtype` | `auto` |" in (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_the_integrations_page_shows_what_its_code_does_with_the_demo() -> None:
+    page = ROOT / "docs" / "integrations.md"
+    assert len(blocks(page, "python")) == len(blocks(page, "text"))
+    script = [sys.executable, ROOT / "scripts" / "integrations.py", "--check"]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, f"run python scripts/integrations.py\n{done.stdout}{done.stderr}"
 
 
 def parse(command: Any, words: list[str]) -> None:
