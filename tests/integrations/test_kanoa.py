@@ -1,4 +1,4 @@
-"""kanoa's own interpreter on a fake engine, from a figure to text, usage and errors."""
+"""kanoa's own interpreter, from a figure to text, usage and errors: on a fake engine, then vLLM."""
 
 from __future__ import annotations
 
@@ -80,3 +80,25 @@ def test_knowledge_is_part_of_the_prompt_until_the_context_is_full(
         full.interpret(fig=figure(), stream=False, display_result=False)
     text = MolmoBackend(vlm).interpret_blocking(None, None, None, None, None, "Hello?").text
     assert text == "0 figures of width 0"
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_on_vllm_text_and_counts_are_those_of_query(stub_vlm: EdgeVLM) -> None:
+    reader, question = interpreter(stub_vlm, max_tokens=4), "What is shown?"
+    direct = stub_vlm.query(figure(), question, max_tokens=4)
+    about = {"fig": figure(), "custom_prompt": question, "display_result": False}
+    chunks = list(reader.interpret(**about, stream=True))
+    with pytest.raises(PromptTooLongError, match="longest part is the knowledge"):
+        reader.with_kb(kb_content="word " * 5000).interpret(
+            fig=figure(), stream=False, display_result=False
+        )
+    # After the error too.
+    answer = reader.interpret(**about, stream=False)
+    streamed = "".join(chunk.content for chunk in chunks if chunk.type == "text")
+    assert streamed == answer.text == direct.text != ""
+    assert direct.metrics.image_tokens and direct.metrics.prompt_tokens
+    for usage in (chunks[-1].usage, answer.usage):
+        counts = (usage.input_tokens, usage.output_tokens)
+        assert counts == (direct.metrics.prompt_tokens, direct.metrics.output_tokens)
+    assert answer.usage.output_tokens == len(direct.token_ids) == 4
