@@ -1,10 +1,11 @@
-"""The 2025 report's three questions through kanoa, in this process, beside its figures.
+"""The benchmark's three questions through kanoa, in this process, beside the 2025 report.
 
     python benchmarks/kanoa_report.py --model allenai/Molmo-7B-D-0924 \\
         --report benchmarks/results/2025-12-08-thor.json
 
 The report came from kanoa through an HTTP server: output tokens by seconds of the whole request.
-The same is measured here at the same door, `AnalyticsInterpreter.interpret`.
+The same is measured here, around `AnalyticsInterpreter.interpret`; the report's own images were
+never published.
 """
 
 from __future__ import annotations
@@ -21,46 +22,62 @@ import harness
 
 from molmo_edge import EdgeVLM
 from molmo_edge.bench.cases import Case, standard
-from molmo_edge.bench.tables import UNKNOWN, table
+from molmo_edge.bench.tables import UNKNOWN, number, table
 from molmo_edge.integrations.kanoa import interpreter
 
+Requests = Sequence[Mapping[str, float]]
 
-def measure(reader: Any, cases: Sequence[Case], rounds: int) -> dict[str, list[float]]:
-    """Output tokens per second of each request, by case, kanoa's own work included."""
-    speeds: dict[str, list[float]] = {case.name: [] for case in cases}
+
+def measure(reader: Any, cases: Sequence[Case], rounds: int) -> dict[str, list[dict[str, float]]]:
+    """Tokens and seconds, kanoa's own work included, of each request, by case."""
+    requests: dict[str, list[dict[str, float]]] = {case.name: [] for case in cases}
     for _ in range(rounds):
         for case in cases:
             began = time.perf_counter()
             answer = reader.interpret(
                 fig=case.image, custom_prompt=case.question, stream=False, display_result=False
             )
-            speeds[case.name].append(answer.usage.output_tokens / (time.perf_counter() - began))
-    return speeds
+            seconds, usage = time.perf_counter() - began, answer.usage
+            tokens = {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens}
+            requests[case.name].append({**tokens, "seconds": seconds})
+    return requests
 
 
-def reported(path: Path | None) -> Mapping[str, float]:
-    """The report's mean over all runs and over the steady ones, by name."""
+def reported(path: Path | None) -> dict[str, list[str]]:
+    """The report's tok/s of a case, or "overall": of all its runs, and of runs 6 to 10."""
     if path is None:
         return {}
     [scenario] = json.loads(path.read_text(encoding="utf-8"))["scenarios"]
-    row = next(one for one in scenario["rows"] if one["name"] == "overall")
-    return {name: row[name]["request_tps"]["mean"] for name in ("all", "steady")}
+    parts = ("all", "steady")
+    return {
+        row["name"]: [number(row[part].get("request_tps", {}).get("mean")) for part in parts]
+        for row in scenario["rows"]
+    }
 
 
-def markdown(speeds: Mapping[str, Sequence[float]], report: Mapping[str, float]) -> str:
-    """Markdown: tok/s of each case, and over all as the report has it."""
-    titles = {case.name: case.title for case in standard()}
-    later = {name: values[1:] or values for name, values in speeds.items()}
-    rows = [
-        [titles[name], f"{values[0]:.1f}", f"{statistics.mean(later[name]):.1f}", UNKNOWN]
-        for name, values in speeds.items()
+def markdown(requests: Mapping[str, Requests], report: Mapping[str, Sequence[str]]) -> str:
+    """Markdown: output tokens, and tok/s of the first and the later requests, as means."""
+    rows, absent = [], (UNKNOWN, UNKNOWN)
+    for case in standard():
+        asked = requests[case.name]
+        cells = _cells(asked[:1], asked[1:])
+        rows.append([case.title, *cells, *report.get(case.name, absent)])
+    first = [one for asked in requests.values() for one in asked[:1]]
+    later = [one for asked in requests.values() for one in asked[1:]]
+    rows.append(["all cases", *_cells(first, later), *report.get("overall", absent)])
+    ours = ["tok/s of whole requests", "output tokens", "first", "later", "all"]
+    return table([*ours, "2025, all", "2025, runs 6 to 10"], rows)
+
+
+def _cells(first: Requests, later: Requests) -> list[str]:
+    every = [*first, *later]
+    tokens = [int(one["output_tokens"]) for one in every]
+    low, high = min(tokens), max(tokens)
+    means = [
+        statistics.mean(one["output_tokens"] / one["seconds"] for one in part) if part else None
+        for part in (first, later, every)
     ]
-    every = [speed for values in speeds.values() for speed in values]
-    steady = [speed for values in later.values() for speed in values]
-    for title, values, name in (("all", every, "all"), ("all but the first", steady, "steady")):
-        past = f"{report[name]:.1f}" if name in report else UNKNOWN
-        rows.append([title, UNKNOWN, f"{statistics.mean(values):.1f}", past])
-    return table(["", "first, tok/s", "later, tok/s", "2025, tok/s"], rows)
+    return [f"{low}" if low == high else f"{low} to {high}", *map(number, means)]
 
 
 def main() -> None:
@@ -74,11 +91,11 @@ def main() -> None:
     arguments = parser.parse_args()
     with EdgeVLM(arguments.model, **arguments.options) as vlm:
         reader = interpreter(vlm, max_tokens=arguments.tokens)
-        speeds = measure(reader, standard(), arguments.rounds)
+        requests = measure(reader, standard(), arguments.rounds)
         seen = dict(vlm.environment)
-    print(markdown(speeds, reported(arguments.report)))
-    settings = {"model": arguments.model, "rounds": arguments.rounds, "tokens": arguments.tokens}
-    document = harness.result("kanoa", settings=settings, environment=seen, result=speeds)
+    print(markdown(requests, reported(arguments.report)))
+    settings = {name: getattr(arguments, name) for name in ("model", "options", "rounds", "tokens")}
+    document = harness.result("kanoa", settings=settings, environment=seen, result=requests)
     harness.write(document, arguments.output)
 
 

@@ -1,7 +1,8 @@
 """Every command and code block of the README, the docs, the benchmark notes and the Dockerfiles.
 
-Python blocks run on a fake engine, those of docs/integrations.md on the demo too. Commands of molmo_edge are parsed by the command line itself,
-others are checked against the files, extras, make targets and options that they name.
+Python blocks run on a fake engine, and those of docs/integrations.md also on the demo. Commands of
+molmo_edge are parsed by the command line itself, others are checked against the files, extras, make
+targets and options that they name.
 """
 
 from __future__ import annotations

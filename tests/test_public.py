@@ -12,7 +12,6 @@ import pytest
 import molmo_edge
 from molmo_edge import errors
 
-
 # Packages that take seconds or that only an extra installs.
 HEAVY = (
     *("torch", "vllm", "transformers"),
