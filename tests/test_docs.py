@@ -39,7 +39,10 @@ PAGES = [
     ROOT / "Dockerfile.x86",
 ]
 OURS = ("molmo-edge", "python", "pip", "make", "docker")
-OTHERS = ("colcon", "ros2", "git", "cd", "unzip", "grep", "export", "source", "curl")
+OTHERS = (
+    *("colcon", "ros2", "git", "cd", "unzip", "grep", "export", "source", "curl"),
+    "lerobot-annotate",
+)
 PHOTO = np.zeros((48, 64, 3), np.uint8)
 
 

@@ -21,6 +21,20 @@ def bos_id(tokenizer: Any) -> int:
     return int(bos)
 
 
+def template_with_bos(tokenizer: Any, after: str = "") -> str | None:
+    """The checkpoint's chat template with BOS, and `after`, in front; None without a template.
+
+    The template itself has no BOS, which AllenAI's code adds to token ids; a server tokenises what
+    the template writes and adds nothing.
+    """
+    template = tokenizer.chat_template
+    if not isinstance(template, str):
+        return None
+    bos: str = tokenizer.convert_ids_to_tokens(bos_id(tokenizer))
+    # As an expression, since a tag such as {%- removes a space in front of it.
+    return '{{ "' + bos + after + '" }}' + template
+
+
 class TextEncoder:
     """Encodes text for one checkpoint, from any thread.
 

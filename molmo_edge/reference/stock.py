@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import AutoProcessor, AutoTokenizer, BatchFeature
 from transformers.processing_utils import ProcessorMixin
+from vllm.plugins import load_general_plugins
 
 from molmo_edge.checkpoint_files import read_json
 from molmo_edge.models.molmo2.config import Processing
@@ -74,4 +75,5 @@ class Molmo2Processor(ProcessorMixin):  # type: ignore[misc]
 
 def register() -> None:
     """Make transformers, and so vLLM, read a Molmo 2's processor with this class."""
+    load_general_plugins()  # runs once per process, and registers the processor: not after this one
     AutoProcessor.register(Molmo2Config, Molmo2Processor, exist_ok=True)

@@ -17,7 +17,7 @@ from molmo_edge.errors import ImageError, ModelError
 from molmo_edge.models.molmo.config import check_layout
 from molmo_edge.models.molmo.image_processor import MolmoImageProcessor, processor_of
 from molmo_edge.models.molmo.prompts import ONE_IMAGE, ImageTokenIds
-from molmo_edge.models.prompts import bos_id
+from molmo_edge.models.prompts import bos_id, template_with_bos
 
 
 class MolmoConfig(PretrainedConfig):  # type: ignore[misc]
@@ -44,10 +44,14 @@ class MolmoConfig(PretrainedConfig):  # type: ignore[misc]
 
 
 class MolmoProcessor(ProcessorMixin):  # type: ignore[misc]
-    """AllenAI's `process`, which vLLM's own Molmo calls; molmo_edge's model does without it."""
+    """AllenAI's `process`, which vLLM's own Molmo calls, and the chat template of vLLM's server.
+
+    molmo_edge's model does without it.
+    """
 
     def __init__(self, image_processor: MolmoImageProcessor, tokenizer: Any) -> None:
-        super().__init__(image_processor, tokenizer)
+        template = template_with_bos(tokenizer, " ")
+        super().__init__(image_processor, tokenizer, chat_template=template)
         self.image_token_ids = ImageTokenIds.from_vocab(tokenizer.get_vocab())
 
     @classmethod

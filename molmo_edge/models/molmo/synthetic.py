@@ -42,6 +42,13 @@ _TEXT_TOKENS = (
 ).split()
 _STUB_SEED = 20251208
 
+# Like the published one it has no BOS, and no space in front of the first role.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '' if loop.first else ' ' }}{{ message.role | capitalize }}: {{ message.content }}"
+    "{% endfor %}{{ ' Assistant:' if add_generation_prompt }}"
+)
+
 
 def hub_config(layout: Layout = "7b-d", **changes: Any) -> dict[str, Any]:
     """`config.json` with the hub's fields, `auto_map` included.
@@ -117,6 +124,7 @@ def write_description(
         "tokenizer_config.json": {
             "add_prefix_space": False,
             "bos_token": None if config["qkv_bias"] else END_OF_TEXT,
+            "chat_template": CHAT_TEMPLATE,
             "clean_up_tokenization_spaces": False,
             "eos_token": END_OF_TEXT,
             "model_max_length": config["max_position_embeddings"],

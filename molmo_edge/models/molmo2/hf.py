@@ -1,14 +1,16 @@
-"""Molmo 2's configuration for transformers 5, without remote code."""
+"""Molmo 2's configuration and chat template for transformers 5, without remote code."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PretrainedConfig
+from transformers.processing_utils import ProcessorMixin
 
 from molmo_edge.devices.tensors import ADAPTER_DEFAULTS, TEXT_DEFAULTS, VIT_DEFAULTS
 from molmo_edge.models.molmo2.config import check_layout
+from molmo_edge.models.prompts import template_with_bos
 
 
 class _Part(PretrainedConfig):  # type: ignore[misc]
@@ -81,9 +83,22 @@ class Molmo2Config(PretrainedConfig):  # type: ignore[misc]
         super().__init__(**{"tie_word_embeddings": False, **kwargs})
 
 
+class Molmo2Processor(ProcessorMixin):  # type: ignore[misc]
+    """The chat template of vLLM's server, which asks a processor for it before the tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer, chat_template=template_with_bos(tokenizer))
+
+    @classmethod
+    def from_pretrained(cls, name: str, **_: Any) -> Molmo2Processor:
+        """Read the tokenizer of a checkpoint; keyword arguments of transformers are ignored."""
+        return cls(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+
+
 def register() -> None:
-    """Make transformers read Molmo 2's configuration with these classes; may repeat."""
+    """Make transformers read Molmo 2's files with these classes; may repeat."""
     AutoConfig.register("molmo2", Molmo2Config, exist_ok=True)
+    AutoProcessor.register(Molmo2Config, Molmo2Processor, exist_ok=True)
 
 
 def _plain(value: Any) -> Any:
