@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -108,7 +109,13 @@ class RequestCancelled(RequestError):
 
 
 class GenerationError(RequestError):
-    """The engine rejected or lost this one request; the engine itself continues."""
+    """The engine rejected or lost this one request, or its JSON cannot be read; others continue.
+
+    Attributes:
+        result: the whole `Result` if only its JSON is at fault, else None.
+    """
+
+    result: Any = None
 
 
 class EngineError(MolmoEdgeError):

@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from molmo_edge.errors import InputError
 from molmo_edge.images import DEFAULT_LIMITS, ImageLike, ImageLimits, load
-from molmo_edge.results import Result
+from molmo_edge.results import Result, paragraph
 from molmo_edge.video import Clip, write_video
 
 _NO_LIMITS = ImageLimits(sys.maxsize, sys.maxsize)  # those of the engine held when it answered
@@ -201,7 +201,8 @@ class PointResult:
         """For notebooks: what was found, and the first images that have points."""
         places = {point.frame or point.image_index or 0 for point in self.points}
         images = [self.draw(index=i) for i in sorted(places)[:_SHOWN] if i < len(self.images)]
-        return _as_html(f"{self.label}: {self.count}" if self.label else self.text, images)
+        read = self.label and (self.points or self.none_found)
+        return _as_html(f"{self.label}: {self.count}" if read else self.text, images)
 
 
 @dataclass(frozen=True)
@@ -358,7 +359,7 @@ _SHOWN_PX = 640  # longest side of each
 
 
 def _as_html(text: str, images: Iterable[Image.Image]) -> str:
-    parts = [f"<p>{html.escape(text)}</p>"]
+    parts = [paragraph(text)]
     for image in images:
         image.thumbnail((_SHOWN_PX, _SHOWN_PX))
         png = io.BytesIO()

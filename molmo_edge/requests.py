@@ -237,8 +237,13 @@ class CheckedOptions(Sampling):
         Raises:
             GenerationError: the answer is cut off, or the pydantic model refuses it.
         """
-        if self.json_schema is None:
-            return result
+        try:
+            return result if self.json_schema is None else self._parsed(result, stop)
+        except GenerationError as exc:
+            exc.result = result
+            raise
+
+    def _parsed(self, result: Result, stop: str | None) -> Result:
         text, truncated = result.text, result.finish_reason == "length"
         try:
             value = json.loads(text)

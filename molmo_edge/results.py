@@ -81,7 +81,12 @@ class Result:
 
     def _repr_html_(self) -> str:
         """For notebooks."""
-        return f"<p>{html.escape(self.text)}</p>"
+        return paragraph(self.text)
+
+
+def paragraph(text: str) -> str:
+    """Text as HTML that keeps its lines."""
+    return f'<p style="white-space: pre-wrap">{html.escape(text)}</p>'
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Extra ``kanoa``; for kanoa 0.6.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,22 +13,33 @@ from kanoa import AnalyticsInterpreter
 from kanoa.backends.base import BaseBackend
 from kanoa.core.types import InterpretationChunk, UsageInfo
 
-from molmo_edge.errors import PromptTooLongError
+from molmo_edge.errors import ConfigError, PromptTooLongError
 from molmo_edge.vlm import EdgeVLM
 
 NAME = "molmo_edge"
 
 
-def interpreter(vlm: EdgeVLM, **options: Any) -> AnalyticsInterpreter:
+def interpreter(vlm: EdgeVLM, *, temperature: float = 0.0, **options: Any) -> AnalyticsInterpreter:
     """Return kanoa's interpreter with `MolmoBackend`.
 
     Args:
         vlm: stays open.
+        temperature: of answers.
         options: of ``kanoa.AnalyticsInterpreter``, such as ``kb_path`` and ``user_prompt``.
+
+    Raises:
+        ConfigError: an option that `EdgeVLM` has itself, or that there is not.
     """
-    made = AnalyticsInterpreter(**{"backend": "vllm", **options})
+    known = inspect.signature(AnalyticsInterpreter).parameters.keys() - {"backend", "api_key"}
+    if refused := sorted(options.keys() - known):
+        raise ConfigError(f"The interpreter has no {', '.join(refused)}; EdgeVLM has the model.")
+    # Its own backend asks nobody, and gives way at once.
+    made = AnalyticsInterpreter(backend="vllm", api_key="none", **options)
     made.backend = MolmoBackend(
-        vlm, max_tokens=made.backend.max_tokens, prompt_templates=made.backend.prompt_templates
+        vlm,
+        max_tokens=made.backend.max_tokens,
+        temperature=temperature,
+        prompt_templates=made.backend.prompt_templates,
     )
     made.backend_name = NAME
     return made
@@ -39,11 +51,15 @@ class MolmoBackend(BaseBackend):  # type: ignore[misc]
     Args:
         vlm: stays open.
         max_tokens: of an answer; fewer where the context is used up.
+        temperature: of answers.
         options: of ``kanoa.backends.base.BaseBackend``.
     """
 
-    def __init__(self, vlm: EdgeVLM, max_tokens: int = 3000, **options: Any) -> None:
+    def __init__(
+        self, vlm: EdgeVLM, max_tokens: int = 3000, temperature: float = 0.0, **options: Any
+    ) -> None:
         super().__init__(max_tokens=max_tokens, **options)
+        self.temperature = temperature
         self._vlm = vlm
         self.model = str(vlm.environment.get("model"))
 
@@ -68,20 +84,25 @@ class MolmoBackend(BaseBackend):  # type: ignore[misc]
             kwargs: options of `EdgeVLM.query`, such as ``temperature``.
 
         Raises:
-            PromptTooLongError: data or knowledge do not fit the context.
+            PromptTooLongError: the prompt does not fit the context; it names the longest part.
             As `EdgeVLM.query`.
         """
         self.call_count += 1
         about = {"model": self.model}
         yield InterpretationChunk(f"{self.model} is looking …", "status", metadata=about)
         prompt = self._build_prompt(context, focus, kb_context, custom_prompt)
-        if data is not None:
-            prompt = f"Data to analyze:\n{self._data_to_text(data)}\n\n{prompt}"
+        table = None if data is None else self._data_to_text(data)
+        if table is not None:
+            prompt = f"Data to analyze:\n{table}\n\n{prompt}"
+        options = {"max_tokens": self.max_tokens, "temperature": self.temperature, **kwargs}
         try:
-            stream = self._vlm.stream(fig, prompt, **{"max_tokens": self.max_tokens, **kwargs})
+            stream = self._vlm.stream(fig, prompt, **options)
         except PromptTooLongError as exc:
-            parts = {"the knowledge": kb_context, "the data": data, "the context": context}
-            longest = max(parts, key=lambda name: len(str(parts[name] or "")))
+            parts = {"the knowledge": kb_context, "the context": context, "the focus": focus}
+            if custom_prompt:  # in place of all of them
+                parts = {"the prompt": custom_prompt}
+            parts["the data"] = table
+            longest = max(parts, key=lambda name: len(parts[name] or ""))
             raise PromptTooLongError(f"{exc} The longest part is {longest}.") from exc
         with stream:
             for text in stream:

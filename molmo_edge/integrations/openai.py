@@ -33,6 +33,15 @@ _IGNORED = frozenset(
     {"model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
      "parallel_tool_calls"}
 )  # fmt: skip
+# Values of others that change none.
+_DEFAULT: Mapping[str, Any] = {
+    "n": 1, "logprobs": False, "top_logprobs": 0, "presence_penalty": 0, "frequency_penalty": 0,
+    "repetition_penalty": 1, "top_k": -1, "min_p": 0, "logit_bias": {}, "tools": [],
+    "tool_choice": "none", "modalities": ["text"],
+}  # fmt: skip
+# Fields of the package's own answers that the next question's messages may have.
+_ANSWERED = frozenset({"annotations", "audio", "function_call", "parsed", "refusal", "tool_calls"})
+_CONTEXT = 2**30  # tokens; an answer is no longer than the context
 _numbers = itertools.count(1)
 
 
@@ -40,9 +49,11 @@ def Client(vlm: EdgeVLM, **options: Any) -> openai.OpenAI:
     """Return an ``openai.OpenAI`` whose ``chat.completions`` and ``models`` an `EdgeVLM` answers.
 
     Messages are as `EdgeVLM.chat` takes them, with images and videos as base64 ``data:`` URLs; no
-    URL is ever fetched. ``model`` is ignored. Answers are greedy unless ``temperature`` is given.
+    URL is ever fetched and no file read. ``model`` is ignored. Answers are greedy unless
+    ``temperature`` is given, and as long as the context allows unless ``max_tokens`` is.
     ``extra_body`` takes other options of `EdgeVLM.chat`, such as ``max_crops``; ``timeout`` is that
-    of the whole answer.
+    of the whole answer. Leave a stream with ``with`` or ``close()``: one that is dropped is
+    generated until Python collects it.
 
     Errors are the package's: BadRequestError for anything that this model, or molmo_edge, does not
     do, RateLimitError when the queue is full, APITimeoutError, and InternalServerError when the
@@ -78,8 +89,8 @@ class _Transport(httpx.BaseTransport, httpx.AsyncBaseTransport):  # type: ignore
         self._model = str(vlm.environment.get("model"))
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        if request.url.path.endswith("/models"):
-            return self._models()
+        if "/models" in request.url.path:
+            return self._models(request)
         try:
             asked = _Asked(request, self._model)
             stream = self._vlm.chat_stream(asked.messages, **asked.options)
@@ -91,8 +102,8 @@ class _Transport(httpx.BaseTransport, httpx.AsyncBaseTransport):  # type: ignore
             return _refusal(exc)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        if request.url.path.endswith("/models"):
-            return self._models()
+        if "/models" in request.url.path:
+            return self._models(request)
         try:
             asked = _Asked(request, self._model)
             stream = await self._vlm.achat_stream(asked.messages, **asked.options)
@@ -105,9 +116,10 @@ class _Transport(httpx.BaseTransport, httpx.AsyncBaseTransport):  # type: ignore
         except MolmoEdgeError as exc:
             return _refusal(exc)
 
-    def _models(self) -> httpx.Response:
+    def _models(self, request: httpx.Request) -> httpx.Response:
         model = {"id": self._model, "object": "model", "created": 0, "owned_by": "molmo_edge"}
-        return httpx.Response(200, json={"object": "list", "data": [model]})
+        every = {"object": "list", "data": [model]}
+        return httpx.Response(200, json=every if request.url.path.endswith("/models") else model)
 
 
 class _Asked:
@@ -119,8 +131,9 @@ class _Asked:
     """
 
     def __init__(self, request: httpx.Request, model: str) -> None:
-        if not request.url.path.endswith("/chat/completions"):
-            raise PromptError(f"molmo_edge answers chat completions, not {request.url.path}.")
+        asked = f"{request.method} {request.url.path}"
+        if not (asked.startswith("POST") and asked.endswith("/chat/completions")):
+            raise PromptError(f"molmo_edge answers chat completions, not {asked}.")
         given = {name: one for name, one in json.loads(request.read()).items() if one is not None}
         messages = given.pop("messages", ())
         # What is no list of messages is for `EdgeVLM.chat` to refuse.
@@ -134,11 +147,12 @@ class _Asked:
             given["json_schema"] = schema
         names = Options.__annotations__.keys() - {"logprobs"}  # which no answer here has
         self.options: dict[str, Any] = {name: given.pop(name) for name in names & given.keys()}
+        self.options.setdefault("max_tokens", _CONTEXT)
         self.options.setdefault("timeout", request.extensions.get("timeout", {}).get("read"))
         refused = [
             name
             for name, one in given.items()
-            if name not in _IGNORED and one and (name, one) != ("n", 1)
+            if name not in _IGNORED and (name not in _DEFAULT or one != _DEFAULT[name])
         ]
         if refused:
             raise PromptError(f"molmo_edge has no {', '.join(refused)}; leave it out.")
@@ -165,24 +179,39 @@ class _Asked:
         kind = "chat.completion.chunk"
         return _event({**self._common, "object": kind, "choices": choices, "usage": usage})
 
-    def _end(self, stream: Stream) -> tuple[str, str, dict[str, int] | None]:
-        """Text, finish reason and usage; of JSON that was cut off, what a server returns."""
+    def _end(self, stream: Stream) -> tuple[str, str, dict[str, int]]:
+        """Text, finish reason and usage; of JSON that was cut off too, as a server does."""
         try:
             result = stream.result()
         except GenerationError as exc:
-            for _ in stream:  # raises if not only its JSON is at fault
-                pass
-            return exc.partial, "length", None
+            if exc.result is None:
+                raise
+            result = exc.result
         prompt, answer = result.metrics.prompt_tokens or 0, result.metrics.output_tokens
         usage = {"prompt_tokens": prompt, "completion_tokens": answer}
         return result.text, result.finish_reason, {**usage, "total_tokens": prompt + answer}
 
 
 def _message(given: Any) -> Any:
-    """A message without fields that are None, as answers have them."""
+    """A message of text and ``data:`` URLs, without what only answers have."""
     if not isinstance(given, Mapping):
         return given
-    return {name: one for name, one in given.items() if one is not None}
+    content = given.get("content")
+    for part in content if isinstance(content, list) else ():
+        _check_part(part)
+    empty = {name for name in _ANSWERED & given.keys() if name == "parsed" or not given[name]}
+    return {name: one for name, one in given.items() if name not in empty}
+
+
+def _check_part(part: Any) -> None:
+    """Raise a PromptError for what names files, as parts of `EdgeVLM.chat` may, or other hosts."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind not in ("text", "image_url", "video_url"):
+        raise PromptError("A part of a message is of type text, image_url or video_url.")
+    url = part.get(kind)
+    url = url.get("url") if isinstance(url, Mapping) else url
+    if kind != "text" and not (isinstance(url, str) and url.startswith("data:")):
+        raise PromptError(f"Give {kind} a base64 data: URL; molmo_edge fetches nothing.")
 
 
 def _schema(response_format: Any) -> Any:
@@ -241,7 +270,14 @@ def _error(error: MolmoEdgeError) -> dict[str, Any]:
     """The body of a server's error."""
     if isinstance(error, RequestTimeout):
         raise httpx.ReadTimeout(str(error)) from error
-    about = {"message": str(error), "type": type(error).__name__, "param": None, "code": None}
+    # A client has no chained error.
+    cause = f" ({error.__cause__})" if error.__cause__ else ""
+    about = {
+        "message": f"{error}{cause}",
+        "type": type(error).__name__,
+        "param": None,
+        "code": None,
+    }
     return {"error": about}
 
 

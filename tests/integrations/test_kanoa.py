@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import kanoa
 import pandas as pd
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 
 from molmo_edge import EdgeVLM
 from molmo_edge.engine.fake import FakeEngine, FakeFactory
-from molmo_edge.errors import PromptTooLongError
+from molmo_edge.errors import ConfigError, PromptTooLongError
 from molmo_edge.integrations.kanoa import MolmoBackend, interpreter
 
 
@@ -68,6 +69,16 @@ def test_a_data_frame_custom_prompts_and_options(vlm: EdgeVLM, fake: FakeFactory
     assert asked.get_prompts()["user_prompt"] == "Three bullet points."
 
 
+def test_options_are_kanoas_or_refused(vlm: EdgeVLM) -> None:
+    with pytest.raises(ConfigError, match="has no model, top_k"):
+        interpreter(vlm, model="gpt", top_k=5)
+    warm = interpreter(vlm, temperature=0.7)
+    with mock.patch.object(vlm, "stream", wraps=vlm.stream) as stream:
+        warm.interpret(fig=figure(), stream=False, display_result=False)
+        warm.interpret(fig=figure(), stream=False, display_result=False, temperature=0.2)
+    assert [call.kwargs["temperature"] for call in stream.call_args_list] == [0.7, 0.2]
+
+
 def test_knowledge_is_part_of_the_prompt_until_the_context_is_full(
     vlm: EdgeVLM, fake: FakeFactory, tmp_path: Path
 ) -> None:
@@ -78,6 +89,14 @@ def test_knowledge_is_part_of_the_prompt_until_the_context_is_full(
     full = asked.with_kb(kb_content="word " * 5000)
     with pytest.raises(PromptTooLongError, match="longest part is the knowledge"):
         full.interpret(fig=figure(), stream=False, display_result=False)
+    frame = pd.DataFrame({name: range(3000) for name in "ab"})
+    for part, given in (
+        ("data", {"data": frame}),
+        ("focus", {"focus": "word " * 5000}),
+        ("prompt", {"custom_prompt": "word " * 5000}),
+    ):
+        with pytest.raises(PromptTooLongError, match=f"longest part is the {part}"):
+            asked.interpret(**given, stream=False, display_result=False)
     text = MolmoBackend(vlm).interpret_blocking(None, None, None, None, None, "Hello?").text
     assert text == "0 figures of width 0"
 

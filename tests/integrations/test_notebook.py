@@ -16,6 +16,7 @@ from molmo_edge import EdgeVLM, Video
 from molmo_edge.engine.fake import FakeEngine
 from molmo_edge.errors import ImageError
 
+P = '<p style="white-space: pre-wrap">'
 POINTS = '<points coords="1 1 500 500;2 2 250 250">a "cup"</points>'
 TRACKS = '<tracks coords="0.0 1 100 100;1.0 1 900 900">cat</tracks>'
 
@@ -34,17 +35,22 @@ def test_answers_show_themselves() -> None:
     images = [np.zeros((900, 1200, 3), np.uint8), np.zeros((48, 64, 3), np.uint8)]
     with EdgeVLM(engine=FakeEngine.factory(answer)) as vlm:
         said = vlm.query(None, "What?")._repr_html_()
-        assert said == "<p>1 &lt; 2 &amp; &lt;b&gt;bold&lt;/b&gt;</p>"
+        assert said == f"{P}1 &lt; 2 &amp; &lt;b&gt;bold&lt;/b&gt;</p>"
         points = vlm.point(images, "a cup")
         tracks = vlm.track(Video([images[1]] * 9, fps=2), "cat")
         counted = vlm.count(images[1], "points")
     html = points._repr_html_()
     first, second = shown(html)
-    assert html.startswith("<p>a cup: 2</p>")
+    assert html.startswith(f"{P}a cup: 2</p>")
     assert first.size == (640, 480) and second.size == (64, 48)
     assert first.getpixel((320, 240)) != (0, 0, 0)
     assert [one.size for one in shown(tracks._repr_html_())] == [(64, 48)] * 3
     assert counted._repr_html_() == counted.points._repr_html_()
+    for stated in ("There are 5 cups.", "I cannot say."):
+        with EdgeVLM(engine=FakeEngine.factory(stated)) as vlm:
+            assert vlm.count(images[1], "cups")._repr_html_() == f"{P}{stated}</p>"
+    with EdgeVLM(engine=FakeEngine.factory("There are none.")) as vlm:
+        assert vlm.count(images[1], "cups")._repr_html_() == f"{P}cups: 0</p>"
 
 
 def test_a_figure_is_an_image_as_it_would_be_saved() -> None:

@@ -6,6 +6,7 @@ import os
 import queue
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 from molmo_edge import EdgeVLM
-from molmo_edge.engine.fake import FakeEngine, FakeFactory
+from molmo_edge.engine.fake import FakeEngine, FakeFactory, Fault
 
 ROS = Path(__file__).parents[2] / "ros2"
 PACKAGE = ROS / "molmo_edge_ros"
@@ -93,6 +94,33 @@ def test_points_are_pixels_and_errors_are_answers(vlm: EdgeVLM) -> None:
     looker.stop()
 
 
+def test_the_state_of_a_dead_engine_and_an_answer_nobody_takes() -> None:
+    from molmo_edge_ros.looker import Looker
+
+    broken = FakeEngine.factory("a", faults=[Fault("step", RuntimeError("broken"))])
+    answers: queue.Queue[Any] = queue.Queue()
+    with EdgeVLM(engine=broken) as vlm:
+        looker = Looker(vlm, "What?", "", answers.put)
+        looker.start()
+        looker.offer(frame(1))
+        assert answers.get(timeout=10).error is not None
+        looker.stop()
+        assert (looker.diagnostics()["state"], looker.diagnostics()["model"]) == ("dead", "fake")
+
+    def gone(looked: Any) -> None:
+        answers.put(looked)
+        raise RuntimeError("no publisher")
+
+    with EdgeVLM(engine=FakeEngine.factory("a")) as vlm:
+        looker = Looker(vlm, "What?", "", gone)
+        looker.start()
+        for red in range(2):
+            looker.offer(frame(red))
+            assert answers.get(timeout=10).frame.header == f"header {red}"
+        looker.stop()
+        assert looker.diagnostics()["error"] == "RuntimeError: no publisher"
+
+
 def test_a_goal_has_feedback_and_can_be_cancelled(vlm: EdgeVLM) -> None:
     from molmo_edge_ros.looker import Looker
 
@@ -116,6 +144,7 @@ class Node:
         self.get_logger = mock.MagicMock()
         self.get_clock = mock.MagicMock()
         self.destroy_timer = self.destroy_subscription = self.destroy_publisher = mock.Mock()
+        self.destroy_node = mock.Mock()
 
     def declare_parameter(self, name: str, value: Any) -> None:
         self.values[name] = {"label": "mug", "timeout_s": 5.0}.get(name, value)
@@ -156,6 +185,7 @@ def stand_ins() -> dict[str, ModuleType]:
     ]
     ros: dict[str, Any] = {name: mock.MagicMock() for name in names}
     ros["rclpy.lifecycle"].LifecycleNode = Node
+    ros["rclpy.executors"].ExternalShutdownException = type("Shutdown", (Exception,), {})
     ros["rclpy.lifecycle"].TransitionCallbackReturn = SimpleNamespace(
         SUCCESS="success", FAILURE="failure"
     )
@@ -205,6 +235,29 @@ def test_the_node_lives_from_configure_to_cleanup() -> None:
         assert node.on_cleanup(None) == "success" and fake.calls["close"] == 1
         with mock.patch.object(module, "EdgeVLM", side_effect=module.MolmoEdgeError("no model")):
             assert node.on_configure(None) == "failure"
+
+
+def test_what_fails_halfway_leaves_nothing_open() -> None:
+    sys.modules.pop("molmo_edge_ros.node", None)
+    with mock.patch.dict(sys.modules, stand_ins()):
+        from molmo_edge_ros import node as module
+
+        node: Any = module.MolmoEdge()
+        fake = FakeEngine.factory(answer)
+        with mock.patch.object(module, "EdgeVLM", lambda *_, **__: EdgeVLM(engine=fake)):
+            with mock.patch.object(module, "ActionServer", side_effect=RuntimeError("no action")):
+                assert node.on_configure(None) == "failure"
+            assert fake.calls["close"] == 1
+            assert "no action" in node.get_logger().error.call_args[0][0]
+            assert node.on_configure(None) == "success"
+        with mock.patch.object(node, "create_timer", side_effect=RuntimeError("no timer")):
+            assert node.on_activate(None) == "failure"
+        assert "molmo-edge-looker" not in {thread.name for thread in threading.enumerate()}
+        assert node.on_activate(None) == "success" and node.on_error(None) == "success"
+        assert fake.calls["close"] == 2
+        executor = module.MultiThreadedExecutor.return_value
+        executor.spin.side_effect = module.ExternalShutdownException
+        module.main()
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ class Looker:
         options: of each request.
         dropped: frames that a newer one replaced before they were asked about.
         latency_s: seconds of the last answer.
-        error: of the last one that failed, None after one that did not.
+        error: of the last one that failed or could not be handed on, None after one that was.
     """
 
     vlm: EdgeVLM
@@ -89,6 +89,7 @@ class Looker:
         self._waiting: Frame | None = None
         self._last: Frame | None = None
         self._stopped = False
+        self._model = str(self.vlm.environment.get("model"))  # which a dead engine does not say
         self._thread = threading.Thread(target=self._run, name="molmo-edge-looker", daemon=True)
 
     def start(self) -> None:
@@ -138,7 +139,7 @@ class Looker:
         latency = "unknown" if self.latency_s is None else f"{self.latency_s:.3f}"
         return {
             "state": str(self.vlm.state),
-            "model": str(self.vlm.environment.get("model")),
+            "model": self._model,
             "answers": str(self.answers),
             "dropped frames": str(self.dropped),
             "seconds of the last answer": latency,
@@ -165,4 +166,7 @@ class Looker:
             self.latency_s = time.monotonic() - began
             self.error = None if looked.error is None else str(looked.error)
             self.answers += looked.error is None
-            self.answered(looked)
+            try:
+                self.answered(looked)
+            except Exception as exc:  # such as a publisher that is gone; the next image is asked
+                self.error = f"{type(exc).__name__}: {exc}"

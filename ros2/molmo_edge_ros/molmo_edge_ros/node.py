@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from geometry_msgs.msg import PointStamped
@@ -9,7 +11,7 @@ from molmo_edge_interfaces.action import Ask
 from rclpy.action import ActionServer, CancelResponse
 from rclpy.action.server import ServerGoalHandle
 from rclpy.callback_groups import ReentrantCallbackGroup
-from rclpy.executors import MultiThreadedExecutor
+from rclpy.executors import ExternalShutdownException, MultiThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
@@ -39,68 +41,79 @@ class MolmoEdge(LifecycleNode):
         self._group = ReentrantCallbackGroup()
         self._vlm: EdgeVLM | None = None
         self._looker: Looker | None = None
+        # What configure and activate opened, to close in reverse.
+        self._configured, self._active = ExitStack(), ExitStack()
 
     def _text(self, name: str) -> str:
         return str(self.get_parameter(name).value)
 
+    def _failed(self, exc: Exception) -> TransitionCallbackReturn:
+        self.get_logger().error(f"{type(exc).__name__}: {exc}")  # rclpy does not log it
+        return FAILED
+
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Load the model; this takes seconds to minutes."""
         try:
-            self._vlm = EdgeVLM(self._text("model") or None, config=self._text("config") or None)
-        except MolmoEdgeError as exc:
-            self.get_logger().error(f"{type(exc).__name__}: {exc}")
-            return FAILED
-        self._answer = self.create_publisher(String, "~/answer", 1)
-        self._points = self.create_publisher(PointStamped, "~/points", 10)
-        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 1)
-        self._ask = ActionServer(
-            self, Ask, "~/ask", self._execute, cancel_callback=lambda _: CancelResponse.ACCEPT,
-            callback_group=self._group,
-        )  # fmt: skip
+            with ExitStack() as opened:
+                vlm = EdgeVLM(self._text("model") or None, config=self._text("config") or None)
+                self._vlm = opened.enter_context(vlm)
+                self._answer = self.create_publisher(String, "~/answer", 1)
+                opened.callback(self.destroy_publisher, self._answer)
+                self._points = self.create_publisher(PointStamped, "~/points", 10)
+                opened.callback(self.destroy_publisher, self._points)
+                self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 1)
+                opened.callback(self.destroy_publisher, self._diagnostics)
+                ask = ActionServer(
+                    self, Ask, "~/ask", self._execute, callback_group=self._group,
+                    cancel_callback=lambda _: CancelResponse.ACCEPT,
+                )  # fmt: skip
+                opened.callback(ask.destroy)
+                self._configured = opened.pop_all()
+        except Exception as exc:
+            return self._failed(exc)
         return DONE
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         if self._vlm is None:
             return FAILED
-        options = {
-            "max_tokens": int(self.get_parameter("max_tokens").value),
-            "timeout": float(self.get_parameter("timeout_s").value),
-        }
-        self._looker = Looker(
-            self._vlm, self._text("question"), self._text("label"), self._answered, options
-        )
-        self._looker.start()
-        self._images = self.create_subscription(
-            Image, "image", self._offer, NEWEST, callback_group=self._group
-        )
-        self._timer = self.create_timer(1.0, self._diagnose)
+        try:
+            options = {
+                "max_tokens": int(self.get_parameter("max_tokens").value),
+                "timeout": float(self.get_parameter("timeout_s").value),
+            }
+            with ExitStack() as opened:
+                looker = Looker(
+                    self._vlm, self._text("question"), self._text("label"), self._answered, options
+                )
+                looker.start()
+                opened.callback(looker.stop)
+                images = self.create_subscription(
+                    Image, "image", self._offer, NEWEST, callback_group=self._group
+                )
+                opened.callback(self.destroy_subscription, images)
+                opened.callback(self.destroy_timer, self.create_timer(1.0, self._diagnose))
+                self._looker, self._active = looker, opened.pop_all()
+        except Exception as exc:
+            return self._failed(exc)
         return super().on_activate(state)
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        self.destroy_timer(self._timer)
-        self.destroy_subscription(self._images)
-        looker, self._looker = self._looker, None
-        if looker is not None:
-            looker.stop()
+        """Stop asking after the answer that is generated now."""
+        self._looker = None
+        self._active.close()
         return super().on_deactivate(state)
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
-        self._ask.destroy()
-        for publisher in (self._answer, self._points, self._diagnostics):
-            self.destroy_publisher(publisher)
         return self.close()
 
-    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
-        return self.close()
+    on_shutdown = on_error = on_cleanup
 
     def close(self) -> TransitionCallbackReturn:
         """End the thread and the engine."""
-        looker, self._looker = self._looker, None
-        if looker is not None:
-            looker.stop()
-        vlm, self._vlm = self._vlm, None
-        if vlm is not None:
-            vlm.close()
+        self._looker = None
+        self._active.close()
+        self._vlm = None
+        self._configured.close()
         return DONE
 
     def _offer(self, message: Image) -> None:
@@ -118,7 +131,8 @@ class MolmoEdge(LifecycleNode):
 
     def _answered(self, looked: Looked) -> None:
         if looked.error is not None:
-            self.get_logger().warning(f"{type(looked.error).__name__}: {looked.error}")
+            message = f"{type(looked.error).__name__}: {looked.error}"
+            self.get_logger().warning(message, throttle_duration_sec=10.0)
         elif looked.result is not None:
             self._answer.publish(String(data=looked.result.text))
         for column, row in looked.pixels():
@@ -167,7 +181,7 @@ def main() -> None:
     executor.add_node(node)
     try:
         executor.spin()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ExternalShutdownException):
         pass
     finally:
         node.close()
