@@ -303,7 +303,7 @@ def _refuse_base64(start: str) -> None:
 
 
 def _read(image: ImageLike, limits: ImageLimits) -> bytes:
-    decoded = "a PIL image or a uint8 array of shape (height, width, 3)"
+    decoded = "a PIL image, a matplotlib figure or a uint8 array of shape (height, width, 3)"
     with (
         _translated("read the image file"),
         open_file(image, "an image", decoded, ImageError) as file,

@@ -391,7 +391,10 @@ def _read_turn(
         raise PromptError(f"Message {number} must be a mapping with only 'role' and 'content'.")
     role, content = message["role"], message["content"]
     if not isinstance(role, str) or role not in ("user", "assistant"):
-        raise PromptError(f"Message {number}: role must be 'user' or 'assistant'.")
+        raise PromptError(
+            f"Message {number}: role must be 'user' or 'assistant'. Molmo has no system messages: "
+            "put such text in front of the question."
+        )
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, Sequence) or isinstance(content, bytes):

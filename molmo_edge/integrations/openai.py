@@ -267,7 +267,7 @@ def _event(content: Any) -> bytes:
 
 
 def _error(error: MolmoEdgeError) -> dict[str, Any]:
-    """The body of a server's error."""
+    """The body of a server's error. For a passed deadline, raises what httpx does."""
     if isinstance(error, RequestTimeout):
         raise httpx.ReadTimeout(str(error)) from error
     # A client has no chained error.

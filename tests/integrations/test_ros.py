@@ -69,9 +69,9 @@ def test_the_newest_frame_is_asked_about_and_others_are_dropped(vlm: EdgeVLM) ->
     for red in range(5):
         looker.offer(frame(red))
     looker.start()
-    looked = answers.get(timeout=10)
-    assert looked.result.text == "red is 4" and looked.frame.header == "header 4"
-    assert looker.dropped == 4 and looked.pixels() == []
+    answer = answers.get(timeout=10)
+    assert answer.result.text == "red is 4" and answer.frame.header == "header 4"
+    assert looker.dropped == 4 and answer.pixels() == []
     looker.offer(frame(9))
     assert answers.get(timeout=10).result.text == "red is 9"
     looker.stop()
@@ -107,8 +107,8 @@ def test_the_state_of_a_dead_engine_and_an_answer_nobody_takes() -> None:
         looker.stop()
         assert (looker.diagnostics()["state"], looker.diagnostics()["model"]) == ("dead", "fake")
 
-    def gone(looked: Any) -> None:
-        answers.put(looked)
+    def gone(answer: Any) -> None:
+        answers.put(answer)
         raise RuntimeError("no publisher")
 
     with EdgeVLM(engine=FakeEngine.factory("a")) as vlm:
@@ -124,7 +124,7 @@ def test_the_state_of_a_dead_engine_and_an_answer_nobody_takes() -> None:
 def test_a_goal_has_feedback_and_can_be_cancelled(vlm: EdgeVLM) -> None:
     from molmo_edge_ros.looker import Looker
 
-    looker = Looker(vlm, "", "", lambda looked: None)
+    looker = Looker(vlm, "", "", lambda answer: None)
     with pytest.raises(ValueError, match="no image has arrived"):
         looker.ask("What?", print, lambda: False)
     looker.offer(frame(3))

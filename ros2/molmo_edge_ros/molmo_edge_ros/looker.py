@@ -33,7 +33,7 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class Looked:
+class Answer:
     """An answer about a frame; one of `result`, `points` and `error` is given."""
 
     frame: Frame
@@ -55,6 +55,11 @@ def rgb(encoding: str, height: int, width: int, step: int, data: bytes) -> npt.N
     if encoding not in _ENCODINGS:
         raise ValueError(f"cannot read {encoding}; use one of {', '.join(_ENCODINGS)}")
     size, order = _ENCODINGS[encoding]
+    if step < size * width or len(data) < height * step:
+        raise ValueError(
+            f"{height} rows of {step} bytes do not hold {width} pixels of {encoding} each, or "
+            f"there are fewer bytes: {len(data)}"
+        )
     rows = np.frombuffer(data, np.uint8, height * step).reshape(height, step)
     pixels = rows[:, : size * width].reshape(height, width, size)
     return np.ascontiguousarray(pixels[..., order])
@@ -77,7 +82,7 @@ class Looker:
     vlm: EdgeVLM
     question: str
     label: str
-    answered: Callable[[Looked], None]
+    answered: Callable[[Answer], None]
     options: Mapping[str, Any] = field(default_factory=dict)
     dropped: int = 0
     answers: int = 0
@@ -157,16 +162,16 @@ class Looker:
             try:
                 if self.label:
                     points = self.vlm.point(frame.image, self.label, **self.options)
-                    looked = Looked(frame, points=points)
+                    answer = Answer(frame, points=points)
                 else:
                     result = self.vlm.query(frame.image, self.question, **self.options)
-                    looked = Looked(frame, result)
+                    answer = Answer(frame, result)
             except MolmoEdgeError as exc:
-                looked = Looked(frame, error=exc)
+                answer = Answer(frame, error=exc)
             self.latency_s = time.monotonic() - began
-            self.error = None if looked.error is None else str(looked.error)
-            self.answers += looked.error is None
+            self.error = None if answer.error is None else str(answer.error)
+            self.answers += answer.error is None
             try:
-                self.answered(looked)
+                self.answered(answer)
             except Exception as exc:  # such as a publisher that is gone; the next image is asked
                 self.error = f"{type(exc).__name__}: {exc}"

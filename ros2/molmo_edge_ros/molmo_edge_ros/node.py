@@ -19,7 +19,7 @@ from std_msgs.msg import String
 
 from molmo_edge import EdgeVLM
 from molmo_edge.errors import MolmoEdgeError
-from molmo_edge_ros.looker import Frame, Looked, Looker, rgb
+from molmo_edge_ros.looker import Answer, Frame, Looker, rgb
 
 DONE, FAILED = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
 NEWEST = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
@@ -129,14 +129,14 @@ class MolmoEdge(LifecycleNode):
         else:
             looker.offer(Frame(pixels, message.header))
 
-    def _answered(self, looked: Looked) -> None:
-        if looked.error is not None:
-            message = f"{type(looked.error).__name__}: {looked.error}"
+    def _answered(self, answer: Answer) -> None:
+        if answer.error is not None:
+            message = f"{type(answer.error).__name__}: {answer.error}"
             self.get_logger().warning(message, throttle_duration_sec=10.0)
-        elif looked.result is not None:
-            self._answer.publish(String(data=looked.result.text))
-        for column, row in looked.pixels():
-            point = PointStamped(header=looked.frame.header)
+        elif answer.result is not None:
+            self._answer.publish(String(data=answer.result.text))
+        for column, row in answer.pixels():
+            point = PointStamped(header=answer.frame.header)
             point.point.x, point.point.y = float(column), float(row)
             self._points.publish(point)
 
