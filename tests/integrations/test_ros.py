@@ -56,7 +56,11 @@ def test_pixels_of_every_encoding() -> None:
     assert rgb("bgr8", 2, 2, 10, data)[0].tolist() == [[2, 1, 0], [5, 4, 3]]
     assert rgb("bgra8", 2, 2, 10, data)[0].tolist() == [[2, 1, 0], [6, 5, 4]]
     assert rgb("mono8", 2, 2, 10, data)[1].tolist() == [[10] * 3, [11] * 3]
-    for encoding, step, message in (("bayer_rggb8", 10, "cannot read"), ("rgb8", 99, "buffer")):
+    for encoding, step, message in (
+        ("bayer_rggb8", 10, "cannot read"),
+        ("rgb8", 99, "fewer bytes"),
+        ("rgb8", 5, "do not hold"),
+    ):
         with pytest.raises(ValueError, match=message):
             rgb(encoding, 2, 2, step, data)
 
