@@ -20,6 +20,7 @@ from typing import Any
 
 import bulk as bulk_rates
 import harness
+import kanoa_report
 import label as label_rates
 import own_cost as own_costs
 from speculation import markdown as speculation_table
@@ -41,6 +42,7 @@ SPECULATION = "2026-11-28-speculation-cpu"
 PREPROCESS = "2026-11-27-preprocess-cpu"
 OWN_COST, BULK = "2026-11-28-own-cost-cpu", ("2026-11-28-bulk-cpu", "2026-11-28-bulk-stub-cpu")
 LABEL, LABEL_STUB = "2026-11-28-label-cpu", "2026-11-28-label-stub-cpu"
+KANOA, REPORT = "2026-11-28-kanoa-stub-cpu", "2025-12-08-thor"
 ACCURACY, QUANTISED = "2026-11-28-demo-accuracy-cpu", "2026-11-28-demo-quantised-cpu"
 STOCK = "stock vLLM, "
 FAMILIES = {"molmo2": "Molmo 2", "molmo": "Molmo 1"}
@@ -276,6 +278,13 @@ def label() -> str:
         f"actors of Ray {'' if cluster['equal'] and cluster['equal_killed'] else 'not '}the same "
         f"table, also where one of them is killed ({cluster['rows']:,} rows)."
     )
+
+
+def kanoa() -> str:
+    """Rates through kanoa, beside the 2025 report's."""
+    document, report = result(KANOA), kanoa_report.reported(RESULTS / f"{REPORT}.json")
+    rows = kanoa_report.markdown(document["result"], report)
+    return f"The stub in bfloat16 on one core, {machine(document)}:\n\n{rows}\n\n{link(KANOA)}\n"
 
 
 def speculation() -> str:
