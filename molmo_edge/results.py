@@ -108,6 +108,11 @@ class Choice:
     metrics: Metrics = Metrics()
     environment: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        ranked = sorted(self.probabilities.items(), key=lambda item: -item[1])
+        return paragraph("\n".join(f"{probability:.3f} {one}" for one, probability in ranked))
+
     def __str__(self) -> str:
         return self.choice
 

@@ -31,7 +31,7 @@ import molmo_edge
 from molmo_edge.interface import Turn
 from molmo_edge.models.hub import locate
 from molmo_edge.models.molmo.prompts import PromptEncoder
-from molmo_edge.models.molmo.synthetic import hub_config, write_checkpoint
+from molmo_edge.models.molmo.synthetic import CHAT_TEMPLATE, hub_config, write_checkpoint
 from molmo_edge.models.molmo.tiling import tiling_for
 from molmo_edge.points import parse_points
 from molmo_edge.reference.verify import (
@@ -181,7 +181,8 @@ def test_molmo_1_answers_as_the_reference(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "molmo-o", hub_config("7b-o"))
     pixels = synthetic_image(224, 460, 0)
     requests = {"image": question(pixels, QUESTION), "text": question(None, QUESTION)}
-    with started(directory, tmp_path / "log", "--trust-request-mm-kwargs") as server:
+    trusted = ("--trust-request-mm-kwargs", "--trust-request-chat-template")
+    with started(directory, tmp_path / "log", *trusted) as server:
         expected = reference_answers(directory, requests, 4)
         server.wait()
         server.check(expected, requests)
@@ -189,6 +190,9 @@ def test_molmo_1_answers_as_the_reference(tmp_path: Path) -> None:
         encoder = PromptEncoder(AutoTokenizer.from_pretrained(directory), 2048)
         said = [Turn("user", QUESTION), Turn("assistant", "A mug."), Turn("user", QUESTION)]
         assert server.ask(turns, 1).prompt_token_ids == [encoder.bos, *encoder.encode(said)]
+        # A prompt without BOS, as `LLM.generate` gives one too, gets it beside an image.
+        bare = server.ask(requests["image"], 1, extra={"chat_template": CHAT_TEMPLATE})
+        assert bare.prompt_token_ids == list(expected["image"].prompt)
         # max_crops reaches pixels and tokens alike.
         few = server.ask(requests["image"], 1, extra={"mm_processor_kwargs": {"max_crops": 1}})
         difference = tiling_for(224, 460).n_tokens - tiling_for(224, 460, 1).n_tokens

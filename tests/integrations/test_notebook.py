@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from molmo_edge import EdgeVLM, Video
+from molmo_edge import Choice, EdgeVLM, Video
 from molmo_edge.engine.fake import FakeEngine
 from molmo_edge.errors import ImageError
 
@@ -51,6 +51,8 @@ def test_answers_show_themselves() -> None:
             assert vlm.count(images[1], "cups")._repr_html_() == f"{P}{stated}</p>"
     with EdgeVLM(engine=FakeEngine.factory("There are none.")) as vlm:
         assert vlm.count(images[1], "cups")._repr_html_() == f"{P}cups: 0</p>"
+    choice = Choice("b", {"a": 0.25, "b": 0.75}, outside=0.0)
+    assert choice._repr_html_() == f"{P}0.750 b\n0.250 a</p>"
 
 
 def test_a_figure_is_an_image_as_it_would_be_saved() -> None:
