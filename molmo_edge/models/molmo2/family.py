@@ -76,7 +76,7 @@ def register() -> None:
     """Make vLLM and transformers read Molmo 2 with this package's classes; may repeat."""
     from vllm import ModelRegistry
 
-    from molmo_edge.models.molmo2 import hf
+    from molmo_edge.models.molmo2 import hf, video_files  # noqa: F401 - registers itself
     from molmo_edge.models.vllm_workarounds import prefill_in_one_step
 
     hf.register()

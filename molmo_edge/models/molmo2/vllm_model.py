@@ -14,7 +14,8 @@ What stock vLLM computes differently from AllenAI's reference, and what corrects
 6. linear layers are built without their names, so that a quantised checkpoint cannot leave some of
    them out (`SelfAttention`, `FeedForward`), and a quantised LM head is not recognised
    (`models/head.py`);
-7. `prompt_logprobs` and penalties read logits of image tokens, which have none (`compute_logits`).
+7. `prompt_logprobs` and penalties read logits of image tokens, which have none (`compute_logits`);
+8. its server samples a video file by frame number, the reference by time (`video_files`).
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ from molmo_edge.models.nan import checked_logits, ignore_bitmask_warning
 from molmo_edge.models.processor_options import processor_options
 from molmo_edge.models.prompts import bos_id
 from molmo_edge.models.tiling import candidates
-from molmo_edge.video import sample_indices
+from molmo_edge.video import VideoLimits, load_video, sample_indices
 
 # What a request or the engine may set through `mm_processor_kwargs`.
 _OPTIONS = frozenset({"max_crops"})
@@ -223,7 +224,12 @@ class Molmo2Inputs(BaseMultiModalProcessor[Molmo2Info]):  # type: ignore[misc]
     def _sample(
         self, frames: Any, metadata: Mapping[str, Any], kwargs: Mapping[str, object]
     ) -> tuple[list[Pixels], list[float]]:
-        """Frames and times of an array, sampled by index unless it says that it is already."""
+        """Frames and times: of a file by time, of an array by index unless it has been sampled."""
+        processing = self.info.processing
+        if "file" in metadata:  # see video_files.py
+            limits = VideoLimits(max_frames=processing.max_frames, max_fps=processing.max_fps)
+            clip = load_video(metadata["file"], limits)
+            return list(clip.frames), list(clip.times)
         fps: Any = metadata.get("fps")
         indices: Any = metadata.get("frames_indices")
         number = isinstance(fps, (int, float, np.integer, np.floating))
@@ -231,7 +237,6 @@ class Molmo2Inputs(BaseMultiModalProcessor[Molmo2Info]):  # type: ignore[misc]
             raise ValueError("A video must have frames, and `fps` above 0 in its metadata.")
         default = metadata.get("do_sample_frames", indices is None)
         if kwargs.get("do_sample_frames", default) or indices is None:
-            processing = self.info.processing
             indices = sample_indices(len(frames), fps, processing.max_frames, processing.max_fps)
             frames = [frames[i] for i in indices]
         times = np.asarray(indices, np.float64) / float(fps)
