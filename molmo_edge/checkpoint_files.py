@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from molmo_edge.errors import ModelError
 from molmo_edge.files import file_mode
@@ -56,6 +56,25 @@ class Tensor:
         # The name starts with a letter or two and the bits: BF16, F8_E4M3, U32.
         bits = 8 if self.dtype == "BOOL" else int(self.dtype.split("_")[0].lstrip("BFIUC"))
         return self.numel * bits // 8
+
+
+_PROCESSOR_FILES = {
+    "image": "preprocessor_config.json",
+    "video": "video_preprocessor_config.json",
+}
+
+
+def processor_settings(directory: Path, kind: Literal["image", "video"] | None = None) -> Any:
+    """Return what a checkpoint says about its images, its videos or, without a kind, its prompts.
+
+    The file of each kind comes first; transformers 5 saves all in processor_config.json. Empty if
+    there is none. Raises ModelError for a broken file.
+    """
+    path = directory / _PROCESSOR_FILES[kind] if kind else directory / "processor_config.json"
+    if path.is_file():
+        return read_json(path)
+    inner = processor_settings(directory).get(f"{kind}_processor") if kind else None
+    return inner if isinstance(inner, dict) else {}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -328,8 +328,11 @@ def _attention_backend(
             f"attention_backend must be {_TRITON} for {family.name}: in {given} the images of a "
             "request would not see each other, and answers would be wrong."
         )
+    # FlashAttention has FP8 KV on sm_90 and sm_100 only; vLLM's next choice needs nvcc at start.
+    generation = device.capability[0] if device.capability else None
+    compiles = given is None and kv.startswith("fp8") and generation not in (9, 10, None)
     # No other backend has scales for each token and head.
-    return _TRITON if joint or kv.endswith("per_token_head") else given
+    return _TRITON if joint or compiles or kv.endswith("per_token_head") else given
 
 
 def _longest_request(

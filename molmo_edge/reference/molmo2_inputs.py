@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from molmo_edge.checkpoint_files import read_json
+from molmo_edge.checkpoint_files import processor_settings, read_json
 from molmo_edge.errors import ModelError
 from molmo_edge.reference.molmo_inputs import cut_patches, select_tiling
 
@@ -79,7 +79,7 @@ def pool_windows(grid: Indices, pool: int) -> Indices:
 
 
 def chat_text(turns: Sequence[tuple[str, str]]) -> str:
-    """The turns, (role, text) each, as the checkpoint's chat template writes them."""
+    """The turns, (role, text) each, as the chat template of Molmo 2 writes them."""
     text = ""
     for role, said in turns:
         # The template has a blank before past answers, not before the next one.
@@ -93,8 +93,13 @@ class Molmo2Processor:
 
     def __init__(self, directory: Path) -> None:
         from tokenizers import Tokenizer
+        from transformers import PreTrainedTokenizerFast
 
-        image = read_json(directory / "preprocessor_config.json")
+        image, video = (processor_settings(directory, kind) for kind in ("image", "video"))
+        if not (image and video):
+            raise ModelError(
+                f"'{directory}' has no preprocessor_config.json for images and videos."
+            )
         self._max_crops = int(image["max_crops"])
         self._patch = int(image["patch_size"])
         self._side = int(image["size"]["height"]) // self._patch  # patches along a crop
@@ -103,7 +108,6 @@ class Molmo2Processor:
         self._mean, self._std = (
             np.array(image[name], np.float32) for name in ("image_mean", "image_std")
         )
-        video = read_json(directory / "video_preprocessor_config.json")
         self._frame_pool = int(video["pooling_size"][0])
         self._flags = {
             "image_use_col_tokens": True,
@@ -111,14 +115,24 @@ class Molmo2Processor:
             "use_single_crop_start_token": True,
             "video_use_col_tokens": False,
             "use_frame_special_tokens": True,
-            **read_json(directory / "processor_config.json"),
+            **processor_settings(directory),
         }
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        chats = PreTrainedTokenizerFast.from_pretrained(directory)
+        self._template = chats.apply_chat_template if chats.chat_template else None
         names = read_json(directory / "tokenizer_config.json")
         self.bos = self._token_id(names.get("bos_token") or names["eos_token"])
         stop = read_json(directory / "generation_config.json")["eos_token_id"]
         stops = stop if isinstance(stop, list) else [stop]
         self.stop_ids = {self._token_id(names["eos_token"]), *stops}
+
+    def _chat_text(self, turns: Sequence[tuple[str, str]]) -> str:
+        if self._template is None:
+            return chat_text(turns)
+        messages = [
+            {"role": role, "content": [{"type": "text", "text": said}]} for role, said in turns
+        ]
+        return str(self._template(messages, tokenize=False, add_generation_prompt=True))
 
     def _token_id(self, token: str | dict[str, Any]) -> int:
         name = token if isinstance(token, str) else token["content"]
@@ -147,7 +161,7 @@ class Molmo2Processor:
             text += self._image(image, crops, pooling, max_crops or self._max_crops)
         for number, (frame, seconds) in enumerate(zip(*(video or ((), ())), strict=True)):
             text += f"{' ' if number else ''}{seconds:.1f} " + self._frame(frame, crops, pooling)
-        text += chat_text(turns)
+        text += self._chat_text(turns)
         ids = [self.bos, *self.tokenizer.encode(text, add_special_tokens=False).ids]
         if not crops:
             return ids, None

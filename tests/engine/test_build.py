@@ -202,6 +202,12 @@ def test_settings_that_cannot_work_are_refused_before_loading(
         plan(device, molmo, **settings)
 
 
+def test_an_fp8_cache_gets_a_backend_that_does_not_compile_at_start(molmo: Path) -> None:
+    assert args(RTX4080, molmo, kv_cache_dtype="fp8")["attention_backend"] == "TRITON_ATTN"
+    assert "attention_backend" not in args(RTX4080, molmo)
+    assert "attention_backend" not in args(H100, molmo, kv_cache_dtype="fp8")
+
+
 def test_the_kv_cache_is_warned_about_once_and_scales_choose_their_backend(
     molmo: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from molmo_edge.checkpoint_files import read_json
+from molmo_edge.checkpoint_files import processor_settings
 from molmo_edge.errors import ImageError, ModelError
 from molmo_edge.interface import ImageAttention, Rendered, Renderer, Resize, Turn
 from molmo_edge.models.checkpoint import check_files
@@ -47,9 +47,7 @@ class Molmo:
         check_files(config, folder, load_format)
 
     def default_crops(self, folder: Path) -> int:
-        path = folder / "preprocessor_config.json"
-        stated = read_json(path) if path.is_file() else {}
-        crops = stated.get("max_crops", DEFAULT_MAX_CROPS)
+        crops = processor_settings(folder, "image").get("max_crops", DEFAULT_MAX_CROPS)
         if crops not in range(1, MOST_CROPS + 1):
             raise ModelError(f"preprocessor_config.json: max_crops must be 1 to {MOST_CROPS}.")
         return int(crops)

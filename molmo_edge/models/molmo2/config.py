@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
-from molmo_edge.checkpoint_files import read_json
+from molmo_edge.checkpoint_files import processor_settings, read_json
 from molmo_edge.devices.tensors import TEXT_DEFAULTS, VIT_DEFAULTS
 from molmo_edge.errors import ModelError
 from molmo_edge.models.molmo2.tiling import Geometry
@@ -28,8 +28,9 @@ SUPPORTED = (
 _RELATIVES = {
     "molmopoint": "MolmoPoint points with tokens whose number depends on the image, computed by a "
     "head of its own, which vLLM cannot run; AllenAI's code runs it.",
-    "molmoact": "MolmoAct2 outputs robot actions, computed by a flow-matching expert, which vLLM "
+    "molmoact2": "MolmoAct2 outputs robot actions, computed by a flow-matching expert, which vLLM "
     "cannot run; LeRobot runs it. Its vision-language part is Molmo2-ER.",
+    "molmoact": "MolmoAct has another architecture than Molmo; AllenAI's code runs it.",
 }
 
 _IDS = (
@@ -139,9 +140,8 @@ class Processing:
         Raises ModelError if one is broken, or describes another processing than Molmo 2's.
         """
         config = read_json(directory / "config.json")
-        image = _read(directory / "preprocessor_config.json")
-        video = _read(directory / "video_preprocessor_config.json")
-        flags = _read(directory / "processor_config.json")
+        image, video = (processor_settings(directory, kind) for kind in ("image", "video"))
+        flags = processor_settings(directory)
         vit = {**VIT_DEFAULTS, **config.get("vit_config", {})}
         crops, patch = vit["image_default_input_size"], vit["image_patch_size"]
         crop = crops[0] if isinstance(crops, list) and crops else crops
@@ -188,10 +188,6 @@ class Processing:
             raise ValueError(f"max_crops must be 1 to {_MOST_CROPS}")
         if self.max_frames < 1 or not 0 < self.max_fps < math.inf:
             raise ValueError("num_frames and max_fps must be positive")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
 
 
 def _side(size: Any) -> int:

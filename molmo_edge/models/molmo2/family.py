@@ -116,11 +116,11 @@ class Molmo2Renderer:
                 return self._with_video(turn.video, text, reuse)
         ids = [self._encoder.bos, *text]
         check_length(len(ids), self._max_model_len)
-        return Rendered(tokens_input(ids), len(ids), 0, ids)
+        return Rendered(tokens_input(ids), len(ids), 0, ids, self._encoder.answer_prefix)
 
     def encode(self, answer: str) -> list[int]:
         """See `Renderer.encode`."""
-        return self._encoder.plain(answer)
+        return self._encoder.plain(self._encoder.answer_prefix + answer)
 
     def _with_images(
         self, images: Sequence[Any], text: list[int], max_crops: int, reuse: object
@@ -139,7 +139,7 @@ class Molmo2Renderer:
         visuals = image_visuals(pixels, tilings)
         digest = self._hash(reuse, pixels, max_crops)
         prompt, n_tokens = engine_input(ids, self._ids, "image", visuals, digest)
-        return Rendered(prompt, len(ids), n_tokens, ids)
+        return Rendered(prompt, len(ids), n_tokens, ids, self._encoder.answer_prefix)
 
     def _with_video(self, clip: Any, text: list[int], reuse: object) -> Rendered:
         from molmo_edge.models.molmo2.inputs import engine_input, frame_visuals
@@ -153,7 +153,7 @@ class Molmo2Renderer:
         visuals = frame_visuals(clip.frames, self._processing.geometry)
         digest = self._hash(reuse, clip.frames, "video")
         prompt, n_tokens = engine_input(ids, self._ids, "video", visuals, digest)
-        return Rendered(prompt, len(ids), n_tokens, ids)
+        return Rendered(prompt, len(ids), n_tokens, ids, self._encoder.answer_prefix)
 
     def _prompt(self, pieces: Sequence[list[int]], text: list[int], what: str) -> list[int]:
         """BOS, images or frames, and text. Raises PromptTooLongError if they do not fit."""

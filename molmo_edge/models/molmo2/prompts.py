@@ -6,8 +6,10 @@ special token.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,16 +51,64 @@ def _view(start: int, grid: tuple[int, int], end: int, ids: ImageIds, cols: bool
     return np.concatenate([[start], view.reshape(-1), [end]])
 
 
+def chat_text(turns: Sequence[Turn]) -> str:
+    """A conversation and the start of the answer, as Molmo 2 was trained."""
+    # The blank before a past answer is the chat template's.
+    text = "".join(
+        f"{' ' if turn.role == 'assistant' else ''}<|im_start|>{turn.role}\n{turn.text}<|im_end|>\n"
+        for turn in turns
+    )
+    return f"{text}<|im_start|>assistant\n"
+
+
+def chat_writer(tokenizer: Any) -> Callable[[Sequence[Turn]], str]:
+    """`chat_text`, or the checkpoint's chat template if that writes something else.
+
+    Raises ModelError for a template that does not write what is said.
+    """
+    if not isinstance(tokenizer.chat_template, str):
+        return chat_text
+
+    def by_template(turns: Sequence[Turn], *, parts: bool) -> str:
+        messages = [
+            {
+                "role": turn.role,
+                "content": [{"type": "text", "text": turn.text}] if parts else turn.text,
+            }
+            for turn in turns
+        ]
+        text: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        return text.removeprefix(tokenizer.bos_token or "")
+
+    said = [Turn("user", "7391"), Turn("assistant", "2846"), Turn("user", "5073")]
+    for parts in (True, False):
+        try:
+            text = by_template(said, parts=parts)
+        except Exception:  # of jinja, or what the template raises
+            continue
+        if text == chat_text(said):
+            return chat_text
+        if re.search(".*".join(turn.text for turn in said), text, re.DOTALL) and "{" not in text:
+            return partial(by_template, parts=parts)
+    raise ModelError("The checkpoint's chat template does not write a conversation of texts.")
+
+
 class PromptEncoder(TextEncoder):
-    """Encodes conversations for one checkpoint."""
+    """Encodes conversations for one checkpoint.
+
+    Attributes:
+        answer_prefix: see `Rendered`; a space, unless the start of the answer ends in one.
+    """
 
     def __init__(self, tokenizer: Any, max_model_len: int) -> None:
         super().__init__(tokenizer, max_model_len)
-        by_name = {token: i for i, token in self.special.items()}
-        try:
-            self._start, self._end = by_name["<|im_start|>"], by_name["<|im_end|>"]
-        except KeyError as exc:
-            raise ModelError(f"The tokenizer has no {exc}, which Molmo 2's chats need.") from None
+        self._write = chat_writer(tokenizer)
+        for token in ("<|im_start|>", "<|im_end|>"):
+            if self._write is chat_text and token not in self.special.values():
+                raise ModelError(f"The tokenizer has no {token}, which Molmo 2's chats need.")
+        self.answer_prefix = "" if self._write([Turn("user", "")])[-1].isspace() else " "
 
     def encode(self, turns: Sequence[Turn]) -> list[int]:
         """Token ids of the turns and the start of the answer, without BOS, images and video.
@@ -68,14 +118,9 @@ class PromptEncoder(TextEncoder):
             PromptTooLongError: certainly longer than the context.
         """
         check_turns(turns)
-        # The blank before a past answer is the chat template's.
-        text = "".join(
-            f"{' ' if turn.role == 'assistant' else ''}<|im_start|>{turn.role}\n{turn.text}"
-            "<|im_end|>\n"
-            for turn in turns
-        )
-        ids = self.text(f"{text}<|im_start|>assistant\n")
-        # The template's own tokens; any other came from the turns.
-        own = Counter({self._start: len(turns) + 1, self._end: len(turns)})
-        refuse_special(list(Counter(i for i in ids if i in self.special) - own), self.special)
+        ids = self.text(self._write(turns))
+        # The form's own tokens; any other came from the turns.
+        form = self.text(self._write([Turn(turn.role, "") for turn in turns]))
+        own, found = (Counter(i for i in part if i in self.special) for part in (form, ids))
+        refuse_special(list(found - own), self.special)
         return ids
