@@ -242,13 +242,12 @@ def run(
     plan = {"rounds": rounds, "images": images, "tokens": tokens, "rows": total}
     options = {"engine": engine, **plan}
     figures: dict[str, Any] = {}
-    all_rounds = []
+    measured: list[dict[str, Any]] = []
     if "rate" in parts:
         measured = harness.run_starts(
             __file__, options, starts=starts, limit_s=LIMIT_S, threads=threads
         )
-        all_rounds = [values["rounds"] for values in measured]
-        figures["rate"] = evaluate(all_rounds, images)
+        figures["rate"] = evaluate([values["rounds"] for values in measured], images)
     for part in ("memory", "kills", "cluster"):
         if part in parts:
             outcome = harness.run_child(__file__, part, options, limit_s=LIMIT_S, threads=threads)
@@ -256,9 +255,9 @@ def run(
     return harness.result(
         "label",
         settings={"engine": engine, "starts": starts, "threads": threads, **plan},
-        environment={},
+        environment=measured[-1]["environment"] if measured else {},
         result=figures,
-        rounds=all_rounds,
+        rounds=[values["rounds"] for values in measured],
     )
 
 

@@ -15,7 +15,7 @@
     ├── RequestError                     one request ended early; `.partial` keeps its text
     │   ├── RequestTimeout (TimeoutError)    its deadline passed
     │   ├── RequestCancelled             it was cancelled
-    │   └── GenerationError              the engine rejected or lost this one request
+    │   └── GenerationError              it was rejected or lost, or its JSON is cut off
     ├── EngineError                      the engine as a whole cannot answer
     │   ├── EngineStartError             it could not be built; the cause is chained
     │   ├── EngineDeadError              a step failed; the cause is chained

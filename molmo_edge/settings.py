@@ -48,7 +48,9 @@ PRECISIONS: tuple[str, ...] = get_args(PrecisionName)
 
 # vLLM's names of what a setting with another name decides.
 _SETTING_OF = {"quantization": "precision", "kv_cache_memory_bytes": "kv_cache_memory_gb"}
-_REQUEST_OPTIONS = frozenset({*Sampling.model_fields, "timeout", "top_k", "repetition_penalty"})
+_REQUEST_OPTIONS = frozenset(
+    {*Sampling.model_fields, "timeout"} - {"reuse_prefix", "logprob_token_ids"}
+)
 # What Kubernetes and Compose set for a service whose name begins with molmo-edge.
 _SERVICE = re.compile(r"(.+_)?(service_host|service_port(_.+)?|port(_\d+_[a-z]+(_.+)?)?)")
 

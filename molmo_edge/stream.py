@@ -125,9 +125,9 @@ class Stream:
         """Wait for a change; end the request at its deadline, and when nobody waits any longer."""
         try:
             self._loop.check_may_wait()
-            ended, more = (partial(self._request.has_more, one) for one in (None, seen))
+            more = partial(self._request.has_more, seen)
             if (pause := self._next_read - time.monotonic()) > 0:
-                self._request.changed.wait(ended, pause)
+                self._request.changed.wait(lambda: self._request.done, pause)
             if not self._request.changed.wait(more, self._request.left_s()):
                 self._loop.cancel(self._request, timed_out())
         except BaseException:  # Ctrl-C
@@ -137,9 +137,9 @@ class Stream:
     async def _await(self, seen: int | None) -> None:
         try:
             self._loop.check_may_wait()
-            ended, more = (partial(self._request.has_more, one) for one in (None, seen))
+            more = partial(self._request.has_more, seen)
             if (pause := self._next_read - time.monotonic()) > 0:
-                await self._request.changed.async_wait(ended, pause)
+                await self._request.changed.async_wait(lambda: self._request.done, pause)
             if not await self._request.changed.async_wait(more, self._request.left_s()):
                 self._loop.cancel(self._request, timed_out())
         except BaseException:  # the task was cancelled

@@ -99,12 +99,10 @@ class Clip:
         frames: uint8 arrays of shape (height, width, 3), RGB, upright.
         times: seconds from the video's first frame, one per frame, not decreasing. Of a file: the
             requested times, so the last one is the duration. Of ``Video(fps=…)``: index / fps.
-        skipped: broken frames that were left out.
     """
 
     frames: tuple[Frame, ...]
     times: tuple[float, ...]
-    skipped: int = 0
 
     @property
     def size(self) -> tuple[int, int]:
@@ -367,7 +365,7 @@ def _from_frames(video: Video, limits: VideoLimits) -> Clip:
         _check_size(width, height, len(wanted), limits)
     usable = [n for n, index in enumerate(indices) if index in kept]
     used = tuple(kept[indices[n]] for n in usable)
-    return Clip(used, tuple(times[n] for n in usable), len(wanted) - len(kept))
+    return Clip(used, tuple(times[n] for n in usable))
 
 
 def _check_timestamps(timestamps: Sequence[float], total: int) -> list[float]:
@@ -504,7 +502,7 @@ def _decode(av: Any, file: BinaryIO, demuxer: str, limits: VideoLimits) -> Clip:
         kept[waiting.popleft()[0]] = _upright(frame, limits)
 
     newest: Any = None
-    skipped = failures = 0
+    failures = 0
     codec: Any = None
     with closing(_packets(av, file, demuxer, limits)) as packets:
         for position, packet in enumerate(chain(packets, (None,))):
@@ -517,11 +515,10 @@ def _decode(av: Any, file: BinaryIO, demuxer: str, limits: VideoLimits) -> Clip:
                 frames = codec.decode(packet if decode else None)
                 failures = 0
             except av.FFmpegError as exc:
-                frames, skipped, failures = [], skipped + 1, failures + 1
+                frames, failures = [], failures + 1
                 _give_up(failures, exc)
             for frame in frames:
                 if frame.is_corrupt:
-                    skipped += 1
                     continue
                 stamp = frame.pts if frame.pts is not None else frame.dts
                 while waiting and stamp is not None and index.ticks[waiting[0][1]] < stamp:
@@ -540,4 +537,4 @@ def _decode(av: Any, file: BinaryIO, demuxer: str, limits: VideoLimits) -> Clip:
         if newest is None:
             raise VideoError("no frame of the video can be decoded")
         keep(newest)
-    return Clip(tuple(kept[index] for index in indices), tuple(times), skipped)
+    return Clip(tuple(kept[index] for index in indices), tuple(times))

@@ -153,7 +153,7 @@ def test_an_unknown_name_in_any_source_is_refused_with_the_way_out(
     with pytest.raises(ConfigError, match="profile thor: max-num-seqs is unknown"):
         resolve({}, profile_settings=as_profile({"max-num-seqs": 3}))
     assert "set precision" in refusal(quantization="fp8")
-    for option in ("max_tokens", "temperature", "timeout", "top_k"):
+    for option in ("max_tokens", "temperature", "timeout"):
         assert f"{option} is an option of a request" in refusal(**{option: 1})
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -30,17 +29,6 @@ ANSWERS = {
     "How many ideas are there?": "Hard to tell.",
     "": "Something.",
 }
-
-
-@pytest.fixture
-def fake() -> FakeFactory:
-    return FakeEngine.factory(ANSWERS)
-
-
-@pytest.fixture
-def vlm(fake: FakeFactory) -> Iterator[EdgeVLM]:
-    with EdgeVLM(engine=fake) as vlm:
-        yield vlm
 
 
 def test_point_uses_the_prompt_of_the_training_data_and_parses_the_answer(

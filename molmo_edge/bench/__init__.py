@@ -8,5 +8,5 @@ adds memory bandwidth and power; ``drift`` compares answers instead of speeds;
     target = Target.choose(model="stub")
     bench = Bench(cases.standard(), RunOptions.choose(target.random_weights))
     document = scenarios.run(bench, target.open, ["report"])
-    report.write(document, result_path(Path("bench-results"), target.name))
+    save(document, report.markdown(document), result_path(Path("bench-results"), target.name))
 """

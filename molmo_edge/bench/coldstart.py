@@ -38,7 +38,8 @@ def measure(bench: Bench) -> None:
 
 def start_once(bench: Bench, row: Row, iteration: int, directory: Path) -> Sample:
     """One fresh process: its sample, ``wall_s`` being process start to first token."""
-    request = {"max_tokens": bench.options.max_tokens, "ignore_eos": bench.options.ignore_eos}
+    case = bench.cases[0]
+    request = {"text": case.question, **bench.sampling(case)}
     start = time.time()
     try:
         process = subprocess.run(
@@ -70,10 +71,10 @@ def child(start_json: str) -> None:
     from molmo_edge import EdgeVLM
 
     start, request = json.loads(start_json), json.loads(sys.stdin.read())
-    case = (cases.own([Path(start["image"])]) if start["image"] else cases.standard())[0]
+    image = (cases.own([Path(start["image"])]) if start["image"] else cases.standard())[0].image
     with EdgeVLM(**start["engine"]) as vlm:
         sent_at = time.time()
-        sample = sample_of(vlm.query(case.image, case.question, **request), 0)
+        sample = sample_of(vlm.query(image, **request), 0)
         report = {
             "running_at": running_at,
             "first_token_at": sent_at + (sample.ttft_s or 0.0),

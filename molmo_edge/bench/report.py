@@ -8,10 +8,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
-from pathlib import Path
 from statistics import median
 
-from molmo_edge.bench import document as documents_io
 from molmo_edge.bench import plots, tables
 from molmo_edge.bench.compare import compare, head_names
 from molmo_edge.bench.document import Ceiling, Document, Row, Scenario
@@ -197,11 +195,6 @@ def _parts(document: Document, *, full: bool) -> Iterator[str]:
     if document.rules:
         yield "## Rules"
         yield tables.items(f"{name}: {rule}" for name, rule in document.rules.items())
-
-
-def write(document: Document, path: Path) -> None:
-    """Write the JSON document and the Markdown page beside it, each atomically."""
-    documents_io.save(document, markdown(document), path)
 
 
 STYLE = """

@@ -142,7 +142,7 @@ def bench(
             cases=chosen,
             options=RunOptions.choose(target.random_weights, quick, **vars(measure)),
             label=label,
-            save=lambda document: report.write(document, path),
+            save=lambda result: documents.save(result, report.markdown(result), path),
             progress=update,
             sensors=True,
             start_command=target.start_command(image[0] if image else None),

@@ -94,7 +94,7 @@ class EngineLoop:
 
     @property
     def engine(self) -> Engine:
-        """The engine, for `render`, `check_schema` and `info` alone. Raises as `check`."""
+        """The engine, for `info` and what may run beside its steps. Raises as `check`."""
         engine = self._engine
         self.check()
         if engine is None:  # it became ready between the two lines

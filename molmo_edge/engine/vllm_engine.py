@@ -100,7 +100,8 @@ class VllmEngine:
         params = SamplingParams(structured_outputs=StructuredOutputsParams(json=dict(schema)))
         with _schema_refused(config.backend):
             params.verify(self.core.model_config, None, config, self.core.get_tokenizer())
-        refuse_schema(schema, config.backend)
+        if config.backend != "guidance":
+            refuse_schema(schema, config.backend)
 
     def add(self, request_id: str, rendered: Rendered, sampling: Sampling) -> None:
         try:
@@ -161,7 +162,7 @@ class VllmEngine:
             _ONLY_ENGINE.release()
 
 
-def refuse_schema(schema: Mapping[str, Any], backend: str = "auto") -> None:
+def refuse_schema(schema: Mapping[str, Any], backend: str = "guidance") -> None:
     """Raise SamplingError for a schema that the grammar compilers refuse; needs no engine."""
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
@@ -172,8 +173,7 @@ def refuse_schema(schema: Mapping[str, Any], backend: str = "auto") -> None:
         params = SamplingParams(structured_outputs=StructuredOutputsParams(json=dict(schema)))
         if backend == "auto":
             validate_xgrammar_grammar(params)
-        if backend != "guidance":
-            validate_guidance_grammar(params)
+        validate_guidance_grammar(params)
 
 
 @contextmanager

@@ -33,13 +33,13 @@ _IGNORED = frozenset(
     {"model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
      "parallel_tool_calls"}
 )  # fmt: skip
-# Values of others that change none.
-_DEFAULT: Mapping[str, Any] = {
+# Values of others that change none either.
+_NEUTRAL: Mapping[str, Any] = {
     "n": 1, "logprobs": False, "top_logprobs": 0, "presence_penalty": 0, "frequency_penalty": 0,
     "repetition_penalty": 1, "top_k": -1, "min_p": 0, "logit_bias": {}, "tools": [],
     "tool_choice": "none", "modalities": ["text"],
 }  # fmt: skip
-# Fields of the package's own answers that the next question's messages may have.
+# Fields of openai's answers that the next question's messages may have.
 _ANSWERED = frozenset({"annotations", "audio", "function_call", "parsed", "refusal", "tool_calls"})
 _CONTEXT = 2**30  # tokens; an answer is no longer than the context
 _numbers = itertools.count(1)
@@ -55,7 +55,7 @@ def Client(vlm: EdgeVLM, **options: Any) -> openai.OpenAI:
     of the whole answer. Leave a stream with ``with`` or ``close()``: one that is dropped is
     generated until Python collects it.
 
-    Errors are the package's: BadRequestError for anything that this model, or molmo_edge, does not
+    Errors are openai's: BadRequestError for anything that this model, or molmo_edge, does not
     do, RateLimitError when the queue is full, APITimeoutError, and InternalServerError when the
     engine has died or the model computed NaN; while streaming, APIError for the last two.
 
@@ -64,16 +64,16 @@ def Client(vlm: EdgeVLM, **options: Any) -> openai.OpenAI:
         options: of ``openai.OpenAI``; by default no request is repeated and none has a timeout.
     """
     http = httpx.Client(transport=_Transport(vlm))
-    return openai.OpenAI(http_client=http, **{**_DEFAULTS, **options})
+    return openai.OpenAI(http_client=http, **{**_CLIENT_OPTIONS, **options})
 
 
 def AsyncClient(vlm: EdgeVLM, **options: Any) -> openai.AsyncOpenAI:
     """`Client` for asyncio: an ``openai.AsyncOpenAI``."""
     http = httpx.AsyncClient(transport=_Transport(vlm))
-    return openai.AsyncOpenAI(http_client=http, **{**_DEFAULTS, **options})
+    return openai.AsyncOpenAI(http_client=http, **{**_CLIENT_OPTIONS, **options})
 
 
-_DEFAULTS: Mapping[str, Any] = {
+_CLIENT_OPTIONS: Mapping[str, Any] = {
     "api_key": "none",
     "base_url": "http://molmo-edge.invalid/v1",
     "max_retries": 0,
@@ -152,7 +152,7 @@ class _Asked:
         refused = [
             name
             for name, one in given.items()
-            if name not in _IGNORED and (name not in _DEFAULT or one != _DEFAULT[name])
+            if name not in _IGNORED and (name not in _NEUTRAL or one != _NEUTRAL[name])
         ]
         if refused:
             raise PromptError(f"molmo_edge has no {', '.join(refused)}; leave it out.")
@@ -168,14 +168,14 @@ class _Asked:
         return {**self._common, "object": kind, "choices": [choice], "usage": usage}
 
     def chunk(self, delta: Mapping[str, Any], reason: str | None = None) -> bytes:
-        return self._event([{"index": 0, "delta": delta, "finish_reason": reason}], None)
+        return self._chunk_event([{"index": 0, "delta": delta, "finish_reason": reason}], None)
 
     def last(self, stream: Stream) -> bytes:
         _, reason, usage = self._end(stream)
-        counted = self._event([], usage) if self._with_usage else b""
+        counted = self._chunk_event([], usage) if self._with_usage else b""
         return self.chunk({}, reason) + counted + b"data: [DONE]\n\n"
 
-    def _event(self, choices: list[Any], usage: Any) -> bytes:
+    def _chunk_event(self, choices: list[Any], usage: Any) -> bytes:
         kind = "chat.completion.chunk"
         return _event({**self._common, "object": kind, "choices": choices, "usage": usage})
 

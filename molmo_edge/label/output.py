@@ -60,9 +60,9 @@ class Output:
         schema: Any,
         configuration: Mapping[str, Any],
         *,
-        flush_s: float = 60.0,
-        flush_rows: int = 10_000,
-        restart: bool = False,
+        flush_s: float,
+        flush_rows: int,
+        restart: bool,
     ) -> None:
         self.directory = expand_home(directory)
         self.environment: Mapping[str, Any] = {}

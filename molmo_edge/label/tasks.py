@@ -153,23 +153,22 @@ def read_tasks(given: Sequence[Task | Mapping[str, Any]]) -> tuple[Task, ...]:
     """Return the tasks. Raises ConfigError for what is none, and for names that are not unique."""
     tasks = []
     for number, one in enumerate(given, 1):
-        unknown = (
-            [key for key in one if key not in Task.model_fields] if isinstance(one, dict) else []
-        )
-        if unknown:
-            hint = did_you_mean(str(unknown[0]), Task.model_fields)
-            raise ConfigError(f"Task {number}: {unknown[0]} is unknown.{hint}")
+        if isinstance(one, Task):
+            tasks.append(one)
+            continue
+        if not isinstance(one, Mapping):
+            raise ConfigError(f"Task {number}: it is no table of settings.")
+        for key in one:
+            if key not in Task.model_fields:
+                hint = did_you_mean(str(key), Task.model_fields)
+                raise ConfigError(f"Task {number}: {key} is unknown.{hint}")
         try:
-            tasks.append(one if isinstance(one, Task) else Task(**one))
-        except (ValidationError, TypeError) as exc:
-            problems = (
-                [
-                    f"{'.'.join(map(str, error['loc']))} {describe(error)}".strip()
-                    for error in exc.errors()
-                ]
-                if isinstance(exc, ValidationError)
-                else ["it is no table of settings"]
-            )
+            tasks.append(Task(**one))
+        except ValidationError as exc:
+            problems = [
+                f"{'.'.join(map(str, error['loc']))} {describe(error)}".strip()
+                for error in exc.errors()
+            ]
             raise ConfigError(f"Task {number}: {'; '.join(problems)}.") from None
     names = [task.name for task in tasks]
     if not names:

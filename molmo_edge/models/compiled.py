@@ -46,9 +46,7 @@ def run_in_threads(
 ) -> None:
     """Run `kernel` once with each tuple of arguments, `threads` at a time."""
     with ThreadPoolExecutor(threads, "molmo-edge-resize") as pool:
-        jobs = [pool.submit(kernel, *call) for call in calls]
-    for job in jobs:
-        job.result()
+        list(pool.map(kernel, *zip(*calls, strict=True)))
 
 
 def row_ranges(rows: int, parts: int) -> list[tuple[int, int]]:

@@ -65,13 +65,11 @@ def locate_cached(model: str, cache_dir: Path) -> Path | None:
 
     Raises ModelError for no such directory, or damaged files of the demo.
     """
-    if model == DEMO:
-        return _check_demo()
     if model in STUBS:
         directory = cache_dir / STUBS[model]
         return directory if file_mode(directory / "config.json") else None
-    if not _is_hub_name(model):
-        return expand_home(model).absolute()
+    if model == DEMO or not _is_hub_name(model):
+        return locate(model, cache_dir)
     try:
         return _download(model, local_files_only=True)
     except (MissingDependencyError, ModelError):

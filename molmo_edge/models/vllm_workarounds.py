@@ -29,9 +29,8 @@ def llvmlite_hidden() -> Iterator[None]:
     """
     table = sys.modules.pop(_LLVMLITE_TABLE, None)
     try:
-        with warnings.catch_warnings():
-            ignore_scan_warning()
-            yield
+        ignore_scan_warning()
+        yield
     finally:
         if table is not None:
             sys.modules[_LLVMLITE_TABLE] = table

@@ -249,11 +249,8 @@ def write_data_files(
         for path in source.glob(pattern):
             if path.name != INDEX:
                 shutil.copyfile(path, work / path.name)
-    groups, ignored, compression = (
-        {"group_0": form.quantization_scheme},
-        [_VISION],
-        form.compression,
-    )
+    groups, ignored = {"group_0": form.quantization_scheme}, [_VISION]
+    compression = form.compression
     if head is None:
         ignored += _HEAD_TARGETS
     else:

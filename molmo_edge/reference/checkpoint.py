@@ -14,22 +14,8 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file
 
-from molmo_edge.checkpoint_files import (
-    check_tensors,
-    check_weights,
-    read_config,
-    tensors,
-    weight_files,
-)
-from molmo_edge.devices.tensors import (
-    MOLMO_DEFAULTS,
-    POOL,
-    VIT,
-    VIT_BLOCKS,
-    Shapes,
-    Tower,
-    tensor_shapes,
-)
+from molmo_edge.checkpoint_files import check_tensors, check_weights, tensors, weight_files
+from molmo_edge.devices.tensors import MOLMO_DEFAULTS, POOL, VIT, VIT_BLOCKS, Shapes, Tower
 from molmo_edge.models.molmo.config import check_layout
 
 
@@ -45,18 +31,6 @@ class TextConfig:
     eps: float
     qk_norm: Literal["head", "whole"] | None
     norm_after: bool
-
-
-def read_checkpoint(directory: Path) -> tuple[TextConfig, dict[str, torch.Tensor]]:
-    """Return a Molmo 1's configuration, and float32 tensors by their names on the hub.
-
-    Raises ModelError when a file or tensor is missing, broken, of another shape, or of a layout
-    that the reference implementation does not compute.
-    """
-    stated = read_config(directory)
-    config = text_config(stated)
-    tower = tower_of({tensor.name: tensor.shape for tensor in tensors(directory)})
-    return config, read_weights(directory, tensor_shapes(stated, tower))
 
 
 def read_weights(directory: Path, shapes: Shapes) -> dict[str, torch.Tensor]:

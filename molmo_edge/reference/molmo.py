@@ -16,9 +16,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from molmo_edge.devices.tensors import POOL, VISION, VIT, VIT_BLOCKS
+from molmo_edge.checkpoint_files import read_config, tensors
+from molmo_edge.devices.tensors import POOL, VISION, VIT, VIT_BLOCKS, tensor_shapes
 from molmo_edge.errors import InputError
-from molmo_edge.reference.checkpoint import TextConfig, count_blocks, read_checkpoint
+from molmo_edge.reference.checkpoint import (
+    TextConfig,
+    count_blocks,
+    read_weights,
+    text_config,
+    tower_of,
+)
 from molmo_edge.reference.common import ReferenceModel, TokenIds
 from molmo_edge.reference.molmo_inputs import ReferenceInputs
 
@@ -41,7 +48,10 @@ class ReferenceMolmo(ReferenceModel[ReferenceInputs]):
         float32 tensors stay mapped to their file: do not rewrite it while the model is in use.
         Raises ModelError when a file or tensor is missing, broken or of another layout.
         """
-        return cls(*read_checkpoint(Path(directory)))
+        config = read_config(directory)
+        text = text_config(config)
+        tower = tower_of({tensor.name: tensor.shape for tensor in tensors(directory)})
+        return cls(text, read_weights(directory, tensor_shapes(config, tower)))
 
     # Image to features
 

@@ -219,6 +219,7 @@ CHILD = """
     now = time.time()
     sample = {"iteration": 0, "ttft_s": 1.0 if seen else 9.0}
     sample["output_tokens"] = request["max_tokens"]
+    sample["finish_reason"] = request["text"]
     print(json.dumps({"running_at": now, "first_token_at": now + 5, "stages": {"engine": 3.0},
                       "sample": sample}))
     print("noise of a library")
@@ -239,6 +240,7 @@ def test_cold_starts_are_fresh_processes_with_caches_of_their_own_and_need_no_en
     assert [sample.ttft_s for sample in present.samples] == [1.0, 1.0]
     assert all(5 <= (s.wall_s or 0) < 60 for s in (*absent.samples, *present.samples))
     assert (absent.samples[0].output_tokens, absent.counts["engine_s"]) == (20, 3.0)
+    assert absent.samples[0].finish_reason == bench.cases[0].question == absent.prompt
     assert absent.caches is None
 
 

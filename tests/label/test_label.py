@@ -20,6 +20,7 @@ import pytest
 
 from molmo_edge import EdgeVLM
 from molmo_edge.engine.fake import FakeEngine, FakeFactory, Fault
+from molmo_edge.engine.vllm_engine import refuse_schema
 from molmo_edge.errors import ConfigError, EngineDeadError, EngineStartError, SamplingError
 from molmo_edge.label import Labeler, Progress, Source, Task, label
 from molmo_edge.label import output as parts
@@ -346,6 +347,7 @@ def test_what_cannot_be_used_is_refused_before_the_engine_starts(
     )
     schema = {"ask": "x", "json_schema": {"type": "nonsense"}}
     refused(SamplingError, "json_schema", tasks=[schema], engine={"model": "stub"})
+    refuse_schema({"type": "integer", "multipleOf": 5})  # which the default backend can
     (tmp_path / "file").write_text("")
     refused(ConfigError, "cannot be written", directory=tmp_path / "file")
     refused(ConfigError, "dedupe and an open engine", ray=True, dedupe=True)

@@ -120,7 +120,10 @@ def relative(config: Mapping[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class Processing:
-    """What the processor files of a checkpoint say."""
+    """What the processor files of a checkpoint say.
+
+    The defaults are the published files'; `read` has those of AllenAI's classes.
+    """
 
     geometry: Geometry = field(default_factory=Geometry)
     max_crops: int = 8  # of an image in high resolution, the global view not counted
