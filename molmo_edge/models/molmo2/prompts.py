@@ -90,7 +90,8 @@ def chat_writer(tokenizer: Any) -> Callable[[Sequence[Turn]], str]:
             continue
         if text == chat_text(said):
             return chat_text
-        if re.search(".*".join(turn.text for turn in said), text, re.DOTALL) and "{" not in text:
+        whole = re.search(".*".join(turn.text for turn in said), text, re.DOTALL)
+        if whole and "{" not in text:  # else the list of parts was written as it is
             return partial(by_template, parts=parts)
     raise ModelError("The checkpoint's chat template does not write a conversation of texts.")
 
