@@ -21,16 +21,14 @@ def bos_id(tokenizer: Any) -> int:
     return int(bos)
 
 
-def template_with_bos(tokenizer: Any, after: str = "") -> str | None:
+def template_with_bos(template: object, bos: str, after: str = "") -> str | None:
     """The checkpoint's chat template with BOS, and `after`, in front; None for none, or with BOS.
 
     AllenAI's templates have no BOS, which AllenAI's code adds to token ids; a server tokenises what
     the template writes and adds nothing.
     """
-    template = tokenizer.chat_template
     if not isinstance(template, str) or "bos_token" in template:
         return None
-    bos: str = tokenizer.convert_ids_to_tokens(bos_id(tokenizer))
     # As an expression, since a tag such as {%- removes a space in front of it.
     return '{{ "' + bos + after + '" }}' + template
 

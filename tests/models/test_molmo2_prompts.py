@@ -73,7 +73,7 @@ def test_a_template_that_loses_what_is_said_is_refused(tokenizer: Any) -> None:
 
 def test_a_template_with_bos_gets_no_second_one(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ bos_token }}" + ROLES.replace("TEXT", "m.content[0].text")
-    assert template_with_bos(tokenizer) is None
+    assert template_with_bos(tokenizer.chat_template, "<|endoftext|>") is None
     tokenizer.bos_token = "<|endoftext|>"
     encoder = PromptEncoder(tokenizer, 2048)
     assert tokenizer.decode(encoder.encode(TURNS)) == SAID

@@ -50,7 +50,8 @@ class MolmoProcessor(ProcessorMixin):  # type: ignore[misc]
     """
 
     def __init__(self, image_processor: MolmoImageProcessor, tokenizer: Any) -> None:
-        template = template_with_bos(tokenizer, " ")
+        bos = tokenizer.convert_ids_to_tokens(bos_id(tokenizer))
+        template = template_with_bos(tokenizer.chat_template, bos, " ")
         super().__init__(image_processor, tokenizer, chat_template=template)
         self.image_token_ids = ImageTokenIds.from_vocab(tokenizer.get_vocab())
 

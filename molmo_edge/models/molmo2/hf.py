@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoProcessor, PretrainedConfig
 from transformers.processing_utils import ProcessorMixin
 
+from molmo_edge.checkpoint_files import read_json
 from molmo_edge.devices.tensors import ADAPTER_DEFAULTS, TEXT_DEFAULTS, VIT_DEFAULTS
 from molmo_edge.models.molmo2.config import check_layout
 from molmo_edge.models.prompts import template_with_bos
@@ -86,13 +88,20 @@ class Molmo2Config(PretrainedConfig):  # type: ignore[misc]
 class Molmo2Processor(ProcessorMixin):  # type: ignore[misc]
     """The chat template of vLLM's server, which asks a processor for it before the tokenizer."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        super().__init__(tokenizer, chat_template=template_with_bos(tokenizer))
+    def __init__(self, chat_template: str | None) -> None:
+        super().__init__(chat_template=chat_template)
 
     @classmethod
-    def from_pretrained(cls, name: str, **_: Any) -> Molmo2Processor:
-        """Read the tokenizer of a checkpoint; keyword arguments of transformers are ignored."""
-        return cls(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+    def from_pretrained(cls, directory: str, **_: Any) -> Molmo2Processor:
+        """Read a checkpoint's files; keyword arguments of transformers are ignored.
+
+        Not its tokenizer: vLLM asks at every start, and that takes longer than all else here.
+        """
+        names = read_json(Path(directory, "tokenizer_config.json"))
+        file = Path(directory, "chat_template.jinja")
+        template = file.read_text() if file.is_file() else names.get("chat_template")
+        bos = names.get("bos_token") or names["eos_token"]
+        return cls(template_with_bos(template, bos if isinstance(bos, str) else bos["content"]))
 
 
 def register() -> None:

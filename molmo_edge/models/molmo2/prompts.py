@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -109,6 +109,8 @@ class PromptEncoder(TextEncoder):
         for token in ("<|im_start|>", "<|im_end|>"):
             if self._write is chat_text and token not in self.special.values():
                 raise ModelError(f"The tokenizer has no {token}, which Molmo 2's chats need.")
+        # Turns alternate, so their number says what the form itself has.
+        self._own_special = cache(self._special_of_form)
         self.answer_prefix = "" if self._write([Turn("user", "")])[-1].isspace() else " "
 
     def encode(self, turns: Sequence[Turn]) -> list[int]:
@@ -120,8 +122,13 @@ class PromptEncoder(TextEncoder):
         """
         check_turns(turns)
         ids = self.text(self._write(turns))
-        # The form's own tokens; any other came from the turns.
-        form = self.text(self._write([Turn(turn.role, "") for turn in turns]))
-        own, found = (Counter(i for i in part if i in self.special) for part in (form, ids))
-        refuse_special(list(found - own), self.special)
+        # Any that the form itself has not came from the turns.
+        refuse_special(list(self._special_in(ids) - self._own_special(len(turns))), self.special)
         return ids
+
+    def _special_of_form(self, n_turns: int) -> Counter[int]:
+        turns = [Turn(("user", "assistant")[i % 2], "") for i in range(n_turns)]
+        return self._special_in(self.text(self._write(turns)))
+
+    def _special_in(self, ids: Sequence[int]) -> Counter[int]:
+        return Counter(i for i in ids if i in self.special)
