@@ -48,7 +48,7 @@ def output(code: str) -> str:
     return printed.getvalue().rstrip() + "\n"
 
 
-def alike(one: Path, other: Path) -> bool:
+def equal(one: Path, other: Path) -> bool:
     """Whether two images are equal but for how versions of libraries smooth edges and text."""
     if not other.exists():
         return False
@@ -65,7 +65,7 @@ def main() -> int:
         shutil.copy(SCENE, ".")
         new = BLOCK.sub(lambda block: block[1] + output(block[2]), old)
         names = re.findall(r"\(images/(.*?)\)", old)
-        images = [name for name in names if not alike(Path(name), IMAGES / name)]
+        images = [name for name in names if not equal(Path(name), IMAGES / name)]
         if not check:
             PAGE.write_text(new, encoding="utf-8")
             for name in images:

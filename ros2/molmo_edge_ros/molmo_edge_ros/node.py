@@ -56,7 +56,7 @@ class MolmoEdge(LifecycleNode):
         try:
             with ExitStack() as opened:
                 vlm = EdgeVLM(self._text("model") or None, config=self._text("config") or None)
-                self._vlm = opened.enter_context(vlm)
+                opened.enter_context(vlm)
                 self._answer = self.create_publisher(String, "~/answer", 1)
                 opened.callback(self.destroy_publisher, self._answer)
                 self._points = self.create_publisher(PointStamped, "~/points", 10)
@@ -68,7 +68,7 @@ class MolmoEdge(LifecycleNode):
                     cancel_callback=lambda _: CancelResponse.ACCEPT,
                 )  # fmt: skip
                 opened.callback(ask.destroy)
-                self._configured = opened.pop_all()
+                self._vlm, self._configured = vlm, opened.pop_all()
         except Exception as exc:
             return self._failed(exc)
         return DONE
